@@ -1,0 +1,25 @@
+"""The one error type that people see, and the wrapper that prints it as one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_CODE = 2
+
+
+class PhiSightError(Exception):
+    """Something a person can mend. The message is one line: the thing, the reason, the remedy."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit with its code; a `PhiSightError` becomes one line and exit code 2."""
+    try:
+        code = main()
+    except PhiSightError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    except BrokenPipeError:  # `... | head` closed the pipe: nothing is lost and nobody is reading
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(code or 0)

@@ -1,0 +1,519 @@
+"""Make the tiny preset's assets from nothing: tokenizer, text-only base, CLIP.
+
+    python tools/build_tiny.py                       # all, in order
+    python tools/build_tiny.py --only base           # one part again (tokenizer, base or clip)
+
+Every part starts from a fixed seed. The base reads scenes told in words and never sees a picture; the
+CLIP sees pictures and captions and never sees a question. What each part measures about itself goes
+to `build_report.json` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import world  # noqa: E402
+from errors import run_main  # noqa: E402
+
+SEED = 20260101
+PHI_SPECIALS = (  # Phi-3.5's special tokens in the order of their ids, with their rstrip flag
+    ("<|endoftext|>", False), ("<|assistant|>", True), ("<|placeholder1|>", True),
+    ("<|placeholder2|>", True), ("<|placeholder3|>", True), ("<|placeholder4|>", True),
+    ("<|system|>", True), ("<|end|>", True), ("<|placeholder5|>", True),
+    ("<|placeholder6|>", True), ("<|user|>", True),
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% endfor %}"
+    "{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"
+)
+VOCABULARY = 640
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+# -- scenes told in words -------------------------------------------------------------------------
+
+
+def tell(scene: world.Scene, rng: random.Random) -> str:
+    """The scene in words, one of several ways, so that the base learns to read and not to match."""
+    form = rng.randrange(4)
+    if form == 0:
+        return world.describe(scene)
+    if form == 1:
+        told = [f"{t.place}: {t.size} {t.colour} {t.shape}" for t in scene.things]
+        return "; ".join(told) + "."
+    told = []
+    for thing in scene.things:
+        words = [thing.shape, thing.colour, thing.size, thing.place]
+        # Bags of words in any order, some told twice: what a row of patches will look like.
+        for _ in range(1 if form == 2 else rng.randint(1, 3)):
+            rng.shuffle(words)
+            told.append(" ".join(words))
+    return "; ".join(told) + "."
+
+
+def text_conversation(rng: random.Random, turns: int) -> list[tuple[str, str, str]]:
+    """(kind, user text, answer) turns about one scene; the first user turn tells the scene."""
+    scene = world.make_scene(rng, "all")
+    exchanges = world.ask_many(scene, rng, turns)
+    two_step = world.ask(scene, world.TWO_STEP, rng)
+    if two_step is not None and rng.random() < 0.7:
+        exchanges.insert(rng.randint(0, len(exchanges)), two_step)
+    if rng.random() < 0.2:
+        exchanges.insert(rng.randint(0, len(exchanges)), world.detail(scene, rng))
+    kind, question, answer = exchanges[0]
+    told = tell(scene, rng)
+    first = f"{told}\n{question}" if rng.random() < 0.5 else f"{question}\n{told}"
+    return [(kind, first, answer), *exchanges[1:]]
+
+
+# -- tokenizer ------------------------------------------------------------------------------------
+
+
+def build_tokenizer(out: Path) -> None:
+    """A byte-fallback BPE of Phi-3.5's make: same normaliser, decoder, specials and flags."""
+    rng = random.Random(f"{SEED}/tokenizer")
+    corpus = []
+    for _ in range(4000):
+        for _, text, answer in text_conversation(rng, 9):
+            corpus += [text, answer]
+    corpus += [chr(code) for code in range(33, 127)] * 2
+
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    # Words and punctuation are learned apart, so that no merge crosses a word, as in SentencePiece.
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("▁", "merged_with_next"),
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Split("\n", "isolated"),
+        ]
+    )
+    kept = 3 + 256 + len(PHI_SPECIALS)
+    learner.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=VOCABULARY - kept, show_progress=False)
+    )
+    learned = json.loads(learner.to_str())["model"]
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += sorted(learned["vocab"], key=learned["vocab"].get)
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary, [tuple(merge) for merge in learned["merges"]], unk_token="<unk>",
+            fuse_unk=True, byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = learner.normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken("<unk>", normalized=False), AddedToken("<s>", normalized=False)]
+    )
+    tokenizer.add_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, rstrip=rstrip, normalized=False) for text, rstrip in PHI_SPECIALS]
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    config = {
+        "added_tokens_decoder": {
+            str(index): {
+                "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
+                "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special,
+            }
+            for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        },
+        "bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+        "unk_token": "<unk>", "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False, "model_max_length": 2048, "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    print(f"tokenizer: {tokenizer.get_vocab_size()} pieces")
+
+
+# -- base -----------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Conversation -> (ids, supervised) in Phi-3.5's chat form; words are looked up once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.memory: dict[str, list[int]] = {}
+        self.id = self.tokenizer.token_to_id
+
+    def __call__(self, text: str) -> list[int]:
+        if len(self.memory) > 200_000:
+            self.memory.clear()
+        if text not in self.memory:
+            self.memory[text] = self.tokenizer.encode(text).ids
+        return self.memory[text]
+
+    def render(self, turns: list[tuple[str, str, str]]) -> tuple[list[int], list[int]]:
+        ids, kinds = [], []
+        for index, (_, text, answer) in enumerate(turns):
+            prompt = [self.id("<|user|>"), *self(text), self.id("<|end|>"),
+                      self.id("<|assistant|>")]
+            reply = [*self(answer), self.id("<|end|>")]
+            ids += prompt + reply
+            kinds += [-1] * len(prompt) + [index] * len(reply)
+        return ids, kinds
+
+
+def pad_batch(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and turn numbers, (rows, length) int64; -1 marks what is not an answer."""
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    turn = torch.full((len(rows), length), -1)
+    for row, (row_ids, row_turns) in enumerate(rows):
+        ids[row, : len(row_ids)] = torch.tensor(row_ids)
+        turn[row, : len(row_turns)] = torch.tensor(row_turns)
+    return ids, turn
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm-up over the first 4 %, then a cosine to 0."""
+    warm = max(1, steps // 25)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm)))
+
+
+@torch.no_grad()
+def answer_accuracy(model: torch.nn.Module, encoder: Encoder, count: int) -> dict[str, float]:
+    """Percent of answers whose every token is the most likely one, by kind, over fresh scenes."""
+    right, total = defaultdict(int), defaultdict(int)
+    for index in range(0, count, 32):
+        conversations = [
+            text_conversation(random.Random(f"{SEED}/base-check/{index + i}"), 9)
+            for i in range(32)
+        ]
+        ids, turn = pad_batch([encoder.render(turns) for turns in conversations])
+        guess = model(input_ids=ids[:, :-1]).logits.argmax(-1)
+        correct = guess == ids[:, 1:]
+        for row, turns in enumerate(conversations):
+            for number, (kind, _, _) in enumerate(turns):
+                total[kind] += 1
+                right[kind] += bool(correct[row][turn[row, 1:] == number].all())
+    shares = {kind: 100 * right[kind] / total[kind] for kind in sorted(total)}
+    one_step = [kind for kind in shares if kind in world.KINDS]
+    shares["all_one_step"] = (
+        100 * sum(right[k] for k in one_step) / sum(total[k] for k in one_step)
+    )
+    return {kind: round(share, 2) for kind, share in shares.items()}
+
+
+def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(SEED)
+    encoder = Encoder(out)
+    config = Phi3Config(
+        vocab_size=VOCABULARY, hidden_size=160, intermediate_size=448, num_hidden_layers=5,
+        num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=2048,
+        original_max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=encoder.id("<s>"), eos_token_id=encoder.id("<|endoftext|>"),
+        pad_token_id=encoder.id("<|endoftext|>"), attn_implementation="sdpa",
+    )
+    model = Phi3ForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    started, running = time.time(), None
+    for step in (bar := tqdm(range(steps), desc="base", mininterval=10)):
+        rows = [
+            encoder.render(text_conversation(random.Random(f"{SEED}/base/{step}/{i}"), 12))
+            for i in range(batch)
+        ]
+        ids, turn = pad_batch(rows)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(step, steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
+            wanted = turn[:, 1:] >= 0
+            logits = model.lm_head(hidden[wanted])
+        loss = F.cross_entropy(logits.float(), ids[:, 1:][wanted])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            model.eval()
+            accuracy = answer_accuracy(model, encoder, 96 if step + 1 < steps else 960)
+            model.train()
+            print(f"\nbase step {step + 1}: loss {running:.4f}, answers {accuracy}", flush=True)
+            model.to(torch.bfloat16).save_pretrained(out)
+            model.to(torch.float32)
+    report(out, steps=steps, batch=batch, seconds=round(time.time() - started),
+           parameters=sum(p.numel() for p in model.parameters()), loss=running,
+           exact_answers_percent=accuracy)
+
+
+# -- CLIP -----------------------------------------------------------------------------------------
+
+
+def one_changed(scene: world.Scene, rng: random.Random) -> world.Scene:
+    """The same scene with one attribute or one place of one thing changed: a hard negative."""
+    index = rng.randrange(len(scene.things))
+    thing = scene.things[index]
+    values = {"shape": thing.shape, "colour": thing.colour, "size": thing.size,
+              "x": thing.x, "y": thing.y}
+    while True:
+        changed = dict(values)
+        what = rng.choice(("shape", "colour", "size", "place"))
+        if what == "place":
+            row, column = rng.randrange(3), rng.randrange(3)
+            changed["x"], changed["y"] = (column + 0.5) * world.CELL, (row + 0.5) * world.CELL
+        else:
+            options = {"shape": world.SHAPES, "colour": list(world.COLOURS),
+                       "size": list(world.SIZES)}[what]
+            changed[what] = rng.choice(options)
+        other = world.Thing(**changed)
+        taken = {t.place for i, t in enumerate(scene.things) if i != index}
+        if (other.phrase() != thing.phrase() and other.place not in taken
+                and other.pair not in world.HELD_OUT_PAIRS):
+            things = [*scene.things[:index], other, *scene.things[index + 1 :]]
+            things.sort(key=lambda t: (t.row, t.column, t.x))
+            return world.Scene(tuple(things), scene.background)
+
+
+def all_phrases(pairs: list[tuple[str, str]]) -> list[str]:
+    return [
+        f"a {size} {colour} {shape} in the {place}"
+        for shape, colour in pairs for size in world.SIZES
+        for row in world.PLACES for place in row
+    ]
+
+
+def draw_many(split: str, count: int, pairs: str) -> tuple[list[world.Scene], torch.Tensor]:
+    """Scenes and their pictures, (count, 3, 96, 96) uint8."""
+    scenes, pixels = [], torch.empty(count, 3, world.PIXELS, world.PIXELS, dtype=torch.uint8)
+    for index in tqdm(range(count), desc=f"drawing {split}", mininterval=10):
+        scene = world.make_scene(random.Random(f"{SEED}/clip-{split}/{index}"), pairs)
+        scenes.append(scene)
+        pixels[index] = torch.from_numpy(np.array(world.draw(scene))).permute(2, 0, 1)
+    return scenes, pixels
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    mean = torch.tensor(IMAGE_MEAN).view(3, 1, 1)
+    return (pixels.float() / 255 - mean) / torch.tensor(IMAGE_STD).view(3, 1, 1)
+
+
+class ClipTrainer:
+    """Two contrasts: the picture against whole captions, and its patches against short phrases.
+
+    The first is CLIP's own (arXiv 2103.00020) with captions that differ in one attribute or place as
+    extra negatives (NegCLIP, arXiv 2210.01936). The second lets the best patch answer for the picture
+    (late interaction, FILIP, arXiv 2111.07783), against every phrase that is not true of it: it is
+    what makes patch features say what is where.
+    """
+
+    def __init__(self, model: torch.nn.Module, encode: Encoder) -> None:
+        self.model, self.encode = model, encode
+        self.end = encode.id("<|endoftext|>")
+
+    def tokens(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [[*self.encode(caption), self.end] for caption in captions]
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.end)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for row, values in enumerate(rows):
+            ids[row, : len(values)] = torch.tensor(values)
+            mask[row, : len(values)] = 1
+        return ids, mask
+
+    def text(self, captions: list[str]) -> torch.Tensor:
+        ids, mask = self.tokens(captions)
+        pooled = self.model.text_model(input_ids=ids, attention_mask=mask).pooler_output
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+    def pictures(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pictures, dim) of the whole and (pictures, patches, dim) of the patches, unit length."""
+        vision = self.model.vision_model
+        output = vision(pixel_values=normalise(pixels))
+        patches = vision.post_layernorm(output.last_hidden_state[:, 1:])
+        project = self.model.visual_projection
+        return (F.normalize(project(output.pooler_output).float(), dim=-1),
+                F.normalize(project(patches).float(), dim=-1))
+
+    def phrase_scores(self, patches: torch.Tensor, phrases: torch.Tensor) -> torch.Tensor:
+        """(pictures, phrases): a soft maximum over the patches."""
+        scale = self.model.logit_scale.exp()
+        return torch.logsumexp(scale * patches @ phrases.T, dim=1)
+
+    def loss(self, scenes: list[world.Scene], pixels: torch.Tensor, phrase_texts: list[str],
+             phrase_index: dict[str, int], rng: random.Random) -> tuple[torch.Tensor, dict]:
+        count = len(scenes)
+        with torch.autocast("cpu", torch.bfloat16):
+            captions = [world.describe(scene) for scene in scenes]
+            captions += [world.describe(one_changed(scene, rng)) for scene in scenes]
+            texts, phrases = self.text(captions), self.text(phrase_texts)
+            whole, patches = self.pictures(pixels)
+        scale = self.model.logit_scale.exp()
+        to_text = scale * whole @ texts.T  # (pictures, 2 x pictures)
+        target = torch.arange(count)
+        whole_loss = (F.cross_entropy(to_text, target)
+                      + F.cross_entropy(to_text[:, :count].T, target)) / 2
+
+        scores = self.phrase_scores(patches, phrases)
+        true = torch.zeros_like(scores, dtype=torch.bool)
+        for row, scene in enumerate(scenes):
+            true[row, [phrase_index[thing.phrase()] for thing in scene.things]] = True
+        row, column = true.nonzero(as_tuple=True)
+        others = scores.masked_fill(true, float("-inf")).logsumexp(dim=1)  # untrue phrases only
+        own = scores[row, column]
+        phrase_loss = (torch.logaddexp(others[row], own) - own).mean()
+        return whole_loss + phrase_loss, {"whole": whole_loss.item(), "phrase": phrase_loss.item()}
+
+    @torch.no_grad()
+    def check(self, scenes: list[world.Scene], pixels: torch.Tensor) -> dict[str, float]:
+        """Percent right: phrases ranked above every untrue one; captions above a changed twin."""
+        rng = random.Random(f"{SEED}/clip-check")
+        every_pair = [(s, c) for s in world.SHAPES for c in world.COLOURS]
+        texts = all_phrases(every_pair)
+        index = {text: i for i, text in enumerate(texts)}
+        phrases = self.text(texts)
+        right = total = twin = 0
+        for start in range(0, len(scenes), 100):
+            part = scenes[start : start + 100]
+            whole, patches = self.pictures(pixels[start : start + 100])
+            scores = self.phrase_scores(patches, phrases)
+            captions = self.text([world.describe(s) for s in part])
+            changed = self.text([world.describe(one_changed(s, rng)) for s in part])
+            twin += ((whole * captions).sum(1) > (whole * changed).sum(1)).sum().item()
+            for row, scene in enumerate(part):
+                own = [index[thing.phrase()] for thing in scene.things]
+                others = scores[row].clone()
+                others[own] = float("-inf")
+                right += (scores[row, own] > others.max()).sum().item()
+                total += len(own)
+        return {"phrases": round(100 * right / total, 2),
+                "caption_over_changed": round(100 * twin / len(scenes), 2)}
+
+
+def build_clip(out: Path, tokenizer: Path, steps: int, batch: int, learning_rate: float,
+               pictures: int) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(SEED)
+    encode = Encoder(tokenizer)
+    end = encode.id("<|endoftext|>")
+    config = CLIPConfig(
+        text_config={
+            "vocab_size": VOCABULARY, "hidden_size": 96, "intermediate_size": 192,
+            "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 64,
+            "bos_token_id": encode.id("<s>"), "eos_token_id": end, "pad_token_id": end,
+            "projection_dim": 96,
+        },
+        vision_config={
+            "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "image_size": world.PIXELS, "patch_size": 16,
+            "projection_dim": 96,
+        },
+        projection_dim=96,
+    )
+    model = CLIPModel(config).train()
+    with torch.no_grad():
+        model.logit_scale.fill_(np.log(14.0))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02
+    )
+    trainer = ClipTrainer(model, encode)
+    scenes, pixels = draw_many("train", pictures, "seen")
+    checks = {"held_out": draw_many("held-out", 400, "seen"),
+              "novel_pairs": draw_many("novel", 400, "novel")}
+    seen_pairs = [(s, c) for s in world.SHAPES for c in world.COLOURS
+                  if (s, c) not in world.HELD_OUT_PAIRS]
+    phrase_texts = all_phrases(seen_pairs)
+    phrase_index = {text: i for i, text in enumerate(phrase_texts)}
+    started = time.time()
+    rng = random.Random(f"{SEED}/clip")
+    for step in (bar := tqdm(range(steps), desc="clip", mininterval=10)):
+        chosen = [rng.randrange(pictures) for _ in range(batch)]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(step, steps)
+        loss, parts = trainer.loss([scenes[i] for i in chosen], pixels[chosen], phrase_texts,
+                                   phrase_index, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=np.log(100.0))
+        bar.set_postfix(parts, refresh=False)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            model.eval()
+            accuracy = {name: trainer.check(*pair) for name, pair in checks.items()}
+            model.train()
+            print(f"\nclip step {step + 1}: {parts} {accuracy}", flush=True)
+            model.half().save_pretrained(out)
+            model.float()
+    preprocessor = {
+        "crop_size": {"height": world.PIXELS, "width": world.PIXELS}, "do_center_crop": True,
+        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "image_mean": list(IMAGE_MEAN), "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(IMAGE_STD), "resample": 3, "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": world.PIXELS},
+    }
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1))
+    report(out, steps=steps, batch=batch, pictures=pictures, seconds=round(time.time() - started),
+           parameters=sum(p.numel() for p in model.parameters()), percent_right=accuracy)
+
+
+def report(out: Path, **facts: object) -> None:
+    facts |= {"seed": SEED, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    (out / "build_report.json").write_text(json.dumps(facts, indent=1))
+    print(json.dumps(facts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tiny")
+    parser.add_argument("--only", choices=("tokenizer", "base", "clip"))
+    parser.add_argument("--base-steps", type=int, default=4000)
+    parser.add_argument("--base-batch", type=int, default=16)
+    parser.add_argument("--base-lr", type=float, default=2e-3)
+    parser.add_argument("--clip-steps", type=int, default=3000)
+    parser.add_argument("--clip-batch", type=int, default=96)
+    parser.add_argument("--clip-lr", type=float, default=1e-3)
+    parser.add_argument("--clip-pictures", type=int, default=24000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.only in (None, "tokenizer"):
+        build_tokenizer(options.out / "phi3")
+    if options.only in (None, "base"):
+        build_base(options.out / "phi3", options.base_steps, options.base_batch, options.base_lr)
+    if options.only in (None, "clip"):
+        build_clip(options.out / "clip", options.out / "phi3", options.clip_steps,
+                   options.clip_batch, options.clip_lr, options.clip_pictures)
+
+
+if __name__ == "__main__":
+    run_main(main)
