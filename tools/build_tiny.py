@@ -44,6 +44,7 @@ CHAT_TEMPLATE = (
     "{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"
 )
 VOCABULARY = 640
+TOLD_WEIGHT = 0.5
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -63,7 +64,7 @@ def tell(scene: world.Scene, rng: random.Random) -> str:
     for thing in scene.things:
         words = [thing.shape, thing.colour, thing.size, thing.place]
         # Bags of words in any order, some told twice: what a row of patches will look like.
-        for _ in range(1 if form == 2 else rng.randint(1, 3)):
+        for _ in range(1 if form == 2 else 2):
             rng.shuffle(words)
             told.append(" ".join(words))
     return "; ".join(told) + "."
@@ -232,8 +233,8 @@ def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
     torch.manual_seed(SEED)
     encoder = Encoder(out)
     config = Phi3Config(
-        vocab_size=VOCABULARY, hidden_size=160, intermediate_size=448, num_hidden_layers=5,
-        num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=2048,
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
         original_max_position_embeddings=2048, tie_word_embeddings=False,
         bos_token_id=encoder.id("<s>"), eos_token_id=encoder.id("<|endoftext|>"),
         pad_token_id=encoder.id("<|endoftext|>"), attn_implementation="sdpa",
@@ -245,19 +246,24 @@ def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
     started, running = time.time(), None
     for step in (bar := tqdm(range(steps), desc="base", mininterval=10)):
         rows = [
-            encoder.render(text_conversation(random.Random(f"{SEED}/base/{step}/{i}"), 12))
+            encoder.render(text_conversation(random.Random(f"{SEED}/base/{step}/{i}"), 10))
             for i in range(batch)
         ]
         ids, turn = pad_batch(rows)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
-            wanted = turn[:, 1:] >= 0
-            logits = model.lm_head(hidden[wanted])
-        loss = F.cross_entropy(logits.float(), ids[:, 1:][wanted])
+            logits = model(input_ids=ids[:, :-1]).logits.float()
+        targets = ids[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses = losses.view_as(targets)
+        answers, told = turn[:, 1:] >= 0, (turn[:, 1:] < 0) & (targets != 0)
+        # What is told and asked is trained on too, at less weight: much of it repeats what came
+        # before, and looking things up is learnt there long before the answers teach it.
+        loss = losses[answers].mean()
+        objective = loss + TOLD_WEIGHT * losses[told].mean()
         optimizer.zero_grad()
-        loss.backward()
+        objective.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
@@ -497,7 +503,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tiny")
     parser.add_argument("--only", choices=("tokenizer", "base", "clip"))
     parser.add_argument("--base-steps", type=int, default=4000)
-    parser.add_argument("--base-batch", type=int, default=16)
+    parser.add_argument("--base-batch", type=int, default=24)
     parser.add_argument("--base-lr", type=float, default=2e-3)
     parser.add_argument("--clip-steps", type=int, default=3000)
     parser.add_argument("--clip-batch", type=int, default=96)

@@ -1,0 +1,217 @@
+"""The one renderer: messages -> token ids and label mask, for training and for inference alike.
+
+Why piece by piece gives the ids of the whole text
+--------------------------------------------------
+Phi-3's chat template writes `<|user|>\\n` + text + `<|end|>\\n`, but its special tokens have
+`rstrip=True`: each swallows the white space that follows it, so those newlines never become tokens
+and none is emitted here. A tokenizer cuts the whole text at its special tokens and encodes each
+stretch between them by itself, with a new `▁` in front. So encoding each stretch alone gives the
+same ids, on two conditions: the text is stripped (in the whole text, leading white space would be
+swallowed and trailing white space kept), and the tokenizer treats every stretch alike.
+
+The second condition fails silently when transformers 5 loads a Phi-3 tokenizer as `LlamaTokenizer`
+(it does where a folder has no config.json): then only the first stretch gets its `▁`, and every
+answer begins with an id that the base model was not trained on. `ChatFormat.from_tokenizer`
+compares the two on a sample and refuses such a tokenizer; `load_tokenizer` always loads it right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from data.dataset import Message, Part
+from errors import PhiSightError
+
+IMAGE_TOKEN = "<|placeholder1|>"
+END_OF_TEXT = "<|endoftext|>"
+MARKS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", END_OF_TEXT, IMAGE_TOKEN)
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """Load tokenizer.json exactly as it is, from a folder or a hub id.
+
+    `AutoTokenizer` may rebuild the tokenizer from its class name instead (see the module's
+    docstring). Raises PhiSightError if it cannot be loaded.
+    """
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PhiSightError(
+            f"tokenizer {name}: cannot be loaded ({reason}); give a folder with tokenizer.json"
+        ) from error
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The ids that frame a chat, the length of a picture, and an encoder of plain text."""
+
+    user_id: int
+    assistant_id: int
+    system_id: int
+    end_id: int
+    end_of_text_id: int
+    image_id: int
+    tokens_per_image: int
+    text_encoder: Tokenizer = field(repr=False, compare=False)
+
+    @classmethod
+    def from_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerFast, tokens_per_image: int
+    ) -> ChatFormat:
+        """Read the ids from a Phi-3 tokenizer.
+
+        Raises PhiSightError if a token is missing, if `tokens_per_image` is not positive, or if the
+        ids of a whole chat differ from the ids of its pieces.
+        """
+        if tokens_per_image < 1:
+            raise PhiSightError(f"tokens per image: {tokens_per_image} is too few; give 1 or more")
+        backend = tokenizer.backend_tokenizer
+        ids = [backend.token_to_id(mark) for mark in MARKS]
+        if missing := [mark for mark, mark_id in zip(MARKS, ids) if mark_id is None]:
+            raise PhiSightError(
+                f"tokenizer {tokenizer.name_or_path}: has no {' '.join(missing)}; "
+                "use the tokenizer of a Phi-3 or Phi-3.5 mini"
+            )
+        chat_format = cls(*ids, tokens_per_image, _plain_text_encoder(backend))
+        chat_format._check_pieces(tokenizer)
+        return chat_format
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of the stripped text, in which special tokens that a person typed are plain text."""
+        return self.text_encoder.encode(text.strip(), add_special_tokens=False).ids
+
+    def role_id(self, role: str) -> int:
+        """The token that opens a message of `role`."""
+        ids = {"user": self.user_id, "assistant": self.assistant_id, "system": self.system_id}
+        return ids[role]
+
+    def _check_pieces(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        whole = (
+            f"<|system|>\nBe brief.<|end|>\n<|user|>\n{IMAGE_TOKEN * self.tokens_per_image}\n"
+            f"What is it?<|end|>\n<|assistant|>\nA cat.<|end|>\n{END_OF_TEXT}"
+        )
+        messages = (
+            Message("system", (Part("text", "Be brief."),)),
+            Message("user", (Part("image", "cat.jpg"), Part("text", "What is it?"))),
+            Message("assistant", (Part("text", "A cat."),)),
+        )
+        whole_ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        if whole_ids != render(messages, self).input_ids:
+            raise PhiSightError(
+                f"tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}): the ids of a "
+                "whole chat differ from the ids of its pieces; keep the model's config.json beside "
+                "it, or load it as PreTrainedTokenizerFast"
+            )
+
+
+def _plain_text_encoder(backend: Tokenizer) -> Tokenizer:
+    """The same tokenizer without its added tokens, so that no text can spell one.
+
+    `split_special_tokens=True` is not enough: Phi-3 declares `</s>` as added but not special, and a
+    person who types it would still get id 2.
+    """
+    description = json.loads(backend.to_str())
+    description.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+    return Tokenizer.from_str(json.dumps(description))
+
+
+@dataclass(frozen=True)
+class RenderedSample:
+    """Ids, and for each id whether the model learns to predict it; pictures in slot order.
+
+    The slot of a picture is a run of `tokens_per_image` image ids; slots of pictures that stand
+    side by side touch.
+    """
+
+    input_ids: list[int]
+    supervised: list[bool]
+    images: tuple[str, ...]
+
+
+def render(
+    messages: Sequence[Message], chat_format: ChatFormat, add_generation_prompt: bool = False
+) -> RenderedSample:
+    """Render messages to Phi-3.5's chat form: the ids of its template, pictures as image ids.
+
+    Supervised are the tokens of each answer and the `<|end|>` that closes it, and nothing else:
+    `<|endoftext|>`, which stands last unless `add_generation_prompt` opens an answer instead, comes
+    after the model has stopped. Text next to text in one message is joined by a newline.
+
+    Raises PhiSightError for a picture in a message that is not the user's.
+    """
+    input_ids: list[int] = []
+    supervised: list[bool] = []
+    images: list[str] = []
+    for message in messages:
+        content, message_images = _message_ids(message, chat_format)
+        is_answer = message.role == "assistant"
+        input_ids += [chat_format.role_id(message.role), *content, chat_format.end_id]
+        supervised += [False, *[is_answer] * (len(content) + 1)]
+        images += message_images
+    last = chat_format.assistant_id if add_generation_prompt else chat_format.end_of_text_id
+    return RenderedSample([*input_ids, last], [*supervised, False], tuple(images))
+
+
+def _message_ids(message: Message, chat_format: ChatFormat) -> tuple[list[int], list[str]]:
+    """The ids between a message's role token and its `<|end|>`, and its pictures."""
+    ids: list[int] = []
+    images: list[str] = []
+    pending: list[str] = []  # text parts that no picture has separated yet
+    for part in (*message.parts, None):
+        if part is not None and part.kind == "text":
+            pending.append(part.value.strip())
+            continue
+        if text := "\n".join(filter(None, pending)):
+            ids += chat_format.encode_text(text)
+        pending.clear()
+        if part is None:
+            break
+        if message.role != "user":
+            raise PhiSightError(
+                f"picture {part.value}: stands in the {message.role}'s message; "
+                "put it into the user's"
+            )
+        ids += [chat_format.image_id] * chat_format.tokens_per_image
+        images.append(part.value)
+    return ids, images
+
+
+def fit_to_limit(
+    messages: Sequence[Message], chat_format: ChatFormat, max_text_tokens: int
+) -> tuple[tuple[Message, ...], int]:
+    """Drop whole turns (a question with its answer) from the end until the text fits.
+
+    Counted is all that `render` emits but the image ids, whose number the vision setting fixes. For
+    training conversations, which end with an answer; a system message stays. Returns the messages
+    kept and the number of turns dropped.
+
+    Raises PhiSightError, naming both numbers, if the first turn alone is too long, and ValueError
+    if the messages do not end with an answer.
+    """
+    if not messages or messages[-1].role != "assistant":
+        raise ValueError("the messages must end with the assistant's answer")
+    total, kept, kept_count = 1, 0, 0  # 1: <|endoftext|>
+    shortest = None
+    answers = sum(message.role == "assistant" for message in messages)
+    for place, message in enumerate(messages, start=1):
+        content, images = _message_ids(message, chat_format)
+        total += 2 + len(content) - len(images) * chat_format.tokens_per_image
+        if message.role != "assistant":
+            continue
+        shortest = shortest or total
+        if total > max_text_tokens:
+            break
+        kept, kept_count = place, kept_count + 1
+    if not kept:
+        raise PhiSightError(
+            f"conversation: its first turn has {shortest} text tokens and the limit is "
+            f"{max_text_tokens}; raise the limit or shorten the conversation"
+        )
+    return tuple(messages[:kept]), answers - kept_count

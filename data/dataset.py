@@ -1,0 +1,514 @@
+"""LLaVA-Instruct JSON in, checked conversations out; splits that never share a picture.
+
+Everything here is read from files that strangers wrote, so this border checks every type. A bad
+record is set aside with its reason (quarantined) and the rest is used; a bad file is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Literal
+
+from data.images import load_image
+from errors import PhiSightError
+
+IMAGE_TAG = "<image>"
+ROLES = {
+    "human": "user", "gpt": "assistant",  # LLaVA
+    "user": "user", "assistant": "assistant",  # LLaMA-Factory
+    "system": "system",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of text, or one picture (its path relative to the image folder)."""
+
+    kind: Literal["text", "image"]
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of one speaker: text and pictures in their order."""
+
+    role: Literal["user", "assistant", "system"]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """An optional system message, then user and assistant in turn, ending with the assistant."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The pictures in the order in which they stand in the text, repetitions included."""
+        return tuple(
+            part.value for message in self.messages for part in message.parts
+            if part.kind == "image"
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A record that was set aside: where it stands, its id if it has one, and why."""
+
+    where: str
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedData:
+    """The good conversations in file order, and the records that were set aside."""
+
+    conversations: list[Conversation]
+    quarantined: list[Quarantined]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One evaluation question about one picture, with the answer that counts as right."""
+
+    id: str
+    image: str
+    text: str
+    answer: str
+    kind: str = ""
+
+
+# --- one record ---------------------------------------------------------------------------------
+
+
+def parse_record(record: object, where: str) -> Conversation:
+    """Turn one decoded JSON record into a Conversation.
+
+    Two forms are read: LLaVA's (`image`, `conversations` of `from` and `value`) and LLaMA-Factory's
+    (`images`, `messages` of `role` and `content`); one picture or a list of them in either. The
+    n-th `<image>` in the text is the n-th picture. A record without an id gets one made of its
+    content, so that it does not depend on the record's place in the file.
+
+    Raises PhiSightError "<where>: <reason>; <remedy>" for anything that cannot be trained on.
+    """
+    try:
+        return _parse_record(record)
+    except _BadRecord as error:
+        raise PhiSightError(f"{where}: {error}; mend or remove the record") from None
+
+
+class _BadRecord(Exception):
+    """The reason why a record is bad, without its place."""
+
+
+def _parse_record(record: object) -> Conversation:
+    if not isinstance(record, dict):
+        raise _BadRecord(f"the record is {_kind(record)}, not an object")
+    images = _parse_image_names(record)
+    turns = _parse_turns(record)
+    _check_roles([role for role, _ in turns])
+    tags = sum(text.count(IMAGE_TAG) for _, text in turns)
+    if tags != len(images):
+        raise _BadRecord(f"{len(images)} picture(s) but {tags} {IMAGE_TAG} in the text")
+    remaining = iter(images)
+    messages = tuple(
+        Message(role, _parse_content(role, text, remaining)) for role, text in turns
+    )
+    return Conversation(_parse_id(record, images, turns), messages)
+
+
+def _parse_id(record: dict, images: list[str], turns: list[tuple[str, str]]) -> str:
+    identity = record.get("id")
+    if identity is None:
+        content = json.dumps([images, turns])
+        return "sha256-" + hashlib.sha256(content.encode()).hexdigest()[:16]
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
+        raise _BadRecord(f"its id is {_kind(identity)}, not a name or a number")
+    return _checked_text(str(identity), "id")
+
+
+def _parse_image_names(record: dict) -> list[str]:
+    if record.get("image") is not None and record.get("images") is not None:
+        raise _BadRecord("it has both `image` and `images`")
+    names = record.get("image")
+    if names is None:
+        names = record.get("images")
+    if names is None:
+        return []
+    return [_parse_image_name(name) for name in (names if isinstance(names, list) else [names])]
+
+
+def _parse_image_name(name: object) -> str:
+    """A clean relative path: `a.jpg` and `./a.jpg` are one picture and must get one name."""
+    if not isinstance(name, str):
+        raise _BadRecord(f"a picture's name is {_kind(name)}, not text")
+    _checked_text(name, "picture's name")
+    if "://" in name:
+        raise _BadRecord(f"the picture {name!r} is a web address, not a file in the image folder")
+    path = PurePosixPath(name)
+    if "\0" in name or not path.name:
+        raise _BadRecord(f"the picture's name {name!r} is not a file name")
+    windows = PureWindowsPath(name)  # splits at \ and / both: one check for every system's forms
+    if windows.anchor or path.is_absolute() or ".." in windows.parts:
+        raise _BadRecord(f"the picture {name!r} lies outside the image folder")
+    return str(path)
+
+
+def _parse_turns(record: dict) -> list[tuple[str, str]]:
+    """The (role, text) pairs of either form, types checked."""
+    forms = [
+        form for form in (("conversations", "from", "value"), ("messages", "role", "content"))
+        if record.get(form[0]) is not None
+    ]  # fmt: skip
+    if len(forms) != 1:
+        raise _BadRecord("it must have one of `conversations` and `messages`")
+    list_key, role_key, text_key = forms[0]
+    turns = record[list_key]
+    if not isinstance(turns, list) or not turns:
+        raise _BadRecord(f"`{list_key}` is {_kind(turns)}, not a list of turns")
+    pairs = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise _BadRecord(f"turn {number} is {_kind(turn)}, not an object")
+        role, text = turn.get(role_key), turn.get(text_key)
+        if not isinstance(role, str):
+            raise _BadRecord(f"turn {number}: `{role_key}` is {_kind(role)}, not text")
+        if role not in ROLES:
+            raise _BadRecord(f"turn {number}: unknown `{role_key}` {role!r:.60}")
+        if not isinstance(text, str):
+            raise _BadRecord(f"turn {number}: `{text_key}` is {_kind(text)}, not text")
+        pairs.append((ROLES[role], _checked_text(text, f"text of turn {number}")))
+    return pairs
+
+
+def _check_roles(roles: list[str]) -> None:
+    """An optional system message, then user and assistant in turn, the assistant last."""
+    turns = roles[1:] if roles[0] == "system" else roles
+    if "assistant" not in turns:
+        raise _BadRecord("it has no assistant turn, so there is nothing to learn")
+    for number, role in enumerate(turns):
+        expected = "assistant" if number % 2 else "user"
+        if role != expected:
+            place = number + 1 + len(roles) - len(turns)
+            raise _BadRecord(f"turn {place} is the {role}'s where the {expected}'s should be")
+    if turns[-1] != "assistant":
+        raise _BadRecord("the last question has no answer")
+
+
+def _parse_content(role: str, text: str, images: Iterable[str]) -> tuple[Part, ...]:
+    """Cut the text at each `<image>`; take the pictures from `images`, which is used up."""
+    pieces = text.split(IMAGE_TAG)
+    if role != "user" and len(pieces) > 1:
+        raise _BadRecord(f"{IMAGE_TAG} stands in the {role}'s text, where no picture can be")
+    parts = []
+    for index, piece in enumerate(pieces):
+        if index > 0:
+            parts.append(Part("image", next(images)))
+        if piece.strip():
+            parts.append(Part("text", piece.strip()))
+    if not parts:
+        raise _BadRecord(f"an empty turn of the {role}")
+    return tuple(parts)
+
+
+def _checked_text(text: str, what: str) -> str:
+    """JSON can spell half of a surrogate pair, which no tokenizer and no file system takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _BadRecord(f"the {what} is not valid Unicode") from None
+    return text
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, in words for a person."""
+    if value is None:
+        return "missing"
+    if (value.strip() if isinstance(value, str) else value) in ("", [], {}):
+        return "empty"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+# --- whole files --------------------------------------------------------------------------------
+
+
+def load_conversations(path: str | Path, strict: bool = False) -> LoadedData:
+    """Read a data file: one JSON list of records, or one record a line (JSONL).
+
+    A bad record is quarantined with its reason; with `strict` it raises PhiSightError. A file that
+    is missing, empty, not JSON, not a list, or without one good record raises PhiSightError.
+    """
+    conversations, quarantined = [], []
+    for where, record in _read_records(Path(path)):
+        try:
+            if isinstance(record, _NotJson):
+                raise _BadRecord(f"not JSON ({record.reason})")
+            conversations.append(_parse_record(record))
+        except _BadRecord as error:
+            if strict:
+                raise PhiSightError(f"{where}: {error}; mend or remove the record") from None
+            quarantined.append(Quarantined(where, _id_for_report(record), str(error)))
+    if not conversations:
+        first = [f", the first ({bad.where}): {bad.reason}" for bad in quarantined[:1]]
+        raise PhiSightError(
+            f"{path}: no usable record among {len(quarantined)}{''.join(first)}; "
+            "give a LLaVA-Instruct JSON file"
+        )
+    return LoadedData(conversations, quarantined)
+
+
+@dataclass(frozen=True)
+class _NotJson:
+    """Stands in for a record whose line could not be decoded."""
+
+    reason: str
+
+
+def _read_records(path: Path) -> list[tuple[str, object]]:
+    """Every record of a JSON list or JSONL file, with the place to name in a message."""
+    text = _read_text(path)
+    if text.lstrip().startswith("{"):
+        records = _read_lines(path.name, text)
+        if isinstance(records[0][1], _NotJson):
+            raise PhiSightError(
+                f"{path}: neither a JSON list nor one JSON object a line; "
+                "put the records into one list [...]"
+            )
+        return records
+    decoded = _decode_json(text)
+    if isinstance(decoded, _NotJson):
+        raise PhiSightError(f"{path}: not JSON ({decoded.reason}); fetch or export it again")
+    if not isinstance(decoded, list):
+        raise PhiSightError(f"{path}: holds {_kind(decoded)}, not a list; give a list of records")
+    return [(f"{path.name} record {n}", record) for n, record in enumerate(decoded, start=1)]
+
+
+def _read_lines(name: str, text: str) -> list[tuple[str, object]]:
+    # Only \n separates records: splitlines() would also cut at U+2028, which JSON text may hold.
+    return [
+        (f"{name} line {number}", _decode_json(line))
+        for number, line in enumerate(text.split("\n"), start=1) if line.strip()
+    ]  # fmt: skip
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise PhiSightError(f"{path}: no such file; check the name") from None
+    except UnicodeDecodeError as error:
+        raise PhiSightError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PhiSightError(f"{path}: cannot be read ({reason}); give a data file") from error
+    if not text.strip():
+        raise PhiSightError(f"{path}: the file is empty; fetch or export it again")
+    return text
+
+
+def _decode_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return _NotJson(f"{error.msg} at line {error.lineno} column {error.colno}")
+    except ValueError:  # Python refuses to read a number of thousands of digits
+        return _NotJson("a number is too long")
+    except RecursionError:
+        return _NotJson("nested too deeply")
+
+
+def _id_for_report(record: object) -> str:
+    identity = record.get("id") if isinstance(record, dict) else None
+    return str(identity)[:100] if isinstance(identity, (str, int)) else ""
+
+
+def write_quarantine(path: str | Path, quarantined: Sequence[Quarantined]) -> None:
+    """Write one JSON object a line; the file appears whole or not at all.
+
+    Raises PhiSightError if the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            # ASCII escapes: an id may hold half of a surrogate pair, which UTF-8 cannot.
+            file.writelines(json.dumps(asdict(entry)) + "\n" for entry in quarantined)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise PhiSightError(f"{path}: cannot be written ({error.strerror}); check it") from error
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """Read evaluation questions, one JSON object a line, in the form of POPE (arXiv 2305.10355).
+
+    Keys: `question_id`, `image`, `text`, `label` (becomes `answer`) and, if wanted, `kind`. A score
+    over part of a benchmark is no score, so any bad line raises PhiSightError, as does a bad file.
+    """
+    path = Path(path)
+    questions, seen = [], set()
+    for where, record in _read_lines(path.name, _read_text(path)):
+        try:
+            question = _parse_question(record)
+            if question.id in seen:
+                raise _BadRecord(f"the question_id {question.id} occurs twice")
+        except _BadRecord as error:
+            raise PhiSightError(f"{where}: {error}; mend or remove the line") from None
+        seen.add(question.id)
+        questions.append(question)
+    return questions
+
+
+def _parse_question(record: object) -> Question:
+    if isinstance(record, _NotJson):
+        raise _BadRecord(f"not JSON ({record.reason})")
+    if not isinstance(record, dict):
+        raise _BadRecord(f"the line is {_kind(record)}, not an object")
+    identity = record.get("question_id")
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
+        raise _BadRecord(f"`question_id` is {_kind(identity)}, not a name or a number")
+    texts = {}
+    for key in ("text", "label", "kind"):
+        value = record.get(key, "" if key == "kind" else None)
+        if not isinstance(value, str) or (key != "kind" and not value.strip()):
+            raise _BadRecord(f"`{key}` is {_kind(value)}, not text")
+        texts[key] = _checked_text(value.strip(), key)
+    image = _parse_image_name(record.get("image"))
+    identity = _checked_text(str(identity), "question_id")
+    return Question(identity, image, texts["text"], texts["label"], texts["kind"])
+
+
+# --- pictures on disk ---------------------------------------------------------------------------
+
+
+def check_images(
+    conversations: Sequence[Conversation], folder: str | Path, decode: bool = True
+) -> LoadedData:
+    """Set aside the conversations of which a picture is missing from `folder` or is broken.
+
+    Each distinct picture is looked at once. With `decode=False` only its presence is checked.
+    Raises PhiSightError if `folder` is no folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PhiSightError(f"{folder}: no such image folder; give the folder of the pictures")
+
+    def problem(name: str) -> str | None:
+        try:
+            if decode:
+                load_image(folder / name)
+            elif not os.path.isfile(folder / name):
+                return f"{folder / name}: no such file; check the name and the image folder"
+        except PhiSightError as error:
+            return str(error)
+        return None
+
+    names = sorted({name for conversation in conversations for name in conversation.images})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoders work outside Python's lock
+        problems = {n: reason for n, reason in zip(names, pool.map(problem, names)) if reason}
+    good, quarantined = [], []
+    for conversation in conversations:
+        bad = next((name for name in conversation.images if name in problems), None)
+        if bad is None:
+            good.append(conversation)
+        else:
+            quarantined.append(Quarantined(f"picture {bad}", conversation.id, problems[bad]))
+    return LoadedData(good, quarantined)
+
+
+# --- splits -------------------------------------------------------------------------------------
+
+
+def split_by_image(
+    conversations: Sequence[Conversation], fraction: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Split into (train, validation) so that no picture is on both sides.
+
+    Conversations that share a picture, directly or through others, form a group; a text-only one
+    belongs to the group of its id. A group goes to validation if the hash of the seed and its first
+    name lies below `fraction`: the side depends neither on the file's order nor on what else is in
+    the file (unless a new record ties two groups together). Each list keeps the given order.
+    `fraction` 0 asks for no validation; otherwise each side gets at least one group.
+
+    Raises PhiSightError for a fraction outside [0, 1) or if there are fewer than two groups.
+    """
+    if not 0 <= fraction < 1:
+        raise PhiSightError(f"validation fraction {fraction}: out of range; give 0 <= it < 1")
+    if fraction == 0:
+        return list(conversations), []
+    groups = _group_names(conversations)
+    places = {name: _place_in_unit_interval("split", seed, name) for name in set(groups)}
+    if len(places) < 2:
+        raise PhiSightError(
+            f"validation split: needs at least 2 pictures with separate conversations, found "
+            f"{len(places)}; add data or set the validation fraction to 0"
+        )
+    # The nearest group goes over where chance left a side empty.
+    threshold = max(fraction, math.nextafter(min(places.values()), 1))
+    threshold = min(threshold, max(places.values()))
+    train, validation = [], []
+    for conversation, group in zip(conversations, groups):
+        (validation if places[group] < threshold else train).append(conversation)
+    return train, validation
+
+
+def take_fraction(
+    conversations: Sequence[Conversation], fraction: float, seed: int
+) -> list[Conversation]:
+    """Keep about `fraction` of the picture groups (see `split_by_image`), at least one.
+
+    A smaller fraction keeps a subset of what a larger one keeps. The choice is independent of the
+    split's, so that taking first and splitting afterwards still gives fair shares.
+
+    Raises PhiSightError for a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise PhiSightError(f"data fraction {fraction}: out of range; give 0 < it <= 1")
+    groups = _group_names(conversations)
+    places = {name: _place_in_unit_interval("take", seed, name) for name in set(groups)}
+    threshold = max(fraction, math.nextafter(min(places.values(), default=0.0), 1))
+    return [c for c, group in zip(conversations, groups) if places[group] < threshold]
+
+
+def _place_in_unit_interval(purpose: str, seed: int, name: str) -> float:
+    """A fixed pseudo-random number in [0, 1) for a name: 53 bits of its hash, exact in a float."""
+    digest = hashlib.sha256(f"{purpose}\0{seed}\0{name}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def _group_names(conversations: Sequence[Conversation]) -> list[str]:
+    """For each conversation the name of its group: the alphabetically first picture in it.
+
+    Union-find over picture names; the smaller name is always the root, so that the name of a group
+    does not depend on the order of the records.
+    """
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]  # halve the path: the next walk is shorter
+            name = parent[name]
+        return name
+
+    firsts = []
+    for conversation in conversations:
+        names = [f"image\0{name}" for name in conversation.images] or [f"id\0{conversation.id}"]
+        firsts.append(names[0])
+        for name in names:
+            low, high = sorted((root(names[0]), root(name)))
+            parent[high] = low
+    return [root(first) for first in firsts]

@@ -1,0 +1,162 @@
+"""How often is the answer exactly right, and does it come from the picture?
+
+    python evaluate.py                # a table
+    python evaluate.py --json         # one object, percentages
+
+Every question is asked on its own, answered by greedy decoding, and compared with its label after
+folding case and dropping a final full stop. The questions about held-out pictures are asked three
+times: with the right picture, with another one, and with a blank one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor, stack
+from tqdm import tqdm
+
+import config as configs
+from config import need_file
+from data.chat import render
+from data.dataset import Message, Part, Question, load_questions
+from data.features import FeatureStore
+from data.prepare import DATA_REMEDY
+from errors import PhiSightError, run_main
+from infer import Assistant, add_model_flags, load_assistant
+from meter import CONDITIONS, features_under, swapped_names
+from model.generate import generate
+from model.vision import VisionTower
+
+BATCH = 64
+REPORTED_ONLY = ("two_step",)  # kinds outside the totals
+
+
+def normalise(answer: str) -> str:
+    return answer.strip().casefold().removesuffix(".").strip()
+
+
+def answer_all(
+    assistant: Assistant, questions: Sequence[Question], features_of: Callable[[str], Tensor],
+    max_new_tokens: int, label: str,
+) -> list[str]:
+    """Greedy answers, in the order of the questions, many at a time."""
+    chat_format, tokenizer = assistant.parts.chat_format, assistant.parts.base.tokenizer
+    # Alike questions together: they are of one length and their answers end at about one time.
+    order = sorted(range(len(questions)), key=lambda i: (questions[i].kind, questions[i].text))
+    answers = [""] * len(questions)
+    for start in tqdm(range(0, len(order), BATCH), desc=label, unit="batch", leave=False):
+        chosen = order[start : start + BATCH]
+        prompts, features = [], []
+        for index in chosen:
+            question = questions[index]
+            message = Message(
+                "user", (Part("image", question.image), Part("text", question.text))
+            )
+            prompts.append(render([message], chat_format, add_generation_prompt=True).input_ids)
+            features.append(features_of(question.image))
+        ids: list[list[int]] = [[] for _ in chosen]
+        for tokens in generate(assistant.model, prompts, stack(features), assistant.stop_ids,
+                               max_new_tokens):
+            for row, token in enumerate(tokens):
+                if token is not None:
+                    ids[row].append(token)
+        for row, index in enumerate(chosen):
+            answers[index] = tokenizer.decode(ids[row], skip_special_tokens=True)
+    return answers
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, object]:
+    """{"exact": percent over the kinds that count, "questions": how many, "by_kind": percents}."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for question, answer in zip(questions, answers, strict=True):
+        right[question.kind or "question"].append(normalise(answer) == normalise(question.answer))
+    counted = [good for kind, all_ in right.items() if kind not in REPORTED_ONLY for good in all_]
+    return {
+        "exact": round(100 * sum(counted) / max(1, len(counted)), 2),
+        "questions": len(counted),
+        "by_kind": {k: round(100 * sum(v) / len(v), 2) for k, v in sorted(right.items())},
+        "asked_by_kind": {k: len(v) for k, v in sorted(right.items())},
+    }
+
+
+def evaluate(
+    assistant: Assistant, sets: dict[str, list[Question]], images: Path, store: FeatureStore,
+    max_new_tokens: int,
+) -> dict[str, dict[str, object]]:
+    """Scores by name: "held_out" (or the first set) under all three conditions, the others right."""
+    everything = [question.image for questions in sets.values() for question in questions]
+    bad = store.add(everything, images, lambda: VisionTower(assistant.parts.vision,
+                                                            assistant.parts.device))
+    if bad:
+        raise PhiSightError(f"{len(bad)} pictures cannot be used, first: {next(iter(bad.values()))}")
+    results = {}
+    for number, (name, questions) in enumerate(sets.items()):
+        swapped = swapped_names([question.image for question in questions])
+        for condition in CONDITIONS if number == 0 else CONDITIONS[:1]:
+            answers = answer_all(assistant, questions, features_under(condition, store, swapped),
+                                 max_new_tokens, f"{name}, {condition} picture")
+            results[name if condition == "right" else condition] = score(questions, answers)
+    return results
+
+
+def table(results: dict[str, dict[str, object]]) -> str:
+    """Kinds down, conditions across, percent exact."""
+    kinds = sorted({kind for result in results.values() for kind in result["by_kind"]})
+    kinds = [k for k in kinds if k not in REPORTED_ONLY] + [k for k in kinds if k in REPORTED_ONLY]
+    lines = [f"{'exact answers, %':20}" + "".join(f"{name:>13}" for name in results)]
+    for kind in kinds:
+        cells = "".join(f"{result['by_kind'].get(kind, float('nan')):13.1f}"
+                        for result in results.values())
+        lines.append(f"{kind + (' *' if kind in REPORTED_ONLY else ''):20}{cells}")
+    for label, key, form in (("all", "exact", "13.1f"), ("questions", "questions", "13d")):
+        lines.append(f"{label:20}" + "".join(f"{r[key]:{form}}" for r in results.values()))
+    if any(kind in REPORTED_ONLY for kind in kinds):
+        lines.append("* reported, not part of the totals")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = configs.Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    add_model_flags(parser)
+    parser.add_argument("--held-out-questions", help="JSONL, in place of the run's own")
+    parser.add_argument("--novel-pair-questions", help="JSONL, in place of the run's own")
+    parser.add_argument("--images", help="folder of the questions' pictures")
+    parser.add_argument("--features", help="folder of the feature store")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    options = parser.parse_args(arguments)
+    assistant = load_assistant(options)
+    config = assistant.config
+    held_out = options.held_out_questions or config.held_out_questions
+    sets = {"held_out": load_questions(need_file(held_out, "--held-out-questions", DATA_REMEDY))}
+    novel = options.novel_pair_questions or config.novel_pair_questions
+    if novel:
+        sets["novel_pairs"] = load_questions(need_file(novel, "--novel-pair-questions", DATA_REMEDY))
+    vision = assistant.parts.vision
+    store = FeatureStore(options.features or config.features, vision.key, vision.shape)
+    started = time.perf_counter()
+    results = evaluate(assistant, sets, Path(options.images or config.images), store,
+                       options.max_new_tokens)
+    if options.json:
+        summary = {name: result["exact"] for name, result in results.items()}
+        first = results["held_out"]
+        print(json.dumps(summary | {
+            "questions": first["questions"], "by_kind": first["by_kind"],
+            "novel_by_kind": results.get("novel_pairs", {}).get("by_kind", {}),
+            "alignment": round(first["exact"] - results["swapped"]["exact"], 2),
+            "checkpoint": assistant.source, "seconds": round(time.perf_counter() - started, 1),
+        }))
+        return 0
+    print(table(results))
+    gap = results["held_out"]["exact"] - results["swapped"]["exact"]
+    print(f"alignment: {gap:.1f} points between the right picture and a swapped one"
+          f" ({assistant.source}, {time.perf_counter() - started:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,118 @@
+"""`LoRALinear`: a frozen linear layer plus a trainable low-rank update."""
+
+from __future__ import annotations
+
+import math
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from errors import PhiSightError
+
+
+def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
+    """Keep a 4-bit layer away from the two CPU paths of bitsandbytes that change its weight.
+
+    On a CPU with AVX512-BF16, `Linear4bit.forward` repacks the weight for inference the first time
+    that it sees an eval-mode input without a gradient. That rounds every block scale to bfloat16,
+    stops at layers whose output size is no multiple of 32, hides the weight from `dequantize_4bit`,
+    and leaves a forward without a backward: an evaluation in the middle of a run would silently
+    change the model and cut its gradient. So that path is switched off, layer by layer.
+
+    On a CPU with AVX-512, dequantisation counts blocks by row although quantisation counted them
+    over the whole tensor, so a row that is no whole number of blocks comes back with the scales of
+    its neighbours. Such a layer is refused, on every machine: one file must mean one model.
+
+    Raises:
+        PhiSightError: the weight is repacked already, or its rows are no whole number of blocks.
+    """
+    if linear.in_features % linear.weight.blocksize:
+        raise PhiSightError(
+            f"4-bit layer: {linear.in_features} inputs are no multiple of the NF4 block size "
+            f"{linear.weight.blocksize}, which bitsandbytes dequantises wrongly on some CPUs; "
+            'use a model with other sizes, or quantization "none"'
+        )
+    if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+        raise PhiSightError(
+            "4-bit layer: its weight has been repacked for CPU inference, which loses precision; "
+            "load the base model again and do not run it before it is wrapped"
+        )
+    linear.support_avx512bf16_for_cpu = False
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + scaling * B(A(dropout(x))), scaling = alpha / rank (arXiv:2106.09685).
+
+    The base stays frozen and may be `nn.Linear` or `bnb.nn.Linear4bit` (QLoRA, arXiv:2305.14314);
+    its gradient with respect to x flows, its weight gets none. A, B and the low-rank product are
+    float32 whatever the compute dtype of the base: in bfloat16 small updates would round away.
+
+    Attributes:
+        base: the frozen layer, (…, in_features) -> (…, out_features).
+        lora_A: (rank, in_features) float32 parameter, Kaiming-uniform as `nn.Linear` draws it.
+        lora_B: (out_features, rank) float32 parameter, zeros: a new layer computes what base does.
+        scaling: 0-dim float32 buffer, so that it is saved and restored with A and B.
+
+    Raises:
+        PhiSightError: the base is no linear layer, is a 4-bit one that is not quantised yet or
+            cannot be used safely, or a number makes no adapter.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_base(base)
+        check_numbers(rank, alpha, dropout)
+        self.base = base.requires_grad_(False)
+        self.in_features, self.out_features, self.rank = base.in_features, base.out_features, rank
+        # Drawn on the generator's own device and then moved, so that one seed gives the same start
+        # on every machine.
+        origin = generator.device if generator else "cpu"
+        drawn = torch.empty(rank, base.in_features, device=origin)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(drawn.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.register_buffer("scaling", torch.tensor(alpha / rank, device=device))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in_features) -> (…, out_features), in the dtype that the base returns."""
+        result = self.base(x)
+        update = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.T  # (…, rank)
+        update = (update @ self.lora_B.T) * self.scaling  # (…, out_features)
+        return result + update.to(result.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling.item():g}"
+
+
+def check_base(base: nn.Module) -> None:
+    """Raise `PhiSightError` unless `base` is a linear layer that is ready to be wrapped."""
+    if not isinstance(base, nn.Linear):
+        raise PhiSightError(
+            f"LoRA base: {type(base).__name__} is no linear layer; wrap nn.Linear or Linear4bit"
+        )
+    if isinstance(base, bnb.nn.Linear4bit):
+        if base.weight.quant_state is None:
+            raise PhiSightError(
+                "LoRA base: the 4-bit layer is not quantised yet; move it to its device first"
+            )
+        secure_four_bit(base)
+
+
+def check_numbers(rank: int, alpha: float, dropout: float) -> None:
+    """Raise `PhiSightError` for a rank, alpha or dropout that makes no adapter."""
+    if rank < 1:
+        raise PhiSightError(f"LoRA rank: {rank} is no rank; give a whole number of at least 1")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise PhiSightError(f"LoRA alpha: {alpha} is no scale; give a number above 0")
+    if not 0 <= dropout < 1:
+        raise PhiSightError(f"LoRA dropout: {dropout} is no probability; give 0 <= dropout < 1")

@@ -1,0 +1,338 @@
+"""Load a Phi-3 base model from a folder or the Hugging Face hub, in NF4, frozen and fingerprinted.
+
+Weights are read by hand, tensor by tensor, and quantised as they are read, so the peak memory is
+the quantised model plus one tensor. No pickle is opened and no code of the folder is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+
+from errors import PhiSightError
+from lora.layer import secure_four_bit
+
+QUANTIZATIONS = ("nf4", "nf4-nested", "none")
+LAYOUT = (
+    "config.json, model.safetensors (or model.safetensors.index.json and its shards), "
+    "tokenizer.json and tokenizer_config.json"
+)
+DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model"]
+STORED_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclass
+class BaseModel:
+    """A frozen language model with what is needed to name it, feed it and recognise it."""
+
+    model: Phi3ForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    fingerprint: str
+    """sha256 over config.json and the weight files: a checkpoint resumes on this base only."""
+    name: str
+    compute_dtype: torch.dtype
+
+
+def load_base(
+    id_or_folder: str | Path,
+    revision: str | None,
+    compute_dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: str = "nf4",
+) -> BaseModel:
+    """Load a Phi-3 model, quantise its linear layers except `lm_head`, and freeze everything.
+
+    Args:
+        id_or_folder: a folder that holds config.json, safetensors weights and tokenizer files, or
+            a hub id such as "microsoft/Phi-3.5-mini-instruct". HF_HUB_OFFLINE is respected.
+        revision: branch, tag or commit on the hub; of no meaning for a folder.
+        compute_dtype: dtype of the activations and of all weights that are not quantised.
+        quantization: "nf4" (arXiv:2305.14314), "nf4-nested" (its block scales quantised too), or
+            "none" (plain linear layers in compute_dtype).
+
+    Raises:
+        PhiSightError: the model cannot be found or read, is no Phi-3, has missing, unexpected or
+            misshapen tensors, or has no tokenizer that fits it.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise PhiSightError(
+            f"quantization: {quantization!r} is unknown; choose one of {', '.join(QUANTIZATIONS)}"
+        )
+    device = torch.device(device)
+    folder = find_folder(id_or_folder, revision)
+    config = read_config(folder)
+    weight_files = find_weight_files(folder)
+    tokenizer = load_tokenizer(folder, config)
+
+    config.dtype = compute_dtype
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = Phi3ForCausalLM(config)
+    sources = match_tensors(model, weight_files)
+    if quantization != "none":
+        swap_linear_layers(model, compute_dtype, nested=quantization == "nf4-nested")
+    fill(model, sources, compute_dtype, device)
+    finish(model, device)
+    fingerprint = hash_files([folder / "config.json", *weight_files])
+    return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype)
+
+
+def choose_compute_dtype(device: torch.device | str) -> tuple[torch.dtype, str]:
+    """The dtype to compute in on `device`, and the reason in words for the log.
+
+    Raises:
+        PhiSightError: the device is neither a CPU nor a CUDA GPU.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.float32, "no GPU: 16-bit backward through NF4 takes a scalar path on a CPU"
+    if device.type != "cuda":
+        raise PhiSightError(f"device: {device.type} is not supported; choose cuda or cpu")
+    # Asked by capability, as `torch.cuda.is_bf16_supported` also says yes to slow emulation.
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16, "the GPU has bfloat16, which needs no loss scaler"
+    return torch.float16, "the GPU has no bfloat16: float16 needs a loss scaler"
+
+
+# Files: found, and read without trusting them
+
+
+def find_folder(id_or_folder: str | Path, revision: str | None) -> Path:
+    """The local folder of a model: the one given, or a snapshot downloaded from the hub."""
+    folder = Path(id_or_folder)
+    if folder.is_dir():
+        return folder
+    name = str(id_or_folder)
+    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise PhiSightError(f"base model {name}: there is no such folder; give one with {LAYOUT}")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
+    except (OSError, ValueError) as error:  # every network, cache and naming error of the hub
+        reason = str(error).strip().splitlines()[0]
+        raise PhiSightError(
+            f"base model {name}: it is no folder and the hub did not give it ({reason}); "
+            f"download it elsewhere and give a folder with {LAYOUT}"
+        ) from error
+
+
+def read_config(folder: Path) -> Phi3Config:
+    """config.json as a `Phi3Config`. Raises `PhiSightError` if it is missing, broken or other."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != "phi3":
+        raise PhiSightError(
+            f"{path}: model_type is {raw.get('model_type')!r}, not 'phi3'; "
+            "choose Phi-3.5-mini-instruct or another model of the Phi-3 layout"
+        )
+    if raw.get("quantization_config"):
+        raise PhiSightError(
+            f"{path}: the weights are quantised already; give the original 16-bit model"
+        )
+    try:
+        # The class itself, not AutoConfig: nothing that config.json names is imported.
+        return Phi3Config.from_dict(raw)
+    except (ValueError, TypeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+        raise PhiSightError(f"{path}: {error}; restore the model's own config.json") from error
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, sorted by name. Raises `PhiSightError` if one is absent."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise PhiSightError(f"{index}: it has no weight_map; download the file again")
+        names = sorted({str(name) for name in weight_map.values()})
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name:  # an index must not reach out of its folder
+            raise PhiSightError(f"{index}: {name} is no plain file name; download the file again")
+        if (folder / name).is_file():
+            continue
+        if any(folder.glob("*.bin")) and not index.is_file():
+            raise PhiSightError(
+                f"base model {folder}: its weights are pickle files (.bin), which can run code; "
+                "convert them with transformers' save_pretrained, which writes safetensors"
+            )
+        raise PhiSightError(f"base model {folder}: {name} is missing; the layout is {LAYOUT}")
+    return [folder / name for name in names]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises `PhiSightError` if it is missing or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PhiSightError(f"{path}: it is missing; the layout is {LAYOUT}") from error
+    except (OSError, ValueError) as error:
+        raise PhiSightError(f"{path}: {error}; download the file again") from error
+    if not isinstance(content, dict):
+        raise PhiSightError(f"{path}: it is no JSON object; download the file again")
+    return content
+
+
+def load_tokenizer(folder: Path, config: Phi3Config) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer. Raises `PhiSightError` if absent or larger than the embedding."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise PhiSightError(f"base model {folder}: {name} is missing; the layout is {LAYOUT}")
+    try:
+        # Not AutoTokenizer: it builds Phi-3's tokenizer anew from the class name "LlamaTokenizer",
+        # with a pre-tokenizer other than that of tokenizer.json, and so with other ids.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise PhiSightError(f"tokenizer of {folder}: {error}; download it again") from error
+    if len(tokenizer) > config.vocab_size:
+        raise PhiSightError(
+            f"tokenizer of {folder}: it has {len(tokenizer)} tokens and the model "
+            f"{config.vocab_size} embeddings; use the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def hash_files(paths: list[Path]) -> str:
+    """sha256 over the sha256 of each file, in the given order: no byte can change its file."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+# Tensors: matched by name and shape before one is read, then put in place one at a time
+
+
+def match_tensors(model: Phi3ForCausalLM, weight_files: list[Path]) -> dict[str, Path]:
+    """The file of each tensor that `model` (on the meta device) needs.
+
+    Raises:
+        PhiSightError: names every tensor that is missing, unexpected, double, misshapen, or of a
+            dtype that is no 16- or 32-bit float.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        expected.pop("lm_head.weight")  # it is the embedding, stored once
+    sources: dict[str, Path] = {}
+    problems = []
+    for path, name, shape, dtype in read_headers(weight_files):
+        if name not in expected:
+            problems.append(f"unexpected {name}")
+        elif name in sources:
+            problems.append(f"{name} is in both {sources[name].name} and {path.name}")
+        elif shape != expected[name]:
+            problems.append(f"{name} has shape {shape}, not {expected[name]}")
+        elif dtype not in STORED_DTYPES:
+            problems.append(f"{name} is {dtype}, not one of {', '.join(STORED_DTYPES)}")
+        sources[name] = path
+    problems += [f"missing {name}" for name in expected if name not in sources]
+    if problems:
+        raise PhiSightError(
+            f"base model {weight_files[0].parent}: {', '.join(problems)}; "
+            "the weight files do not belong to this config.json, download both again"
+        )
+    return sources
+
+
+def read_headers(weight_files: list[Path]) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
+    """(file, tensor name, shape, dtype) of every stored tensor; no tensor is read."""
+    for path in weight_files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    stored = file.get_slice(name)
+                    yield path, name, tuple(stored.get_shape()), stored.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise PhiSightError(f"{path}: {error}; download the file again") from error
+
+
+def swap_linear_layers(model: nn.Module, compute_dtype: torch.dtype, nested: bool) -> None:
+    """Put an empty `Linear4bit` in the place of every linear layer except `lm_head`.
+
+    Raises:
+        PhiSightError: a layer has a size that bitsandbytes does not handle well everywhere.
+    """
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or name == "lm_head":
+            continue
+        parent_name, _, child_name = name.rpartition(".")
+        four_bit = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=compute_dtype,
+            compress_statistics=nested,
+            quant_type="nf4",
+            device="meta",
+        )
+        # 64 is the block size of QLoRA. A row that is no whole number of them gets smaller blocks,
+        # for the reason that `secure_four_bit` gives; Phi-3.5-mini (3072, 8192) has 64 throughout.
+        four_bit.weight.blocksize = 64 if linear.in_features % 64 == 0 else 32
+        secure_four_bit(four_bit)
+        setattr(model.get_submodule(parent_name), child_name, four_bit)
+
+
+def fill(
+    model: nn.Module, sources: dict[str, Path], compute_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Read every tensor of `sources` into `model`, file by file, one tensor at a time."""
+    for path in sorted(set(sources.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in [name for name, source in sources.items() if source == path]:
+                module_name, _, parameter_name = name.rpartition(".")
+                module = model.get_submodule(module_name)
+                tensor = file.get_tensor(name)
+                if isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight":
+                    parameter = quantize(tensor, module, compute_dtype, device)
+                else:
+                    tensor = tensor.to(device=device, dtype=compute_dtype)
+                    parameter = nn.Parameter(tensor, requires_grad=False)
+                setattr(module, parameter_name, parameter)
+
+
+def quantize(
+    weight: Tensor, module: bnb.nn.Linear4bit, compute_dtype: torch.dtype, device: torch.device
+) -> bnb.nn.Params4bit:
+    """An (out_features, in_features) weight in NF4 on `device`, to become `module.weight`."""
+    parameter = bnb.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        blocksize=module.weight.blocksize,
+        compress_statistics=module.weight.compress_statistics,
+        quant_type="nf4",
+        module=module,
+    ).to(device)  # the first move of an unquantised Params4bit is what quantises it
+    # Dequantisation returns this dtype, which starts as that of the file. The forward dequantises
+    # to the compute dtype but the backward to this one, so they must agree: a bfloat16 file run in
+    # float32 would otherwise get gradients through weights rounded a second time.
+    parameter.quant_state.dtype = compute_dtype
+    return parameter
+
+
+def finish(model: Phi3ForCausalLM, device: torch.device) -> None:
+    """Tie what is tied, build the buffers that no file holds, freeze, and switch to eval mode."""
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    # The rotary frequencies are computed, not stored. On the meta device they came out empty, and
+    # `to_empty` would fill them with noise: build the module again, for real.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    empty = [name for name, tensor in list(model.named_parameters()) + list(model.named_buffers())
+             if tensor.is_meta]
+    if empty:
+        raise PhiSightError(
+            f"base model: {', '.join(empty)} has no value after loading; "
+            "this version of transformers adds a buffer that is not handled, use another one"
+        )
+    model.requires_grad_(False)
+    model.eval()

@@ -1,0 +1,86 @@
+"""Config -> the whole model: base in NF4, adapter, projector, and the names of what they were built on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from config import Config
+from data.chat import ChatFormat
+from errors import PhiSightError
+from lora.inject import inject
+from lora.state import load_lora_state, lora_state
+from model.base import BaseModel, choose_compute_dtype, load_base
+from model.projector import ImageProjector
+from model.vision import VisionSpec, read_vision_spec
+from model.vlm import VisionLanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The model and what training and inference need beside it."""
+
+    model: VisionLanguageModel
+    base: BaseModel
+    vision: VisionSpec
+    chat_format: ChatFormat
+    device: torch.device
+    compute_reason: str
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PhiSightError("--device cuda: no CUDA device is visible; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def assemble(config: Config) -> Assembled:
+    """Build the model of `config` with a fresh adapter and projector, drawn from `config.seed`."""
+    device = choose_device(config.device)
+    dtype, reason = choose_compute_dtype(device)
+    if config.compute_type != "auto":
+        dtype, reason = DTYPES[config.compute_type], "asked for by --compute-type"
+    base = load_base(config.base, config.base_revision or None, dtype, device, config.quantization)
+    vision = read_vision_spec(
+        config.vision, config.vision_revision, config.vision_features, config.vision_layer
+    )
+    chat_format = ChatFormat.from_tokenizer(base.tokenizer, vision.shape[0])
+
+    generator = torch.Generator().manual_seed(config.seed)
+    inject(base.model, config.lora_targets, config.lora_rank, config.lora_alpha,
+           config.lora_dropout, generator)
+    projector = ImageProjector(vision.shape[1], base.model.config.hidden_size)
+    projector.reset_parameters(generator)
+    model = VisionLanguageModel(base.model, projector, chat_format.image_id).to(device)
+    return Assembled(model, base, vision, chat_format, device, reason)
+
+
+def model_state(model: VisionLanguageModel) -> dict[str, dict[str, Tensor]]:
+    """What training changes, by checkpoint file."""
+    return {
+        "lora_weights": lora_state(model.language_model),
+        "image_projector": dict(model.projector.state_dict()),
+    }
+
+
+def load_model_state(
+    model: VisionLanguageModel, state: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """The inverse of `model_state`, strict both ways."""
+    projector = state["image_projector"]
+    wanted = {name: (t.shape, t.dtype) for name, t in model.projector.state_dict().items()}
+    given = {name: (t.shape, t.dtype) for name, t in projector.items()}
+    if wanted != given:
+        raise PhiSightError(
+            f"image_projector: holds {sorted(given)}, the model has {sorted(wanted)}, or shapes"
+            " differ; use a checkpoint of this base and this CLIP"
+        )
+    load_lora_state(model.language_model, state["lora_weights"])
+    model.projector.load_state_dict(dict(projector), strict=True)

@@ -1,0 +1,102 @@
+"""The whole model: token embeddings with projected picture features spliced in, Phi-3, the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import PhiSightError
+from model.projector import ImageProjector
+
+IGNORED = -100
+
+
+def segment_mask(segment_ids: Tensor) -> Tensor:
+    """(rows, length) -> (rows, 1, length, length) bool: who may look at whom.
+
+    A token sees itself and what came before it in its own conversation, nothing of its neighbours in
+    the row. Padding is a conversation of its own (number 0), so no query is left with nothing to see.
+    """
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (rows, length, length)
+    return same.tril()[:, None]
+
+
+class VisionLanguageModel(nn.Module):
+    """Owns no weights beyond its two parts: `language_model` (with its adapter) and `projector`."""
+
+    def __init__(
+        self, language_model: nn.Module, projector: ImageProjector, placeholder_id: int
+    ) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.projector = projector
+        self.placeholder_id = placeholder_id
+
+    def embed(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+        """(rows, length) ids, (images, tokens, vision dim) features -> (rows, length, dim)."""
+        embeddings = self.language_model.model.embed_tokens(input_ids)
+        slots = input_ids == self.placeholder_id  # (rows, length)
+        wanted, given = int(slots.sum()), image_features.shape[0] * image_features.shape[1]
+        if wanted != given:
+            raise PhiSightError(
+                f"pictures: the text has {wanted} picture slots, the features fill {given};"
+                " give as many pictures as <image> places"
+            )
+        if given:
+            projected = self.projector(image_features)  # (images, tokens, dim)
+            embeddings = embeddings.clone()
+            embeddings[slots] = projected.flatten(0, 1).to(embeddings.dtype)
+        return embeddings
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, image_features: Tensor
+    ) -> Tensor:
+        """Last hidden states of packed rows, (rows, length, dim)."""
+        return self.language_model.model(
+            inputs_embeds=self.embed(input_ids, image_features),
+            position_ids=position_ids,
+            attention_mask=segment_mask(segment_ids),
+            use_cache=False,
+        ).last_hidden_state
+
+    def supervised_logits(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, segment_ids: Tensor,
+        image_features: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (supervised, vocabulary) float32 only where a token is trained on, and the tokens."""
+        hidden = self.hidden_states(input_ids, position_ids, segment_ids, image_features)
+        targets = labels[:, 1:]  # the state at t predicts the token at t + 1
+        chosen = targets != IGNORED
+        return self.language_model.lm_head(hidden[:, :-1][chosen]).float(), targets[chosen]
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, segment_ids: Tensor,
+        image_features: Tensor,
+    ) -> tuple[Tensor, int]:
+        """Summed cross-entropy over the supervised tokens (0-dim float32), and their count."""
+        logits, targets = self.supervised_logits(
+            input_ids, labels, position_ids, segment_ids, image_features
+        )
+        return F.cross_entropy(logits, targets, reduction="sum"), targets.numel()
+
+    def owners(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Every parameter under exactly one owner: "lora", "projector" (trained), "base" (frozen)."""
+        owned: dict[str, list[tuple[str, nn.Parameter]]] = {"lora": [], "projector": [], "base": []}
+        for name, parameter in self.named_parameters():
+            owned[owner_of(name)].append((name, parameter))
+        return owned
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+
+def owner_of(name: str) -> str:
+    """Who owns a parameter of the whole model, by its name."""
+    if name.startswith("projector."):
+        return "projector"
+    return "lora" if name.endswith((".lora_A", ".lora_B")) else "base"
