@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_CODE = 2
+INTERRUPTED = 130  # what shells give a program that Ctrl-C ended
 
 
 class PhiSightError(Exception):
@@ -19,6 +20,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except PhiSightError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        print("interrupted: what was saved is kept; run the same command again", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `... | head` closed the pipe: nothing is lost and nobody is reading
         sys.stderr.close()
         sys.exit(0)

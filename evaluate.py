@@ -48,7 +48,8 @@ def answer_all(
     # Alike questions together: they are of one length and their answers end at about one time.
     order = sorted(range(len(questions)), key=lambda i: (questions[i].kind, questions[i].text))
     answers = [""] * len(questions)
-    for start in tqdm(range(0, len(order), BATCH), desc=label, unit="batch", leave=False):
+    for start in tqdm(range(0, len(order), BATCH), desc=label, unit="batch", leave=False,
+                      disable=None):
         chosen = order[start : start + BATCH]
         prompts, features = [], []
         for index in chosen:
@@ -87,12 +88,13 @@ def evaluate(
     assistant: Assistant, sets: dict[str, list[Question]], images: Path, store: FeatureStore,
     max_new_tokens: int,
 ) -> dict[str, dict[str, object]]:
-    """Scores by name: "held_out" (or the first set) under all three conditions, the others right."""
+    """Scores by name: the first set under all three conditions, the others with the right one."""
     everything = [question.image for questions in sets.values() for question in questions]
     bad = store.add(everything, images, lambda: VisionTower(assistant.parts.vision,
                                                             assistant.parts.device))
     if bad:
-        raise PhiSightError(f"{len(bad)} pictures cannot be used, first: {next(iter(bad.values()))}")
+        first = next(iter(bad.values()))
+        raise PhiSightError(f"{len(bad)} pictures cannot be used, first: {first}")
     results = {}
     for number, (name, questions) in enumerate(sets.items()):
         swapped = swapped_names([question.image for question in questions])
@@ -135,7 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
     sets = {"held_out": load_questions(need_file(held_out, "--held-out-questions", DATA_REMEDY))}
     novel = options.novel_pair_questions or config.novel_pair_questions
     if novel:
-        sets["novel_pairs"] = load_questions(need_file(novel, "--novel-pair-questions", DATA_REMEDY))
+        sets["novel_pairs"] = load_questions(
+            need_file(novel, "--novel-pair-questions", DATA_REMEDY)
+        )
     vision = assistant.parts.vision
     store = FeatureStore(options.features or config.features, vision.key, vision.shape)
     started = time.perf_counter()

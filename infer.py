@@ -67,7 +67,7 @@ class Assistant:
         """From a run's newest valid checkpoint or from one checkpoint folder.
 
         `overrides` replace fields of the saved config, such as `base` for a folder that has moved.
-        Raises `PhiSightError` when there is none, it does not verify, or it belongs to another base.
+        Raises `PhiSightError` when there is none, it does not verify, or is of another base.
         """
         checkpoint = checkpoints.resolve(run_or_checkpoint)
         where = str(checkpoint.path)

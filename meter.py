@@ -1,7 +1,7 @@
 """The alignment meter: does the answer come from the picture?
 
-The same questions are answered with the right picture, with another conversation's picture, and with
-a blank one. A model that ignores the picture scores the same three times.
+The same questions are answered with the right picture, with another conversation's picture, and
+with a blank one. A model that ignores the picture scores the same three times.
 """
 
 from __future__ import annotations

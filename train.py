@@ -10,8 +10,9 @@ config -> data -> features -> rows -> model + LoRA -> step -> checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import random
+import shlex
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 import safetensors
 import tokenizers
 import torch
@@ -72,7 +74,6 @@ class Progress:
 def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOptions) -> Progress:
     """One run, from `resume` or from nothing, until it is finished or asked to stop."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(True)
 
     parts = assemble(config)
@@ -80,7 +81,6 @@ def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOpt
     data = prepare(config, parts.chat_format, store,
                    lambda: VisionTower(parts.vision, parts.device))
     run = Path(config.run)
-    write_quarantine(run / "quarantine.jsonl", data.quarantined)
 
     lengths = [len(sample.input_ids) for sample in data.train]
     row_tokens = config.row_tokens or max(lengths)
@@ -95,14 +95,18 @@ def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOpt
     optimizer = AdamW(model.trainable(), (config.adam_beta1, config.adam_beta2),
                       config.adam_epsilon, config.weight_decay)
     scaler = LossScaler(enabled=parts.base.compute_dtype == torch.float16)
+    seed_generators(config.seed)  # here: a CLIP that had to be loaded for features draws numbers
     progress = Progress()
     log = MetricsLog(run / "metrics.jsonl")
     facts = describe_run(config, parts, data, total_steps)
     if resume is None:
+        if options.overwrite:  # only now that nothing is left that could keep the run from starting
+            checkpoints.remove_all(run)
         log.truncate_to(0)
     else:
         check_same_run(resume.config, facts, options.allow_changes)
         progress = restore(resume, parts, optimizer, scaler, log)
+    write_quarantine(run / "quarantine.jsonl", data.quarantined)  # a refused resume changes nothing
     announce(config, parts, data, plans, row_tokens, total_steps, progress)
 
     def save() -> None:
@@ -119,7 +123,7 @@ def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOpt
 
     features_of, padding = store.features_of, parts.chat_format.end_of_text_id
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step",
-               disable=not sys.stderr.isatty())
+               disable=None)
     with StopSignals() as stop:
         while not progress.finished:
             clock = time.perf_counter()
@@ -146,7 +150,8 @@ def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOpt
                 record = close_window(progress, rate, result)
                 log.write(record)
                 bar.write(console_line(record))
-                warn_of_still_owners(result)
+                if rate > 0:  # the first rate of a warm-up is 0
+                    warn_of_still_owners(result)
             if config.evaluate_steps and (
                 progress.step % config.evaluate_steps == 0 or progress.finished
             ):
@@ -221,6 +226,13 @@ def moved_by_owner(
         change = (now[name].detach() - old).square().sum().item()
         squares[owner_of(name)] = squares.get(owner_of(name), 0.0) + change
     return {owner: total**0.5 for owner, total in squares.items()}
+
+
+def seed_generators(seed: int) -> None:
+    """Every generator that a checkpoint holds, so that two runs of one seed start alike."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def chunks(rows: list, size: int) -> Iterator[list]:
@@ -306,7 +318,9 @@ def restore(
 
 def resume_command(config: Config) -> str:
     default = configs.default_config(configs.DEFAULT_PRESET).run
-    return "python train.py --resume" + ("" if config.run == default else f" --run {config.run}")
+    return "python train.py --resume" + (
+        "" if config.run == default else f" --run {shlex.quote(config.run)}"
+    )
 
 
 # -- telling --------------------------------------------------------------------------------------
@@ -332,6 +346,8 @@ def announce(
         count = sum(logical_size(p) for _, p in parameters)
         print(f"  {'TRAINED' if trained else 'FROZEN ':8} {owner:10} {len(parameters):4} tensors"
               f" {count:>14,} weights")
+        if owner != "base" and not trained:
+            print(f"warning: the weights of {owner!r} are frozen and will not be trained")
     if data.quarantined:
         print(f"warning: {len(data.quarantined)} records quarantined, reasons in"
               f" {Path(config.run) / 'quarantine.jsonl'}")
@@ -394,7 +410,8 @@ def evaluate(
     """Validation loss and alignment meter into the log; early stopping decides here."""
     clock = time.perf_counter()
     found = meter.evaluate(parts.model, data.validation, data.first_exchanges, store,
-                           max(row_tokens, *(len(s.input_ids) for s in data.validation)),
+                           max(row_tokens, *(len(s.input_ids) for s in
+                                             [*data.validation, *data.first_exchanges])),
                            parts.chat_format.end_of_text_id, parts.device)
     record = {"kind": "evaluation", "step": progress.step, **found,
               "timing": {"seconds": round(time.perf_counter() - clock, 3)}}
@@ -419,6 +436,7 @@ class RunOptions:
 
     allow_changes: bool = False
     stop_at_step: int = 0
+    overwrite: bool = False
 
 
 def parse(arguments: list[str] | None) -> tuple[Config, checkpoints.Checkpoint | None, RunOptions]:
@@ -436,7 +454,7 @@ def parse(arguments: list[str] | None) -> tuple[Config, checkpoints.Checkpoint |
                         help="save and stop after this step; --resume goes on")
     options = parser.parse_args(arguments)
     config = configs.config_from_options(options)
-    run_options = RunOptions(options.allow_changes, options.stop_at_step)
+    run_options = RunOptions(options.allow_changes, options.stop_at_step, options.overwrite)
     existing = checkpoints.checkpoints_in(config.run)
     if options.resume or (options.resume_if_any and existing):
         path, problems = checkpoints.find_newest_valid(config.run)
@@ -446,14 +464,12 @@ def parse(arguments: list[str] | None) -> tuple[Config, checkpoints.Checkpoint |
         saved = configs.from_dict(checkpoint.config["config"], str(path))
         # What was typed wins over what was saved; `check_same_run` says what that would cost.
         typed = configs.given_fields(options)
-        return dataclasses.replace(saved, run=config.run, **typed), checkpoint, run_options
+        return dataclasses.replace(saved, **(typed | {"run": config.run})), checkpoint, run_options
     if existing and not options.overwrite:
         raise PhiSightError(
             f"{config.run}: holds {existing[-1].name} already; go on with --resume, start anew with"
             " --overwrite, or choose another --run"
         )
-    if existing:
-        checkpoints.remove_all(config.run)
     return config, None, run_options
 
 

@@ -55,7 +55,8 @@ def collate(
     shape = (len(rows), length)
     input_ids = torch.full(shape, padding_id)
     labels = torch.full(shape, IGNORED)
-    position_ids, segment_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    segment_ids = torch.zeros(shape, dtype=torch.long)
     features: list[Tensor] = []
     for row, samples in enumerate(rows):
         start = 0

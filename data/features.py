@@ -1,12 +1,13 @@
 """The feature store: what the frozen vision tower sees, computed once and read many times.
 
-A picture is known by the sha256 of its file, so a picture that appears under two names is stored once
-and a picture that changed is computed again. Shards are safetensors files of half floats, each
+A picture is known by the sha256 of its file, so one that appears under two names is stored once
+and one that changed is computed again. Shards are safetensors files of half floats, each
 written to a temporary name and renamed, so that a kill loses at most the shard in the making.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -35,7 +36,9 @@ def blank_picture() -> Image.Image:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of the file's bytes, in hex."""
+    """sha256 of the file's bytes, in hex. Raises `OSError`, also for what is no regular file."""
+    if path.exists() and not path.is_file():  # reading a pipe may never end
+        raise OSError(errno.EINVAL, "is not a regular file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -120,15 +123,19 @@ class FeatureStore:
         def pictures() -> Iterator[tuple[str, Image.Image]]:
             if BLANK not in self:
                 yield BLANK, blank_picture()
-            done: set[str] = set()
-            for name, path in tqdm(missing.items(), desc="picture features", unit="picture"):
-                if self._hash_of[name] in done:
-                    continue
-                done.add(self._hash_of[name])
-                try:
-                    yield self._hash_of[name], load_image(path)
-                except PhiSightError as error:
-                    bad[name] = str(error)
+            failed: dict[str, str | None] = {}  # hash -> why; the same bytes may have two names
+            for name, path in tqdm(
+                missing.items(), desc="picture features", unit="picture", disable=None
+            ):
+                picture_hash = self._hash_of[name]
+                if picture_hash not in failed:
+                    failed[picture_hash] = None
+                    try:
+                        yield picture_hash, load_image(path)
+                    except PhiSightError as error:
+                        failed[picture_hash] = str(error)
+                if reason := failed[picture_hash]:
+                    bad[name] = reason
 
         hashes: list[str] = []
         waiting: list[Image.Image] = []
@@ -139,7 +146,7 @@ class FeatureStore:
             if len(waiting) == batch_size:
                 computed.append(extract(waiting).to(STORED_DTYPE).cpu())
                 waiting = []
-            if len(hashes) == SHARD_PICTURES and not waiting:
+            if len(hashes) >= SHARD_PICTURES and not waiting:
                 self._write(hashes, torch.cat(computed))
                 hashes, computed = [], []
         if waiting:
@@ -148,7 +155,9 @@ class FeatureStore:
             self._write(hashes, torch.cat(computed))
 
     def _write(self, hashes: list[str], features: Tensor) -> None:
-        path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
+        number = len(self._shards)
+        while (path := self.folder / f"shard-{number:05d}.safetensors").exists():
+            number += 1  # an earlier shard was deleted: the later ones keep their names
         partial = path.with_suffix(f".partial-{os.getpid()}")
         try:
             save_file({"features": features.contiguous()}, partial,
@@ -156,9 +165,9 @@ class FeatureStore:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             raise PhiSightError(
-                f"{path}: cannot be written ({error.strerror}); free some space and run again, what"
+                f"{path}: cannot be written ({error}); free some space and run again, what"
                 " is stored already is kept"
             ) from None
         finally:

@@ -40,7 +40,7 @@ class TrainingData:
     shortened: int
     """conversations that lost their last turns to the token limit"""
     fingerprint: str
-    """sha256 over every rendered id, mask and picture hash, in order: any change of the data shows"""
+    """sha256 over every rendered id, mask and picture hash, in order: any change shows"""
 
 
 def prepare(
@@ -60,6 +60,9 @@ def prepare(
     bad = store.add(names, Path(config.images), extract)
     conversations, unusable = _without(conversations, bad)
     quarantined += unusable
+    _stop_if_strict(config, quarantined)
+    if not conversations:
+        raise _nothing_left(config, "train", quarantined)
     train, validation = split_by_image(conversations, config.validation_fraction, config.seed)
 
     rendered: list[list[RenderedSample]] = []
@@ -77,16 +80,9 @@ def prepare(
             shortened += dropped > 0
             samples.append(render(messages, chat_format))
         rendered.append(samples)
-    if config.strict and quarantined:
-        first = quarantined[0]
-        raise PhiSightError(
-            f"{config.data}: record {first.id}: {first.reason} (--strict: {len(quarantined)} bad)"
-        )
+    _stop_if_strict(config, quarantined)
     if not all(rendered):
-        raise PhiSightError(
-            f"{config.data}: nothing left to {'validate' if rendered[0] else 'train'} on after"
-            f" setting {len(quarantined)} records aside; see quarantine.jsonl in {config.run}"
-        )
+        raise _nothing_left(config, "validate" if rendered[0] else "train", quarantined)
     chosen = evenly_spaced(validation, config.evaluation_conversations)
     exchanges = [c for c in (_first_exchange(c) for c in chosen)
                  if _text_tokens(c, chat_format) <= config.max_text_tokens]
@@ -97,6 +93,24 @@ def prepare(
         quarantined=quarantined,
         shortened=shortened,
         fingerprint=_fingerprint([*rendered[0], *rendered[1]], store),
+    )
+
+
+def _stop_if_strict(config: Config, quarantined: Sequence[Quarantined]) -> None:
+    if config.strict and quarantined:
+        first = quarantined[0]
+        raise PhiSightError(
+            f"{config.data}: record {first.id}: {first.reason} (--strict: {len(quarantined)} bad)"
+        )
+
+
+def _nothing_left(
+    config: Config, purpose: str, quarantined: Sequence[Quarantined]
+) -> PhiSightError:
+    first = f", the first: {quarantined[0].reason}" if quarantined else ""
+    return PhiSightError(
+        f"{config.data}: nothing left to {purpose} on after setting {len(quarantined)} records"
+        f" aside{first}; mend the data, or give more with another --validation-fraction"
     )
 
 

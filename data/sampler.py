@@ -1,7 +1,7 @@
-"""The order of the data: a pure function of (seed, epoch, lengths), so that a position is two integers.
+"""The order of the data: a pure function of (seed, epoch, lengths): a position is two integers.
 
-Conversations of very different lengths are packed into rows of one length; nothing about the packing
-is remembered between steps, it is computed again from the same numbers.
+Conversations of very different lengths are packed into rows of one length; nothing about that is
+remembered between steps, it is computed again from the same numbers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pack(order: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[
 
 
 def plan(seed: int, epoch: int, lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """The rows of one epoch, each a list of conversation indices, in the order they are trained on."""
+    """The rows of one epoch, each a list of conversation indices, in the order of training."""
     order = shuffled(len(lengths), seed, epoch, "order")
     rows: list[list[int]] = []
     for start in range(0, len(order), PACKING_WINDOW):

@@ -1,6 +1,6 @@
 """The picture world of the tiny preset: scenes, their drawings, and conversations about them.
 
-A scene is a handful of coloured shapes on a jittered 3 x 3 grid. Everything that is said about it is
+A scene is a handful of coloured shapes on a jittered 3 x 3 grid. All that is said about it is
 computed from the scene, so every answer is known exactly. `write_world` puts real files on disk:
 PNGs, a JSON in the form of LLaVA-Instruct-150K, and question files in the form of POPE.
 
@@ -276,7 +276,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Exchange | None:
 
 
 def ask_many(scene: Scene, rng: random.Random, count: int) -> list[Exchange]:
-    """Up to `count` different one-step questions, the kinds as evenly spread as the scene allows."""
+    """Up to `count` different one-step questions, the kinds as even as the scene allows."""
     exchanges: list[Exchange] = []
     asked: set[str] = set()
     for _ in range(3):  # scenes with one thing run out of some kinds
@@ -352,15 +352,15 @@ def _ask_existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Yes and no equally often; a "no" differs from something shown in one attribute."""
     thing = rng.choice(scene.things)
     shape, colour = thing.pair
-    if rng.random() < 0.5:
-        answer = "yes"
-    else:
-        answer = "no"
+    answer = "yes"
+    if rng.random() >= 0.5:
         options = [(other, colour) for other in SHAPES] + [(shape, other) for other in COLOURS]
         shown = {t.pair for t in scene.things}
         # Held-out pairs are not asked for either: "no" to all of them would be a lesson.
         options = [o for o in options if o not in shown and o not in HELD_OUT_PAIRS]
-        shape, colour = rng.choice(options)
+        if options:  # a crowded scene may show them all
+            answer = "no"
+            shape, colour = rng.choice(options)
     return f"Is there {with_article(f'{colour} {shape}')}?", answer
 
 
@@ -475,7 +475,7 @@ def write_world(
     done.unlink(missing_ok=True)
 
     def scenes(split: str, count: int, pairs: str) -> Iterator[tuple[Scene, str, random.Random]]:
-        for index in tqdm(range(count), desc=f"drawing {split}", unit="picture"):
+        for index in tqdm(range(count), desc=f"drawing {split}", unit="picture", disable=None):
             rng = random.Random(f"{seed}/{split}/{index}")
             scene = make_scene(rng, pairs, hard)
             name = f"{split}_{index:06d}.png"

@@ -1,1 +1,3 @@
-"""The models: the frozen language base, the frozen vision tower, and the projector between them."""
+"""The model's rooms: base, vision, projector, the whole, generation."""
+
+import lora  # noqa: F401  quietens bitsandbytes before any module here imports it

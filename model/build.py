@@ -1,4 +1,4 @@
-"""Config -> the whole model: base in NF4, adapter, projector, and the names of what they were built on."""
+"""Config -> the whole model: base in NF4, adapter, projector, and what they were built on."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from transformers import DynamicCache
 from errors import PhiSightError
 from model.vlm import VisionLanguageModel
 
+COLDEST = 1e-6  # a float32 divided by less than this could be infinite
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -38,7 +40,9 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
+    # The likeliest token's logit becomes 0, so that a tiny temperature cannot overflow it.
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)
+    logits = logits / max(sampling.temperature, COLDEST)
     if sampling.top_k:
         smallest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))

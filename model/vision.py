@@ -83,8 +83,8 @@ class VisionTower:
 def load_vision_weights(model: CLIPVisionModel, files: Sequence[Path]) -> None:
     """The vision half of a CLIP checkpoint, strict: the text half is not read.
 
-    A file calls these tensors `vision_model.…`; releases of transformers differ in whether the module
-    does too, so names are compared without that prefix.
+    A file calls these tensors `vision_model.…`; releases of transformers differ in whether the
+    module does too, so names are compared without that prefix.
     """
     prefix = "vision_model."
     wanted = {name.removeprefix(prefix): name for name in model.state_dict()}

@@ -17,8 +17,8 @@ IGNORED = -100
 def segment_mask(segment_ids: Tensor) -> Tensor:
     """(rows, length) -> (rows, 1, length, length) bool: who may look at whom.
 
-    A token sees itself and what came before it in its own conversation, nothing of its neighbours in
-    the row. Padding is a conversation of its own (number 0), so no query is left with nothing to see.
+    A token sees itself and what came before it in its own conversation, nothing of its neighbours
+    in the row. Padding is a conversation of its own (number 0), so every query sees something.
     """
     same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (rows, length, length)
     return same.tril()[:, None]
@@ -66,7 +66,7 @@ class VisionLanguageModel(nn.Module):
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, segment_ids: Tensor,
         image_features: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Logits (supervised, vocabulary) float32 only where a token is trained on, and the tokens."""
+        """Logits (supervised, vocabulary) float32 where a token is trained on, and the tokens."""
         hidden = self.hidden_states(input_ids, position_ids, segment_ids, image_features)
         targets = labels[:, 1:]  # the state at t predicts the token at t + 1
         chosen = targets != IGNORED
@@ -83,7 +83,7 @@ class VisionLanguageModel(nn.Module):
         return F.cross_entropy(logits, targets, reduction="sum"), targets.numel()
 
     def owners(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Every parameter under exactly one owner: "lora", "projector" (trained), "base" (frozen)."""
+        """Every parameter under one owner: "lora", "projector" (trained), "base" (frozen)."""
         owned: dict[str, list[tuple[str, nn.Parameter]]] = {"lora": [], "projector": [], "base": []}
         for name, parameter in self.named_parameters():
             owned[owner_of(name)].append((name, parameter))

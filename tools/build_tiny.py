@@ -3,7 +3,7 @@
     python tools/build_tiny.py                       # all, in order
     python tools/build_tiny.py --only base           # one part again (tokenizer, base or clip)
 
-Every part starts from a fixed seed. The base reads scenes told in words and never sees a picture; the
+Every part starts from a fixed seed. The base reads scenes told in words and sees no picture; the
 CLIP sees pictures and captions and never sees a question. What each part measures about itself goes
 to `build_report.json` beside it.
 """
@@ -16,12 +16,21 @@ import random
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +52,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"
 )
-VOCABULARY = 640
-TOLD_WEIGHT = 0.5
+VOCABULARY = 1280
+CAPTION_VOCABULARY = 640
+EMPTY = "nothing"
+LOOK_UPS = ("colour", "shape", "size", "position")
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -52,50 +63,137 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # -- scenes told in words -------------------------------------------------------------------------
 
 
-def tell(scene: world.Scene, rng: random.Random) -> str:
-    """The scene in words, one of several ways, so that the base learns to read and not to match."""
-    form = rng.randrange(4)
-    if form == 0:
-        return world.describe(scene)
-    if form == 1:
+def code_word(thing: world.Thing) -> str:
+    """Everything about a thing in one word of the tokenizer: "bigredstartopleft"."""
+    return f"{thing.size}{thing.colour}{thing.shape}{thing.place.replace(' ', '')}"
+
+
+class ComposedEmbedding(torch.nn.Module):
+    """Token embedding in which a code word is the sum of the words it is made of (as in fastText,
+    arXiv 1607.04606): what is learnt about one red thing is learnt about all. `table()` is the
+    plain embedding that it amounts to, and that is saved."""
+
+    def __init__(self, embedding: torch.nn.Embedding, encode: Encoder) -> None:
+        super().__init__()
+        self.embedding = embedding
+        things = every_thing()
+        words = [[encode(word)[0] for word in (t.size, t.colour, t.shape, *t.place.split())]
+                 for t in things]
+        used = sorted({word for row in words for word in row})
+        sums = torch.zeros(len(things), len(used))  # how often each word stands in a code word
+        for row, own in enumerate(words):
+            for word in own:
+                sums[row, used.index(word)] += 1
+        self.register_buffer("codes", torch.tensor([encode(code_word(t))[0] for t in things]))
+        self.register_buffer("words", torch.tensor(used))
+        self.register_buffer("sums", sums)
+
+    def table(self) -> torch.Tensor:
+        """(vocabulary, dim)."""
+        weight = self.embedding.weight
+        return weight.index_copy(0, self.codes, self.sums @ weight[self.words])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.table())
+
+
+def every_thing() -> list[world.Thing]:
+    """One thing of every shape, colour, size and place."""
+    return [
+        world.Thing(shape, colour, size, (column + 0.5) * world.CELL, (row + 0.5) * world.CELL)
+        for shape in world.SHAPES for colour in world.COLOURS for size in world.SIZES
+        for row in range(3) for column in range(3)
+    ]
+
+
+def tell(scene: world.Scene, rng: random.Random, prose_share: float = 0.2) -> str:
+    """The scene in words, one of four ways, so that the base learns to read and not to match.
+
+    Two are prose. Two are shorthand with one word a thing: a list, and a raster of 6 x 6 words in
+    which a thing fills some of the four places of its cell. Reading a raster takes what reading
+    patches takes: find the word that fits, count things and not words, skip what is empty.
+    """
+    if rng.random() < prose_share:
+        if rng.random() < 0.5:
+            return world.describe(scene)
         told = [f"{t.place}: {t.size} {t.colour} {t.shape}" for t in scene.things]
         return "; ".join(told) + "."
-    told = []
+    if rng.random() < 0.25:
+        return " ".join(code_word(thing) for thing in scene.things)
+    raster = [EMPTY] * 36
     for thing in scene.things:
-        words = [thing.shape, thing.colour, thing.size, thing.place]
-        # Bags of words in any order, some told twice: what a row of patches will look like.
-        for _ in range(1 if form == 2 else 2):
-            rng.shuffle(words)
-            told.append(" ".join(words))
-    return "; ".join(told) + "."
+        corner = 12 * thing.row + 2 * thing.column
+        places = [corner, corner + 1, corner + 6, corner + 7]
+        for place in rng.sample(places, rng.randint(2, 4)):
+            raster[place] = code_word(thing)
+    return " ".join(raster)
 
 
-def text_conversation(rng: random.Random, turns: int) -> list[tuple[str, str, str]]:
-    """(kind, user text, answer) turns about one scene; the first user turn tells the scene."""
+def text_conversation(
+    rng: random.Random, turns: int, easy: bool = False
+) -> list[tuple[str, str, str]]:
+    """(kind, user text, answer) turns about one scene; the first user turn tells the scene.
+
+    Easy ones look things up and nothing else, in shorthand, where there are at least two things to
+    tell apart: looking up is what all other kinds build on.
+    """
     scene = world.make_scene(rng, "all")
-    exchanges = world.ask_many(scene, rng, turns)
-    two_step = world.ask(scene, world.TWO_STEP, rng)
-    if two_step is not None and rng.random() < 0.7:
-        exchanges.insert(rng.randint(0, len(exchanges)), two_step)
-    if rng.random() < 0.2:
-        exchanges.insert(rng.randint(0, len(exchanges)), world.detail(scene, rng))
+    if easy:
+        while len(scene.things) < 2:
+            scene = world.make_scene(rng, "all")
+        asked = (world.ask(scene, rng.choice(LOOK_UPS), rng) for _ in range(4 * turns))
+        unique = {exchange[1]: exchange for exchange in asked if exchange is not None}
+        exchanges = list(unique.values())[:turns] or world.ask_many(scene, rng, turns)
+    else:
+        exchanges = world.ask_many(scene, rng, turns)
+        two_step = world.ask(scene, world.TWO_STEP, rng)
+        if two_step is not None and rng.random() < 0.7:
+            exchanges.insert(rng.randint(0, len(exchanges)), two_step)
+        if rng.random() < 0.2:
+            exchanges.insert(rng.randint(0, len(exchanges)), world.detail(scene, rng))
     kind, question, answer = exchanges[0]
-    told = tell(scene, rng)
+    told = tell(scene, rng, 0.0 if easy else 0.2)
     first = f"{told}\n{question}" if rng.random() < 0.5 else f"{question}\n{told}"
     return [(kind, first, answer), *exchanges[1:]]
+
+
+def text_batches(
+    encoder: Encoder, steps: int, batch: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Padded ids and turn numbers for every step; four batches at a time are sorted by length, so
+    that little is padding. Easy conversations fade out over the first 40 % of the steps."""
+    for step in range(0, steps, 4):
+        easy_share = 0.7 * max(0.0, 1 - step / (0.4 * steps))
+        pool = []
+        for index in range(4 * batch):
+            rng = random.Random(f"{SEED}/base/{step}/{index}")
+            easy = rng.random() < easy_share
+            pool.append(encoder.render(text_conversation(rng, 10, easy)))
+        pool.sort(key=lambda row: len(row[0]))
+        batches = [pool[i * batch : (i + 1) * batch] for i in range(4)]
+        random.Random(f"{SEED}/base/{step}").shuffle(batches)
+        yield from map(pad_batch, batches[: steps - step])
 
 
 # -- tokenizer ------------------------------------------------------------------------------------
 
 
-def build_tokenizer(out: Path) -> None:
-    """A byte-fallback BPE of Phi-3.5's make: same normaliser, decoder, specials and flags."""
+def build_tokenizer(out: Path, shorthand: bool) -> None:
+    """A byte-fallback BPE of Phi-3.5's make: same normaliser, decoder, specials and flags.
+
+    With `shorthand` every code word is one token; the CLIP reads captions only and needs none.
+    """
     rng = random.Random(f"{SEED}/tokenizer")
     corpus = []
     for _ in range(4000):
-        for _, text, answer in text_conversation(rng, 9):
-            corpus += [text, answer]
+        scene = world.make_scene(rng, "all")
+        corpus.append(world.describe(scene))
+        for _, question, answer in world.ask_many(scene, rng, 9):
+            corpus += [question, answer]
+    corpus += [EMPTY] * 100
     corpus += [chr(code) for code in range(33, 127)] * 2
+    things = every_thing() if shorthand else []
+    corpus += [code_word(thing) for thing in things] * 8
 
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Sequence(
@@ -110,8 +208,9 @@ def build_tokenizer(out: Path) -> None:
         ]
     )
     kept = 3 + 256 + len(PHI_SPECIALS)
+    size = (VOCABULARY if shorthand else CAPTION_VOCABULARY) - kept
     learner.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=VOCABULARY - kept, show_progress=False)
+        corpus, trainers.BpeTrainer(vocab_size=size, show_progress=False)
     )
     learned = json.loads(learner.to_str())["model"]
 
@@ -152,6 +251,9 @@ def build_tokenizer(out: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    cut = [code_word(t) for t in things if len(tokenizer.encode(code_word(t)).ids) != 1]
+    if cut:
+        raise RuntimeError(f"{len(cut)} code words are no single token, such as {cut[0]}")
     print(f"tokenizer: {tokenizer.get_vocab_size()} pieces")
 
 
@@ -238,32 +340,32 @@ def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
         original_max_position_embeddings=2048, tie_word_embeddings=False,
         bos_token_id=encoder.id("<s>"), eos_token_id=encoder.id("<|endoftext|>"),
         pad_token_id=encoder.id("<|endoftext|>"), attn_implementation="sdpa",
+        # 0.02 is meant for wide models: at this width attention would start out almost flat, and
+        # looking things up would take thousands of steps to begin.
+        initializer_range=0.07,
+        # Half of each head is left unrotated: with 32 dimensions, matching by content needs
+        # directions that do not turn with the distance.
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
+                         "partial_rotary_factor": 0.5},
     )
     model = Phi3ForCausalLM(config).train()
+    composed = ComposedEmbedding(model.model.embed_tokens, encoder)
+    model.model.embed_tokens = composed
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
     started, running = time.time(), None
-    for step in (bar := tqdm(range(steps), desc="base", mininterval=10)):
-        rows = [
-            encoder.render(text_conversation(random.Random(f"{SEED}/base/{step}/{i}"), 10))
-            for i in range(batch)
-        ]
-        ids, turn = pad_batch(rows)
+    bar = tqdm(text_batches(encoder, steps, batch), total=steps, desc="base", mininterval=10)
+    for step, (ids, turn) in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
+        wanted = turn[:, 1:] >= 0
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=ids[:, :-1]).logits.float()
-        targets = ids[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        losses = losses.view_as(targets)
-        answers, told = turn[:, 1:] >= 0, (turn[:, 1:] < 0) & (targets != 0)
-        # What is told and asked is trained on too, at less weight: much of it repeats what came
-        # before, and looking things up is learnt there long before the answers teach it.
-        loss = losses[answers].mean()
-        objective = loss + TOLD_WEIGHT * losses[told].mean()
+            hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
+            logits = model.lm_head(hidden[wanted])
+        loss = F.cross_entropy(logits.float(), ids[:, 1:][wanted])
         optimizer.zero_grad()
-        objective.backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
@@ -273,11 +375,21 @@ def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
             accuracy = answer_accuracy(model, encoder, 96 if step + 1 < steps else 960)
             model.train()
             print(f"\nbase step {step + 1}: loss {running:.4f}, answers {accuracy}", flush=True)
-            model.to(torch.bfloat16).save_pretrained(out)
-            model.to(torch.float32)
+            save_base(model, composed, out)
     report(out, steps=steps, batch=batch, seconds=round(time.time() - started),
            parameters=sum(p.numel() for p in model.parameters()), loss=running,
            exact_answers_percent=accuracy)
+
+
+def save_base(model: torch.nn.Module, composed: ComposedEmbedding, out: Path) -> None:
+    """As a plain Phi-3 in bfloat16: the composed embedding becomes the table it amounts to."""
+    from transformers import Phi3ForCausalLM
+
+    state = {name: t for name, t in model.state_dict().items() if "embed_tokens" not in name}
+    state["model.embed_tokens.weight"] = composed.table().detach()
+    plain = Phi3ForCausalLM(model.config)
+    plain.load_state_dict(state, strict=True)
+    plain.to(torch.bfloat16).save_pretrained(out)
 
 
 # -- CLIP -----------------------------------------------------------------------------------------
@@ -334,10 +446,10 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 class ClipTrainer:
     """Two contrasts: the picture against whole captions, and its patches against short phrases.
 
-    The first is CLIP's own (arXiv 2103.00020) with captions that differ in one attribute or place as
-    extra negatives (NegCLIP, arXiv 2210.01936). The second lets the best patch answer for the picture
-    (late interaction, FILIP, arXiv 2111.07783), against every phrase that is not true of it: it is
-    what makes patch features say what is where.
+    The first is CLIP's own (arXiv 2103.00020) with captions that differ in one attribute or place
+    as extra negatives (NegCLIP, arXiv 2210.01936). The second lets the best patch answer for the
+    picture (late interaction, FILIP, arXiv 2111.07783), against every phrase that is not true of
+    it: it is what makes patch features say what is where.
     """
 
     def __init__(self, model: torch.nn.Module, encode: Encoder) -> None:
@@ -423,16 +535,18 @@ class ClipTrainer:
                 "caption_over_changed": round(100 * twin / len(scenes), 2)}
 
 
-def build_clip(out: Path, tokenizer: Path, steps: int, batch: int, learning_rate: float,
-               pictures: int) -> None:
+def build_clip(
+    out: Path, steps: int, batch: int, learning_rate: float, pictures: int
+) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(SEED)
-    encode = Encoder(tokenizer)
+    build_tokenizer(out, shorthand=False)
+    encode = Encoder(out)
     end = encode.id("<|endoftext|>")
     config = CLIPConfig(
         text_config={
-            "vocab_size": VOCABULARY, "hidden_size": 96, "intermediate_size": 192,
+            "vocab_size": CAPTION_VOCABULARY, "hidden_size": 96, "intermediate_size": 192,
             "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 64,
             "bos_token_id": encode.id("<s>"), "eos_token_id": end, "pad_token_id": end,
             "projection_dim": 96,
@@ -502,23 +616,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tiny")
     parser.add_argument("--only", choices=("tokenizer", "base", "clip"))
-    parser.add_argument("--base-steps", type=int, default=4000)
-    parser.add_argument("--base-batch", type=int, default=24)
-    parser.add_argument("--base-lr", type=float, default=2e-3)
-    parser.add_argument("--clip-steps", type=int, default=3000)
-    parser.add_argument("--clip-batch", type=int, default=96)
+    parser.add_argument("--base-steps", type=int, default=7500)
+    parser.add_argument("--base-batch", type=int, default=12)
+    parser.add_argument("--base-lr", type=float, default=1e-3)
+    parser.add_argument("--clip-steps", type=int, default=2400)
+    parser.add_argument("--clip-batch", type=int, default=64)
     parser.add_argument("--clip-lr", type=float, default=1e-3)
     parser.add_argument("--clip-pictures", type=int, default=24000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.only in (None, "tokenizer"):
-        build_tokenizer(options.out / "phi3")
+        build_tokenizer(options.out / "phi3", shorthand=True)
     if options.only in (None, "base"):
         build_base(options.out / "phi3", options.base_steps, options.base_batch, options.base_lr)
     if options.only in (None, "clip"):
-        build_clip(options.out / "clip", options.out / "phi3", options.clip_steps,
-                   options.clip_batch, options.clip_lr, options.clip_pictures)
+        build_clip(options.out / "clip", options.clip_steps, options.clip_batch, options.clip_lr,
+                   options.clip_pictures)
 
 
 if __name__ == "__main__":

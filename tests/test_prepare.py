@@ -1,0 +1,261 @@
+"""From files to rendered conversations: what is set aside, what stops, what is fingerprinted."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from config import Config, default_config, replace
+from data.chat import ChatFormat, load_tokenizer, render
+from data.dataset import load_conversations
+from data.features import FeatureStore
+from data.prepare import TrainingData, evenly_spaced, prepare
+from errors import PhiSightError
+
+TOKENS = 3  # a picture, for a tower that is not there
+
+
+@pytest.fixture(scope="module")
+def chat_format() -> ChatFormat:
+    return ChatFormat.from_tokenizer(load_tokenizer(ROOT / "assets/tiny/phi3"), TOKENS)
+
+
+def record(picture: str | None, question: str = "What colour is it?", turns: int = 1) -> dict:
+    tag = "" if picture is None else "<image>\n"
+    messages = [{"from": "human", "value": tag + question}, {"from": "gpt", "value": "red"}]
+    for turn in range(1, turns):
+        messages += [{"from": "human", "value": f"And {turn}?"}, {"from": "gpt", "value": "blue"}]
+    named = {} if picture is None else {"image": picture}
+    return {"id": f"about {picture}", **named, "conversations": messages}
+
+
+class Workspace:
+    """A data file and a picture folder to write and to break."""
+
+    def __init__(self, folder, chat_format: ChatFormat) -> None:
+        self.folder, self.chat_format = folder, chat_format
+        (folder / "images").mkdir()
+        self.names = [self.paint(f"{index:02d}.png", index) for index in range(20)]
+        self.records = [record(name, turns=3) for name in self.names]
+
+    def paint(self, name: str, red: int) -> str:
+        Image.new("RGB", (3, 3), (red, 0, 0)).save(self.folder / "images" / name)
+        return name
+
+    def config(self, **fields) -> Config:
+        (self.folder / "data.json").write_text(json.dumps(self.records))
+        return replace(default_config("tiny"), **{
+            "data": str(self.folder / "data.json"), "images": str(self.folder / "images"),
+            "features": str(self.folder / "features"), "run": str(self.folder / "run"),
+            "validation_fraction": 0.3, **fields,
+        })
+
+    def prepare(self, **fields) -> TrainingData:
+        config = self.config(**fields)
+        self.store = FeatureStore(config.features, "fake", (TOKENS, 2))
+        return prepare(
+            config, self.chat_format, self.store,
+            lambda: lambda pictures: torch.zeros(len(pictures), TOKENS, 2),
+        )
+
+
+@pytest.fixture
+def workspace(tmp_path, chat_format) -> Workspace:
+    return Workspace(tmp_path, chat_format)
+
+
+def pictures_of(samples) -> set[str]:
+    return {name for sample in samples for name in sample.images}
+
+
+# -- good data ------------------------------------------------------------------------------------
+
+
+def test_the_world_is_used_whole_and_split_by_picture(prepared, world):
+    conversations = load_conversations(world / "train.json").conversations
+    assert prepared.quarantined == []
+    assert len(prepared.train) + len(prepared.validation) == len(conversations)
+    train, validation = pictures_of(prepared.train), pictures_of(prepared.validation)
+    assert train and validation and not train & validation
+    assert train | validation == {name for c in conversations for name in c.images}
+    assert pictures_of(prepared.first_exchanges) <= validation
+
+
+def test_samples_are_what_the_renderer_gives(workspace):
+    data = workspace.prepare()
+    conversations = load_conversations(workspace.folder / "data.json").conversations
+    expected = {c.images: render(c.messages, workspace.chat_format) for c in conversations}
+    samples = data.train + data.validation
+    assert {sample.images: sample for sample in samples} == expected
+    assert len(samples) == len(conversations)
+    assert all(workspace.store.features_of(n).shape == (TOKENS, 2) for n in workspace.names)
+
+
+def test_first_exchanges_are_the_first_question_and_answer(workspace, chat_format):
+    data = workspace.prepare()
+    assert [s.images for s in data.first_exchanges] == [s.images for s in data.validation]
+    short = workspace.records[0]["conversations"][:2]
+    assert len(short) == 2
+    for exchange, whole in zip(data.first_exchanges, data.validation, strict=True):
+        length = len(exchange.input_ids) - 1  # but <|endoftext|>
+        assert exchange.input_ids[:length] == whole.input_ids[:length]
+        assert exchange.input_ids[-1] == chat_format.end_of_text_id
+        assert exchange.input_ids.count(chat_format.assistant_id) == 1
+        assert sum(exchange.supervised) == len(chat_format.encode_text("red")) + 1
+
+
+def test_evaluation_looks_at_as_many_conversations_as_asked(workspace):
+    everything = workspace.prepare(validation_fraction=0.6)
+    data = workspace.prepare(validation_fraction=0.6, evaluation_conversations=3)
+    assert len(everything.validation) > 3
+    assert len(data.validation) == len(data.first_exchanges) == 3
+    assert pictures_of(data.validation) <= pictures_of(everything.validation)
+    assert data.fingerprint == everything.fingerprint  # the data is the same, less is looked at
+
+
+def test_evenly_spaced():
+    assert evenly_spaced(range(10), 4) == [0, 2, 5, 7]
+    assert evenly_spaced("abc", 3) == evenly_spaced("abc", 9) == list("abc")
+
+
+def test_text_only_conversations_need_no_picture_folder(workspace):
+    workspace.records = [dict(record(None), id=str(index)) for index in range(12)]
+    data = workspace.prepare(images="")
+    assert data.quarantined == [] and data.train and data.validation
+    assert pictures_of(data.train + data.validation) == set()
+
+
+def test_a_fraction_of_the_data_is_used(workspace):
+    whole, half = workspace.prepare(), workspace.prepare(data_fraction=0.5)
+    used = pictures_of(half.train + half.validation)
+    assert 0 < len(used) < len(workspace.names)
+    assert used < pictures_of(whole.train + whole.validation)
+
+
+# -- what is set aside ----------------------------------------------------------------------------
+
+
+def break_missing(workspace: Workspace) -> str:
+    (workspace.folder / "images" / workspace.names[0]).unlink()
+    return "No such file"
+
+
+def break_picture(workspace: Workspace) -> str:
+    (workspace.folder / "images" / workspace.names[0]).write_bytes(b"\x89PNG broken")
+    return "broken"
+
+
+def break_record(workspace: Workspace) -> str:
+    workspace.records[0] = {"id": "about 00.png", "image": workspace.names[0]}
+    return "must have one of"
+
+
+def break_tags(workspace: Workspace) -> str:
+    workspace.records[0]["conversations"][0]["value"] = "<image> or <image>?"
+    return "1 picture(s) but 2 <image>"
+
+
+def break_length(workspace: Workspace) -> str:
+    workspace.records[0] = record(workspace.names[0], question="what " * 300)
+    return "the limit is 256"
+
+
+BREAKS = [break_missing, break_picture, break_record, break_tags, break_length]
+
+
+@pytest.mark.parametrize("damage", BREAKS)
+def test_a_bad_record_is_set_aside_with_its_reason(workspace, damage):
+    whole = workspace.prepare()
+    words = damage(workspace)
+    data = workspace.prepare()
+    (bad,) = data.quarantined
+    assert bad.id == "about 00.png" and words in bad.reason
+    used = pictures_of(data.train + data.validation)
+    assert used == set(workspace.names[1:])
+    assert data.fingerprint != whole.fingerprint
+    assert pictures_of(data.first_exchanges) <= used
+
+
+@pytest.mark.parametrize("damage", BREAKS)
+def test_strict_stops_at_a_bad_record(workspace, damage):
+    workspace.prepare(strict=True)
+    words = damage(workspace)
+    with pytest.raises(PhiSightError) as caught:
+        workspace.prepare(strict=True)
+    assert words in str(caught.value)
+
+
+def test_all_kinds_of_damage_at_once(workspace):
+    (workspace.folder / "images" / "00.png").unlink()
+    (workspace.folder / "images" / "01.png").write_bytes(b"")
+    (workspace.folder / "images" / "02.png").write_bytes(b"")  # as another broken one
+    workspace.records[3] = "no record"
+    workspace.records[4]["conversations"].pop()
+    workspace.records[5] = record("05.png", question="what " * 300)
+    data = workspace.prepare()
+    assert len(data.quarantined) == 6
+    assert pictures_of(data.train + data.validation) == set(workspace.names[6:])
+    for sample in data.train + data.validation + data.first_exchanges:
+        for name in sample.images:
+            workspace.store.features_of(name)
+
+
+def test_long_conversations_lose_their_last_turns(workspace, chat_format):
+    # The length of a first exchange: the second and third turns have no room.
+    limit = len(workspace.prepare().first_exchanges[0].input_ids) - TOKENS
+    data = workspace.prepare(max_text_tokens=limit)
+    assert data.quarantined == [] and data.shortened == len(workspace.records)
+    for sample in data.train + data.validation:
+        assert sample.input_ids.count(chat_format.assistant_id) == 1
+    with pytest.raises(PhiSightError, match="nothing left to train on"):
+        workspace.prepare(max_text_tokens=limit - 1)
+
+
+def test_a_wrong_picture_folder_says_that_pictures_are_missing(workspace, tmp_path):
+    (tmp_path / "other").mkdir()
+    with pytest.raises(PhiSightError, match="nothing left to train on.*20 records.*No such file"):
+        workspace.prepare(images=str(tmp_path / "other"))
+    with pytest.raises(PhiSightError, match="no such folder; give --images"):
+        workspace.prepare(images=str(tmp_path / "nowhere"))
+
+
+def test_a_missing_data_file_says_what_to_do(workspace):
+    for data in ("", str(workspace.folder / "nowhere.json")):
+        with pytest.raises(PhiSightError, match="give --data FILE"):
+            workspace.prepare(data=data)
+
+
+# -- the fingerprint ------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_that_of_the_data(workspace):
+    first = workspace.prepare()
+    assert workspace.prepare().fingerprint == first.fingerprint
+    assert len(first.fingerprint) == 64
+
+
+@pytest.mark.parametrize(
+    "change", ["a picture's pixels", "an answer", "the order", "a record less", "the seed"]
+)
+def test_the_fingerprint_sees_every_change_of_the_data(workspace, change):
+    before = workspace.prepare().fingerprint
+    fields = {}
+    if change == "a picture's pixels":
+        workspace.paint(workspace.names[0], 99)
+    elif change == "an answer":
+        workspace.records[0]["conversations"][1]["value"] = "green"
+    elif change == "the order":
+        workspace.records.reverse()
+    elif change == "a record less":
+        workspace.records.pop()
+    else:
+        fields = {"seed": 5}
+    assert workspace.prepare(**fields).fingerprint != before
+
+
+def test_the_fingerprint_does_not_see_where_pictures_lie(workspace):
+    before = workspace.prepare().fingerprint
+    (workspace.folder / "images").rename(workspace.folder / "moved")
+    assert workspace.prepare(images=str(workspace.folder / "moved")).fingerprint == before

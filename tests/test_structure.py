@@ -1,0 +1,187 @@
+"""The house: imports run one way, and what must not be in it is not."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# A room imports only itself and rooms before it. What is not listed here is in no room.
+ORDER = ("errors", "config", "data", "lora", "kernels", "model", "optim", "metrics", "checkpoints",
+         "meter", "train", "infer", "evaluate", "export", "serve", "app")
+OUTSIDE = ("tests", "tools", "benchmarks")  # may import everything, and nobody imports them
+ENDS = ("train", "app", "serve")  # commands: nothing imports them
+LORA_KNOWS = {"torch", "bitsandbytes", "errors", "lora"}
+FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+# The one thing that happens on an import, and where: see the comment there.
+QUIETENING = ("lora/__init__.py", "logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel")
+
+
+def project_files() -> list[Path]:
+    """Every Python file that git knows or would take, relative to the root."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"], cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )
+    if listed.returncode:  # no git here, as in an archive
+        skipped = {".venv", "runs", "cache"}
+        found = (path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+        return sorted(path for path in found if not skipped & set(path.parts))
+    return sorted(path for path in map(Path, listed.stdout.split("\n"))
+                  if path.name and (ROOT / path).is_file())
+
+
+FILES = project_files()
+TREES = {path: ast.parse((ROOT / path).read_text(), str(path)) for path in FILES}
+each_file = pytest.mark.parametrize("path", FILES, ids=str)
+
+
+def room_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+ROOMS = {room_of(path) for path in FILES}
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    """The dotted name of every import, in functions too; `from a import b` gives "a.b"."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def wrong_arrows(path: Path, tree: ast.AST) -> list[str]:
+    """The imports of one file that run against the reading order."""
+    room = room_of(path)
+    wrong = []
+    for name in imports_of(tree):
+        target = name.split(".")[0]
+        if room in OUTSIDE or target == room or target not in (*ROOMS, *ORDER):
+            continue
+        if target in OUTSIDE or target in ENDS:
+            wrong.append(f"{path} imports {target}, which nothing may import")
+        elif ORDER.index(target) > ORDER.index(room):
+            wrong.append(f"{path} imports {target}, which comes after {room}")
+        elif room == "data" and target in ("model", "lora"):
+            wrong.append(f"{path} imports {target}: data knows nothing of models")
+        elif room == "model" and target == "data" and not (
+            path == Path("model/build.py") and name.startswith("data.chat")
+        ):
+            wrong.append(f"{path} imports {name}: the batch is all that model knows of data")
+        elif room == "lora" and target not in LORA_KNOWS:
+            wrong.append(f"{path} imports {target}: lora knows torch and bitsandbytes only")
+    return wrong
+
+
+def test_every_room_has_its_place_in_the_reading_order():
+    assert ROOMS - set(OUTSIDE) <= set(ORDER)
+    assert {"data", "model", "train", "tests"} <= ROOMS
+
+
+@each_file
+def test_imports_run_one_way(path):
+    assert wrong_arrows(path, TREES[path]) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("errors.py", "import config"), ("data/chat.py", "from model.vlm import owner_of"),
+        ("model/vlm.py", "from data.collate import Batch"),
+        ("model/vlm.py", "from data.chat import render"),
+        ("model/build.py", "from data.dataset import Message"), ("infer.py", "import train"),
+        ("evaluate.py", "from train import chunks"), ("optim.py", "import checkpoints"),
+        ("lora/layer.py", "from config import Config"), ("meter.py", "from tools import demo"),
+        ("train.py", "def f():\n    import infer"), ("evaluate.py", "import app"),
+    ],
+)
+def test_an_arrow_that_runs_the_wrong_way_is_found(path, line):
+    assert len(wrong_arrows(Path(path), ast.parse(line))) == 1
+
+
+def test_lora_knows_torch_and_bitsandbytes_only():
+    for path, tree in TREES.items():
+        if room_of(path) == "lora":
+            known = {name.split(".")[0] for name in imports_of(tree)} - sys.stdlib_module_names
+            assert known <= LORA_KNOWS, path
+
+
+def faults(tree: ast.AST, tests: bool = False) -> Iterator[str]:
+    """What no file of the project may hold."""
+    for name in imports_of(tree):
+        if name.split(".")[0] in FORBIDDEN_MODULES:
+            yield f"imports {name}"
+        if name.startswith("transformers") and "Trainer" in name:
+            yield f"imports {name}"
+        if name.split(".")[0] == "peft" and not tests:  # tests compare with it
+            yield f"imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            yield f"line {node.lineno}: a bare except"
+        if not isinstance(node, ast.Call):
+            continue
+        words = {word.arg: word.value for word in node.keywords}
+        called = ast.unparse(node.func)
+
+        def says(name: str, value: object) -> bool:
+            return isinstance(words.get(name), ast.Constant) and words[name].value is value
+
+        if says("strict", False):
+            yield f"line {node.lineno}: {called}(strict=False)"
+        if says("trust_remote_code", True) or says("allow_pickle", True):
+            yield f"line {node.lineno}: {called} would run code from a file"
+        if called == "torch.load" and not says("weights_only", True):
+            yield f"line {node.lineno}: torch.load without weights_only=True"
+
+
+@each_file
+def test_nothing_forbidden_is_used(path):
+    assert list(faults(TREES[path], tests=room_of(path) in OUTSIDE)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle", "from pickle import loads", "import peft",
+        "from transformers import Trainer", "try:\n    f()\nexcept:\n    pass",
+        "model.load_state_dict(state, strict=False)", "torch.load(path)",
+        "torch.load(path, weights_only=False)", "numpy.load(path, allow_pickle=True)",
+        "Model.from_pretrained(name, trust_remote_code=True)",
+    ],
+)
+def test_what_is_forbidden_is_found(line):
+    assert len(list(faults(ast.parse(line)))) == 1
+
+
+@each_file
+def test_importing_a_module_does_nothing(path):
+    """At the top of a module stand definitions only; work begins in a function."""
+    if room_of(path) in OUTSIDE:
+        return
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
+               ast.Assign, ast.AnnAssign)
+    for node in TREES[path].body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        quietening = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and (
+            (str(path), ast.unparse(node.value.func)) == QUIETENING
+        )
+        assert isinstance(node, allowed) or docstring or main or quietening, (
+            f"{path}: line {node.lineno}"
+        )
+
+
+@each_file
+def test_lines_are_short_and_say_what_they_are_for(path):
+    lines = (ROOT / path).read_text().split("\n")
+    assert [n for n, line in enumerate(lines, 1) if len(line) > 100] == []
+    if lines != [""]:
+        assert ast.get_docstring(TREES[path]), "a module begins with what it is for"

@@ -1,0 +1,174 @@
+"""The vision tower against transformers, and the key that names its features."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessorPil, CLIPModel
+
+from errors import PhiSightError
+from model.vision import VisionTower, read_vision_spec
+
+CLIP = ROOT / "assets/tiny/clip"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the tiny CLIP to change or break."""
+    return shutil.copytree(CLIP, tmp_path / "clip")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    """Noise in three sizes, none of them the tower's own."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Image.frombytes(
+            "RGB", (width, height),
+            bytes(torch.randint(256, (3 * width * height,), generator=generator).tolist()),
+        )
+        for width, height in ((40, 60), (130, 97), (200, 20))
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(pictures):
+    """What transformers' own CLIP computes for the same pictures."""
+    clip = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
+    pixels = CLIPImageProcessorPil.from_pretrained(CLIP)(pictures, return_tensors="pt")
+    with torch.no_grad():
+        return clip.vision_model(pixels["pixel_values"], output_hidden_states=True)
+
+
+def edit(path, **changes) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | changes))
+
+
+# -- what it computes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [-2, -1, 0, 1])
+def test_patches_are_those_of_clip(pictures, expected, layer):
+    spec = read_vision_spec(str(CLIP), layer=layer)
+    found = VisionTower(spec)(pictures)
+    assert torch.equal(found, expected.hidden_states[layer][:, 1:])
+    assert found.shape == (len(pictures), *spec.shape) and found.dtype == torch.float32
+
+
+def test_pooled_is_that_of_clip(pictures, expected):
+    spec = read_vision_spec(str(CLIP), features="pooled")
+    found = VisionTower(spec)(pictures)
+    assert torch.equal(found, expected.pooler_output[:, None])
+    assert spec.shape == (1, found.shape[2])
+
+
+def test_a_picture_has_the_same_features_in_any_company(pictures):
+    tower = VisionTower(read_vision_spec(str(CLIP)))
+    alone = torch.cat([tower([picture]) for picture in pictures])
+    torch.testing.assert_close(tower(pictures), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_tower_is_frozen(pictures):
+    tower = VisionTower(read_vision_spec(str(CLIP)))
+    assert not tower.model.training
+    assert not any(parameter.requires_grad for parameter in tower.model.parameters())
+    assert not tower(pictures).requires_grad
+
+
+# -- the key --------------------------------------------------------------------------------------
+
+
+def test_the_key_names_the_files_and_not_their_folder(folder):
+    assert read_vision_spec(str(folder)).key == read_vision_spec(str(CLIP)).key
+
+
+def test_the_key_changes_with_all_that_changes_the_features(folder):
+    keys = {read_vision_spec(str(folder)).key}
+
+    def is_new(**reading) -> bool:
+        key = read_vision_spec(str(folder), **reading).key
+        known = key in keys
+        keys.add(key)
+        return not known
+
+    assert not is_new()
+    assert is_new(layer=-1)
+    assert is_new(features="pooled")
+    edit(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    assert is_new()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vision_model.post_layernorm.weight"][0] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert is_new()
+    config = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", vision_config=config["vision_config"] | {"layer_norm_eps": 1e-3})
+    assert is_new()
+
+
+# -- what is missing or wrong ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "model.safetensors"]
+)
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(PhiSightError, match=name.replace(".", r"\.")) as caught:
+        read_vision_spec(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(PhiSightError, match="nowhere"):
+        read_vision_spec(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_json_that_is_none_is_an_error(folder, name):
+    (folder / name).write_text("{oh")
+    with pytest.raises(PhiSightError, match="clip"):
+        VisionTower(read_vision_spec(str(folder)))
+
+
+@pytest.mark.parametrize("layer", [99, -99])
+def test_a_layer_that_is_not_there_is_named(layer):
+    with pytest.raises(PhiSightError, match=f"--vision-layer {layer}"):
+        read_vision_spec(str(CLIP), layer=layer)
+
+
+def test_every_layer_that_is_allowed_is_there(pictures):
+    layers = json.loads((CLIP / "config.json").read_text())["vision_config"]["num_hidden_layers"]
+    for layer in (-layers - 1, layers):
+        spec = read_vision_spec(str(CLIP), layer=layer)
+        assert VisionTower(spec)(pictures[:1]).shape == (1, *spec.shape)
+        with pytest.raises(PhiSightError):
+            read_vision_spec(str(CLIP), layer=layer + (1 if layer > 0 else -1))
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "unexpected", "misshapen"])
+def test_weights_that_do_not_fit_are_an_error(folder, damage):
+    path = folder / "model.safetensors"
+    name = "vision_model.post_layernorm.weight"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        tensors = load_file(path)
+        if damage == "missing":
+            del tensors[name]
+        elif damage == "unexpected":
+            tensors["vision_model.other"] = tensors[name].clone()
+        else:
+            tensors[name] = tensors[name][:-1].clone()
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(PhiSightError, match=r"model\.safetensors"):
+        VisionTower(read_vision_spec(str(folder)))
+
+
+def test_a_language_model_is_no_clip():
+    with pytest.raises(PhiSightError, match="phi3"):
+        read_vision_spec(str(ROOT / "assets/tiny/phi3"))

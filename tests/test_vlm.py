@@ -1,0 +1,363 @@
+"""The whole model: packing, gradients and owners, and the same model built by transformers."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Phi3ForCausalLM,
+)
+
+from config import replace
+from conftest import draw_adapter
+from data.chat import RenderedSample, render
+from data.collate import IGNORED, collate
+from data.dataset import Message, Part
+from errors import PhiSightError
+from lora.layer import LoRALinear
+from lora.merge import merged_weight
+from model.build import assemble, load_model_state, model_state
+from model.vision import VisionTower
+from model.vlm import owner_of, segment_mask
+from optim import LossScaler
+from train import train_step
+
+
+@pytest.fixture
+def samples(prepared, parts) -> list[RenderedSample]:
+    """Conversations of different lengths about different pictures, one without, one with two."""
+    one_of_each = {sample.images: sample for sample in prepared.train}
+    chosen = sorted(one_of_each.values(), key=lambda sample: len(sample.input_ids))
+    names = [sample.images[0] for sample in chosen]
+    return [*chosen[:6], conversation(parts, []), conversation(parts, names[:2])]
+
+
+def conversation(parts, pictures: list[str]) -> RenderedSample:
+    asked = [*[Part("image", name) for name in pictures], Part("text", "How many stars are there?")]
+    return render(
+        [Message("user", tuple(asked)), Message("assistant", (Part("text", "two"),))],
+        parts.chat_format,
+    )
+
+
+@pytest.fixture
+def batch_of(parts, store):
+    def make(rows):
+        return collate(rows, store.features_of, parts.chat_format.end_of_text_id, store.shape)
+
+    return make
+
+
+def hidden_inputs(batch) -> dict:
+    return {name: value for name, value in vars(batch).items() if name != "labels"}
+
+
+@torch.no_grad()
+def all_logits(model, batch) -> torch.Tensor:
+    """(rows, length, vocabulary)"""
+    return model.language_model.lm_head(model.hidden_states(**hidden_inputs(batch)))
+
+
+def by_segment(batch, values: torch.Tensor) -> list[torch.Tensor]:
+    """The values of each conversation of the batch, in order."""
+    return [
+        values[row][segments == number]
+        for row, segments in enumerate(batch.segment_ids)
+        for number in range(1, int(segments.max()) + 1)
+    ]
+
+
+# -- packing --------------------------------------------------------------------------------------
+
+
+def test_segment_mask_of_a_row_written_by_hand():
+    mask = segment_mask(torch.tensor([[1, 1, 2, 2, 0]]))
+    assert mask.int().tolist() == [[[
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]]]
+
+
+def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batch_of):
+    packed = batch_of([samples[:5], samples[5:]])
+    assert 0 in packed.segment_ids  # one row is padded
+    together = by_segment(packed, all_logits(model, packed))
+    for sample, logits in zip(samples, together, strict=True):
+        alone = all_logits(model, batch_of([[sample]]))[0]
+        torch.testing.assert_close(logits, alone, rtol=1e-6, atol=1e-5)
+
+
+def test_loss_of_a_packed_batch_is_the_sum_of_its_conversations(model, samples, batch_of):
+    with torch.no_grad():
+        total, count = model(**vars(batch_of([samples[:5], samples[5:]])))
+        alone = [model(**vars(batch_of([[sample]]))) for sample in samples]
+    assert count == sum(n for _, n in alone) == sum(sum(s.supervised) for s in samples)
+    assert total.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 3])
+def test_conversations_of_a_row_cannot_see_each_other(model, samples, batch_of, parts, changed):
+    row = samples[:4]
+    other_ids = [
+        token if token == parts.chat_format.image_id else (token + 7) % 100
+        for token in row[changed].input_ids
+    ]
+    other = dataclasses.replace(row[changed], input_ids=other_ids, images=samples[5].images)
+    before = batch_of([row])
+    after = batch_of([[*row[:changed], other, *row[changed + 1 :]]])
+    pairs = zip(
+        by_segment(before, all_logits(model, before)), by_segment(after, all_logits(model, after))
+    )
+    for place, (old, new) in enumerate(pairs):
+        assert torch.equal(old, new) == (place != changed)
+
+
+def test_the_picture_alone_changes_the_logits(model, samples, batch_of):
+    other = dataclasses.replace(samples[0], images=samples[5].images)
+    here, there = batch_of([[samples[0]]]), batch_of([[other]])
+    assert not torch.equal(all_logits(model, here), all_logits(model, there))
+
+
+def test_supervised_logits_stand_only_where_a_token_is_trained_on(model, samples, batch_of):
+    batch = batch_of([samples[:5], samples[5:]])
+    with torch.no_grad():
+        logits, targets = model.supervised_logits(**vars(batch))
+    wanted = [
+        token for sample in samples
+        for token, trained in zip(sample.input_ids, sample.supervised) if trained
+    ]
+    assert targets.tolist() == wanted
+    everywhere = all_logits(model, batch)
+    before_target = (batch.labels != IGNORED).roll(-1, 1)  # nothing stands before the first token
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, everywhere[before_target].float(), rtol=0, atol=1e-5)
+
+
+def test_loss_is_cross_entropy_written_out(model, samples, batch_of):
+    sample = samples[0]
+    batch = batch_of([[sample]])
+    shares = all_logits(model, batch)[0].double().log_softmax(-1)
+    expected = -sum(
+        shares[place - 1, token].item()
+        for place, (token, trained) in enumerate(zip(sample.input_ids, sample.supervised))
+        if trained
+    )
+    with torch.no_grad():
+        loss, _ = model(**vars(batch))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_wrong_number_of_pictures_names_both_numbers(model, samples, batch_of, parts):
+    batch = batch_of([[samples[-1]]])  # two pictures
+    tokens = parts.chat_format.tokens_per_image
+    short = dataclasses.replace(batch, image_features=batch.image_features[:1])
+    with pytest.raises(PhiSightError, match=rf"\b{2 * tokens}\b.*\b{tokens}\b"):
+        model(**vars(short))
+    no_slots = batch_of([[samples[-2]]])
+    extra = dataclasses.replace(no_slots, image_features=batch.image_features)
+    with pytest.raises(PhiSightError, match=rf"\b0\b.*\b{2 * tokens}\b"):
+        model(**vars(extra))
+
+
+# -- gradients ------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for the optimizer: keeps the gradients that a step would have used."""
+
+    def __init__(self, model) -> None:
+        self.parameters = dict(model.trainable())
+
+    def step(self, learning_rate: float) -> None:
+        self.gradients = {name: p.grad.clone() for name, p in self.parameters.items()}
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+def gradients_of(model, batches) -> dict[str, torch.Tensor]:
+    recorder = Recorder(model)
+    train_step(model, recorder, LossScaler(enabled=False), batches, 0.0, math.inf)
+    return recorder.gradients
+
+
+def test_gradient_does_not_depend_on_how_the_window_is_cut(model, samples, batch_of):
+    rows = [[sample] for sample in samples]  # eight rows of very different lengths
+    cut = {
+        size: gradients_of(
+            model, [batch_of(rows[start : start + size]) for start in range(0, 8, size)]
+        )
+        for size in (1, 4, 8)
+    }
+    packed = gradients_of(model, [batch_of([samples[:3]]), batch_of([samples[3:]])])
+    for name, expected in cut[8].items():
+        scale = expected.abs().max().clamp(min=1)
+        for gradients in (cut[1], cut[4], packed):
+            assert (gradients[name] - expected).abs().max() / scale < 1e-6, name
+
+
+def test_every_trained_tensor_gets_a_gradient_and_the_base_none(model, samples, batch_of):
+    model(**vars(batch_of([samples])))[0].backward()
+    owners = model.owners()
+    for name, parameter in owners["lora"] + owners["projector"]:
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for _, parameter in owners["base"])
+
+
+def test_a_fresh_adapter_gets_its_gradient_through_b(tiny_config, samples, batch_of):
+    model = assemble(tiny_config).model
+    model(**vars(batch_of([samples])))[0].backward()
+    for name, parameter in model.owners()["lora"]:
+        reached = bool(parameter.grad.abs().max() > 0)
+        assert reached == name.endswith("lora_B"), name  # B is zero, so nothing comes through to A
+
+
+def test_every_parameter_has_exactly_one_owner(model):
+    owners = model.owners()
+    owned = [name for parameters in owners.values() for name, _ in parameters]
+    assert sorted(owned) == sorted(name for name, _ in model.named_parameters())
+    assert len(set(owned)) == len(owned)
+    trained = dict(model.trainable())
+    assert trained.keys() == {name for name, _ in owners["lora"] + owners["projector"]}
+    assert all(not parameter.requires_grad for _, parameter in owners["base"])
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    assert len(owners["lora"]) == 2 * len(layers) > 0
+    assert len(owners["projector"]) == 4
+    assert {owner_of(name) for name in trained} == {"lora", "projector"}
+
+
+def test_gradient_checkpointing_changes_no_gradient(model, samples, batch_of):
+    batch = batch_of([samples[:4], samples[4:]])
+    model.train()  # checkpointing works in training mode only, and then dropout is on too
+
+    def gradients() -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
+        return gradients_of(model, [batch])
+
+    kept = gradients()
+    model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        assert model.language_model.model.layers[0].gradient_checkpointing
+        recomputed = gradients()
+    finally:
+        model.language_model.gradient_checkpointing_disable()
+    for name, expected in kept.items():
+        assert torch.equal(recomputed[name], expected), name
+
+
+# -- the state of a checkpoint --------------------------------------------------------------------
+
+
+def test_state_of_one_model_makes_another_its_equal(parts, model, tiny_config, samples, batch_of):
+    other = assemble(replace(tiny_config, seed=9)).model.eval()
+    batch = batch_of([samples])
+    assert not torch.equal(all_logits(other, batch), all_logits(model, batch))
+    load_model_state(other, model_state(model))
+    assert torch.equal(all_logits(other, batch), all_logits(model, batch))
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "misshapen"])
+def test_projector_state_that_does_not_fit_is_refused(model, damage):
+    state = model_state(model)
+    projector = dict(state["image_projector"])
+    if damage == "missing":
+        del projector["linear_1.bias"]
+    elif damage == "unknown":
+        projector["linear_3.bias"] = projector["linear_1.bias"]
+    else:
+        projector["linear_1.bias"] = projector["linear_1.bias"][:-1]
+    with pytest.raises(PhiSightError, match="image_projector"):
+        load_model_state(model, state | {"image_projector": projector})
+
+
+def test_a_seed_fixes_the_fresh_weights(tiny_config):
+    first, again = (model_state(assemble(tiny_config).model) for _ in range(2))
+    other = model_state(assemble(replace(tiny_config, seed=1)).model)
+    for file in first:
+        for name, tensor in first[file].items():
+            assert torch.equal(tensor, again[file][name])
+    name = "linear_1.weight"
+    assert not torch.equal(first["image_projector"][name], other["image_projector"][name])
+
+
+# -- against transformers -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unquantised(tiny_config):
+    return assemble(replace(tiny_config, quantization="none", seed=4)).model.eval()
+
+
+def llava_of(model, spec, base: str, placeholder_id: int) -> LlavaForConditionalGeneration:
+    """The same model as transformers would build it, the adapter merged into the base."""
+    language_model = Phi3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, layer in model.language_model.named_modules():
+        if isinstance(layer, LoRALinear):
+            language_model.get_submodule(name).weight.copy_(merged_weight(layer))
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig.from_pretrained(spec.folder),
+        text_config=language_model.config,
+        image_token_index=placeholder_id,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    config.dtype = torch.float32
+    llava = LlavaForConditionalGeneration(config).eval()
+    for theirs, ours in (
+        (llava.model.vision_tower, VisionTower(spec).model),
+        (llava.model.multi_modal_projector, model.projector),
+        (llava.model.language_model, language_model.model),
+        (llava.lm_head, language_model.lm_head),
+    ):
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+    return llava
+
+
+@pytest.mark.parametrize("adapter", ["fresh", "drawn"])
+@torch.no_grad()
+def test_logits_are_those_of_llava(unquantised, parts, world, tiny_config, adapter):
+    if adapter == "drawn":
+        draw_adapter(unquantised)
+    placeholder = parts.chat_format.image_id
+    llava = llava_of(unquantised, parts.vision, tiny_config.base, placeholder)
+    tower = VisionTower(parts.vision)
+    pictures = [Image.open(world / f"images/train_00000{index}.png") for index in range(2)]
+    features = dict(zip("ab", tower(pictures)))
+    pixels = tower.processor(pictures, return_tensors="pt")["pixel_values"]
+    asked = (Part("text", "Compare"), Part("image", "a"), Part("text", "with"), Part("image", "b"))
+    sample = render([Message("user", asked)], parts.chat_format, add_generation_prompt=True)
+    batch = collate([[sample]], features.__getitem__, 0, parts.vision.shape)
+
+    expected = llava(input_ids=batch.input_ids, pixel_values=pixels).logits
+    embeddings = unquantised.embed(batch.input_ids, batch.image_features)
+    without_mask = unquantised.language_model(inputs_embeds=embeddings).logits
+    if adapter == "fresh":  # nothing is added to the base, so bit for bit
+        assert torch.equal(without_mask, expected)
+    # An explicit mask, as packed rows have, takes another attention kernel.
+    for ours in (without_mask, all_logits(unquantised, batch)):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    swapped = llava(input_ids=batch.input_ids, pixel_values=pixels.flip(0)).logits
+    assert (swapped - expected).abs().max() > 1e-2  # so the order of the pictures was compared too
+
+
+def test_a_pooled_picture_takes_one_token(tiny_config, world):
+    pooled = assemble(replace(tiny_config, vision_features="pooled"))
+    name = "train_000000.png"
+    with Image.open(world / "images" / name) as picture:
+        features = {name: VisionTower(pooled.vision)([picture])[0]}
+    sample = conversation(pooled, [name])
+    assert sample.input_ids.count(pooled.chat_format.image_id) == 1
+    batch = collate([[sample]], features.__getitem__, 0, pooled.vision.shape)
+    loss, count = pooled.model(**vars(batch))
+    assert loss.isfinite() and count == sum(sample.supervised)
