@@ -150,9 +150,11 @@ def validate(config: Config) -> None:
     for name in ("lora_rank", "max_text_tokens", "epochs", "batch_size", "accumulation",
                  "save_steps", "log_steps", "keep_checkpoints", "evaluation_conversations"):
         need(getattr(config, name) >= 1, name, "at least 1")
-    for name in ("row_tokens", "max_steps", "evaluate_steps", "early_stopping", "threads",
-                 "weight_decay"):
+    for name in ("row_tokens", "max_steps", "evaluate_steps", "early_stopping"):
         need(getattr(config, name) >= 0, name, "0 or more")
+    need(0 <= config.weight_decay < float("inf"), "weight_decay", "0 or more, and finite")
+    # Far more threads than any machine has would end the process when they are started.
+    need(0 <= config.threads <= 1024, "threads", "from 0 to 1024")
     for name in ("learning_rate", "lora_alpha", "max_gradient_norm", "adam_epsilon"):
         need(0 < getattr(config, name) < float("inf"), name, "a positive number")
     for name in ("lora_dropout", "warmup_fraction", "adam_beta1", "adam_beta2"):

@@ -131,6 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args(arguments)
+    if options.max_new_tokens < 1:  # no answer at all would be scored as a wrong one
+        raise PhiSightError("--max-new-tokens: must be at least 1")
     assistant = load_assistant(options)
     config = assistant.config
     held_out = options.held_out_questions or config.held_out_questions

@@ -34,6 +34,10 @@ IMAGE_MARK = "<image>"
 def user_message(prompt: str, images: Sequence[str]) -> Message:
     """A user's turn. Each `<image>` in the prompt takes the next picture; without any, the pictures
     come before the text. Raises `PhiSightError` naming both numbers when they differ."""
+    try:
+        prompt.encode()  # a shell can pass on bytes that are no text, which no tokenizer takes
+    except UnicodeEncodeError:
+        raise PhiSightError("--prompt: is not valid Unicode; type it as UTF-8") from None
     pieces = prompt.split(IMAGE_MARK)
     if len(pieces) == 1:
         pieces = [""] * len(images) + pieces
@@ -169,6 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.max_new_tokens < 1:
         raise PhiSightError("--max-new-tokens: must be at least 1")
+    if options.seed is not None and not 0 <= options.seed < 2**64:  # what torch's generators take
+        raise PhiSightError(f"--seed {options.seed}: must be from 0 to {2**64 - 1}")
     sampling = Sampling(options.temperature, options.top_p, options.top_k)
     message = user_message(options.prompt, options.image)
     for path in options.image:  # a bad picture is told before the model is loaded

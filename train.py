@@ -74,6 +74,9 @@ class Progress:
 def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOptions) -> Progress:
     """One run, from `resume` or from nothing, until it is finished or asked to stop."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    # On a GPU torch refuses matrix products in deterministic mode unless cuBLAS was told, before
+    # its first use, to work in buffers of a fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
     parts = assemble(config)
@@ -105,6 +108,7 @@ def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOpt
         log.truncate_to(0)
     else:
         check_same_run(resume.config, facts, options.allow_changes)
+        check_place(resume.trainer_state, plans, total_steps)
         progress = restore(resume, parts, optimizer, scaler, log)
     write_quarantine(run / "quarantine.jsonl", data.quarantined)  # a refused resume changes nothing
     announce(config, parts, data, plans, row_tokens, total_steps, progress)
@@ -143,7 +147,8 @@ def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOpt
             progress.row += len(rows)
             if progress.row >= len(plans[progress.epoch]):
                 progress.epoch, progress.row = progress.epoch + 1, 0
-            if progress.step == total_steps:
+            # After --allow-changes the rows can be used up before the steps are.
+            if progress.step == total_steps or progress.epoch == len(plans):
                 progress.finished = "all steps done"
             add_to_window(progress, result, batches, time.perf_counter() - clock)
             if logging or progress.finished:
@@ -302,6 +307,17 @@ def check_same_run(saved: dict, current: dict, allow_changes: bool) -> None:
     print(f"warning: the resumed run is not exact, these differ: {listed}")
 
 
+def check_place(state: dict, plans: list[list[list[int]]], total_steps: int) -> None:
+    """Stop where changes that a person allowed leave nothing to do after the saved place."""
+    step, epoch, row = state["step"], state["epoch"], state["row"]
+    if step >= total_steps or epoch >= len(plans) or row >= len(plans[epoch]):
+        raise PhiSightError(
+            f"--resume: the checkpoint stands at step {step} (epoch {epoch}, row {row}), the"
+            f" changed run ends at step {total_steps} of {len(plans)} epochs; ask for more --epochs"
+            " or --max-steps"
+        )
+
+
 def restore(
     checkpoint: checkpoints.Checkpoint, parts: Assembled, optimizer: AdamW, scaler: LossScaler,
     log: MetricsLog,
@@ -454,6 +470,8 @@ def parse(arguments: list[str] | None) -> tuple[Config, checkpoints.Checkpoint |
                         help="save and stop after this step; --resume goes on")
     options = parser.parse_args(arguments)
     config = configs.config_from_options(options)
+    if options.stop_at_step < 0:
+        raise PhiSightError(f"--stop-at-step {options.stop_at_step}: must be 0 (never) or more")
     run_options = RunOptions(options.allow_changes, options.stop_at_step, options.overwrite)
     existing = checkpoints.checkpoints_in(config.run)
     if options.resume or (options.resume_if_any and existing):

@@ -56,7 +56,13 @@ class FeatureStore:
         self._where: dict[str, tuple[int, int]] = {}  # hash -> (shard, row)
         self._shards: list[safe_open] = []
         self._hash_of: dict[str, str] = {}  # picture name -> hash
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PhiSightError(
+                f"{self.folder}: cannot be made ({error.strerror}); give a folder that can be"
+                " written with --features"
+            ) from None
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             self._open(path)
 
@@ -65,13 +71,14 @@ class FeatureStore:
             shard = safe_open(path, framework="pt")
             hashes = json.loads((shard.metadata() or {})["hashes"])
             shape = tuple(shard.get_slice("features").get_shape())
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            count = len(hashes)
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise PhiSightError(
                 f"{path}: not a readable feature shard ({error}); delete it, it is computed again"
             ) from None
-        if shape != (len(hashes), *self.shape):
+        if shape != (count, *self.shape):
             raise PhiSightError(
-                f"{path}: holds {shape}, expected {(len(hashes), *self.shape)}; delete it"
+                f"{path}: holds {shape}, expected {(count, *self.shape)}; delete it"
             )
         for row, picture in enumerate(hashes):
             self._where.setdefault(picture, (len(self._shards), row))

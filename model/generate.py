@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, Phi3Config
 
 from errors import PhiSightError
 from model.vlm import VisionLanguageModel
@@ -55,6 +55,15 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def rope_crossing(config: Phi3Config) -> int | None:
+    """The first position at which LongRoPE (arXiv 2402.13753) changes its factors, if the model
+    has it: transformers picks them by the largest position of a forward pass."""
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope["original_max_position_embeddings"]
+
+
 @torch.no_grad()
 def generate(
     model: VisionLanguageModel,
@@ -80,10 +89,13 @@ def generate(
     input_ids, mask = input_ids.to(device), mask.to(device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
-    cache = DynamicCache(config=model.language_model.config)
+    config = model.language_model.config
+    cache = DynamicCache(config=config)
+    crossing = rope_crossing(config)
     embeddings = model.embed(input_ids, image_features.to(device))  # (rows, length, dim)
+    seen = [embeddings]  # all that was fed so far, kept only where it may have to be fed again
     ended = [False] * len(prompts)
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         hidden = model.language_model.model(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
             past_key_values=cache, use_cache=True,
@@ -99,3 +111,10 @@ def generate(
         embeddings = model.language_model.model.embed_tokens(chosen)[:, None]  # (rows, 1, dim)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
+        if crossing is not None:
+            seen.append(embeddings)
+        if length + step == crossing:
+            # From here on every position turns by other factors, so the cached keys are of no use.
+            cache = DynamicCache(config=config)
+            embeddings = torch.cat(seen, dim=1)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)

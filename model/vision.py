@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -41,12 +42,13 @@ def read_vision_spec(
     folder = find_folder(id_or_folder, revision or None)
     try:
         config = CLIPVisionConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        patches = (config.image_size // config.patch_size) ** 2
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+            StrictDataclassError) as error:  # a config.json of any content
         raise PhiSightError(f"{folder}: not a CLIP folder ({error}); {LAYOUT}") from None
     layers = config.num_hidden_layers
     if not -layers - 1 <= layer <= layers:
         raise PhiSightError(f"--vision-layer {layer}: this CLIP has {layers} layers; use -2")
-    patches = (config.image_size // config.patch_size) ** 2
     shape = (patches if features == "patches" else 1, config.hidden_size)
     files = [folder / "config.json", folder / "preprocessor_config.json"]
     for file in files:

@@ -134,6 +134,9 @@ def test_where_pictures_stand_in_a_prompt(prompt, images, kinds):
         (["--prompt", "What?", "--top-p", "0"], "--top-p 0.0"),
         (["--prompt", "What?", "--top-k", "-1"], "--top-k -1"),
         (["--prompt", "What?", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--prompt", "What?", "--seed", str(2**64)], "--seed 18446744073709551616"),
+        (["--prompt", "What?", "--seed", "-1"], "--seed -1"),
+        (["--prompt", "What\udcff?"], "--prompt: is not valid Unicode"),
         (["--prompt", "What?", "--device", "toaster"], "--device"),
         (["--prompt", "What?", "--run", "no-such-run"], "no checkpoint in no-such-run"),
     ],
@@ -350,6 +353,10 @@ def test_bad_questions_are_refused(line, said, tmp_path, monkeypatch):
     assert said in error_of(evaluate.main, "--held-out-questions", path)
 
 
+def test_an_evaluation_without_a_token_to_answer_in_is_refused():
+    assert "--max-new-tokens" in error_of(evaluate.main, "--max-new-tokens", "0")
+
+
 # -- checkpoints.py and data.world ----------------------------------------------------------------
 
 
@@ -399,6 +406,7 @@ def test_the_world_command_writes_what_training_reads(tmp_path, capsys, monkeypa
         (["evaluate.py", "--run", "no-such-run"], "no checkpoint in no-such-run"),
         (["checkpoints.py", "verify", "no-such-run"], "no-such-run: no such folder"),
         (["-m", "data.world", "--pictures", "0"], "--pictures"),
+        (["-m", "data.world", "--out", "README.md/world"], "README.md/world: cannot be written"),
         (["-m", "data.preflight", "--data", "no-such.json"], "no-such.json: no such file"),
     ],
     ids=lambda value: value[0 if value[0] != "-m" else 1] if isinstance(value, list) else "",

@@ -117,7 +117,8 @@ def values_of(field: dataclasses.Field) -> st.SearchStrategy:
         "adam_beta2": SHARES, "data_fraction": st.floats(0, 1, exclude_min=True),
         "validation_fraction": st.floats(0, 1, exclude_min=True, exclude_max=True),
         "run": WORDS.filter(bool), "vision_layer": st.integers(-100, 100),
-        "seed": st.integers(0, 2**32 - 1), "lora_targets": st.tuples(NAMES, NAMES),
+        "seed": st.integers(0, 2**32 - 1), "threads": st.integers(0, 1024),
+        "lora_targets": st.tuples(NAMES, NAMES),
     }
     if field.name in special:
         return special[field.name]
@@ -193,12 +194,12 @@ BAD: dict[str, tuple] = {
     "validation_fraction": (0.0, 1.0, NAN), "max_text_tokens": (0,), "row_tokens": (-1,),
     "epochs": (0,), "max_steps": (-1,), "batch_size": (0,), "accumulation": (0,),
     "learning_rate": (0.0, -1.0, NAN, INFINITY), "schedule": ("step",),
-    "warmup_fraction": (-0.1, 1.0, NAN), "weight_decay": (-0.1, NAN),
+    "warmup_fraction": (-0.1, 1.0, NAN), "weight_decay": (-0.1, NAN, INFINITY),
     "adam_beta1": (-0.1, 1.0), "adam_beta2": (-0.1, 1.0), "adam_epsilon": (0.0, NAN),
     "max_gradient_norm": (0.0, NAN), "seed": (-1, 2**32), "evaluate_steps": (-1,),
     "evaluation_conversations": (0,), "early_stopping": (-1,), "save_steps": (0,),
     "keep_checkpoints": (0,), "log_steps": (0,), "run": ("",), "device": ("tpu",),
-    "compute_type": ("int4",), "threads": (-1,),
+    "compute_type": ("int4",), "threads": (-1, 1025),
 }
 FREE = {  # any value of the right type is one; whether it is there is found out on use
     "base", "base_revision", "vision", "vision_revision", "vision_layer", "data", "images",

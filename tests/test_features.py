@@ -291,6 +291,20 @@ def test_a_corrupt_shard_is_an_error_that_names_it(pictures, new_store, damage):
     check_all(check, folder, names)
 
 
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PhiSightError, match="cannot be made.*--features"):
+        FeatureStore(tmp_path / "file", "key", SHAPE)
+
+
+def test_a_header_without_a_list_of_hashes_is_an_error(new_store):
+    store = new_store()
+    save_file({"features": torch.zeros(1, *SHAPE, dtype=STORED_DTYPE)},
+              store.folder / "shard-00000.safetensors", {"hashes": "1"})
+    with pytest.raises(PhiSightError, match="not a readable feature shard"):
+        new_store()
+
+
 def test_a_shard_of_another_shape_is_an_error(pictures, new_store):
     folder, names = pictures
     new_store().add(names, folder, FakeTower())

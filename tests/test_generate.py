@@ -4,12 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import meter
 from data.chat import RenderedSample, render
 from data.dataset import Message, Part
 from errors import PhiSightError
 from model.generate import Sampling, choose, generate
+from model.projector import ImageProjector
+from model.vlm import VisionLanguageModel
 
 NEW_TOKENS = 12
 
@@ -105,6 +108,31 @@ def test_greedy_is_what_the_model_says_without_a_cache(model, prompts, stops):
                 break
             said.append(token)
         assert answer(model, prompt, stops) == said
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 15, 16, 17])
+def test_a_cache_does_not_outlive_the_factors_of_longrope(length):
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8,
+            "long_factor": [40.0] * 8, "original_max_position_embeddings": 16,
+        },
+    )
+    language_model = Phi3ForCausalLM(config).eval()
+    for parameter in language_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = VisionLanguageModel(language_model, ImageProjector(4, 64), placeholder_id=96)
+    ids = torch.randint(1, 90, (length,)).tolist()
+    said: list[int] = []
+    while len(said) < 20:
+        logits = language_model(torch.tensor([ids + said])).logits
+        said.append(logits[0, -1].argmax().item())
+    assert rows_of(model, [ids], torch.zeros(0, 1, 4), {95}, 20) == [said]
 
 
 def test_batched_rows_are_the_rows_alone(model, prompts, stops):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import signal
 from collections import Counter
@@ -482,6 +483,45 @@ def test_a_changed_flag_is_refused_by_name_and_allowed_on_request(tmp_path, caps
     assert "warning: the resumed run is not exact" in said and "config.batch_size" in said
     assert checkpoints.resolve(run).config["config"]["batch_size"] == 3
     assert state_of(run)["finished"]
+
+
+@pytest.mark.parametrize(
+    "state", [{"step": 9, "epoch": 0, "row": 1}, {"step": 2, "epoch": 2, "row": 0},
+              {"step": 2, "epoch": 1, "row": 3}],
+)
+def test_a_place_beyond_the_changed_run_is_refused(state):
+    plans = [[[0], [1], [2]], [[2], [1], [0]]]
+    with pytest.raises(PhiSightError, match="ask for more --epochs or --max-steps"):
+        train.check_place(state, plans, total_steps=9)
+    train.check_place({"step": 8, "epoch": 1, "row": 2}, plans, total_steps=9)
+
+
+def test_a_changed_run_that_would_end_before_its_place_is_refused(tmp_path):
+    run = runs.copy_of(runs.stopped_run(), tmp_path)
+    message = refusal(run, "--max-steps", "1", "--allow-changes")
+    assert "the changed run ends at step 1" in message
+
+
+def test_smaller_steps_after_a_change_end_with_the_rows(tmp_path):
+    run = tmp_path / "run"
+    fields = runs.SHORT | {"accumulation": 2, "max_steps": 0, "epochs": 1}
+    runs.start(run, "--stop-at-step", "1", **fields)
+    assert runs.resume(run, "--accumulation", "1", "--allow-changes") == 0
+    assert state_of(run)["finished"]
+    assert state_of(run)["step"] < state_of(run)["total_steps"]
+
+
+def test_a_negative_stop_is_refused(tmp_path):
+    with pytest.raises(PhiSightError, match="--stop-at-step -1"):
+        runs.start(tmp_path / "run", "--stop-at-step", "-1")
+
+
+def test_training_tells_cublas_to_be_deterministic(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back after the test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with pytest.raises(PhiSightError):
+        runs.start(tmp_path / "run", base="./gone")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_fields_that_change_nothing_may_change(tmp_path, capsys):

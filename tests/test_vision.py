@@ -169,6 +169,18 @@ def test_weights_that_do_not_fit_are_an_error(folder, damage):
         VisionTower(read_vision_spec(str(folder)))
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "5", "{", '{"model_type": "clip", "vision_config": []}',
+     '{"model_type": "clip_vision_model", "patch_size": 0}',
+     '{"model_type": "clip_vision_model", "hidden_size": "wide"}'],
+)
+def test_a_config_of_any_content_is_one_error(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(PhiSightError, match="not a CLIP folder"):
+        read_vision_spec(str(folder))
+
+
 def test_a_language_model_is_no_clip():
     with pytest.raises(PhiSightError, match="phi3"):
         read_vision_spec(str(ROOT / "assets/tiny/phi3"))
