@@ -16,7 +16,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -106,19 +106,20 @@ def every_thing() -> list[world.Thing]:
     ]
 
 
-def tell(scene: world.Scene, rng: random.Random, prose_share: float = 0.2) -> str:
+def tell(scene: world.Scene, rng: random.Random, told: str) -> str:
     """The scene in words, one of four ways, so that the base learns to read and not to match.
 
-    Two are prose. Two are shorthand with one word a thing: a list, and a raster of 6 x 6 words in
-    which a thing fills some of the four places of its cell. Reading a raster takes what reading
-    patches takes: find the word that fits, count things and not words, skip what is empty.
+    Two are prose, for `told` "any" only. Two are shorthand with one word a thing: a list ("list"
+    tells this way alone), and a raster of 6 x 6 words in which a thing fills some of the four
+    places of its cell. Reading a raster takes what reading patches takes: find the word that fits,
+    count things and not words, skip what is empty.
     """
-    if rng.random() < prose_share:
+    if told == "any" and rng.random() < 0.2:
         if rng.random() < 0.5:
             return world.describe(scene)
-        told = [f"{t.place}: {t.size} {t.colour} {t.shape}" for t in scene.things]
-        return "; ".join(told) + "."
-    if rng.random() < 0.25:
+        phrases = [f"{t.place}: {t.size} {t.colour} {t.shape}" for t in scene.things]
+        return "; ".join(phrases) + "."
+    if told == "list" or rng.random() < 0.25:
         return " ".join(code_word(thing) for thing in scene.things)
     raster = [EMPTY] * 36
     for thing in scene.things:
@@ -129,50 +130,77 @@ def tell(scene: world.Scene, rng: random.Random, prose_share: float = 0.2) -> st
     return " ".join(raster)
 
 
-def text_conversation(
-    rng: random.Random, turns: int, easy: bool = False
-) -> list[tuple[str, str, str]]:
-    """(kind, user text, answer) turns about one scene; the first user turn tells the scene.
+@dataclass(frozen=True)
+class Lesson:
+    """One part of the base's curriculum: how scenes are told, what is asked, how many turns.
 
-    Easy ones look things up and nothing else, in shorthand, where there are at least two things to
-    tell apart: looking up is what all other kinds build on.
+    Without `kinds` everything is asked, descriptions and two-step questions too.
     """
-    scene = world.make_scene(rng, "all")
-    if easy:
-        while len(scene.things) < 2:
-            scene = world.make_scene(rng, "all")
-        asked = (world.ask(scene, rng.choice(LOOK_UPS), rng) for _ in range(4 * turns))
-        unique = {exchange[1]: exchange for exchange in asked if exchange is not None}
-        exchanges = list(unique.values())[:turns] or world.ask_many(scene, rng, turns)
-    else:
-        exchanges = world.ask_many(scene, rng, turns)
+
+    told: str
+    kinds: tuple[str, ...]
+    turns: int
+
+
+# Looking up one attribute by another is what every other kind builds on, and it is learnt at once
+# or hardly at all: asked alone, about a short list, "colour" is right after 400 steps; with all
+# kinds asked from the start it takes ten thousand (benchmarks/RESULTS.md). So the kinds come one
+# after another, simplest first (curriculum learning, Bengio et al. 2009).
+LOOK_UPS = ("colour", "shape", "size", "position")
+LESSONS = (
+    Lesson("list", ("colour",), 4),
+    Lesson("list", ("colour", "shape"), 8),
+    Lesson("list", LOOK_UPS, 10),
+    Lesson("shorthand", LOOK_UPS, 10),
+    Lesson("list", ("left_of", "above"), 10),
+    Lesson("list", ("left_of", "above", "count_by_property", "existence"), 10),
+    Lesson("shorthand", world.KINDS, 10),
+    Lesson("any", (), 10),
+)
+PASSED = 90.0  # percent of its own questions that ends a lesson
+
+
+def text_conversation(rng: random.Random, lesson: Lesson) -> list[tuple[str, str, str]]:
+    """(kind, user text, answer) turns about one scene; the first user turn tells the scene."""
+    exchanges: list[tuple[str, str, str]] = []
+    while not exchanges:
+        scene = world.make_scene(rng, "all")
+        if not lesson.kinds:
+            exchanges = world.ask_many(scene, rng, lesson.turns)
+        elif len(scene.things) > 1:  # one thing alone leaves nothing to tell apart
+            asked = [world.ask(scene, rng.choice(lesson.kinds), rng)
+                     for _ in range(3 * lesson.turns)]
+            unique = {exchange[1]: exchange for exchange in asked if exchange is not None}
+            exchanges = list(unique.values())[: lesson.turns]
+    if not lesson.kinds:
         two_step = world.ask(scene, world.TWO_STEP, rng)
         if two_step is not None and rng.random() < 0.7:
             exchanges.insert(rng.randint(0, len(exchanges)), two_step)
         if rng.random() < 0.2:
             exchanges.insert(rng.randint(0, len(exchanges)), world.detail(scene, rng))
     kind, question, answer = exchanges[0]
-    told = tell(scene, rng, 0.0 if easy else 0.2)
-    first = f"{told}\n{question}" if rng.random() < 0.5 else f"{question}\n{told}"
+    told = tell(scene, rng, lesson.told)
+    # The lessons tell first and ask then, as do half of the conversations that follow them.
+    first = f"{told}\n{question}"
+    if not lesson.kinds and rng.random() < 0.5:
+        first = f"{question}\n{told}"
     return [(kind, first, answer), *exchanges[1:]]
 
 
-def text_batches(
-    encoder: Encoder, steps: int, batch: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Padded ids and turn numbers for every step; four batches at a time are sorted by length, so
-    that little is padding. Easy conversations fade out over the first 40 % of the steps."""
-    for step in range(0, steps, 4):
-        easy_share = 0.7 * max(0.0, 1 - step / (0.4 * steps))
-        pool = []
-        for index in range(4 * batch):
-            rng = random.Random(f"{SEED}/base/{step}/{index}")
-            easy = rng.random() < easy_share
-            pool.append(encoder.render(text_conversation(rng, 10, easy)))
-        pool.sort(key=lambda row: len(row[0]))
-        batches = [pool[i * batch : (i + 1) * batch] for i in range(4)]
-        random.Random(f"{SEED}/base/{step}").shuffle(batches)
-        yield from map(pad_batch, batches[: steps - step])
+def four_batches(
+    encoder: Encoder, lesson: int, step: int, batch: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Padded ids and turn numbers of four batches, sorted by length so that little is padding.
+    About one conversation in eight is from an earlier lesson: what was learnt is kept."""
+    pool = []
+    for index in range(4 * batch):
+        rng = random.Random(f"{SEED}/base/{step}/{index}")
+        drawn = lesson if rng.random() < 0.85 else rng.randint(0, lesson)
+        pool.append(encoder.render(text_conversation(rng, LESSONS[drawn])))
+    pool.sort(key=lambda row: len(row[0]))
+    batches = [pool[i * batch : (i + 1) * batch] for i in range(4)]
+    random.Random(f"{SEED}/base/{step}").shuffle(batches)
+    return [pad_batch(rows) for rows in batches]
 
 
 # -- tokenizer ------------------------------------------------------------------------------------
@@ -306,21 +334,26 @@ def schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def answer_accuracy(model: torch.nn.Module, encoder: Encoder, count: int) -> dict[str, float]:
+def answer_accuracy(
+    model: torch.nn.Module, encoder: Encoder, lesson: Lesson, count: int
+) -> dict[str, float]:
     """Percent of answers whose every token is the most likely one, by kind, over fresh scenes."""
+    model.eval()
     right, total = defaultdict(int), defaultdict(int)
     for index in range(0, count, 32):
         conversations = [
-            text_conversation(random.Random(f"{SEED}/base-check/{index + i}"), 9)
+            text_conversation(random.Random(f"{SEED}/base-check/{index + i}"), lesson)
             for i in range(32)
         ]
         ids, turn = pad_batch([encoder.render(turns) for turns in conversations])
-        guess = model(input_ids=ids[:, :-1]).logits.argmax(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            guess = model(input_ids=ids[:, :-1]).logits.argmax(-1)
         correct = guess == ids[:, 1:]
         for row, turns in enumerate(conversations):
             for number, (kind, _, _) in enumerate(turns):
                 total[kind] += 1
                 right[kind] += bool(correct[row][turn[row, 1:] == number].all())
+    model.train()
     shares = {kind: 100 * right[kind] / total[kind] for kind in sorted(total)}
     one_step = [kind for kind in shares if kind in world.KINDS]
     shares["all_one_step"] = (
@@ -330,20 +363,23 @@ def answer_accuracy(model: torch.nn.Module, encoder: Encoder, count: int) -> dic
 
 
 def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
+    """The lessons one after another, each until it is passed, at a constant learning rate after a
+    short warm-up; then `steps` of the last lesson, over which the rate falls to 0 (a cosine)."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(SEED)
     encoder = Encoder(out)
     config = Phi3Config(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
+        # Many narrow heads: each is one more chance to hit on looking things up.
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2048,
         original_max_position_embeddings=2048, tie_word_embeddings=False,
         bos_token_id=encoder.id("<s>"), eos_token_id=encoder.id("<|endoftext|>"),
         pad_token_id=encoder.id("<|endoftext|>"), attn_implementation="sdpa",
         # 0.02 is meant for wide models: at this width attention would start out almost flat, and
         # looking things up would take thousands of steps to begin.
         initializer_range=0.07,
-        # Half of each head is left unrotated: with 32 dimensions, matching by content needs
+        # Half of each head is left unrotated: with 16 dimensions, matching by content needs
         # directions that do not turn with the distance.
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
                          "partial_rotary_factor": 0.5},
@@ -352,13 +388,19 @@ def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
     composed = ComposedEmbedding(model.model.embed_tokens, encoder)
     model.model.embed_tokens = composed
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    started, running = time.time(), None
-    bar = tqdm(text_batches(encoder, steps, batch), total=steps, desc="base", mininterval=10)
-    for step, (ids, turn) in enumerate(bar):
+    started, running, step, lesson, passed_at = time.time(), None, 0, 0, []
+    bar = tqdm(desc="base", mininterval=10)
+    last = len(LESSONS) - 1
+    while lesson < last or step < passed_at[-1] + steps:
+        done = 0.0 if lesson < last else (step - passed_at[-1]) / steps
+        rate = learning_rate * min(1.0, (step + 1) / 40) * 0.5 * (1 + np.cos(np.pi * done))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(step, steps)
+            group["lr"] = rate
+        if step % 4 == 0:
+            batches = four_batches(encoder, lesson, step, batch)
+        ids, turn = batches[step % 4]
         wanted = turn[:, 1:] >= 0
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
@@ -368,15 +410,21 @@ def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        step += 1
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            model.eval()
-            accuracy = answer_accuracy(model, encoder, 96 if step + 1 < steps else 960)
-            model.train()
-            print(f"\nbase step {step + 1}: loss {running:.4f}, answers {accuracy}", flush=True)
+        bar.update()
+        bar.set_postfix(lesson=lesson, loss=f"{running:.4f}", refresh=False)
+        if step % 100 == 0 and (lesson < last or step % 500 == 0):
+            accuracy = answer_accuracy(model, encoder, LESSONS[lesson], 64)
+            print(f"\nstep {step}, lesson {lesson}: loss {running:.4f}, {accuracy}", flush=True)
             save_base(model, composed, out)
-    report(out, steps=steps, batch=batch, seconds=round(time.time() - started),
+            if lesson < last and accuracy["all_one_step"] >= PASSED:
+                lesson += 1
+                passed_at.append(step)
+    save_base(model, composed, out)
+    accuracy = answer_accuracy(model, encoder, LESSONS[last], 960)
+    report(out, steps=step, lessons_passed_at=passed_at, batch=batch,
+           seconds=round(time.time() - started),
            parameters=sum(p.numel() for p in model.parameters()), loss=running,
            exact_answers_percent=accuracy)
 
@@ -616,7 +664,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tiny")
     parser.add_argument("--only", choices=("tokenizer", "base", "clip"))
-    parser.add_argument("--base-steps", type=int, default=7500)
+    parser.add_argument("--base-steps", type=int, default=4500, help="of the last lesson")
     parser.add_argument("--base-batch", type=int, default=12)
     parser.add_argument("--base-lr", type=float, default=1e-3)
     parser.add_argument("--clip-steps", type=int, default=2400)
