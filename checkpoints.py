@@ -17,15 +17,15 @@ folder that bears a checkpoint's name has been verified, and one is there at eve
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
 import os
-import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import PhiSightError, run_main
+from errors import PhiSightError, key_problems, run_main
+from metrics import CHAIN, Parting, broken_link, parting, read_metrics
 
 OWNERS = {"lora_weights": "lora", "image_projector": "projector", "optimizer": "optimizer",
           "rng": "rng"}  # file stem -> owner
+WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
+METRICS = "metrics.jsonl"
 MANIFEST, CONFIG, TRAINER_STATE = "MANIFEST.json", "config.json", "trainer_state.json"
 LATEST = "LATEST"
-FORMAT = 1
+FORMAT = 2
 BYTE_LIMIT = 64 * 2**20  # no JSON file or safetensors header of ours comes near this
 
 # Fields of trainer_state, at any depth, that tell when or how fast a run went: two runs that are
 # equal bit for bit differ in them. The metrics offset counts the bytes of the timings in the log.
 VOLATILE_FIELDS = ("saved_at", "started_at", "seconds", "elapsed_seconds", "tokens_per_second",
-                   "memory_mb", "timing", "metrics_offset")
+                   "memory_mb", "timing", "metrics_offset", "save_stall_seconds")
 # Dotted paths in config.json that say where a run lies, not what it is.
 RUN_FIELDS = ("name", "run", "config.name", "config.run")
 
@@ -79,6 +82,7 @@ class Snapshot:
     state: dict[str, dict[str, Tensor]]
     documents: dict[str, bytes]  # config.json and trainer_state.json as they will be written
     tokenizer: Any = None
+    change: dict | None = None  # since the save before: {"since_step", owner: L2 norm}
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
@@ -181,8 +185,10 @@ def _document(name: str, value: dict) -> bytes:
 # ---- saving --------------------------------------------------------------------------------------
 
 def take_snapshot(step: int, state: Mapping[str, Mapping[str, Tensor]], config: dict,
-                  trainer_state: dict, tokenizer: Any = None) -> Snapshot:
+                  trainer_state: dict, tokenizer: Any = None,
+                  previous: Snapshot | Checkpoint | None = None) -> Snapshot:
     """Copy everything to the CPU. `state` holds every stem of OWNERS; tensors may share memory.
+    With the save before as `previous`, how far the weights moved since is written down too.
 
     Raises PhiSightError for a missing or unknown stem, a bad step, a value that JSON cannot hold.
     """
@@ -196,7 +202,30 @@ def take_snapshot(step: int, state: Mapping[str, Mapping[str, Tensor]], config: 
                      for name, tensor in state[stem].items()} for stem in OWNERS}
     documents = {CONFIG: _document(CONFIG, config),
                  TRAINER_STATE: _document(TRAINER_STATE, trainer_state)}
-    return Snapshot(step, copies, documents, tokenizer)
+    return Snapshot(step, copies, documents, tokenizer, _change(previous, copies))
+
+
+def _change(previous: Snapshot | Checkpoint | None,
+            now: Mapping[str, Mapping[str, Tensor]]) -> dict | None:
+    """The L2 norm of what each owner's weights moved; None where there is nothing to compare."""
+    if previous is None or any(previous.state[stem].keys() != now[stem].keys()
+                               for stem in WEIGHTS):
+        return None
+    squares = {OWNERS[stem]: sum(
+        (_float64(tensor) - _float64(previous.state[stem][name])).square().sum().item()
+        for name, tensor in now[stem].items()) for stem in WEIGHTS}
+    return {"since_step": previous.step,
+            **{owner: _finite(math.sqrt(total)) for owner, total in squares.items()}}
+
+
+def weights_digest(state: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """sha256 over names and bytes of all trained weights: the same number means the same model."""
+    return _digest_of_rows((stem, name, hashlib.sha256(_raw(tensor.detach().cpu())).hexdigest())
+                           for stem in WEIGHTS for name, tensor in state[stem].items())
+
+
+def _digest_of_rows(rows: Iterable[tuple[str, str, str]]) -> str:
+    return hashlib.sha256("\n".join(map(" ".join, sorted(rows))).encode()).hexdigest()
 
 
 def save(run_dir: str | Path, step: int, state: Mapping[str, Mapping[str, Tensor]], config: dict,
@@ -266,7 +295,7 @@ def _write_folder(folder: Path, snapshot: Snapshot) -> None:
     names = _files_in(folder)
     for path in (folder / name for name in names if name not in snapshot.documents):
         _fsync(path)
-    body = {"format": FORMAT, "step": snapshot.step,
+    body = {"format": FORMAT, "step": snapshot.step, "change": snapshot.change,
             "tensors": [_tensor_row(stem, name, tensor)
                         for stem, tensors in snapshot.state.items()
                         for name, tensor in tensors.items()],
@@ -385,17 +414,12 @@ def _read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _key_problems(kind: str, expected: set[str], found: set[str]) -> list[str]:
-    return ([f"{kind}{name} is missing" for name in sorted(expected - found)]
-            + [f"{kind}{name} is unexpected" for name in sorted(found - expected)])
-
-
 def _read_tensors(path: Path, rows: dict[str, dict], problems: list[str]) -> Iterator[
         tuple[str, Tensor]]:
     """Yield each tensor whose shape, dtype and bytes are those of its row, in the order of rows."""
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
-        problems += _key_problems(f"{path.name}: tensor ", set(rows), found)
+        problems += key_problems(f"{path.name}: tensor ", set(rows), found)
         for name, row in rows.items():
             if name not in found:
                 continue
@@ -417,8 +441,8 @@ def _inspect(folder: Path, keep_tensors: bool) -> tuple[Checkpoint | None, list[
         present = set(_files_in(folder))
         required = {CONFIG, TRAINER_STATE} | {f"{stem}.safetensors" for stem in OWNERS}
         tokenizer = {file for file in listed if file.startswith("tokenizer/")}
-        problems += _key_problems(f"{MANIFEST}: row for ", required, set(listed) - tokenizer)
-        problems += _key_problems("", required | tokenizer | {MANIFEST}, present)
+        problems += key_problems(f"{MANIFEST}: row for ", required, set(listed) - tokenizer)
+        problems += key_problems("", required | tokenizer | {MANIFEST}, present)
         for name in sorted(set(listed) & present):
             path = folder / name
             if path.is_symlink() or path.stat().st_size != listed[name]["size"]:
@@ -487,16 +511,20 @@ def find_newest_valid(run_dir: str | Path) -> tuple[Path, list[tuple[Path, str]]
     raise PhiSightError(f"no checkpoint in {run_dir}; start one with python train.py ...")
 
 
+def newest_with_warnings(run_dir: str | Path) -> Path:
+    """`find_newest_valid`, with a warning on stderr for each newer one that is damaged."""
+    newest, damaged = find_newest_valid(run_dir)
+    for folder, problem in damaged:
+        print(f"warning: {folder} is not used: {problem}; using {newest.name}", file=sys.stderr)
+    return newest
+
+
 def resolve(path: str | Path) -> Checkpoint:
     """Load a checkpoint folder, or the newest intact one of a run folder (with a warning on stderr
     for each newer one that is damaged)."""
     path = Path(path)
-    if (path / MANIFEST).exists() or _step_of(path) is not None:
-        return load(path)
-    newest, damaged = find_newest_valid(path)
-    for folder, problem in damaged:
-        print(f"warning: {folder}: {problem}; using {newest.name}", file=sys.stderr)
-    return load(newest)
+    is_checkpoint = (path / MANIFEST).exists() or _step_of(path) is not None
+    return load(path if is_checkpoint else newest_with_warnings(path))
 
 
 # ---- comparing -----------------------------------------------------------------------------------
@@ -536,6 +564,7 @@ class Diff:
     step: int
     owners: dict[str, int]  # owner -> tensors in either
     differences: list[dict]
+    parted: Parting | None = None  # of the two runs' logs, where both are runs
 
     @property
     def identical(self) -> bool:
@@ -543,17 +572,19 @@ class Diff:
 
     def as_json(self) -> dict:
         return {"identical": self.identical, "tensors": sum(self.owners.values()),
-                "owners": self.owners, "step": self.step, "differences": self.differences}
+                "owners": self.owners, "step": self.step, "differences": self.differences,
+                "parted": dataclasses.asdict(self.parted) if self.parted else None}
 
     def __str__(self) -> str:
         owners = ", ".join(f"{owner} {count}" for owner, count in self.owners.items())
         tensors = f"{sum(self.owners.values())} tensors ({owners})"
+        logs = [str(self.parted)] if self.parted else []
         if self.identical:
-            return f"identical: {tensors}, RNG, position, step {self.step}"
+            return "\n  ".join([f"identical: {tensors}, RNG, position, step {self.step}", *logs])
         lines = [f"{row['owner']} {row['name']}: {row['message']}" for row in self.differences]
         more = [f"... and {len(lines) - 20} more, which --json lists"] if len(lines) > 20 else []
         return "\n  ".join([f"different: {len(lines)} differences over {tensors} and the fields; "
-                            f"the first: {lines[0]}", *lines[1:20], *more])
+                            f"the first: {lines[0]}", *logs, *lines[1:20], *more])
 
 
 def _tensor_difference(first: Tensor | None, second: Tensor | None) -> dict | None:
@@ -575,8 +606,9 @@ def _tensor_difference(first: Tensor | None, second: Tensor | None) -> dict | No
 def diff(first: str | Path, second: str | Path) -> Diff:
     """Compare two checkpoints, or the newest intact ones of two runs, to the bit.
 
-    Not compared: VOLATILE_FIELDS of trainer_state and RUN_FIELDS of config. Raises PhiSightError
-    when one cannot be loaded.
+    Not compared: VOLATILE_FIELDS of trainer_state and RUN_FIELDS of config. Where both are runs,
+    their logs are compared too, which tells when they parted. Raises PhiSightError when one cannot
+    be loaded.
     """
     a, b = resolve(first), resolve(second)
     owners, found = {}, []
@@ -600,61 +632,9 @@ def diff(first: str | Path, second: str | Path) -> Diff:
     for owner, (one, other, skip) in fields.items():
         found += [{"owner": owner, "name": path, "message": f"{old} against {new}"}
                   for path, old, new in _field_differences(one, other, skip)]
-    return Diff(a.step, owners, found)
-
-
-# ---- random state --------------------------------------------------------------------------------
-
-def rng_state(extra_generators: Mapping[str, torch.Generator] | None = None) -> dict[str, Tensor]:
-    """Every random generator as plain CPU tensors: python, numpy, torch CPU, each CUDA device, and
-    the named ones. int64 but for one float64 each of python and numpy, and torch's uint8 states."""
-    version, words, gauss_next = random.getstate()
-    kind, keys, position, has_gauss, cached = numpy.random.get_state()
-    if version != 3 or kind != "MT19937":
-        raise PhiSightError(f"rng: python state version {version} and numpy generator {kind} are "
-                            "not ones that can be saved; use Python 3's and numpy's own")
-    state = {"python.words": torch.tensor(words, dtype=torch.int64),  # (625,)
-             "python.gauss_next": torch.tensor([] if gauss_next is None else [gauss_next],
-                                               dtype=torch.float64),  # (0,) or (1,)
-             "numpy.keys": torch.from_numpy(keys.astype(numpy.int64)),  # (624,)
-             "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
-             "numpy.cached_gaussian": torch.tensor([cached], dtype=torch.float64),
-             "torch.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        for index, device_state in enumerate(torch.cuda.get_rng_state_all()):
-            state[f"torch.cuda.{index}"] = device_state
-    return state | {f"generator.{name}": generator.get_state()
-                    for name, generator in (extra_generators or {}).items()}
-
-
-def set_rng_state(state: Mapping[str, Tensor],
-                  extra_generators: Mapping[str, torch.Generator] | None = None) -> None:
-    """Put every generator back, exactly. Raises PhiSightError, with nothing changed, when the names
-    or shapes are not those of this machine (say, another number of CUDA devices)."""
-    here = rng_state(extra_generators)
-    problems = _key_problems("", set(here), set(state)) or [
-        f"{name} is {state[name].dtype} {tuple(state[name].shape)}, not {mine.dtype} "
-        f"{tuple(mine.shape)}" for name, mine in here.items()
-        if state[name].dtype != mine.dtype
-        or (name != "python.gauss_next" and state[name].shape != mine.shape)]
-    if problems:
-        raise PhiSightError(f"rng: {'; '.join(problems)}; resume with the devices and generators "
-                            "that the run was saved with")
-    position, has_gauss = state["numpy.position"].tolist()
-    gauss = state["python.gauss_next"].tolist()
-    keys = state["numpy.keys"].numpy().astype(numpy.uint32)
-    try:
-        random.setstate((3, tuple(state["python.words"].tolist()), gauss[0] if gauss else None))
-        numpy.random.set_state(("MT19937", keys, position, has_gauss,
-                                state["numpy.cached_gaussian"].item()))
-        torch.set_rng_state(state["torch.cpu"])
-        for name in (name for name in state if name.startswith("torch.cuda.")):
-            torch.cuda.set_rng_state(state[name], int(name.rpartition(".")[2]))
-        for name, generator in (extra_generators or {}).items():
-            generator.set_state(state[f"generator.{name}"])
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise PhiSightError(f"rng: the saved state is not one ({error}); use another "
-                            "checkpoint") from error
+    logs = [Path(side) / METRICS for side in (first, second)]
+    parted = parting(*map(read_metrics, logs)) if all(log.is_file() for log in logs) else None
+    return Diff(a.step, owners, found, parted)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -662,7 +642,7 @@ def set_rng_state(state: Mapping[str, Tensor],
 def summarise(checkpoint: Checkpoint) -> dict:
     """Where a run stands, and totals by owner; mean and std are over all elements of its tensors,
     and None where that means nothing (no elements, or values that are not finite)."""
-    owners = {}
+    owners, change = {}, checkpoint.manifest.get("change") or {}
     for stem, owner in OWNERS.items():
         rows = [(math.prod(row["shape"]), row["mean"], row["std"])
                 for row in checkpoint.manifest["tensors"] if row["owner"] == owner]
@@ -674,20 +654,24 @@ def summarise(checkpoint: Checkpoint) -> dict:
             std = math.sqrt(max(square / count - mean**2, 0.0))
         owners[owner] = {"tensors": len(rows), "parameters": count,
                          "bytes": sum(t.nbytes for t in checkpoint.state[stem].values()),
-                         "mean": mean, "std": std}
+                         "mean": mean, "std": std, "change": change.get(owner)}
     return {"path": str(checkpoint.path), "step": checkpoint.step, "owners": owners,
+            "change_since_step": change.get("since_step"),
             "versions": checkpoint.config.get("versions"),
             "trainer_state": checkpoint.trainer_state}
 
 
 def _print_summary(summary: dict) -> None:
     print(f"{summary['path']}: step {summary['step']}, verified")
-    print(f"{'owner':<12}{'tensors':>9}{'parameters':>14}{'bytes':>15}{'mean':>13}{'std':>13}")
+    print(f"{'owner':<12}{'tensors':>9}{'parameters':>14}{'bytes':>15}{'mean':>13}{'std':>13}"
+          f"{'change':>13}")
     for owner, row in summary["owners"].items():
         statistics = "".join(f"{'-' if row[key] is None else format(row[key], '.4g'):>13}"
-                             for key in ("mean", "std"))
+                             for key in ("mean", "std", "change"))
         print(f"{owner:<12}{row['tensors']:>9,}{row['parameters']:>14,}{row['bytes']:>15,}"
               f"{statistics}")
+    if summary["change_since_step"] is not None:
+        print(f"change: L2 norm since the save of step {summary['change_since_step']}")
     fields = {"versions": summary["versions"]} | summary["trainer_state"]
     for key, value in fields.items():
         if key == "recent_losses" and isinstance(value, list):
@@ -704,16 +688,52 @@ def _newest_run() -> Path:
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
+def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
+    """Every problem of a run, by path: of each checkpoint, and of the log: is its chain whole, and
+    do its digests and the checkpoints say the same?"""
+    run_dir = Path(run_dir)
+    problems: dict[str, list[str]] = {}
+    log = run_dir / METRICS
+    records = read_metrics(log) if log.is_file() else []
+    if log.is_file():
+        broken = broken_link(records)
+        problems[str(log)] = [] if broken is None else [
+            f"line {broken + 1} (step {records[broken].get('step')}): does not follow from the"
+            " lines before it; the log was edited, or lines are missing"]
+    for folder in checkpoints_in(run_dir):
+        checkpoint, found = _inspect(folder, keep_tensors=False)
+        if checkpoint is not None and log.is_file():
+            found = _log_problems(checkpoint, records)
+        problems[str(folder)] = found
+    return problems
+
+
+def _log_problems(checkpoint: Checkpoint, records: list[dict]) -> list[str]:
+    """Where a checkpoint and the log of its run contradict each other."""
+    chain = checkpoint.trainer_state.get(CHAIN)
+    before = [record for record in records if record.get("step", 0) <= checkpoint.step]
+    if (before[-1].get(CHAIN) if before else "") != chain:
+        return [f"{TRAINER_STATE}: its chain is not that of the log at step {checkpoint.step}; one"
+                " of them belongs to another run, or was edited"]
+    logged = [r for r in before if r.get("step") == checkpoint.step and "weights_digest" in r]
+    own = _digest_of_rows((Path(row["file"]).stem, row["name"], row["sha256"])
+                          for row in checkpoint.manifest["tensors"]
+                          if Path(row["file"]).stem in WEIGHTS)
+    if logged and logged[-1]["weights_digest"] != own:
+        return [f"its weights are not those that the log has for step {checkpoint.step}"]
+    return []
+
+
 def _verify_command(target: Path, as_json: bool) -> int:
-    folders = [target] if (target / MANIFEST).exists() else checkpoints_in(target) or [target]
     if not target.is_dir():
         raise PhiSightError(f"{target}: no such folder; name a run or a checkpoint")
-    results = {str(folder): verify(folder) for folder in folders}
+    is_run = not (target / MANIFEST).exists() and bool(checkpoints_in(target))
+    results = verify_run(target) if is_run else {str(target): verify(target)}
     if as_json:
         print(json.dumps({"intact": not any(results.values()), "problems": results}))
     else:
-        for folder, problems in results.items():
-            print("\n  ".join([f"{folder}: {'damaged' if problems else 'intact'}", *problems]))
+        for path, problems in results.items():
+            print("\n  ".join([f"{path}: {'damaged' if problems else 'intact'}", *problems]))
     return 1 if any(results.values()) else 0
 
 

@@ -80,6 +80,7 @@ class Config:
     evaluation_conversations: int = _doc(200, "validation conversations an evaluation looks at")
     early_stopping: int = _doc(0, "stop after so many evaluations without a better loss; 0 never")
     save_steps: int = _doc(25, "save every so many steps")
+    save_every_minutes: float = _doc(0.0, "save as well every so many minutes; 0 for never")
     keep_checkpoints: int = _doc(1, "checkpoints kept; older ones go once the newest is verified")
     log_steps: int = _doc(25, "write metrics every so many steps")
 
@@ -90,7 +91,10 @@ class Config:
     compute_type: str = _doc(
         "auto", "type of the forward pass", ("auto", "float32", "bfloat16", "float16")
     )
-    threads: int = _doc(0, "CPU threads; 0 for all cores")
+    threads: int = _doc(0, "CPU threads; 0 for all cores, shared among the processes")
+    deterministic: bool = _doc(
+        True, "algorithms that give the same bits every time; without them a resume is not exact"
+    )
 
 
 TINY: dict[str, object] = {
@@ -152,7 +156,8 @@ def validate(config: Config) -> None:
         need(getattr(config, name) >= 1, name, "at least 1")
     for name in ("row_tokens", "max_steps", "evaluate_steps", "early_stopping"):
         need(getattr(config, name) >= 0, name, "0 or more")
-    need(0 <= config.weight_decay < float("inf"), "weight_decay", "0 or more, and finite")
+    for name in ("weight_decay", "save_every_minutes"):
+        need(0 <= getattr(config, name) < float("inf"), name, "0 or more, and finite")
     # Far more threads than any machine has would end the process when they are started.
     need(0 <= config.threads <= 1024, "threads", "from 0 to 1024")
     for name in ("learning_rate", "lora_alpha", "max_gradient_norm", "adam_epsilon"):
@@ -211,6 +216,10 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(
                 flag, dest=spec.name, type=_boolean, nargs="?", const=True,
                 default=argparse.SUPPRESS, metavar="BOOL", help=text.replace("%", "%%"),
+            )
+            parser.add_argument(
+                "--no-" + flag.removeprefix("--"), dest=spec.name, action="store_const",
+                const=False, default=argparse.SUPPRESS, help=f"the same as {flag} false",
             )
             continue
         parse = _names if typing.get_origin(kind) is tuple else kind

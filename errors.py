@@ -13,6 +13,12 @@ class PhiSightError(Exception):
     """Something a person can mend. The message is one line: the thing, the reason, the remedy."""
 
 
+def key_problems(kind: str, expected: set[str], found: set[str]) -> list[str]:
+    """"... is missing" and "... is unexpected" for every name that is in one set only."""
+    return ([f"{kind}{name} is missing" for name in sorted(expected - found)]
+            + [f"{kind}{name} is unexpected" for name in sorted(found - expected)])
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code; a `PhiSightError` becomes one line and exit code 2."""
     try:

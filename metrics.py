@@ -9,10 +9,14 @@ Records:
      "timing": {"seconds", "tokens_per_second", "memory_mb", ...}}
     {"kind": "evaluation", "step", "validation_loss",
      "alignment": {"right", "swapped", "blank"}}         (percentages, 0 to 100)
+
+Every record bears a "chain": a digest of the record before it and of its own content, in which a
+training record includes the digests of its steps' losses and of the weights after the last one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -30,16 +34,22 @@ from errors import PhiSightError
 
 TIMING = "timing"
 NON_FINITE = "non_finite"
+CHAIN = "chain"
 
 
 # ---- the log -------------------------------------------------------------------------------------
 
 class MetricsLog:
-    """A JSON-lines file that grows by whole lines. A checkpoint stores `offset()`, after `sync()`;
-    a resume gives it to `truncate_to`. Every method raises PhiSightError when the disk refuses."""
+    """A JSON-lines file that grows by whole lines. A checkpoint stores `offset()` and `chain`; a
+    resume gives them to `truncate_to`. Every method raises PhiSightError when the disk refuses.
+
+    Attributes:
+        chain: the digest that the last record bears; each record is linked to the one before it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.chain = ""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)  # a line is one write: nothing to flush
@@ -53,6 +63,7 @@ class MetricsLog:
         clean = _without_non_finite(record, "", names)
         if names:
             clean[NON_FINITE] = names
+        clean[CHAIN] = link(self.chain, clean)
         try:
             line = json.dumps(clean, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         except (TypeError, ValueError) as error:
@@ -65,13 +76,14 @@ class MetricsLog:
                 raise OSError("only a part of a line could be written")
         except OSError as error:
             raise self._refused(error) from error
+        self.chain = clean[CHAIN]
 
     def offset(self) -> int:
         """Bytes in the file so far."""
         return os.fstat(self._file.fileno()).st_size
 
-    def truncate_to(self, offset: int) -> None:
-        """Cut what was logged after a checkpoint, exact to the byte."""
+    def truncate_to(self, offset: int, chain: str = "") -> None:
+        """Cut what was logged after a checkpoint, exact to the byte; `chain` goes on from there."""
         size = self.offset()
         if offset < 0 or offset > size:
             raise PhiSightError(f"{self.path}: has {size} bytes, the checkpoint was saved at "
@@ -85,6 +97,7 @@ class MetricsLog:
             self._file.truncate(offset)
         except OSError as error:
             raise self._refused(error) from error
+        self.chain = chain
         self.sync()
 
     def sync(self) -> None:
@@ -141,6 +154,56 @@ def deterministic_part(record: Mapping[str, Any]) -> dict:
     kept = {key: value for key, value in record.items() if key not in (TIMING, NON_FINITE)}
     names = [name for name in record.get(NON_FINITE, ()) if not name.startswith(f"{TIMING}.")]
     return kept | ({NON_FINITE: names} if names else {})
+
+
+# ---- the chain -----------------------------------------------------------------------------------
+
+def link(previous: str, record: Mapping[str, Any]) -> str:
+    """sha256 over the digest before and all of a record that the computation decides. Two runs
+    whose digests are equal at a step have logged the same, to the bit, up to that step."""
+    kept = {key: value for key, value in deterministic_part(record).items() if key != CHAIN}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
+
+
+def broken_link(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """The index of the first record that does not follow from those before it, or None."""
+    previous = ""
+    for index, record in enumerate(records):
+        if record.get(CHAIN) != link(previous, record):
+            return index
+        previous = record[CHAIN]
+    return None
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where two logs part: the last step at which they agree, the first at which they differ, and
+    the names of the fields that differ there. None: a log ends."""
+
+    agree_to: int | None
+    part_by: int | None
+    fields: list[str]
+
+    def __str__(self) -> str:
+        since = "" if self.agree_to is None else f"agree to step {self.agree_to}, "
+        if self.part_by is None:
+            return f"the logs {since or 'do not both begin, '}then one of them ends"
+        return f"the logs {since}part by step {self.part_by} ({', '.join(self.fields)})"
+
+
+def parting(first: Sequence[Mapping], second: Sequence[Mapping]) -> Parting | None:
+    """Where two runs' records part, or None where they are equal to the end of the shorter log and
+    of one length."""
+    agree_to = None
+    for one, other in zip(first, second):
+        if one.get(CHAIN) != other.get(CHAIN):
+            a, b = deterministic_part(one), deterministic_part(other)
+            fields = [key for key in dict.fromkeys([*a, *b])
+                      if key != CHAIN and a.get(key) != b.get(key)]
+            return Parting(agree_to, one.get("step"), fields)
+        agree_to = one.get("step")
+    return None if len(first) == len(second) else Parting(agree_to, None, [])
 
 
 def peak_memory_mb() -> dict[str, float]:

@@ -3,13 +3,16 @@
     python train.py                          # the tiny preset, from the start
     python train.py --resume                 # go on from the newest valid checkpoint, bit for bit
     python train.py --preset phi35 --data llava_instruct_150k.json --images train2017
+    torchrun --nproc-per-node 2 train.py     # the same run on two processes
 
 config -> data -> features -> rows -> model + LoRA -> step -> checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import os
 import random
 import shlex
@@ -38,15 +41,20 @@ from data.features import FeatureStore
 from data.prepare import TrainingData, prepare
 from data.sampler import plan
 from errors import PhiSightError, run_main
+from lora.dropout import key_of
 from metrics import MetricsLog, console_line, draw_curves, peak_memory_mb
 from model.build import Assembled, assemble, load_model_state, model_state
 from model.vision import VisionTower
 from model.vlm import owner_of
 from optim import AdamW, LossScaler, clip_gradients, lr_at, owner_gradient_norms
+from resume.lock import RunLock
+from resume.ranks import Ranks, joined
+from resume.rng import rng_state, set_rng_state
+from resume.saver import BackgroundSaver
 
 # Fields that may differ between a checkpoint and the run that resumes it: they say where things lie
 # and how often something is written, never what the next step computes.
-FREE_FIELDS = ("run", "features", "save_steps", "keep_checkpoints", "strict")
+FREE_FIELDS = ("run", "features", "save_steps", "save_every_minutes", "keep_checkpoints", "strict")
 
 
 @dataclass
@@ -66,24 +74,46 @@ class Progress:
     """mean loss of the latest logged windows"""
     window: dict[str, float] = field(default_factory=dict)
     """sums since the last logged step"""
+    steps_digest: str = ""
+    """sha256 over the digest before and the loss, gradient norm and place of every step"""
 
 
-# -- the loop -------------------------------------------------------------------------------------
+# -- what is prepared before the first step --------------------------------------------------------
 
 
-def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOptions) -> Progress:
-    """One run, from `resume` or from nothing, until it is finished or asked to stop."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    # On a GPU torch refuses matrix products in deterministic mode unless cuBLAS was told, before
-    # its first use, to work in buffers of a fixed size.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+@dataclass
+class Run:
+    """All that the loop works on. `log` is None on every process but the first."""
+
+    config: Config
+    parts: Assembled
+    store: FeatureStore
+    data: TrainingData
+    plans: list[list[list[int]]]
+    """epoch -> rows -> indices of conversations, in the order of training"""
+    row_tokens: int
+    total_steps: int
+    optimizer: AdamW
+    scaler: LossScaler
+    facts: dict[str, object]
+    """what a checkpoint's config.json says"""
+    log: MetricsLog | None
+    progress: Progress
+    last_save: checkpoints.Checkpoint | checkpoints.Snapshot | None
+
+
+def prepare_run(
+    config: Config, resume: checkpoints.Checkpoint | None, options: RunOptions, ranks: Ranks
+) -> Run:
+    """config -> data -> features -> rows -> model + LoRA, from nothing or as `resume` has it."""
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks.size))
+    choose_algorithms(config.deterministic)
 
     parts = assemble(config)
-    store = FeatureStore(config.features, parts.vision.key, parts.vision.shape)
-    data = prepare(config, parts.chat_format, store,
-                   lambda: VisionTower(parts.vision, parts.device))
-    run = Path(config.run)
+    with ranks.first_then_others():  # the first fills the feature store, the others find it full
+        store = FeatureStore(config.features, parts.vision.key, parts.vision.shape)
+        data = prepare(config, parts.chat_format, store,
+                       lambda: VisionTower(parts.vision, parts.device))
 
     lengths = [len(sample.input_ids) for sample in data.train]
     row_tokens = config.row_tokens or max(lengths)
@@ -100,80 +130,154 @@ def train(config: Config, resume: checkpoints.Checkpoint | None, options: RunOpt
     scaler = LossScaler(enabled=parts.base.compute_dtype == torch.float16)
     seed_generators(config.seed)  # here: a CLIP that had to be loaded for features draws numbers
     progress = Progress()
-    log = MetricsLog(run / "metrics.jsonl")
-    facts = describe_run(config, parts, data, total_steps)
+    log = MetricsLog(Path(config.run) / checkpoints.METRICS) if ranks.is_first else None
+    facts = describe_run(config, parts, data, total_steps, ranks)
     if resume is None:
-        if options.overwrite:  # only now that nothing is left that could keep the run from starting
-            checkpoints.remove_all(run)
-        log.truncate_to(0)
+        if options.overwrite and ranks.is_first:  # only now that nothing can keep it from starting
+            checkpoints.remove_all(config.run)
+        if log:
+            log.truncate_to(0)
     else:
         check_same_run(resume.config, facts, options.allow_changes)
         check_place(resume.trainer_state, plans, total_steps)
-        progress = restore(resume, parts, optimizer, scaler, log)
-    write_quarantine(run / "quarantine.jsonl", data.quarantined)  # a refused resume changes nothing
-    announce(config, parts, data, plans, row_tokens, total_steps, progress)
+        progress = restore(resume, parts, optimizer, scaler, log, ranks)
+    run = Run(config, parts, store, data, plans, row_tokens, total_steps, optimizer, scaler, facts,
+              log, progress, resume)
+    if ranks.is_first:
+        write_quarantine(Path(config.run) / "quarantine.jsonl", data.quarantined)
+        announce(run, ranks)
+    return run
 
-    def save() -> None:
-        log.sync()
-        state = model_state(model) | {
-            "optimizer": optimizer.state_tensors(), "rng": checkpoints.rng_state()
-        }
-        trainer_state = dataclasses.asdict(progress) | {
-            "loss_scaler": scaler.state_dict(), "metrics_offset": log.offset(),
-            "total_steps": total_steps, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        }
-        checkpoints.save(run, progress.step, state, facts, trainer_state, parts.base.tokenizer,
-                         config.keep_checkpoints)
 
-    features_of, padding = store.features_of, parts.chat_format.end_of_text_id
+def choose_algorithms(deterministic: bool) -> None:
+    """The same bits every time, or whatever is fastest on a GPU."""
+    # torch refuses matrix products in deterministic mode unless cuBLAS was told, before its first
+    # use, to work in buffers of a fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # The backward of memory-efficient attention adds in the order in which blocks finish; the plain
+    # one (flash attention takes no mask) is what is left.
+    torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
+
+
+# -- the loop -------------------------------------------------------------------------------------
+
+
+def train(
+    config: Config, resume: checkpoints.Checkpoint | None, options: RunOptions,
+    ranks: Ranks = Ranks(),
+) -> Progress:
+    """One run, from `resume` or from nothing, until it is finished or asked to stop."""
+    started = saved = time.monotonic()
+    run = prepare_run(config, resume, options, ranks)
+    progress, plans, total_steps = run.progress, run.plans, run.total_steps
+    rows_per_step = config.batch_size * config.accumulation
+    saver = BackgroundSaver()
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step",
-               disable=None)
+               disable=None if ranks.is_first else True)
     with StopSignals() as stop:
         while not progress.finished:
             clock = time.perf_counter()
-            rows = plans[progress.epoch][progress.row : progress.row + rows_per_step]
-            batches = [
-                collate([[data.train[i] for i in row] for row in chunk], features_of, padding,
-                        store.shape).to(parts.device)
-                for chunk in chunks(rows, config.batch_size)
-            ]
+            end = min(progress.row + rows_per_step, len(plans[progress.epoch]))
+            batches = load_batches(run, ranks.share_of(list(range(progress.row, end))))
             rate = lr_at(progress.step, total_steps, config.warmup_fraction, config.learning_rate,
                          config.schedule)
             logging = (progress.step + 1) % config.log_steps == 0
-            result = train_step(model, optimizer, scaler, batches, rate, config.max_gradient_norm,
-                                measure_updates=logging)
+            result = train_step(run.parts.model, run.optimizer, run.scaler, batches, rate,
+                                config.max_gradient_norm, measure_updates=logging, ranks=ranks)
 
+            progress.steps_digest = digest_of_step(progress, result)
             progress.step += 1
-            progress.row += len(rows)
+            progress.row = end
             if progress.row >= len(plans[progress.epoch]):
                 progress.epoch, progress.row = progress.epoch + 1, 0
             # After --allow-changes the rows can be used up before the steps are.
             if progress.step == total_steps or progress.epoch == len(plans):
                 progress.finished = "all steps done"
-            add_to_window(progress, result, batches, time.perf_counter() - clock)
+            add_to_window(progress, result, time.perf_counter() - clock)
             if logging or progress.finished:
-                record = close_window(progress, rate, result)
-                log.write(record)
-                bar.write(console_line(record))
-                if rate > 0:  # the first rate of a warm-up is 0
-                    warn_of_still_owners(result)
+                record = close_window(run, rate, result)
+                if run.log:
+                    run.log.write(record)
+                    bar.write(console_line(record))
+                    if rate > 0:  # the first rate of a warm-up is 0
+                        warn_of_still_owners(result)
             if config.evaluate_steps and (
                 progress.step % config.evaluate_steps == 0 or progress.finished
             ):
-                evaluate(progress, config, parts, data, store, row_tokens, log, bar)
+                evaluate(run, ranks, bar)
             bar.update()
-            stopping = stop.requested or progress.step == options.stop_at_step
-            if progress.finished or stopping or progress.step % config.save_steps == 0:
-                save()
+
+            saver.check()  # a save that failed in the background stops the run here
+            now = time.monotonic()  # the first process's clock decides for all
+            asked, out_of_time, save_is_due = ranks.any_of(
+                stop.requested,
+                ranks.is_first and 0 < options.max_minutes <= (now - started) / 60,
+                ranks.is_first and 0 < config.save_every_minutes <= (now - saved) / 60,
+            )
+            stopping = asked or out_of_time or progress.step == options.stop_at_step
+            if (progress.finished or stopping or save_is_due
+                    or progress.step % config.save_steps == 0):
+                save(run, saver, ranks)
+                saved = now
             if stopping and not progress.finished:
-                bar.close()
-                print(f"stopped at step {progress.step} of {total_steps}, saved; go on with: "
-                      f"{resume_command(config)}")
-                return progress
+                break
+        saver.wait()
     bar.close()
-    draw_curves(run / "metrics.jsonl", run / "curves.png")
-    print(f"finished at step {progress.step}: {progress.finished}; curves in {run / 'curves.png'}")
+    if ranks.is_first:
+        tell_end(run, "the time is up" if out_of_time else "", ranks)
     return progress
+
+
+def load_batches(run: Run, row_numbers: list[int]) -> list[Batch]:
+    """Micro-batches of these rows of the epoch; each row brings the key that its dropout draws by.
+
+    All rows are padded to one length, so that a row is the same whatever shares its micro-batch.
+    """
+    config, epoch = run.config, run.progress.epoch
+    return [
+        collate(
+            [[run.data.train[i] for i in run.plans[epoch][number]] for number in chunk],
+            run.store.features_of, run.parts.chat_format.end_of_text_id, run.store.shape,
+            run.row_tokens, [key_of(config.seed, epoch, number) for number in chunk],
+        ).to(run.parts.device)
+        for chunk in chunks(row_numbers, config.batch_size)
+    ]
+
+
+def save(run: Run, saver: BackgroundSaver, ranks: Ranks) -> None:
+    """Copy all that the next step depends on; the first process writes it beside the training."""
+    clock = time.perf_counter()
+    generators = ranks.gather(rng_state())
+    if run.log is None:
+        return
+    saver.wait()
+    config, progress, log = run.config, run.progress, run.log
+    state = model_state(run.parts.model) | {
+        "optimizer": run.optimizer.state_tensors(), "rng": merged_generators(generators),
+    }
+    trainer_state = dataclasses.asdict(progress) | {
+        "loss_scaler": run.scaler.state_dict(), "metrics_offset": log.offset(), "chain": log.chain,
+        "total_steps": run.total_steps, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+    snapshot = checkpoints.take_snapshot(progress.step, state, run.facts, trainer_state,
+                                         run.parts.base.tokenizer, run.last_save)
+    run.last_save = snapshot
+
+    def write() -> None:
+        log.sync()  # before the checkpoint that counts its bytes
+        checkpoints.commit(config.run, snapshot, config.keep_checkpoints)
+
+    saver.start(write)
+    stalled = progress.window.get("save_stall_seconds", 0.0)
+    progress.window["save_stall_seconds"] = stalled + time.perf_counter() - clock
+
+
+def digest_of_step(progress: Progress, result: StepResult) -> str:
+    """The link of this step in the chain of all steps: its place, and its numbers to the bit."""
+    facts = (progress.steps_digest, progress.step, progress.epoch, progress.row,
+             result.loss_sum.hex(), result.gradient_norm.hex())
+    return hashlib.sha256("/".join(map(str, facts)).encode()).hexdigest()
 
 
 @dataclass
@@ -182,6 +286,9 @@ class StepResult:
 
     loss_sum: float
     supervised_tokens: int
+    tokens: int
+    places: int
+    """tokens and padding"""
     gradient_norm: float
     gradient_norms: dict[str, float]
     skipped: bool
@@ -191,19 +298,25 @@ class StepResult:
 def train_step(
     model: torch.nn.Module, optimizer: AdamW, scaler: LossScaler, batches: list[Batch],
     learning_rate: float, max_norm: float, measure_updates: bool = False,
+    ranks: Ranks = Ranks(),
 ) -> StepResult:
-    """One optimiser step over an accumulation window.
+    """One optimiser step over an accumulation window, of which this process has its `batches`.
 
-    Every micro-batch's summed loss is divided by the supervised tokens of the whole window, so that
-    the gradient does not depend on how the window was cut.
+    Every micro-batch's summed loss is divided by the supervised tokens of the whole window on all
+    processes, so that the gradient does not depend on how the window was cut.
     """
-    supervised = sum(batch.supervised_tokens for batch in batches)
+    supervised, tokens, places = map(int, ranks.sum_numbers(
+        sum(batch.supervised_tokens for batch in batches), sum(batch.tokens for batch in batches),
+        sum(batch.input_ids.numel() for batch in batches),
+    ))
     loss_sum = 0.0
     for batch in batches:
         loss, _ = model(**vars(batch))
         scaler.scale_loss(loss / supervised).backward()
         loss_sum += loss.item()
     named = list(optimizer.parameters.items())
+    ranks.sum_gradients(optimizer.parameters.values())
+    [loss_sum] = ranks.sum_numbers(loss_sum)
     scaler.unscale_gradients(optimizer.parameters.values())
     by_owner = {owner: norm.item() for owner, norm in owner_gradient_norms(named, owner_of).items()}
     norm = clip_gradients(optimizer.parameters.values(), max_norm).item()
@@ -219,7 +332,7 @@ def train_step(
     scaler.update(finite)
     optimizer.zero_grad()
     moved = moved_by_owner(before, optimizer.parameters) if measure_updates else None
-    return StepResult(loss_sum, supervised, norm, by_owner, not finite, moved)
+    return StepResult(loss_sum, supervised, tokens, places, norm, by_owner, not finite, moved)
 
 
 def moved_by_owner(
@@ -269,7 +382,7 @@ class StopSignals:
 
 
 def describe_run(
-    config: Config, parts: Assembled, data: TrainingData, total_steps: int
+    config: Config, parts: Assembled, data: TrainingData, total_steps: int, ranks: Ranks
 ) -> dict[str, object]:
     """What a checkpoint's config.json says: the config and the facts exactness rests on."""
     return {
@@ -281,7 +394,7 @@ def describe_run(
         "device": parts.device.type,
         "threads": torch.get_num_threads(),
         "total_steps": total_steps,
-        "world_size": 1,
+        "world_size": ranks.size,
         "versions": {
             "python": ".".join(map(str, sys.version_info[:3])),
             "torch": torch.__version__,
@@ -293,8 +406,16 @@ def describe_run(
 
 
 def check_same_run(saved: dict, current: dict, allow_changes: bool) -> None:
-    """Stop, naming the fields, where going on would not be exact; with `allow_changes`, say so."""
+    """Stop, naming the fields, where going on would not be exact; with `allow_changes`, say so.
+
+    Another number of processes is no such change: samples, order and global batch stay the same.
+    """
     free = tuple(f"config.{name}" for name in FREE_FIELDS)
+    if saved.get("world_size") != current["world_size"]:
+        free += ("world_size", "threads", "config.threads")
+        print(f"saved on {saved.get('world_size')} processes, resumed on {current['world_size']}:"
+              " same samples, order and global batch; sums are taken in another order, so losses"
+              " agree to rounding and not to the bit")
     changes = checkpoints.compare_configs(saved, current, free)
     if not changes:
         return
@@ -320,21 +441,38 @@ def check_place(state: dict, plans: list[list[list[int]]], total_steps: int) -> 
 
 def restore(
     checkpoint: checkpoints.Checkpoint, parts: Assembled, optimizer: AdamW, scaler: LossScaler,
-    log: MetricsLog,
+    log: MetricsLog | None, ranks: Ranks,
 ) -> Progress:
     """Put every tensor, generator, counter and the log back to where the checkpoint was saved."""
     load_model_state(parts.model, checkpoint.state)
     optimizer.load_state_tensors(checkpoint.state["optimizer"])
-    checkpoints.set_rng_state(checkpoint.state["rng"])
+    set_rng_state(own_generators(checkpoint.state["rng"], checkpoint.config["world_size"], ranks))
     state = dict(checkpoint.trainer_state)
     scaler.load_state_dict(state["loss_scaler"])
-    log.truncate_to(state["metrics_offset"])
+    if log:
+        log.truncate_to(state["metrics_offset"], state["chain"])
     return Progress(**{spec.name: state[spec.name] for spec in dataclasses.fields(Progress)})
 
 
-def resume_command(config: Config) -> str:
+def merged_generators(generators: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The random state of every process; those after the first have their number in the name."""
+    return generators[0] | {
+        f"rank{rank}.{name}": tensor
+        for rank, state in enumerate(generators[1:], start=1) for name, tensor in state.items()
+    }
+
+
+def own_generators(saved: dict[str, Tensor], world_size: int, ranks: Ranks) -> dict[str, Tensor]:
+    """This process's part of `merged_generators`; the first one's where the number has changed."""
+    prefix = f"rank{ranks.rank}." if ranks.rank and ranks.size == world_size else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in saved.items()
+            if name.startswith(prefix or ("python.", "numpy.", "torch."))}
+
+
+def resume_command(config: Config, ranks: Ranks) -> str:
     default = configs.default_config(configs.DEFAULT_PRESET).run
-    return "python train.py --resume" + (
+    start = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size}"
+    return f"{start} train.py --resume" + (
         "" if config.run == default else f" --run {shlex.quote(config.run)}"
     )
 
@@ -342,14 +480,16 @@ def resume_command(config: Config) -> str:
 # -- telling --------------------------------------------------------------------------------------
 
 
-def announce(
-    config: Config, parts: Assembled, data: TrainingData, plans: list[list[list[int]]],
-    row_tokens: int, total_steps: int, progress: Progress,
-) -> None:
+def announce(run: Run, ranks: Ranks) -> None:
     """What is about to be trained, on what, and every decision with its reason."""
+    config, parts, data = run.config, run.parts, run.data
+    plans, row_tokens, total_steps = run.plans, run.row_tokens, run.total_steps
     dtype = str(parts.base.compute_dtype).removeprefix("torch.")
-    print(f"compute: {dtype} on {parts.device.type}, {torch.get_num_threads()} threads"
+    processes = "" if ranks.size == 1 else f" in each of {ranks.size} processes"
+    print(f"compute: {dtype} on {parts.device.type}, {torch.get_num_threads()} threads{processes}"
           f" ({parts.compute_reason})")
+    if not config.deterministic:
+        print("warning: without deterministic algorithms a resumed run can differ in the last bits")
     print(f"data: {len(data.train)} conversations to train on, {len(data.validation)} to validate;"
           f" {len(data.quarantined)} records quarantined, {data.shortened} shortened")
     filled = sum(len(s.input_ids) for s in data.train)
@@ -367,8 +507,19 @@ def announce(
     if data.quarantined:
         print(f"warning: {len(data.quarantined)} records quarantined, reasons in"
               f" {Path(config.run) / 'quarantine.jsonl'}")
-    if progress.step:
-        print(f"resumed at step {progress.step} of {total_steps}")
+    if run.progress.step:
+        print(f"resumed at step {run.progress.step} of {total_steps}")
+
+
+def tell_end(run: Run, reason: str, ranks: Ranks) -> None:
+    """How the run ended, and what to type next."""
+    step, folder = run.progress.step, Path(run.config.run)
+    if not run.progress.finished:
+        print(f"stopped at step {step} of {run.total_steps}{reason and f': {reason}'}, saved; go on"
+              f" with: {resume_command(run.config, ranks)}")
+        return
+    draw_curves(folder / checkpoints.METRICS, folder / "curves.png")
+    print(f"finished at step {step}: {run.progress.finished}; curves in {folder / 'curves.png'}")
 
 
 def logical_size(parameter: Tensor) -> int:
@@ -377,34 +528,36 @@ def logical_size(parameter: Tensor) -> int:
     return parameter.numel() if state is None else state.shape.numel()
 
 
-def add_to_window(
-    progress: Progress, result: StepResult, batches: list[Batch], seconds: float
-) -> None:
+def add_to_window(progress: Progress, result: StepResult, seconds: float) -> None:
     for name, value in (
         ("loss_sum", result.loss_sum),
         ("supervised_tokens", result.supervised_tokens),
-        ("tokens", sum(batch.tokens for batch in batches)),
-        ("places", sum(batch.input_ids.numel() for batch in batches)),
+        ("tokens", result.tokens),
+        ("places", result.places),
         ("skipped_steps", int(result.skipped)),
         ("seconds", seconds),
     ):
         progress.window[name] = progress.window.get(name, 0) + value
 
 
-def close_window(progress: Progress, rate: float, result: StepResult) -> dict[str, object]:
+def close_window(run: Run, rate: float, result: StepResult) -> dict[str, object]:
     """The metrics record of the steps since the last one; the sums start anew."""
+    progress = run.progress
     window, progress.window = progress.window, {}
     loss = window["loss_sum"] / window["supervised_tokens"]
     progress.recent_losses = [*progress.recent_losses, loss][-5:]
     return {
-        "kind": "train", "step": progress.step, "epoch": progress.epoch, "loss": loss, "lr": rate,
+        "kind": "train", "step": progress.step, "epoch": progress.epoch, "row": progress.row,
+        "loss": loss, "lr": rate,
         "gradient_norm": result.gradient_norm, "gradient_norms": result.gradient_norms,
         "update_norms": result.update_norms,
         "padding_share": 1 - window["tokens"] / window["places"],
         "supervised_tokens": window["supervised_tokens"], "tokens": window["tokens"],
-        "skipped_steps": window["skipped_steps"],
+        "skipped_steps": window["skipped_steps"], "steps_digest": progress.steps_digest,
+        "weights_digest": checkpoints.weights_digest(model_state(run.parts.model)),
         "timing": {
             "seconds": round(window["seconds"], 3),
+            "save_stall_seconds": round(window.get("save_stall_seconds", 0.0), 4),
             "tokens_per_second": round(window["tokens"] / window["seconds"], 1),
             **peak_memory_mb(),
         },
@@ -419,20 +572,21 @@ def warn_of_still_owners(result: StepResult) -> None:
                   f" {result.gradient_norms[owner]:.3g})")
 
 
-def evaluate(
-    progress: Progress, config: Config, parts: Assembled, data: TrainingData, store: FeatureStore,
-    row_tokens: int, log: MetricsLog, bar: tqdm,
-) -> None:
-    """Validation loss and alignment meter into the log; early stopping decides here."""
-    clock = time.perf_counter()
-    found = meter.evaluate(parts.model, data.validation, data.first_exchanges, store,
-                           max(row_tokens, *(len(s.input_ids) for s in
-                                             [*data.validation, *data.first_exchanges])),
-                           parts.chat_format.end_of_text_id, parts.device)
+def evaluate(run: Run, ranks: Ranks, bar: tqdm) -> None:
+    """Validation loss and alignment meter into the log; early stopping decides here. The first
+    process evaluates, all of them hear of it."""
+    config, data, progress, clock = run.config, run.data, run.progress, time.perf_counter()
+    found = ranks.from_first(lambda: meter.evaluate(
+        run.parts.model, data.validation, data.first_exchanges, run.store,
+        max(run.row_tokens, *(len(s.input_ids) for s in
+                              [*data.validation, *data.first_exchanges])),
+        run.parts.chat_format.end_of_text_id, run.parts.device,
+    ))
     record = {"kind": "evaluation", "step": progress.step, **found,
               "timing": {"seconds": round(time.perf_counter() - clock, 3)}}
-    log.write(record)
-    bar.write(console_line(record))
+    if run.log:
+        run.log.write(record)
+        bar.write(console_line(record))
     if progress.best_loss is None or found["validation_loss"] < progress.best_loss:
         progress.best_loss, progress.evaluations_without_better = found["validation_loss"], 0
         return
@@ -450,12 +604,17 @@ def evaluate(
 class RunOptions:
     """What is asked of this process and is no part of what the run is."""
 
+    resume: bool = False
+    resume_if_any: bool = False
+    overwrite: bool = False
     allow_changes: bool = False
     stop_at_step: int = 0
-    overwrite: bool = False
+    max_minutes: float = 0.0
+    typed: dict[str, object] = field(default_factory=dict)
+    """the config fields that the person gave"""
 
 
-def parse(arguments: list[str] | None) -> tuple[Config, checkpoints.Checkpoint | None, RunOptions]:
+def parse(arguments: list[str] | None) -> tuple[Config, RunOptions]:
     parser = configs.Parser(prog="train.py", description=__doc__.splitlines()[0])
     configs.add_config_flags(parser)
     parser.add_argument("--resume", action="store_true",
@@ -468,36 +627,49 @@ def parse(arguments: list[str] | None) -> tuple[Config, checkpoints.Checkpoint |
                         help="resume although the result will not be exact")
     parser.add_argument("--stop-at-step", type=int, default=0,
                         help="save and stop after this step; --resume goes on")
+    parser.add_argument("--max-minutes", type=float, default=0.0,
+                        help="save and stop after so many minutes; 0 for never")
     options = parser.parse_args(arguments)
-    config = configs.config_from_options(options)
     if options.stop_at_step < 0:
         raise PhiSightError(f"--stop-at-step {options.stop_at_step}: must be 0 (never) or more")
-    run_options = RunOptions(options.allow_changes, options.stop_at_step, options.overwrite)
+    if not 0 <= options.max_minutes < float("inf"):
+        raise PhiSightError(f"--max-minutes {options.max_minutes}: must be 0 (never) or more")
+    return configs.config_from_options(options), RunOptions(
+        options.resume, options.resume_if_any, options.overwrite, options.allow_changes,
+        options.stop_at_step, options.max_minutes, configs.given_fields(options),
+    )
+
+
+def starting_point(
+    config: Config, options: RunOptions, ranks: Ranks
+) -> tuple[Config, checkpoints.Checkpoint | None]:
+    """The config to train with, and the checkpoint to go on from, if any."""
     existing = checkpoints.checkpoints_in(config.run)
     if options.resume or (options.resume_if_any and existing):
-        path, problems = checkpoints.find_newest_valid(config.run)
-        for bad, problem in problems:
-            print(f"warning: {bad} is not used: {problem}")
+        path = ranks.from_first(lambda: str(checkpoints.newest_with_warnings(config.run)))
         checkpoint = checkpoints.load(path)
         saved = configs.from_dict(checkpoint.config["config"], str(path))
         # What was typed wins over what was saved; `check_same_run` says what that would cost.
-        typed = configs.given_fields(options)
-        return dataclasses.replace(saved, **(typed | {"run": config.run})), checkpoint, run_options
+        return dataclasses.replace(saved, **(options.typed | {"run": config.run})), checkpoint
     if existing and not options.overwrite:
         raise PhiSightError(
             f"{config.run}: holds {existing[-1].name} already; go on with --resume, start anew with"
             " --overwrite, or choose another --run"
         )
-    return config, None, run_options
+    return config, None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    config, checkpoint, options = parse(arguments)
-    if checkpoint is not None and checkpoint.trainer_state["finished"]:
-        print(f"{config.run}: finished at step {checkpoint.step}"
-              f" ({checkpoint.trainer_state['finished']}); ask it with: python infer.py")
-        return 0
-    train(config, checkpoint, options)
+    config, options = parse(arguments)
+    with joined(config.device) as ranks, (
+        RunLock(config.run) if ranks.is_first else contextlib.nullcontext()
+    ):
+        config, checkpoint = starting_point(config, options, ranks)
+        if checkpoint is not None and checkpoint.trainer_state["finished"]:
+            print(f"{config.run}: finished at step {checkpoint.step}"
+                  f" ({checkpoint.trainer_state['finished']}); ask it with: python infer.py")
+            return 0
+        train(config, checkpoint, options, ranks)
     return 0
 
 

@@ -20,6 +20,7 @@ class Batch:
     input_ids, labels, position_ids, segment_ids: (rows, length) int64; labels are `IGNORED` where
     nothing is supervised, else the token that stands at that very position.
     image_features: (images, tokens, dim) float, in the order of their slots, row by row.
+    row_keys: a number for each row that no other row of the run has, or None; dropout draws by it.
     """
 
     input_ids: Tensor
@@ -27,6 +28,7 @@ class Batch:
     position_ids: Tensor
     segment_ids: Tensor
     image_features: Tensor
+    row_keys: Sequence[int] | None = None
 
     @property
     def supervised_tokens(self) -> int:
@@ -37,7 +39,8 @@ class Batch:
         return int((self.segment_ids > 0).sum())
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items()
+                                if isinstance(value, Tensor)})
 
 
 def collate(
@@ -45,13 +48,15 @@ def collate(
     features_of: Callable[[str], Tensor],
     padding_id: int,
     feature_shape: tuple[int, int],
+    row_tokens: int = 0,
+    row_keys: Sequence[int] | None = None,
 ) -> Batch:
-    """Lay conversations end to end in their rows and pad to the longest row.
+    """Lay conversations end to end in their rows and pad to `row_tokens`, or to the longest row.
 
     `features_of` gives the (tokens, dim) features of a picture by its name; `feature_shape` is that
     shape, needed where a batch has no picture at all.
     """
-    length = max(sum(len(sample.input_ids) for sample in row) for row in rows)
+    length = row_tokens or max(sum(len(sample.input_ids) for sample in row) for row in rows)
     shape = (len(rows), length)
     input_ids = torch.full(shape, padding_id)
     labels = torch.full(shape, IGNORED)
@@ -70,4 +75,4 @@ def collate(
             features += [features_of(name) for name in sample.images]
             start += len(ids)
     stacked = torch.stack(features) if features else torch.zeros(0, *feature_shape)
-    return Batch(input_ids, labels, position_ids, segment_ids, stacked)
+    return Batch(input_ids, labels, position_ids, segment_ids, stacked, row_keys)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from errors import PhiSightError
+from lora.dropout import key_of
 from lora.layer import LoRALinear
 
 
@@ -38,7 +39,9 @@ def inject(
     for name in names:
         parent_name, _, child_name = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        wrapped[name] = LoRALinear(getattr(parent, child_name), rank, alpha, dropout, generator)
+        wrapped[name] = LoRALinear(
+            getattr(parent, child_name), rank, alpha, dropout, generator, key_of("dropout", name)
+        )
         setattr(parent, child_name, wrapped[name])
     return wrapped
 

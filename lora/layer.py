@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import PhiSightError
+from lora.dropout import RowDropout
 
 
 def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
@@ -66,6 +67,7 @@ class LoRALinear(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        dropout_key: int = 0,
     ) -> None:
         super().__init__()
         check_base(base)
@@ -81,7 +83,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(drawn.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         self.register_buffer("scaling", torch.tensor(alpha / rank, device=device))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = RowDropout(dropout, dropout_key)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features), in the dtype that the base returns."""

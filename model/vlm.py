@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import PhiSightError
+from lora.dropout import set_row_keys
 from model.projector import ImageProjector
 
 IGNORED = -100
@@ -64,9 +65,10 @@ class VisionLanguageModel(nn.Module):
 
     def supervised_logits(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, segment_ids: Tensor,
-        image_features: Tensor,
+        image_features: Tensor, row_keys: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits (supervised, vocabulary) float32 where a token is trained on, and the tokens."""
+        set_row_keys(self.language_model, row_keys)
         hidden = self.hidden_states(input_ids, position_ids, segment_ids, image_features)
         targets = labels[:, 1:]  # the state at t predicts the token at t + 1
         chosen = targets != IGNORED
@@ -74,11 +76,14 @@ class VisionLanguageModel(nn.Module):
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, segment_ids: Tensor,
-        image_features: Tensor,
+        image_features: Tensor, row_keys: Sequence[int] | None = None,
     ) -> tuple[Tensor, int]:
-        """Summed cross-entropy over the supervised tokens (0-dim float32), and their count."""
+        """Summed cross-entropy over the supervised tokens (0-dim float32), and their count.
+
+        `row_keys`: one a row, from which dropout masks are drawn; see `RowDropout`.
+        """
         logits, targets = self.supervised_logits(
-            input_ids, labels, position_ids, segment_ids, image_features
+            input_ids, labels, position_ids, segment_ids, image_features, row_keys
         )
         return F.cross_entropy(logits, targets, reduction="sum"), targets.numel()
 

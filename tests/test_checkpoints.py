@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import checkpoints
 from errors import PhiSightError, run_main
+from resume import rng
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"name": "demo", "rank": 4, "versions": {"torch": torch.__version__}}
@@ -247,7 +248,7 @@ def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
     (lambda manifest: manifest["tensors"][0].update(mean="x"), "not a manifest"),
     (lambda manifest: manifest["files"].pop(0), "row for config.json is missing"),
     (lambda manifest: manifest["files"].append({"file": "../a", "size": 1}), "../a is unexpected"),
-    (lambda manifest: manifest.update(format=2), "not a manifest of format 1"),
+    (lambda manifest: manifest.update(format=1), "not a manifest of format 2"),
     (lambda manifest: manifest.update(tensors=[3]), "not a manifest"),
     (lambda manifest: manifest.update(step="5"), "not a manifest"),
 ])
@@ -515,10 +516,10 @@ def test_draws_after_a_restore_are_equal(seed: int, odd: int, many: int) -> None
     numpy.random.rand(many)
     with tempfile.TemporaryDirectory() as folder:
         state = {"lora_weights": {}, "image_projector": {}, "optimizer": {},
-                 "rng": checkpoints.rng_state(generators)}
+                 "rng": rng.rng_state(generators)}
         path = checkpoints.save(folder, 0, state, {}, {})
         expected = draw(generators)
-        checkpoints.set_rng_state(checkpoints.load(path).state["rng"], generators)
+        rng.set_rng_state(checkpoints.load(path).state["rng"], generators)
         assert draw(generators) == expected
 
 
@@ -530,12 +531,12 @@ def test_draws_after_a_restore_are_equal(seed: int, odd: int, many: int) -> None
     (lambda state: state.update({"python.words": -state["python.words"]}), "is not one"),
 ])
 def test_random_state_is_strict(change: Callable, words: str) -> None:
-    state = checkpoints.rng_state()
+    state = rng.rng_state()
     change(state)
     with pytest.raises(PhiSightError, match=words):
-        checkpoints.set_rng_state(state)
+        rng.set_rng_state(state)
     with pytest.raises(PhiSightError, match="generator.data is missing"):
-        checkpoints.set_rng_state(checkpoints.rng_state(), {"data": torch.Generator()})
+        rng.set_rng_state(rng.rng_state(), {"data": torch.Generator()})
 
 
 # ---- comparing, and the command ------------------------------------------------------------------
@@ -617,7 +618,7 @@ def test_show_and_verify_commands(tmp_path: Path, command: Callable) -> None:
     assert '"torch"' in shown.stdout and "position: " in shown.stdout
     answer = json.loads(command("show", tmp_path, "--json").stdout)
     assert answer["owners"]["projector"] == {"tensors": 1, "parameters": 15, "bytes": 30,
-                                             "mean": 1.0, "std": 0.0}
+                                             "mean": 1.0, "std": 0.0, "change": None}
     values = torch.cat([tensor.flatten() for tensor in make_state(3)["lora_weights"].values()])
     assert answer["owners"]["lora"]["mean"] == pytest.approx(values.mean().item())
     assert answer["owners"]["lora"]["std"] == pytest.approx(values.std(correction=0).item())

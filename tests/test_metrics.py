@@ -33,13 +33,14 @@ def test_lines_are_compact_and_in_order(tmp_path: Path) -> None:
     log = metrics.MetricsLog(tmp_path / "run" / "metrics.jsonl")
     assert log.offset() == 0
     log.write({"kind": "train", "step": 1, "a": [1.5, None], "é": True})
-    assert log.path.read_bytes() == b'{"kind":"train","step":1,"a":[1.5,null],"\\u00e9":true}\n'
+    start = b'{"kind":"train","step":1,"a":[1.5,null],"\\u00e9":true,"chain":"'
+    assert log.path.read_bytes() == start + log.chain.encode() + b'"}\n' and len(log.chain) == 64
     assert log.offset() == log.path.stat().st_size  # without a flush
     log.sync()
     log.close()
     again = metrics.MetricsLog(log.path)
     again.write(evaluation(2))
-    assert metrics.read_metrics(log.path)[1] == evaluation(2)
+    assert metrics.read_metrics(log.path)[1] == evaluation(2) | {"chain": again.chain}
 
 
 def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
@@ -50,7 +51,8 @@ def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
     (read,) = metrics.read_metrics(log.path)
     assert read == {"loss": None, "norms": {"lora": None, "other": 1.0}, "list": [None, 2.0],
                     "timing": {"seconds": None},
-                    "non_finite": ["loss", "norms.lora", "list.0", "timing.seconds"]}
+                    "non_finite": ["loss", "norms.lora", "list.0", "timing.seconds"],
+                    "chain": log.chain}
     assert math.isnan(record["loss"])  # the caller's record is as it was
     assert metrics.deterministic_part(read)["non_finite"] == ["loss", "norms.lora", "list.0"]
     with pytest.raises(PhiSightError, match="plain numbers"):
@@ -66,19 +68,20 @@ def test_a_resumed_log_equals_one_that_never_stopped(tmp_path: Path) -> None:
         stopped.write(train(step, seconds=2.0))
         if step == 3:
             stopped.sync()
-            offset, good = stopped.offset(), stopped.path.read_bytes()
+            offset, chain, good = stopped.offset(), stopped.chain, stopped.path.read_bytes()
     with stopped.path.open("ab") as file:
         file.write(b'{"kind":"train","st')  # killed in the middle of a line
     assert len(metrics.read_metrics(stopped.path)) == 5
     resumed = metrics.MetricsLog(stopped.path)
-    resumed.truncate_to(offset)
+    resumed.truncate_to(offset, chain)
     assert resumed.path.read_bytes() == good and resumed.offset() == offset
     for step in range(4, 9):
         resumed.write(train(step, seconds=3.0))
     first, second = (metrics.read_metrics(log.path) for log in (whole, resumed))
     assert first != second
     assert [*map(metrics.deterministic_part, first)] == [*map(metrics.deterministic_part, second)]
-    assert metrics.deterministic_part(first[0]).keys() == train(1).keys() - {"timing"}
+    assert metrics.broken_link(first) is None and metrics.parting(first, second) is None
+    assert metrics.deterministic_part(first[0]).keys() == train(1).keys() - {"timing"} | {"chain"}
     resumed.truncate_to(0)
     assert resumed.path.read_bytes() == b""
 
@@ -86,10 +89,12 @@ def test_a_resumed_log_equals_one_that_never_stopped(tmp_path: Path) -> None:
 def test_a_log_that_does_not_fit_the_checkpoint(tmp_path: Path) -> None:
     log = metrics.MetricsLog(tmp_path / "m")
     log.write({"step": 1})
-    for offset, words in ((12, "has 11 bytes"), (-1, "has 11 bytes"), (5, "not the end of a line")):
+    size = log.offset()
+    for offset, words in ((size + 1, f"has {size} bytes"), (-1, f"has {size} bytes"),
+                          (5, "not the end of a line")):
         with pytest.raises(PhiSightError, match=words):
             log.truncate_to(offset)
-    assert log.offset() == 11
+    assert log.offset() == size
 
 
 @pytest.mark.parametrize("data, words", [
@@ -127,7 +132,7 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
     with pytest.raises(PhiSightError, match="only a part of a line"):
         broken.write({"step": 2})
     log.write({"step": 3})
-    assert metrics.read_metrics(tmp_path / "m") == [{"step": 1}, {"step": 3}]
+    assert [record["step"] for record in metrics.read_metrics(tmp_path / "m")] == [1, 3]
 
 
 # ---- for people ----------------------------------------------------------------------------------

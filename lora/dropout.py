@@ -1,0 +1,71 @@
+"""Dropout whose mask belongs to a row of the data, not to a moment of the program."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from errors import PhiSightError
+
+KEY_LIMIT = 2**63
+
+
+def key_of(*parts: object) -> int:
+    """A number from 0 to 2**63 - 1 that depends on nothing but `parts`."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % KEY_LIMIT
+
+
+class RowDropout(nn.Module):
+    """Inverted dropout; while `row_keys` is set, a mask is a function of row key and layer key.
+
+    A mask drawn from a global generator depends on everything that was drawn before it, and on
+    which process draws it. One drawn from the row's own key is the same in whatever micro-batch and
+    on whichever process the row is computed, when a checkpointed activation is computed again, and
+    after a resume: a run means the same on one process as on four.
+
+    Rows must be padded to one length for a whole run: a mask is drawn for the padded row.
+
+    Attributes:
+        row_keys: one key a row of the input that follows, or None for masks from torch's own
+            generator.
+        layer_key: tells the layers apart, which would otherwise share one mask.
+    """
+
+    def __init__(self, probability: float, layer_key: int = 0) -> None:
+        super().__init__()
+        self.probability, self.layer_key = probability, layer_key
+        self.row_keys: Sequence[int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, length, features) -> the same shape; any shape while there are no row keys.
+
+        Raises:
+            PhiSightError: the input has another number of rows than there are keys.
+        """
+        if not self.training or self.probability == 0:
+            return x
+        if self.row_keys is None:
+            return nn.functional.dropout(x, self.probability)
+        if len(self.row_keys) != len(x):
+            raise PhiSightError(
+                f"dropout: {len(x)} rows came with {len(self.row_keys)} row keys; give one a row"
+            )
+        kept = torch.empty_like(x)
+        for row, key in enumerate(self.row_keys):
+            generator = torch.Generator(x.device).manual_seed(key ^ self.layer_key)
+            kept[row].bernoulli_(1 - self.probability, generator=generator)
+        return x * kept.div_(1 - self.probability)
+
+    def extra_repr(self) -> str:
+        return f"probability={self.probability}"
+
+
+def set_row_keys(model: nn.Module, keys: Sequence[int] | None) -> None:
+    """Tell every `RowDropout` in `model` which rows the next forward and backward will see."""
+    for module in model.modules():
+        if isinstance(module, RowDropout):
+            module.row_keys = keys

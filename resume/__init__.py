@@ -1,0 +1,1 @@
+"""What exact resume rests on, beside the checkpoint's own format."""
