@@ -16,7 +16,6 @@ folder that bears a checkpoint's name has been verified, and one is there at eve
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -36,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import config as configs
 from errors import PhiSightError, key_problems, run_main
 from metrics import CHAIN, Parting, broken_link, parting, read_metrics
 
@@ -739,7 +739,7 @@ def _verify_command(target: Path, as_json: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1 when two checkpoints differ or one is damaged; 2 on errors."""
-    parser = argparse.ArgumentParser(prog="checkpoints.py", description="Look into checkpoints.")
+    parser = configs.Parser(prog="checkpoints.py", description="Look into checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, targets, text in (("show", ["target"], "what a checkpoint holds"),
                                 ("verify", ["target"], "check every file and tensor"),

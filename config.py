@@ -183,7 +183,11 @@ class Parser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             unknown = message.removeprefix(prefix).split()[0]
-            flags = [flag for action in self._actions for flag in action.option_strings]
+            commands = [p for action in self._actions
+                        if isinstance(action, argparse._SubParsersAction)
+                        for p in action.choices.values()]
+            flags = [flag for parser in (self, *commands) for action in parser._actions
+                     for flag in action.option_strings]
             near = difflib.get_close_matches(unknown.split("=")[0], flags, n=1, cutoff=0.5)
             remedy = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
             raise PhiSightError(f"{unknown}: no such flag; {remedy}")

@@ -184,26 +184,33 @@ class Parting:
     agree_to: int | None
     part_by: int | None
     fields: list[str]
+    loss_gap: float
+    """the largest difference of two training losses of the same step, in nats"""
 
     def __str__(self) -> str:
         since = "" if self.agree_to is None else f"agree to step {self.agree_to}, "
         if self.part_by is None:
             return f"the logs {since or 'do not both begin, '}then one of them ends"
-        return f"the logs {since}part by step {self.part_by} ({', '.join(self.fields)})"
+        return (f"the logs {since}part by step {self.part_by} ({', '.join(self.fields)}); losses of"
+                f" the same step differ by at most {self.loss_gap:.2g}")
 
 
 def parting(first: Sequence[Mapping], second: Sequence[Mapping]) -> Parting | None:
     """Where two runs' records part, or None where they are equal to the end of the shorter log and
     of one length."""
-    agree_to = None
+    losses = [{r["step"]: r["loss"] for r in records if r.get("kind") == "train"}
+              for records in (first, second)]
+    gaps = [abs(losses[0][step] - losses[1][step]) for step in losses[0].keys() & losses[1].keys()
+            if losses[0][step] is not None and losses[1][step] is not None]
+    agree_to, loss_gap = None, max(gaps, default=0.0)
     for one, other in zip(first, second):
         if one.get(CHAIN) != other.get(CHAIN):
             a, b = deterministic_part(one), deterministic_part(other)
             fields = [key for key in dict.fromkeys([*a, *b])
                       if key != CHAIN and a.get(key) != b.get(key)]
-            return Parting(agree_to, one.get("step"), fields)
+            return Parting(agree_to, one.get("step"), fields, loss_gap)
         agree_to = one.get("step")
-    return None if len(first) == len(second) else Parting(agree_to, None, [])
+    return None if len(first) == len(second) else Parting(agree_to, None, [], loss_gap)
 
 
 def peak_memory_mb() -> dict[str, float]:

@@ -172,7 +172,7 @@ def train(
     run = prepare_run(config, resume, options, ranks)
     progress, plans, total_steps = run.progress, run.plans, run.total_steps
     rows_per_step = config.batch_size * config.accumulation
-    saver = BackgroundSaver()
+    saver, out_of_time = BackgroundSaver(), False
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step",
                disable=None if ranks.is_first else True)
     with StopSignals() as stop:
@@ -196,16 +196,13 @@ def train(
                 progress.finished = "all steps done"
             add_to_window(progress, result, time.perf_counter() - clock)
             if logging or progress.finished:
-                record = close_window(run, rate, result)
-                if run.log:
-                    run.log.write(record)
-                    bar.write(console_line(record))
-                    if rate > 0:  # the first rate of a warm-up is 0
-                        warn_of_still_owners(result)
+                log_window(run, rate, result, bar)
             if config.evaluate_steps and (
                 progress.step % config.evaluate_steps == 0 or progress.finished
             ):
                 evaluate(run, ranks, bar)
+                if progress.finished and "tokens" in progress.window:  # stopped early
+                    log_window(run, rate, result, bar)
             bar.update()
 
             saver.check()  # a save that failed in the background stops the run here
@@ -540,6 +537,16 @@ def add_to_window(progress: Progress, result: StepResult, seconds: float) -> Non
         progress.window[name] = progress.window.get(name, 0) + value
 
 
+def log_window(run: Run, rate: float, result: StepResult, bar: tqdm) -> None:
+    """Write down the steps since the last record, and tell the person."""
+    record = close_window(run, rate, result)
+    if run.log:
+        run.log.write(record)
+        bar.write(console_line(record))
+        if rate > 0:  # the first rate of a warm-up is 0
+            warn_of_still_owners(result)
+
+
 def close_window(run: Run, rate: float, result: StepResult) -> dict[str, object]:
     """The metrics record of the steps since the last one; the sums start anew."""
     progress = run.progress
@@ -587,7 +594,9 @@ def evaluate(run: Run, ranks: Ranks, bar: tqdm) -> None:
     if run.log:
         run.log.write(record)
         bar.write(console_line(record))
-    if progress.best_loss is None or found["validation_loss"] < progress.best_loss:
+    # A loss that is not finite is never the best: nothing would be better than a first NaN.
+    if found["validation_loss"] < (float("inf") if progress.best_loss is None
+                                   else progress.best_loss):
         progress.best_loss, progress.evaluations_without_better = found["validation_loss"], 0
         return
     progress.evaluations_without_better += 1

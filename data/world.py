@@ -10,7 +10,6 @@ PNGs, a JSON in the form of LLaVA-Instruct-150K, and question files in the form 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from config import Parser
 from errors import PhiSightError, run_main
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -504,7 +504,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="data.world", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("cache/world"), help="folder to write")
     parser.add_argument("--pictures", type=int, default=8000, help="training pictures")
     parser.add_argument("--held-out", type=int, default=100, help="pictures a held-out set")
