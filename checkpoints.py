@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,7 @@ def commit(run_dir: str | Path, snapshot: Snapshot, keep: int = 1) -> Path:
     temporary = run_dir / f".tmp-{final.name}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _sweep(run_dir)
+        sweep(run_dir)
         _write_folder(temporary, snapshot)
         # Verified before the rename, not after, so that no name ever points at an unread folder.
         if problems := verify(temporary):
@@ -324,12 +325,16 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def _prune(run_dir: Path, step: int, keep: int) -> None:
-    _sweep(run_dir)  # the folder that was replaced, if any
+    sweep(run_dir)  # the folder that was replaced, if any
     older = sorted((path for path in run_dir.iterdir()
                     if not path.is_symlink() and (path / MANIFEST).is_file()
                     and (found := _step_of(path)) is not None and found < step), key=_step_of)
-    for path in older[:len(older) - (keep - 1)]:
-        _remove(path)
+    # A damaged one must not count among those to keep: an intact one would go for it.
+    spared = list(itertools.islice((path for path in reversed(older) if not verify(path)),
+                                   keep - 1))
+    for path in older:
+        if path not in spared:
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -343,7 +348,7 @@ def remove_all(run_dir: str | Path) -> None:
     Raises PhiSightError."""
     run_dir = Path(run_dir)
     try:
-        _sweep(run_dir)
+        sweep(run_dir)
         (run_dir / LATEST).unlink(missing_ok=True)
         for path in checkpoints_in(run_dir):
             if not path.is_symlink() and _step_of(path) is not None:
@@ -353,7 +358,7 @@ def remove_all(run_dir: str | Path) -> None:
                             "writable, or choose another") from error
 
 
-def _sweep(run_dir: Path) -> None:
+def sweep(run_dir: Path) -> None:
     """Clear what saves of dead processes left; a checkpoint they had set aside is put back."""
     for path in list(run_dir.iterdir()):
         match = _LEFT_OVER.fullmatch(path.name)
@@ -393,6 +398,8 @@ def _files_in(folder: Path) -> list[str]:
 
 def _read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise PhiSightError("not a file")
     if path.stat().st_size > BYTE_LIMIT:
         raise PhiSightError("absurdly large")
     data = path.read_bytes()
@@ -703,12 +710,12 @@ def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
     for folder in checkpoints_in(run_dir):
         checkpoint, found = _inspect(folder, keep_tensors=False)
         if checkpoint is not None and log.is_file():
-            found = _log_problems(checkpoint, records)
+            found = log_problems(checkpoint, records)
         problems[str(folder)] = found
     return problems
 
 
-def _log_problems(checkpoint: Checkpoint, records: list[dict]) -> list[str]:
+def log_problems(checkpoint: Checkpoint, records: Sequence[Mapping]) -> list[str]:
     """Where a checkpoint and the log of its run contradict each other."""
     chain = checkpoint.trainer_state.get(CHAIN)
     before = [record for record in records if record.get("step", 0) <= checkpoint.step]

@@ -42,7 +42,7 @@ from data.prepare import TrainingData, prepare
 from data.sampler import plan
 from errors import PhiSightError, run_main
 from lora.dropout import key_of
-from metrics import MetricsLog, console_line, draw_curves, peak_memory_mb
+from metrics import MetricsLog, console_line, draw_curves, peak_memory_mb, read_metrics
 from model.build import Assembled, assemble, load_model_state, model_state
 from model.vision import VisionTower
 from model.vlm import owner_of
@@ -140,6 +140,9 @@ def prepare_run(
     else:
         check_same_run(resume.config, facts, options.allow_changes)
         check_place(resume.trainer_state, plans, total_steps)
+        if log and (problems := checkpoints.log_problems(resume, read_metrics(log.path))):
+            raise PhiSightError(f"{log.path}: {resume.path.name}: {problems[0]}; put back the log"
+                                " that belongs to this run, or the checkpoint that does")
         progress = restore(resume, parts, optimizer, scaler, log, ranks)
     run = Run(config, parts, store, data, plans, row_tokens, total_steps, optimizer, scaler, facts,
               log, progress, resume)
@@ -444,7 +447,7 @@ def restore(
     load_model_state(parts.model, checkpoint.state)
     optimizer.load_state_tensors(checkpoint.state["optimizer"])
     set_rng_state(own_generators(checkpoint.state["rng"], checkpoint.config["world_size"], ranks))
-    state = dict(checkpoint.trainer_state)
+    state = checkpoint.trainer_state | {"finished": ""}  # if it was: it has been given more to do
     scaler.load_state_dict(state["loss_scaler"])
     if log:
         log.truncate_to(state["metrics_offset"], state["chain"])
@@ -668,17 +671,27 @@ def starting_point(
     return config, None
 
 
+def is_over(config: Config, checkpoint: checkpoints.Checkpoint) -> bool:
+    """Whether the run is finished, and nothing was typed that would make it another one."""
+    free = tuple(f"config.{name}" for name in FREE_FIELDS)
+    saved = {"config": checkpoint.config["config"]}
+    changed = checkpoints.compare_configs(saved, {"config": configs.to_dict(config)}, free)
+    return bool(checkpoint.trainer_state["finished"]) and not changed
+
+
 def main(arguments: list[str] | None = None) -> int:
     config, options = parse(arguments)
     with joined(config.device) as ranks, (
         RunLock(config.run) if ranks.is_first else contextlib.nullcontext()
     ):
         config, checkpoint = starting_point(config, options, ranks)
-        if checkpoint is not None and checkpoint.trainer_state["finished"]:
+        if checkpoint is None or not is_over(config, checkpoint):
+            train(config, checkpoint, options, ranks)
+        elif ranks.is_first:
+            checkpoints.sweep(Path(config.run))  # what a kill right after the last save left
+            draw_curves(Path(config.run) / checkpoints.METRICS, Path(config.run) / "curves.png")
             print(f"{config.run}: finished at step {checkpoint.step}"
                   f" ({checkpoint.trainer_state['finished']}); ask it with: python infer.py")
-            return 0
-        train(config, checkpoint, options, ranks)
     return 0
 
 

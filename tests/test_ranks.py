@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,8 +28,17 @@ def torchrun(processes: int, *arguments: str, script: Path | str = "train.py",
              ) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
                "--standalone", "--", str(script), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        said, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun's processes too
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
 
 @pytest.fixture(scope="module")

@@ -617,9 +617,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, capsy
     damage(newest)
     capsys.readouterr()
     assert runs.resume(run) == 0
-    said = capsys.readouterr().err
-    assert f"warning: {newest} is not used: lora_weights.safetensors" in said
-    assert f"resumed at step {int(older.name[-6:])}" in said
+    said = capsys.readouterr()
+    assert f"warning: {newest} is not used: lora_weights.safetensors" in said.err
+    assert f"resumed at step {int(older.name[-6:])}" in said.out
     assert_same_end(whole, run)
 
 
