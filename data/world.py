@@ -458,7 +458,7 @@ def questions_of(scene: Scene, name: str, rng: random.Random) -> list[dict]:
 
 
 def write_world(
-    out: Path, pictures: int = 7500, held_out: int = 100, seed: int = 0, turns: int = 9,
+    out: Path, pictures: int = 8000, held_out: int = 100, seed: int = 0, turns: int = 9,
     hard: bool = False,
 ) -> None:
     """Write `train.json`, `held_out.jsonl`, `novel_pairs.jsonl`, `world.json` and `images/`.
@@ -506,7 +506,7 @@ def _write(path: Path, text: str) -> None:
 def main() -> None:
     parser = Parser(prog="data.world", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("cache/world"), help="folder to write")
-    parser.add_argument("--pictures", type=int, default=7500, help="training pictures")
+    parser.add_argument("--pictures", type=int, default=8000, help="training pictures")
     parser.add_argument("--held-out", type=int, default=100, help="pictures a held-out set")
     parser.add_argument("--turns", type=int, default=9, help="most questions a conversation")
     parser.add_argument("--seed", type=int, default=0)
