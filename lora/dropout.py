@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from errors import PhiSightError
 
 KEY_LIMIT = 2**63
+STEPS = 2**16  # an int16 tells so many probabilities apart
 
 
 def key_of(*parts: object) -> int:
@@ -54,11 +55,21 @@ class RowDropout(nn.Module):
             raise PhiSightError(
                 f"dropout: {len(x)} rows came with {len(self.row_keys)} row keys; give one a row"
             )
-        kept = torch.empty_like(x)
-        for row, key in enumerate(self.row_keys):
+        dropped = round(self.probability * STEPS)
+        kept = self.draws(x) >= dropped - STEPS // 2
+        return x * (kept * (STEPS / (STEPS - dropped))).to(x.dtype)
+
+    def draws(self, x: Tensor) -> Tensor:
+        """A random int16 for each element of (rows, length, features).
+
+        Four come from each number of 64 bits: three times as fast on a CPU as drawing a float for
+        each. A probability is thereby rounded to a multiple of 1/65536, and the scale with it.
+        """
+        words = torch.empty(len(x), -(-x[0].numel() // 4), dtype=torch.int64, device=x.device)
+        for row, key in zip(words, self.row_keys, strict=True):
             generator = torch.Generator(x.device).manual_seed(key ^ self.layer_key)
-            kept[row].bernoulli_(1 - self.probability, generator=generator)
-        return x * kept.div_(1 - self.probability)
+            row.random_(-(2**63), None, generator=generator)
+        return words.view(torch.int16)[:, : x[0].numel()].reshape(x.shape)
 
     def extra_repr(self) -> str:
         return f"probability={self.probability}"
