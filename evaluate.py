@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import config as configs
 from config import need_file
-from data.chat import render
+from data.chat import ChatFormat, RenderedSample, render
 from data.dataset import Message, Part, Question, load_questions
 from data.features import FeatureStore
 from data.prepare import DATA_REMEDY
@@ -39,35 +39,59 @@ def normalise(answer: str) -> str:
     return answer.strip().casefold().removesuffix(".").strip()
 
 
+def question_prompt(question: Question, chat_format: ChatFormat) -> RenderedSample:
+    """The question after its picture, up to where the answer begins."""
+    message = Message("user", (Part("image", question.image), Part("text", question.text)))
+    return render([message], chat_format, add_generation_prompt=True)
+
+
 def answer_all(
     assistant: Assistant, questions: Sequence[Question], features_of: Callable[[str], Tensor],
     max_new_tokens: int, label: str,
 ) -> list[str]:
     """Greedy answers, in the order of the questions, many at a time."""
-    chat_format, tokenizer = assistant.parts.chat_format, assistant.parts.base.tokenizer
     # Alike questions together: they are of one length and their answers end at about one time.
     order = sorted(range(len(questions)), key=lambda i: (questions[i].kind, questions[i].text))
+    prompts = [question_prompt(questions[i], assistant.parts.chat_format) for i in order]
     answers = [""] * len(questions)
-    for start in tqdm(range(0, len(order), BATCH), desc=label, unit="batch", leave=False,
+    for index, answer in zip(
+        order, answer_prompts(assistant, prompts, features_of, max_new_tokens, label), strict=True
+    ):
+        answers[index] = answer
+    return answers
+
+
+def answer_prompts(
+    assistant: Assistant, prompts: Sequence[RenderedSample],
+    features_of: Callable[[str], Tensor], max_new_tokens: int, label: str,
+) -> list[str]:
+    """Greedy continuations of rendered prompts, in their order, many at a time."""
+    tokenizer, answers = assistant.parts.base.tokenizer, []
+    for start in tqdm(range(0, len(prompts), BATCH), desc=label, unit="batch", leave=False,
                       disable=None):
-        chosen = order[start : start + BATCH]
-        prompts, features = [], []
-        for index in chosen:
-            question = questions[index]
-            message = Message(
-                "user", (Part("image", question.image), Part("text", question.text))
-            )
-            prompts.append(render([message], chat_format, add_generation_prompt=True).input_ids)
-            features.append(features_of(question.image))
+        chosen = prompts[start : start + BATCH]
+        features = [features_of(name) for prompt in chosen for name in prompt.images]
+        stacked = stack(features) if features else assistant.features([])
         ids: list[list[int]] = [[] for _ in chosen]
-        for tokens in generate(assistant.model, prompts, stack(features), assistant.stop_ids,
-                               max_new_tokens):
+        for tokens in generate(assistant.model, [prompt.input_ids for prompt in chosen], stacked,
+                               assistant.stop_ids, max_new_tokens):
             for row, token in enumerate(tokens):
                 if token is not None:
                     ids[row].append(token)
-        for row, index in enumerate(chosen):
-            answers[index] = tokenizer.decode(ids[row], skip_special_tokens=True)
+        answers += [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
     return answers
+
+
+def add_pictures(
+    assistant: Assistant, questions: Sequence[Question], images: Path, store: FeatureStore
+) -> None:
+    """Put every picture that is asked about into the store. Raises `PhiSightError` for a bad one:
+    a score over part of the questions is no score."""
+    bad = store.add([question.image for question in questions], images,
+                    lambda: VisionTower(assistant.parts.vision, assistant.parts.device))
+    if bad:
+        first = next(iter(bad.values()))
+        raise PhiSightError(f"{len(bad)} pictures cannot be used, first: {first}")
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, object]:
@@ -89,12 +113,8 @@ def evaluate(
     max_new_tokens: int,
 ) -> dict[str, dict[str, object]]:
     """Scores by name: the first set under all three conditions, the others with the right one."""
-    everything = [question.image for questions in sets.values() for question in questions]
-    bad = store.add(everything, images, lambda: VisionTower(assistant.parts.vision,
-                                                            assistant.parts.device))
-    if bad:
-        first = next(iter(bad.values()))
-        raise PhiSightError(f"{len(bad)} pictures cannot be used, first: {first}")
+    add_pictures(assistant, [question for questions in sets.values() for question in questions],
+                 images, store)
     results = {}
     for number, (name, questions) in enumerate(sets.items()):
         swapped = swapped_names([question.image for question in questions])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import bitsandbytes as bnb
 import torch
@@ -32,3 +33,22 @@ def base_weight(linear: nn.Linear) -> Tensor:
     state = copy.copy(linear.weight.quant_state)
     state.dtype = torch.float32
     return bnb.functional.dequantize_4bit(linear.weight.data, state)
+
+
+def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor) of every weight of `model`, as if it had never been quantised or
+    wrapped: `layers.0.o_proj.weight` in place of a base, A and B. One at a time, as each is as
+    large as its layer in full precision.
+    """
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0] in wrapped:
+            continue  # the base and the dropout of a layer that came before it
+        linear = module.base if name in wrapped else module
+        if isinstance(linear, nn.Linear):
+            yield f"{name}.weight", merged_weight(module) if name in wrapped else base_weight(linear)
+            if linear.bias is not None:
+                yield f"{name}.bias", linear.bias.detach().float()
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            yield f"{name}.{parameter_name}", parameter.detach().float()
