@@ -38,8 +38,10 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for path in temporary.rglob("*.safetensors"):  # written for their owner's eyes only
-            path.chmod(0o666 & ~current_umask())
+        for path in temporary.rglob("*.safetensors"):  # they are written as 0600
+            beside = next(path.parent.glob("*.json"), None)
+            if beside:
+                shutil.copymode(beside, path)
         os.replace(temporary, out)
     except OSError as error:
         raise PhiSightError(
@@ -47,12 +49,6 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def current_umask() -> int:
-    mask = os.umask(0)  # there is no way to ask without setting it
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -108,11 +104,16 @@ def write_phi3(folder: Path, model: Phi3ForCausalLM, base_folder: Path) -> None:
     tokenizer of `base_folder`, byte for byte, and its defaults for generation."""
     model.save_pretrained(folder)
     copy_tokenizer(base_folder, folder)
-    if (base_folder / GENERATION_CONFIG).is_file():
-        shutil.copyfile(base_folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    copy_generation_config(base_folder, folder)
 
 
 def copy_tokenizer(base_folder: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, folder / name)
+
+
+def copy_generation_config(base_folder: Path, folder: Path) -> None:
+    """It says which ids end an answer; transformers would write one without them."""
+    if (base_folder / GENERATION_CONFIG).is_file():
+        shutil.copyfile(base_folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
