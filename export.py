@@ -42,7 +42,7 @@ def parser() -> configs.Parser:
                       help="a folder with lora_weights.pt and image_projector.pth into a new run")
     made.add_argument("--out", help="folder to write, which must not be there yet")
     made.add_argument("--split", action="store_true",
-                      help="with --peft: q, k, v, gate and up apart, for programs with Llama's names")
+                      help="with --peft: q, k, v, gate and up apart, as Llama names them")
     made.add_argument("--preset", default=configs.DEFAULT_PRESET,
                       help="what an imported run is but for its adapter (%(default)s)")
     made.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16",

@@ -68,8 +68,8 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     small = tensor.to(device="cpu", dtype=dtype)
     if not small.isfinite().all():
         raise PhiSightError(
-            f"{name}: holds values that {str(dtype).removeprefix('torch.')} cannot hold, or that are"
-            " not finite; use --dtype bfloat16, or a checkpoint of before the run went wrong"
+            f"{name}: holds values that {str(dtype).removeprefix('torch.')} cannot hold, or that"
+            " are not finite; use --dtype bfloat16, or a checkpoint of before the run went wrong"
         )
     return small.contiguous()
 

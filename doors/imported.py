@@ -23,8 +23,8 @@ def write_run(
 ) -> None:
     """Load the tensors strictly into the model of `config` and save it as checkpoint 0 of `out`.
 
-    `lora` is named as `lora.state` names it, `projector` as `ImageProjector` does. The run counts as
-    finished: the optimizer's state is in no such format, so there is nothing to resume.
+    `lora` is named as `lora.state` names it, `projector` as `ImageProjector` does. The run counts
+    as finished: the optimizer's state is in no such format, so there is nothing to resume.
 
     Raises:
         PhiSightError: a tensor is missing, unexpected, misshapen or not finite, or `out` is there.
@@ -57,14 +57,15 @@ def need_matrix(source: object, name: str, value: object, *shape: int | None) ->
     Raises `PhiSightError` naming what it is and what it should be.
     """
     if not isinstance(value, Tensor):
-        raise PhiSightError(f"{source}: {name} is {type(value).__name__}, not a tensor; export again")
+        raise PhiSightError(f"{source}: {name} is {type(value).__name__}, not a tensor; export it"
+                            " again")
     fits = value.dim() == len(shape) and all(
         want is None or want == size for want, size in zip(shape, value.shape)
     )
     if not fits or not value.is_floating_point() or value.is_quantized or value.is_sparse:
         wanted = "x".join("any" if want is None else str(want) for want in shape)
         raise PhiSightError(
-            f"{source}: {name} is {describe(value)}, not a float tensor of {wanted}; was it made for"
-            " this base model?"
+            f"{source}: {name} is {describe(value)}, not a float tensor of {wanted}; was it made"
+            " for this base model?"
         )
     return value.detach().float().cpu().contiguous()

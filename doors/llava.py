@@ -2,9 +2,9 @@
 
 LLaVA-1.5 (arXiv:2310.03744) is the same arithmetic: CLIP patches of one hidden layer, two linear
 layers with a GELU between, spliced in where the picture token stands. So nothing is approximated:
-in float32 the logits are equal bit for bit, and in 16 bits only rounding differs. transformers loads
-the folder with `from_pretrained`, and programs that know the form of llava-hf, such as vLLM, read
-the same files.
+in float32 the logits are equal bit for bit, and in 16 bits only rounding differs. transformers
+loads the folder with `from_pretrained`, and programs that know the form of llava-hf, such as vLLM,
+read the same files.
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ def export_llava(
         llava = llava_of(assistant, dtype)
         llava.save_pretrained(folder)
         del llava
-        write_processor(assistant, folder)
-        copy_tokenizer(base_folder, folder)
+        write_processor(assistant, folder, base_folder)
         copy_generation_config(base_folder, folder)
         after = measure.measure(read_back(assistant, folder), probe, "after exporting")
         found = measure.certificate(
@@ -125,7 +124,7 @@ def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGen
     return llava
 
 
-def write_processor(assistant: Assistant, folder: Path) -> None:
+def write_processor(assistant: Assistant, folder: Path, base_folder: Path) -> None:
     """What turns pictures and chat into the ids and pixels that the model was trained on."""
     parts = assistant.parts
     LlavaProcessor(
@@ -137,6 +136,8 @@ def write_processor(assistant: Assistant, folder: Path) -> None:
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
+    copy_tokenizer(base_folder, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")  # not the base's
 
 
 def read_back(assistant: Assistant, folder: Path) -> Assistant:

@@ -1,7 +1,7 @@
 """What a change to a model did to it: loss and greedy answers before and after, as a certificate.
 
-Both sides see the same packed validation conversations with pictures and the same questions, through
-the same forward pass and the same decoder. Only the weights differ.
+Both sides see the same packed validation conversations with pictures and the same questions,
+through the same forward pass and the same decoder. Only the weights differ.
 """
 
 from __future__ import annotations

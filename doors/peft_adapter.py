@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Phi3Config
 
-import checkpoints
 from config import Config
 from doors.folder import new_folder, read_tensors, write_json
 from doors.imported import model_for, need_matrix, write_run
@@ -71,7 +70,7 @@ def input_sizes(config: Phi3Config) -> dict[str, tuple[int, int]]:
     }
 
 
-# -- out --------------------------------------------------------------------------------------------
+# -- out -------------------------------------------------------------------------------------------
 
 
 def export_peft(assistant: Assistant, out: str | Path, split: bool) -> str:
@@ -80,24 +79,33 @@ def export_peft(assistant: Assistant, out: str | Path, split: bool) -> str:
     Raises `PhiSightError` if the folder cannot be written.
     """
     config, model = assistant.config, assistant.parts.base.model
-    state = {name: tensor.cpu() for name, tensor in lora_state(model).items()}
-    rank, scaling = the_scale(state)
-    tensors = peft_tensors(state, part_sizes(model.config) if split else {})
+    projector = {name: tensor.cpu().clone()
+                 for name, tensor in assistant.model.projector.state_dict().items()}
     with new_folder(out) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        write_json(folder / CONFIG, {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
-            "base_model_name_or_path": config.base, "revision": config.base_revision or None,
-            "r": rank, "lora_alpha": scaling * rank, "lora_dropout": config.lora_dropout,
-            "target_modules": sorted({name.split(".")[-3] for name in tensors}),
-            "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-            "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-        })
-        checkpoint = checkpoints.load(assistant.source)
-        save_file(checkpoint.state["image_projector"], folder / PROJECTOR)
-    return (f"{out}: PEFT adapter of {len(tensors)} tensors, rank {rank}, for"
+        count, rank = write_peft(folder, lora_state(model),
+                                 part_sizes(model.config) if split else {}, config)
+        save_file(projector, folder / PROJECTOR, metadata={"format": "pt"})
+    return (f"{out}: PEFT adapter of {count} tensors, rank {rank}, for"
             f" {'split' if split else 'fused'} projections; it belongs to {config.base} in"
             f" {config.quantization}, which is what it was trained over")
+
+
+def write_peft(
+    folder: Path, state: Mapping[str, Tensor], rows: Mapping[str, int], config: Config
+) -> tuple[int, int]:
+    """Write `lora.state`'s tensors, split where `rows` says how. Returns their number and rank."""
+    rank, scaling = the_scale(state)
+    tensors = peft_tensors(state, rows)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": config.base, "revision": config.base_revision or None,
+        "r": rank, "lora_alpha": scaling * rank, "lora_dropout": config.lora_dropout,
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+        "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
+        "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+    })
+    return len(tensors), rank
 
 
 def the_scale(state: Mapping[str, Tensor]) -> tuple[int, float]:
@@ -122,12 +130,12 @@ def peft_tensors(state: Mapping[str, Tensor], rows: Mapping[str, int]) -> dict[s
         parts = PARTS.get(kind, ()) if rows else ()
         pieces = up.split([rows[part] for part in parts]) if parts else [up]
         for part, piece in zip(parts or [kind], pieces, strict=True):
-            tensors[f"{PREFIX}{place}.{part}.lora_A.weight"] = down.clone()
-            tensors[f"{PREFIX}{place}.{part}.lora_B.weight"] = piece.clone()
+            tensors[f"{PREFIX}{place}.{part}.lora_A.weight"] = down.cpu().clone()
+            tensors[f"{PREFIX}{place}.{part}.lora_B.weight"] = piece.cpu().clone()
     return tensors
 
 
-# -- in ---------------------------------------------------------------------------------------------
+# -- in --------------------------------------------------------------------------------------------
 
 
 def import_peft(source: str | Path, out: str | Path, config: Config) -> str:

@@ -59,8 +59,8 @@ def import_seed(source: str | Path, out: str | Path, config: Config) -> str:
     parts, config = model_for(config, vision_features="pooled", lora_targets=targets,
                               lora_rank=rank, lora_alpha=scaling * rank)
     write_run(out, parts, config, lora, projector, source)
-    return (f"{out}: rank {rank} on {', '.join(targets)} of {base.num_hidden_layers} layers, and the"
-            " projector; a picture is one token")
+    return (f"{out}: rank {rank} on {', '.join(targets)} of {base.num_hidden_layers} layers, and"
+            " the projector; a picture is one token")
 
 
 def load_archive(path: Path) -> dict[str, object]:
@@ -107,8 +107,8 @@ def seed_lora(path: Path, base: object) -> tuple[dict[str, Tensor], tuple[str, .
             state[name] = need_matrix(path, key, value, outputs, None)
             ranks.add(state[name].shape[1])
     if len(ranks) != 1 or len(scales) != 1 or 0 in ranks:
-        raise PhiSightError(f"{path}: has ranks {sorted(ranks)} and scales {sorted(scales)}, not one"
-                            f" of each; {REMEDY}")
+        raise PhiSightError(f"{path}: has ranks {sorted(ranks)} and scales {sorted(scales)}, not"
+                            f" one of each; {REMEDY}")
     kinds = {name.split(".")[-2] for name in state}
     targets = tuple(kind for kind in PLACES if kind in kinds)
     return state, targets, ranks.pop(), scales.pop()
@@ -121,7 +121,8 @@ def the_number(path: Path, key: str, value: object) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise PhiSightError(f"{path}: {key} is {str(value)[:60]!r}, not a positive number; {REMEDY}")
+        said = f"{str(value)[:60]!r}, not a positive number"
+        raise PhiSightError(f"{path}: {key} is {said}; {REMEDY}")
     return float(value)
 
 
@@ -162,5 +163,5 @@ def visual_projection(path: Path, vision: VisionSpec, outputs: int) -> Tensor:
             raise PhiSightError(f"{file}: not readable ({error}); fetch it again") from None
     raise PhiSightError(
         f"{path}: reads vectors of {outputs} numbers, and {vision.folder} gives {vision.shape[1]}"
-        " and no projection to that; name the CLIP that it was trained with (ViT-B/32) with --vision"
+        " and no projection to that; name the CLIP that it was trained with (ViT-B/32) by --vision"
     )

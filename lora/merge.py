@@ -46,7 +46,8 @@ def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue  # the base and the dropout of a layer that came before it
         linear = module.base if name in wrapped else module
         if isinstance(linear, nn.Linear):
-            yield f"{name}.weight", merged_weight(module) if name in wrapped else base_weight(linear)
+            weight = merged_weight(module) if name in wrapped else base_weight(linear)
+            yield f"{name}.weight", weight
             if linear.bias is not None:
                 yield f"{name}.bias", linear.bias.detach().float()
             continue
