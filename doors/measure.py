@@ -202,11 +202,19 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def summary(found: dict[str, object], out: str) -> str:
-    """The certificate on one line."""
+    """The certificate in a line or two."""
     facts = found["measured_on"]
-    return (
+    line = (
         f"{out}: {found['what']}: loss {found['loss_before']:.5f} -> {found['loss_after']:.5f}"
         f" ({found['loss_difference']:+.5f}) over {facts['answer_tokens']:,} answer tokens of"
         f" {facts['conversations']} conversations; {found['greedy_equal']:g} % of"
         f" {facts['questions']} greedy answers equal"
     )
+    if naive := found.get("naive"):
+        line += (f"\nrounded naively: loss {naive['loss_after']:.5f}"
+                 f" ({naive['loss_difference']:+.5f}), {naive['greedy_equal']:g} % equal")
+    if weights := found.get("weights"):
+        channels = found["channels"]
+        line += (f"\n{channels['before']} -> {channels['after']} MLP channels a layer,"
+                 f" {weights['before']:,} -> {weights['after']:,} weights")
+    return line

@@ -255,13 +255,13 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--merge"], "needs --out"), ([], "required"), (["--merge", "--peft=x"], "not allowed"),
+    (["--merge"], "--out: not given"), ([], "required"), (["--merge", "--peft=x"], "not allowed"),
     (["--merge", "--out=x", "--split"], "--split: goes with --peft"),
     (["--merge", "--out=x", "--max-loss-difference=nan"], "must be 0 or more"),
     (["--merge", "--out=x", "--min-greedy-equal=101"], "0 to 100"),
     (["--merge", "--out=x", "--greedy-answers=0"], "at least 1"),
     (["--merge", "--out=x", "--run=nowhere"], "no checkpoint in nowhere"),
-    (["--import-seed=nowhere"], "needs --out"), (["--merg", "--out=x"], "required"),
+    (["--import-seed=nowhere"], "--out: not given"), (["--merg", "--out=x"], "required"),
 ])
 def test_bad_flags_are_told_in_words(arguments, message):
     if "--run=nowhere" not in arguments:
