@@ -55,10 +55,12 @@ def calibration_batches(assistant: Assistant, probe: Probe, conversations: int) 
 
 @torch.no_grad()
 def input_moments(
-    model: VisionLanguageModel, names: Sequence[str], batches: Sequence[Batch]
+    model: VisionLanguageModel, names: Sequence[str], batches: Sequence[Batch],
+    depth: int | None = None,
 ) -> dict[str, Tensor]:
     """Sum of x x^T over every token of the batches, for the input x of each named layer of the
-    language model: (inputs, inputs) float32 by name. Padding is left out."""
+    language model: (inputs, inputs) float32 by name. Padding is left out, and so are the decoder
+    layers from `depth` on, which the named ones do not depend on."""
     moments: dict[str, Tensor] = {}
     kept = torch.empty(0)
 
@@ -70,12 +72,16 @@ def input_moments(
 
     handles = [model.language_model.get_submodule(name).register_forward_hook(hook_for(name))
                for name in names]
+    decoder = model.language_model.model
+    layers = decoder.layers
+    decoder.layers = layers[:depth]
     try:
         for batch in batches:
             kept = (batch.segment_ids > 0).flatten()
             model.hidden_states(batch.input_ids, batch.position_ids, batch.segment_ids,
                                 batch.image_features)
     finally:
+        decoder.layers = layers
         for handle in handles:
             handle.remove()
     return moments

@@ -102,7 +102,7 @@ def export_pruned(
 def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> list[Tensor]:
     """For each decoder layer, (channels,): the sum over tokens of |activation * d loss / d it|."""
     layers = model.language_model.model.layers
-    effects = [torch.zeros(layer.mlp.down_proj.in_features, device=layer.mlp.down_proj.weight.device)
+    effects = [layer.mlp.down_proj.weight.new_zeros(layer.mlp.down_proj.in_features)
                for layer in layers]
     seen: list[Tensor] = []
 

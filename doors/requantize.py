@@ -84,26 +84,28 @@ def round_with_compensation(weight: Tensor, moment: Tensor, block: int) -> FourB
     """GPTQ on the NF4 grid: `moment` is the (inputs, inputs) sum of x x^T of the layer's inputs.
 
     With H = moment and U the upper Cholesky factor of its inverse, rounding column j by `error`
-    is paid back by the columns after it: W[:, j+1:] -= error / U[j, j] * U[j, j+1:].
+    is paid back by the columns after it: W[:, j+1:] -= error / U[j, j] * U[j, j+1:]. Columns with
+    the largest inputs come first, while there are many left to pay; the blocks keep the scales of
+    naive rounding, so that the order of rounding need not be the order of storing.
     """
-    grid, weight = table(weight.device), weight.clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment)))
+    grid, naive = table(weight.device), round_naively(weight, block)
+    order = moment.diagonal().argsort(descending=True)
+    weight = weight[:, order].clone()
+    scales = naive.scales.repeat_interleave(block, 1)[:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment[order][:, order])))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    scales = []
-    for start in range(0, weight.shape[1], block):
+    codes = torch.empty_like(naive.codes)
+    for start in range(0, weight.shape[1], block):  # in blocks: one large product for what is after
         here = slice(start, start + block)
-        columns, own = weight[:, here], factor[here, here]
-        scale = columns.abs().amax(1).clamp(min=1e-30)
+        columns, scale, own = weight[:, here], scales[:, here], factor[here, here]
         errors = torch.empty_like(columns)
         for j in range(block):
-            code = nearest(columns[:, j] / scale, grid)
-            codes[:, start + j] = code
-            errors[:, j] = (columns[:, j] - grid[code] * scale) / own[j, j]
+            code = nearest(columns[:, j] / scale[:, j], grid)
+            codes[:, order[start + j]] = code.to(torch.uint8)
+            errors[:, j] = (columns[:, j] - grid[code] * scale[:, j]) / own[j, j]
             columns[:, j + 1 :] -= errors[:, j, None] * own[j, None, j + 1 :]
         weight[:, start + block :] -= errors @ factor[here, start + block :]
-        scales.append(scale)
-    return FourBit(codes, torch.stack(scales, 1))
+    return FourBit(codes, naive.scales)
 
 
 def export_requantized(
@@ -114,8 +116,8 @@ def export_requantized(
 
     `dtype` is that of what stays in 16 bits: embeddings, norms, `lm_head`. Decoder layers are
     rounded in order, each on what the rounded layers before it make of the calibration
-    conversations, which costs one pass over them a layer. The certificate, which is returned, has
-    the loss after naive rounding beside it.
+    conversations, which costs a pass over them up to each layer. The certificate, which is
+    returned, has the loss after naive rounding beside it.
 
     Raises:
         PhiSightError: as `doors.merge.export_merged`, and for layers that NF4 cannot take.
@@ -182,7 +184,8 @@ def compensate(changed: Assistant, blocks: dict[str, int], batches: list) -> dic
     model, quantised = phi3_in(changed), {}
     for number in range(model.config.num_hidden_layers):
         names = [name for name in blocks if name.startswith(f"model.layers.{number}.")]
-        for name, moment in input_moments(changed.model, names, batches).items():
+        moments = input_moments(changed.model, names, batches, number + 1)
+        for name, moment in moments.items():
             weight = model.get_submodule(name).weight.detach()
             quantised[name] = round_with_compensation(weight, moment, blocks[name])
             put(model, name, quantised[name].weight())
