@@ -3,7 +3,7 @@
     python train.py                          # the tiny preset, from the start
     python train.py --resume                 # go on from the newest valid checkpoint, bit for bit
     python train.py --preset phi35 --data llava_instruct_150k.json --images train2017
-    torchrun --nproc-per-node 2 train.py     # the same run on two processes
+    torchrun --nproc-per-node 2 -- train.py  # the same run on two processes
 
 config -> data -> features -> rows -> model + LoRA -> step -> checkpoint.
 """
@@ -19,7 +19,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,7 +138,8 @@ def prepare_run(
         if log:
             log.truncate_to(0)
     else:
-        check_same_run(resume.config, facts, options.allow_changes)
+        check_same_run(resume.config, facts, options.allow_changes,
+                       print if ranks.is_first else lambda _: None)
         check_place(resume.trainer_state, plans, total_steps)
         if log and (problems := checkpoints.log_problems(resume, read_metrics(log.path))):
             raise PhiSightError(f"{log.path}: {resume.path.name}: {problems[0]}; put back the log"
@@ -405,7 +406,9 @@ def describe_run(
     }
 
 
-def check_same_run(saved: dict, current: dict, allow_changes: bool) -> None:
+def check_same_run(
+    saved: dict, current: dict, allow_changes: bool, say: Callable[[str], None] = print
+) -> None:
     """Stop, naming the fields, where going on would not be exact; with `allow_changes`, say so.
 
     Another number of processes is no such change: samples, order and global batch stay the same.
@@ -413,9 +416,9 @@ def check_same_run(saved: dict, current: dict, allow_changes: bool) -> None:
     free = tuple(f"config.{name}" for name in FREE_FIELDS)
     if saved.get("world_size") != current["world_size"]:
         free += ("world_size", "threads", "config.threads")
-        print(f"saved on {saved.get('world_size')} processes, resumed on {current['world_size']}:"
-              " same samples, order and global batch; sums are taken in another order, so losses"
-              " agree to rounding and not to the bit")
+        say(f"saved on {saved.get('world_size')} processes, resumed on {current['world_size']}:"
+            " same samples, order and global batch; sums are taken in another order, so losses"
+            " agree to rounding and not to the bit")
     changes = checkpoints.compare_configs(saved, current, free)
     if not changes:
         return
@@ -425,7 +428,7 @@ def check_same_run(saved: dict, current: dict, allow_changes: bool) -> None:
             f"--resume: would not be exact, these differ: {listed}; restore them, or go on"
             " all the same with --allow-changes"
         )
-    print(f"warning: the resumed run is not exact, these differ: {listed}")
+    say(f"warning: the resumed run is not exact, these differ: {listed}")
 
 
 def check_place(state: dict, plans: list[list[list[int]]], total_steps: int) -> None:
@@ -471,7 +474,8 @@ def own_generators(saved: dict[str, Tensor], world_size: int, ranks: Ranks) -> d
 
 def resume_command(config: Config, ranks: Ranks) -> str:
     default = configs.default_config(configs.DEFAULT_PRESET).run
-    start = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size}"
+    # Without the "--", torchrun would take --run for the start of a flag of its own.
+    start = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} --"
     return f"{start} train.py --resume" + (
         "" if config.run == default else f" --run {shlex.quote(config.run)}"
     )

@@ -136,7 +136,7 @@ def joined(device_name: str) -> Iterator[Ranks]:
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise PhiSightError(f"torchrun: the processes did not find each other ({error}); start them"
-                            " with torchrun --nproc-per-node N train.py ...") from error
+                            " with torchrun --nproc-per-node N -- train.py ...") from error
     try:
         yield Ranks(torch.distributed.get_rank(), size)
     finally:

@@ -195,6 +195,7 @@ BAD: dict[str, tuple] = {
     "epochs": (0,), "max_steps": (-1,), "batch_size": (0,), "accumulation": (0,),
     "learning_rate": (0.0, -1.0, NAN, INFINITY), "schedule": ("step",),
     "warmup_fraction": (-0.1, 1.0, NAN), "weight_decay": (-0.1, NAN, INFINITY),
+    "save_every_minutes": (-1.0, NAN, INFINITY),
     "adam_beta1": (-0.1, 1.0), "adam_beta2": (-0.1, 1.0), "adam_epsilon": (0.0, NAN),
     "max_gradient_norm": (0.0, NAN), "seed": (-1, 2**32), "evaluate_steps": (-1,),
     "evaluation_conversations": (0,), "early_stopping": (-1,), "save_steps": (0,),
@@ -204,6 +205,7 @@ BAD: dict[str, tuple] = {
 FREE = {  # any value of the right type is one; whether it is there is found out on use
     "base", "base_revision", "vision", "vision_revision", "vision_layer", "data", "images",
     "held_out_questions", "novel_pair_questions", "strict", "gradient_checkpointing", "features",
+    "deterministic",
 }
 
 

@@ -96,7 +96,7 @@ def test_a_run_may_go_on_with_more_or_fewer_processes(alone, fields, tmp_path):
     more = torchrun(4, "--resume", f"--run={run}", "--stop-at-step=4")
     assert more.returncode == 0, more.stdout + more.stderr
     assert "saved on 1 processes, resumed on 4: same samples" in more.stdout
-    assert f"torchrun --nproc-per-node 4 train.py --resume --run {run}" in more.stdout
+    assert f"torchrun --nproc-per-node 4 -- train.py --resume --run {run}" in more.stdout
     assert runs.resume(run) == 0
     assert_the_same_but_for_rounding(alone, run)
 

@@ -54,7 +54,8 @@ def batch_of(parts, store):
 
 
 def hidden_inputs(batch) -> dict:
-    return {name: value for name, value in vars(batch).items() if name != "labels"}
+    left_out = ("labels", "row_keys")
+    return {name: value for name, value in vars(batch).items() if name not in left_out}
 
 
 @torch.no_grad()
@@ -344,9 +345,11 @@ def test_logits_are_those_of_llava(unquantised, parts, world, tiny_config, adapt
     without_mask = unquantised.language_model(inputs_embeds=embeddings).logits
     if adapter == "fresh":  # nothing is added to the base, so bit for bit
         assert torch.equal(without_mask, expected)
-    # An explicit mask, as packed rows have, takes another attention kernel.
+    # An explicit mask, as packed rows have, takes another attention kernel, and a merged adapter
+    # other sums; logits reach some tens, and float32 rounds by their size.
+    rounding = 1e-5 * max(1.0, expected.abs().max().item())
     for ours in (without_mask, all_logits(unquantised, batch)):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=rounding)
     swapped = llava(input_ids=batch.input_ids, pixel_values=pixels.flip(0)).logits
     assert (swapped - expected).abs().max() > 1e-2  # so the order of the pictures was compared too
 
