@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
 from data.images import load_image
+from data.stream import NotJson, kind_of, read_lines, read_records
 from errors import PhiSightError
 
 IMAGE_TAG = "<image>"
@@ -112,7 +113,7 @@ class _BadRecord(Exception):
 
 def _parse_record(record: object) -> Conversation:
     if not isinstance(record, dict):
-        raise _BadRecord(f"the record is {_kind(record)}, not an object")
+        raise _BadRecord(f"the record is {kind_of(record)}, not an object")
     images = _parse_image_names(record)
     turns = _parse_turns(record)
     _check_roles([role for role, _ in turns])
@@ -132,7 +133,7 @@ def _parse_id(record: dict, images: list[str], turns: list[tuple[str, str]]) -> 
         content = json.dumps([images, turns])
         return "sha256-" + hashlib.sha256(content.encode()).hexdigest()[:16]
     if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
-        raise _BadRecord(f"its id is {_kind(identity)}, not a name or a number")
+        raise _BadRecord(f"its id is {kind_of(identity)}, not a name or a number")
     return _checked_text(str(identity), "id")
 
 
@@ -150,7 +151,7 @@ def _parse_image_names(record: dict) -> list[str]:
 def _parse_image_name(name: object) -> str:
     """A clean relative path: `a.jpg` and `./a.jpg` are one picture and must get one name."""
     if not isinstance(name, str):
-        raise _BadRecord(f"a picture's name is {_kind(name)}, not text")
+        raise _BadRecord(f"a picture's name is {kind_of(name)}, not text")
     _checked_text(name, "picture's name")
     if "://" in name:
         raise _BadRecord(f"the picture {name!r} is a web address, not a file in the image folder")
@@ -174,18 +175,18 @@ def _parse_turns(record: dict) -> list[tuple[str, str]]:
     list_key, role_key, text_key = forms[0]
     turns = record[list_key]
     if not isinstance(turns, list) or not turns:
-        raise _BadRecord(f"`{list_key}` is {_kind(turns)}, not a list of turns")
+        raise _BadRecord(f"`{list_key}` is {kind_of(turns)}, not a list of turns")
     pairs = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
-            raise _BadRecord(f"turn {number} is {_kind(turn)}, not an object")
+            raise _BadRecord(f"turn {number} is {kind_of(turn)}, not an object")
         role, text = turn.get(role_key), turn.get(text_key)
         if not isinstance(role, str):
-            raise _BadRecord(f"turn {number}: `{role_key}` is {_kind(role)}, not text")
+            raise _BadRecord(f"turn {number}: `{role_key}` is {kind_of(role)}, not text")
         if role not in ROLES:
             raise _BadRecord(f"turn {number}: unknown `{role_key}` {role!r:.60}")
         if not isinstance(text, str):
-            raise _BadRecord(f"turn {number}: `{text_key}` is {_kind(text)}, not text")
+            raise _BadRecord(f"turn {number}: `{text_key}` is {kind_of(text)}, not text")
         pairs.append((ROLES[role], _checked_text(text, f"text of turn {number}")))
     return pairs
 
@@ -229,29 +230,20 @@ def _checked_text(text: str, what: str) -> str:
     return text
 
 
-def _kind(value: object) -> str:
-    """What a JSON value is, in words for a person."""
-    if value is None:
-        return "missing"
-    if (value.strip() if isinstance(value, str) else value) in ("", [], {}):
-        return "empty"
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return names.get(type(value), "a number")
-
-
 # --- whole files --------------------------------------------------------------------------------
 
 
 def load_conversations(path: str | Path, strict: bool = False) -> LoadedData:
     """Read a data file: one JSON list of records, or one record a line (JSONL).
 
-    A bad record is quarantined with its reason; with `strict` it raises PhiSightError. A file that
-    is missing, empty, not JSON, not a list, or without one good record raises PhiSightError.
+    The text is never held whole: see `data.stream`. A bad record is quarantined with its reason;
+    with `strict` it raises PhiSightError. A file that is missing, empty, not JSON, not a list, or
+    without one good record raises PhiSightError.
     """
     conversations, quarantined = [], []
-    for where, record in _read_records(Path(path)):
+    for where, record in read_records(Path(path)):
         try:
-            if isinstance(record, _NotJson):
+            if isinstance(record, NotJson):
                 raise _BadRecord(f"not JSON ({record.reason})")
             conversations.append(_parse_record(record))
         except _BadRecord as error:
@@ -265,66 +257,6 @@ def load_conversations(path: str | Path, strict: bool = False) -> LoadedData:
             "give a LLaVA-Instruct JSON file"
         )
     return LoadedData(conversations, quarantined)
-
-
-@dataclass(frozen=True)
-class _NotJson:
-    """Stands in for a record whose line could not be decoded."""
-
-    reason: str
-
-
-def _read_records(path: Path) -> list[tuple[str, object]]:
-    """Every record of a JSON list or JSONL file, with the place to name in a message."""
-    text = _read_text(path)
-    if text.lstrip().startswith("{"):
-        records = _read_lines(path.name, text)
-        if isinstance(records[0][1], _NotJson):
-            raise PhiSightError(
-                f"{path}: neither a JSON list nor one JSON object a line; "
-                "put the records into one list [...]"
-            )
-        return records
-    decoded = _decode_json(text)
-    if isinstance(decoded, _NotJson):
-        raise PhiSightError(f"{path}: not JSON ({decoded.reason}); fetch or export it again")
-    if not isinstance(decoded, list):
-        raise PhiSightError(f"{path}: holds {_kind(decoded)}, not a list; give a list of records")
-    return [(f"{path.name} record {n}", record) for n, record in enumerate(decoded, start=1)]
-
-
-def _read_lines(name: str, text: str) -> list[tuple[str, object]]:
-    # Only \n separates records: splitlines() would also cut at U+2028, which JSON text may hold.
-    return [
-        (f"{name} line {number}", _decode_json(line))
-        for number, line in enumerate(text.split("\n"), start=1) if line.strip()
-    ]  # fmt: skip
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise PhiSightError(f"{path}: no such file; check the name") from None
-    except UnicodeDecodeError as error:
-        raise PhiSightError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PhiSightError(f"{path}: cannot be read ({reason}); give a data file") from error
-    if not text.strip():
-        raise PhiSightError(f"{path}: the file is empty; fetch or export it again")
-    return text
-
-
-def _decode_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        return _NotJson(f"{error.msg} at line {error.lineno} column {error.colno}")
-    except ValueError:  # Python refuses to read a number of thousands of digits
-        return _NotJson("a number is too long")
-    except RecursionError:
-        return _NotJson("nested too deeply")
 
 
 def _id_for_report(record: object) -> str:
@@ -359,9 +291,8 @@ def load_questions(path: str | Path) -> list[Question]:
     Keys: `question_id`, `image`, `text`, `label` (becomes `answer`) and, if wanted, `kind`. A score
     over part of a benchmark is no score, so any bad line raises PhiSightError, as does a bad file.
     """
-    path = Path(path)
     questions, seen = [], set()
-    for where, record in _read_lines(path.name, _read_text(path)):
+    for where, record in read_lines(Path(path)):
         try:
             question = _parse_question(record)
             if question.id in seen:
@@ -374,18 +305,18 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def _parse_question(record: object) -> Question:
-    if isinstance(record, _NotJson):
+    if isinstance(record, NotJson):
         raise _BadRecord(f"not JSON ({record.reason})")
     if not isinstance(record, dict):
-        raise _BadRecord(f"the line is {_kind(record)}, not an object")
+        raise _BadRecord(f"the line is {kind_of(record)}, not an object")
     identity = record.get("question_id")
     if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
-        raise _BadRecord(f"`question_id` is {_kind(identity)}, not a name or a number")
+        raise _BadRecord(f"`question_id` is {kind_of(identity)}, not a name or a number")
     texts = {}
     for key in ("text", "label", "kind"):
         value = record.get(key, "" if key == "kind" else None)
         if not isinstance(value, str) or (key != "kind" and not value.strip()):
-            raise _BadRecord(f"`{key}` is {_kind(value)}, not text")
+            raise _BadRecord(f"`{key}` is {kind_of(value)}, not text")
         texts[key] = _checked_text(value.strip(), key)
     image = _parse_image_name(record.get("image"))
     identity = _checked_text(str(identity), "question_id")
