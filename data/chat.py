@@ -18,7 +18,7 @@ compares the two on a sample and refuses such a tokenizer; `load_tokenizer` alwa
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,17 +159,18 @@ def render(
     return RenderedSample([*input_ids, last], [*supervised, False], tuple(images))
 
 
-def _message_ids(message: Message, chat_format: ChatFormat) -> tuple[list[int], list[str]]:
-    """The ids between a message's role token and its `<|end|>`, and its pictures."""
-    ids: list[int] = []
-    images: list[str] = []
+def message_pieces(message: Message) -> Iterator[tuple[str, str]]:
+    """("text", what is encoded as one stretch) and ("image", name), in order.
+
+    Raises PhiSightError for a picture in a message that is not the user's.
+    """
     pending: list[str] = []  # text parts that no picture has separated yet
     for part in (*message.parts, None):
         if part is not None and part.kind == "text":
             pending.append(part.value.strip())
             continue
         if text := "\n".join(filter(None, pending)):
-            ids += chat_format.encode_text(text)
+            yield "text", text
         pending.clear()
         if part is None:
             break
@@ -178,8 +179,19 @@ def _message_ids(message: Message, chat_format: ChatFormat) -> tuple[list[int], 
                 f"picture {part.value}: stands in the {message.role}'s message; "
                 "put it into the user's"
             )
-        ids += [chat_format.image_id] * chat_format.tokens_per_image
-        images.append(part.value)
+        yield "image", part.value
+
+
+def _message_ids(message: Message, chat_format: ChatFormat) -> tuple[list[int], list[str]]:
+    """The ids between a message's role token and its `<|end|>`, and its pictures."""
+    ids: list[int] = []
+    images: list[str] = []
+    for kind, value in message_pieces(message):
+        if kind == "text":
+            ids += chat_format.encode_text(value)
+        else:
+            ids += [chat_format.image_id] * chat_format.tokens_per_image
+            images.append(value)
     return ids, images
 
 

@@ -28,6 +28,13 @@ ROLES = {
 }  # fmt: skip
 
 
+# Why a record is set aside, for the counts of a report.
+UNLIKE_PICTURES = f"pictures and {IMAGE_TAG} differ"
+UNSUPERVISED = "no supervised token"
+MALFORMED = "malformed"
+FAULTS = (UNLIKE_PICTURES, UNSUPERVISED, MALFORMED)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A stretch of text, or one picture (its path relative to the image folder)."""
@@ -70,6 +77,15 @@ class Quarantined:
 
 
 @dataclass(frozen=True, slots=True)
+class Fault:
+    """A record that cannot be used: its id if it has one, why, and which of `FAULTS` that is."""
+
+    id: str
+    reason: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedData:
     """The good conversations in file order, and the records that were set aside."""
 
@@ -107,8 +123,30 @@ def parse_record(record: object, where: str) -> Conversation:
         raise PhiSightError(f"{where}: {error}; mend or remove the record") from None
 
 
+def conversation_or_fault(record: object) -> Conversation | Fault:
+    """What one record of `read_records` is; see `parse_record` for the forms."""
+    try:
+        if isinstance(record, NotJson):
+            raise _BadRecord(f"not JSON ({record.reason})")
+        return _parse_record(record)
+    except _BadRecord as error:
+        return Fault(_id_for_report(record), str(error), error.kind)
+
+
+def picture_names(record: object) -> list[str]:
+    """The pictures that a record names, whatever else is wrong with it."""
+    try:
+        return _parse_image_names(record) if isinstance(record, dict) else []
+    except _BadRecord:
+        return []
+
+
 class _BadRecord(Exception):
-    """The reason why a record is bad, without its place."""
+    """The reason why a record is bad, without its place; `kind` is one of `FAULTS`."""
+
+    def __init__(self, reason: str, kind: str = MALFORMED) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 def _parse_record(record: object) -> Conversation:
@@ -119,7 +157,9 @@ def _parse_record(record: object) -> Conversation:
     _check_roles([role for role, _ in turns])
     tags = sum(text.count(IMAGE_TAG) for _, text in turns)
     if tags != len(images):
-        raise _BadRecord(f"{len(images)} picture(s) but {tags} {IMAGE_TAG} in the text")
+        raise _BadRecord(
+            f"{len(images)} picture(s) but {tags} {IMAGE_TAG} in the text", UNLIKE_PICTURES
+        )
     remaining = iter(images)
     messages = tuple(
         Message(role, _parse_content(role, text, remaining)) for role, text in turns
@@ -195,14 +235,14 @@ def _check_roles(roles: list[str]) -> None:
     """An optional system message, then user and assistant in turn, the assistant last."""
     turns = roles[1:] if roles[0] == "system" else roles
     if "assistant" not in turns:
-        raise _BadRecord("it has no assistant turn, so there is nothing to learn")
+        raise _BadRecord("it has no assistant turn, so there is nothing to learn", UNSUPERVISED)
     for number, role in enumerate(turns):
         expected = "assistant" if number % 2 else "user"
         if role != expected:
             place = number + 1 + len(roles) - len(turns)
             raise _BadRecord(f"turn {place} is the {role}'s where the {expected}'s should be")
     if turns[-1] != "assistant":
-        raise _BadRecord("the last question has no answer")
+        raise _BadRecord("the last question has no answer", UNSUPERVISED)
 
 
 def _parse_content(role: str, text: str, images: Iterable[str]) -> tuple[Part, ...]:
@@ -217,7 +257,9 @@ def _parse_content(role: str, text: str, images: Iterable[str]) -> tuple[Part, .
         if piece.strip():
             parts.append(Part("text", piece.strip()))
     if not parts:
-        raise _BadRecord(f"an empty turn of the {role}")
+        raise _BadRecord(
+            f"an empty turn of the {role}", UNSUPERVISED if role == "assistant" else MALFORMED
+        )
     return tuple(parts)
 
 
@@ -242,14 +284,13 @@ def load_conversations(path: str | Path, strict: bool = False) -> LoadedData:
     """
     conversations, quarantined = [], []
     for where, record in read_records(Path(path)):
-        try:
-            if isinstance(record, NotJson):
-                raise _BadRecord(f"not JSON ({record.reason})")
-            conversations.append(_parse_record(record))
-        except _BadRecord as error:
-            if strict:
-                raise PhiSightError(f"{where}: {error}; mend or remove the record") from None
-            quarantined.append(Quarantined(where, _id_for_report(record), str(error)))
+        found = conversation_or_fault(record)
+        if isinstance(found, Conversation):
+            conversations.append(found)
+            continue
+        if strict:
+            raise PhiSightError(f"{where}: {found.reason}; mend or remove the record")
+        quarantined.append(Quarantined(where, found.id, found.reason))
     if not conversations:
         first = [f", the first ({bad.where}): {bad.reason}" for bad in quarantined[:1]]
         raise PhiSightError(

@@ -5,127 +5,218 @@
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.chat import ChatFormat, load_tokenizer, render
-from data.dataset import (
-    Conversation,
-    Quarantined,
-    check_images,
-    load_conversations,
-    write_quarantine,
-)
-from errors import run_main
+from config import Config, Parser, need_file
+from data.chat import ChatFormat, load_tokenizer
+from data.dataset import FAULTS, write_quarantine
+from data.storage import STORAGES, StoragePlan, size
+from data.survey import PICTURE_CHECKS, SMALL_FILE, Survey, peak_memory, survey
+from errors import PhiSightError, run_main
 
 BUCKET = 256  # tokens per bar of the histogram
+SHOWN = 10  # records set aside that are printed
+CHECKED = {
+    "": "not looked at; give --images FOLDER",
+    "decode": "every one decoded",
+    "quick": "header and end of every one; --pictures decode decodes them all",
+    "exists": "only whether they are there",
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a picture becomes, and how fast: `rate` in pictures a second, or None if not known."""
+
+    shape: tuple[int, int]
+    rate: float | None
+    where: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a data set holds. Token counts are over the usable conversations only."""
+    """A survey of a data file, and what its features would take."""
 
-    records: int
-    turns: int
-    pictures: int
-    lengths: tuple[int, ...]  # tokens of each usable conversation, image ids included
-    supervised_tokens: int
-    bad_pictures: tuple[Quarantined, ...]  # one entry for each conversation that is lost
-    repeated_ids: int
-    identical_conversations: int
+    survey: Survey
+    tower: Tower
+    plan: StoragePlan
+    max_text_tokens: int
 
     def lines(self) -> list[str]:
         """The report as text for a person."""
-        tokens = sum(self.lengths)
-        share = self.supervised_tokens / tokens if tokens else 0.0
+        tally, bad = self.survey.tally, self.survey.bad_pictures
+        tokens = sum(length * count for length, count in tally.lengths.items())
+        share = tally.supervised_tokens / tokens if tokens else 0.0
+        over = sum(n for length, n in tally.text_lengths.items() if length > self.max_text_tokens)
+        distinct = tally.distinct("pictures")
+        lines = [("records", tally.records, "")]
+        lines += [(f"  {kind}", tally.faults[kind], "") for kind in FAULTS]
+        lines += [
+            ("conversations", tally.conversations, ""),
+            ("  without a picture", tally.text_only, ""),
+            ("  several pictures", tally.several_pictures, ""),
+            ("  lost to bad pictures", tally.lost, ""),
+            ("turns", tally.turns, ""),
+            ("distinct pictures", distinct, CHECKED[self.survey.picture_check]),
+            ("  missing", self.survey.missing, ""),
+            ("  broken", len(bad) - self.survey.missing, ""),
+            ("repeated ids", tally.conversations - tally.distinct("ids"), ""),
+            ("identical conversations", tally.conversations - tally.distinct("contents"), ""),
+            ("tokens", tokens, ""),
+            ("supervised tokens", tally.supervised_tokens, f"{share:.1%}"),
+            ("  conversations with none", tally.unsupervised, ""),
+            (f"over {self.max_text_tokens} text tokens", over,
+             "training drops their last turns, or sets them aside"),
+        ]
         return [
-            f"conversations          {self.records:>12,}",
-            f"turns                  {self.turns:>12,}",
-            f"distinct pictures      {self.pictures:>12,}",
-            f"lost to bad pictures   {len(self.bad_pictures):>12,}",
-            f"repeated ids           {self.repeated_ids:>12,}",
-            f"identical conversations{self.identical_conversations:>12,}",
-            f"tokens                 {tokens:>12,}",
-            f"supervised tokens      {self.supervised_tokens:>12,}  ({share:.1%})",
-            *self._histogram(),
+            *(f"{label:31}{number:>12,}{note and f'  ({note})'}" for label, number, note in lines),
+            *histogram(tally.lengths), *self.features_lines(),
         ]
 
-    def _histogram(self) -> list[str]:
-        if not self.lengths:
-            return []
-        counts = Counter(length // BUCKET for length in self.lengths)
-        widest = max(counts.values())
-        lines = ["tokens per conversation:"]
-        for bucket in range(max(counts) + 1):
-            bar = "#" * round(40 * counts[bucket] / widest)
-            first = bucket * BUCKET
-            span = f"{first:>6}-{first + BUCKET - 1:<6}"
-            lines.append(f"  {span} {counts[bucket]:>9,} {bar}".rstrip())
-        return lines
+    def features_lines(self) -> list[str]:
+        """What the feature store takes: disk, and time where a tower was measured."""
+        if not self.plan.pictures:
+            return ["feature store: no picture, nothing to compute"]
+        short = self.plan.bytes > self.plan.free
+        lines = [f"feature store: {self.plan}" + (", TOO LITTLE" if short else "")]
+        if smaller := self.plan.smaller():
+            lines.append(f"  less with {smaller}")
+        if self.tower.rate is None:
+            return [*lines, "  time: unknown; give --vision FOLDER to measure the tower here"]
+        time_taken = duration(self.plan.pictures / self.tower.rate)
+        return [*lines, f"  time: about {time_taken} at {self.tower.rate:.3g} pictures a second"
+                        f" (measured on {self.tower.where})"]
 
 
-def preflight(
-    conversations: Sequence[Conversation],
-    image_folder: str | Path | None,
-    chat_format: ChatFormat,
-    decode: bool = True,
-) -> Report:
-    """Render every conversation and, if there is a folder, decode every picture.
+def histogram(lengths: Counter[int]) -> list[str]:
+    """Tokens per conversation: one line a bucket, the bars to scale."""
+    if not lengths:
+        return []
+    counts: Counter[int] = Counter()
+    for length, number in lengths.items():
+        counts[length // BUCKET] += number
+    widest = max(counts.values())
+    lines = ["tokens per conversation:"]
+    for bucket in range(min(counts), max(counts) + 1):
+        bar = "#" * round(40 * counts[bucket] / widest)
+        first = bucket * BUCKET
+        span = f"{first:>6}-{first + BUCKET - 1:<6}"
+        lines.append(f"  {span} {counts[bucket]:>9,} {bar}".rstrip())
+    return lines
 
-    `decode=False` only checks that the pictures are there; `image_folder=None` skips them. Raises
-    PhiSightError if `image_folder` is no folder.
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "45 s", "12 min", "5 h 30 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def measure_tower(vision: str, pooling: int) -> Tower:
+    """Shape and speed of a vision tower, measured in a process of its own.
+
+    This room knows nothing of models; the tower's own command measures it. Raises PhiSightError
+    with what that command says if it cannot.
     """
-    usable, bad_pictures = list(conversations), []
-    if image_folder is not None:
-        checked = check_images(conversations, image_folder, decode)
-        usable, bad_pictures = checked.conversations, checked.quarantined
-    lengths, supervised_tokens = [], 0
-    for conversation in usable:
-        sample = render(conversation.messages, chat_format)
-        lengths.append(len(sample.input_ids))
-        supervised_tokens += sum(sample.supervised)
-    return Report(
-        records=len(conversations),
-        turns=sum(m.role == "assistant" for c in conversations for m in c.messages),
-        pictures=len({name for conversation in conversations for name in conversation.images}),
-        lengths=tuple(lengths),
-        supervised_tokens=supervised_tokens,
-        bad_pictures=tuple(bad_pictures),
-        repeated_ids=len(conversations) - len({c.id for c in conversations}),
-        identical_conversations=len(conversations) - len({c.messages for c in conversations}),
+    command = [sys.executable, "-m", "model.vision", "--vision", vision,
+               "--feature-pooling", str(pooling), "--json"]
+    # The modules are found from this file's place, whatever folder the person stands in.
+    places = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))},
     )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise PhiSightError(f"--vision {vision}: {last.removeprefix('error: ')}")
+    found = json.loads(done.stdout)
+    return Tower((found["tokens"], found["dim"]), found["pictures_per_second"], found["device"])
 
 
-def main() -> int:
-    """The command line; exit code 1 if anything was set aside."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="JSON list or JSONL of conversations")
+def parse(arguments: list[str] | None) -> object:
+    parser = Parser(prog="data.preflight", description=__doc__.split("\n")[0])
+    fields = Config.__dataclass_fields__
+    parser.add_argument("--data", default="", help="JSON list or JSONL of conversations")
     parser.add_argument("--images", help="the folder that the pictures' names are relative to")
     parser.add_argument("--tokenizer", default="assets/tiny/phi3", help="folder or hub id")
-    parser.add_argument("--tokens-per-image", type=int, default=576, help="576: CLIP L/14 at 336")
-    parser.add_argument("--no-decode", action="store_true", help="only look whether pictures exist")
+    parser.add_argument("--pictures", choices=("auto", *PICTURE_CHECKS), default="auto",
+                        help="how to check pictures; auto decodes up to 5,000, else quick")
     parser.add_argument("--quarantine", help="write the records set aside to this JSONL file")
-    arguments = parser.parse_args()
-    chat_format = ChatFormat.from_tokenizer(
-        load_tokenizer(arguments.tokenizer), arguments.tokens_per_image
-    )
-    loaded = load_conversations(arguments.data)
-    report = preflight(
-        loaded.conversations, arguments.images, chat_format, decode=not arguments.no_decode
-    )
-    set_aside = [*loaded.quarantined, *report.bad_pictures]
-    print(f"bad records            {len(loaded.quarantined):>12,}")
-    print("\n".join(report.lines()))
-    for entry in set_aside[:10]:
+    parser.add_argument("--max-text-tokens", type=int, default=fields["max_text_tokens"].default,
+                        help="training's limit, to count what is over it")
+    parser.add_argument("--vision", help="CLIP folder: take its sizes and measure its speed here")
+    parser.add_argument("--tokens-per-image", type=int, default=576,
+                        help="576: CLIP L/14 at 336; --vision knows it")
+    parser.add_argument("--feature-dim", type=int, default=1024,
+                        help="numbers a token; --vision knows it")
+    parser.add_argument("--feature-pooling", type=int, default=1,
+                        help="average N x N patches into one token")
+    parser.add_argument("--feature-storage", choices=STORAGES, default="float16",
+                        help="how a feature is kept")
+    parser.add_argument("--features", default=fields["features"].default,
+                        help="folder of the feature store, for the room on its disk")
+    parser.add_argument("--workers", type=int, default=None,
+                        help="processes; 0 for none beside this one (default: one a core)")
+    options = parser.parse_args(arguments)
+    for name in ("tokens_per_image", "feature_dim", "feature_pooling", "max_text_tokens"):
+        if getattr(options, name) < 1:
+            raise PhiSightError(f"--{name.replace('_', '-')}: must be at least 1")
+    if options.workers is not None and not 0 <= options.workers <= 256:
+        raise PhiSightError(f"--workers {options.workers}: must be from 0 to 256")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; exit code 1 if anything was set aside."""
+    started = time.monotonic()
+    options = parse(arguments)
+    path = need_file(options.data, "--data", "give a LLaVA-Instruct JSON file")
+    if options.vision:
+        tower = measure_tower(options.vision, options.feature_pooling)
+    else:
+        tokens = -(-options.tokens_per_image // options.feature_pooling**2)
+        tower = Tower((tokens, options.feature_dim), None)
+    chat_format = ChatFormat.from_tokenizer(load_tokenizer(options.tokenizer), tower.shape[0])
+    bytes_read = path.stat().st_size
+    workers = options.workers
+    if workers is None:
+        workers = 0 if bytes_read < SMALL_FILE else os.cpu_count() or 1
+    found = survey(path, Path(options.images) if options.images else None, chat_format,
+                   options.pictures, workers)
+    tally = found.tally
+    usable = tally.distinct("pictures") - len(found.bad_pictures)
+    plan = StoragePlan(Path(options.features), max(0, usable), tower.shape,
+                       options.feature_storage)
+    print(f"{path}: {size(bytes_read)}")
+    print("\n".join(Report(found, tower, plan, options.max_text_tokens).lines()))
+    for entry in tally.set_aside[:SHOWN]:
         print(f"set aside: {entry.where} (id {entry.id or '-'}): {entry.reason}")
-    if len(set_aside) > 10:
-        print(f"... and {len(set_aside) - 10:,} more; --quarantine FILE writes all of them")
-    if arguments.quarantine:
-        write_quarantine(arguments.quarantine, set_aside)
-    return 1 if set_aside else 0
+    if len(tally.set_aside) > SHOWN:
+        print(f"... and {len(tally.set_aside) - SHOWN:,} more; --quarantine FILE writes all of"
+              " them")
+    if options.quarantine:
+        write_quarantine(options.quarantine, tally.set_aside)
+    print(cost(time.monotonic() - started, found))
+    return 1 if tally.set_aside else 0
+
+
+def cost(seconds: float, found: Survey) -> str:
+    """What the report itself took."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    processor = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    line = f"took {seconds:.1f} s, {processor:.1f} CPU seconds; peak memory {size(peak_memory())}"
+    if not found.workers:
+        return line
+    return f"{line}, and {size(found.tally.peak_memory)} in each of {found.workers} processes"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.chat import MARKS, ChatFormat, fit_to_limit, load_tokenizer, render
-from data.dataset import Message, Part, parse_record
-from data.preflight import preflight
+from data.dataset import Message, Part
 from errors import PhiSightError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,19 +229,3 @@ def test_wrong_formats(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(PhiSightError, match=r"has no <\|placeholder1\|>"):
         ChatFormat.from_tokenizer(load_tokenizer(tmp_path), 1)
-
-
-def test_preflight(chat_format):
-    turns = [("human", "<image>\nWhat?"), ("gpt", "A bus."), ("human", "Why?"), ("gpt", "So.")]
-    record = {
-        "id": 1, "image": "a.jpg",
-        "conversations": [{"from": who, "value": text} for who, text in turns],
-    }  # fmt: skip
-    conversation = parse_record(record, "x")
-    report = preflight([conversation, conversation], None, chat_format)
-    sample = render(conversation.messages, chat_format)
-    assert (report.records, report.turns, report.pictures) == (2, 4, 1)
-    assert (report.repeated_ids, report.identical_conversations) == (1, 1)
-    assert report.lengths == (len(sample.input_ids),) * 2
-    assert report.supervised_tokens == 2 * sum(sample.supervised)
-    assert any(line.endswith("#" * 40) for line in report.lines())

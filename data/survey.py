@@ -1,0 +1,291 @@
+"""What is in a data file of any size: counted by several processes, in memory that stays small.
+
+The first process cuts the file into records; the others check pictures, parse and tokenise. What
+grows with the file is 24 bytes a record and the names of the pictures, in the first process only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import sys
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy
+
+from data.chat import ChatFormat
+from data.dataset import (
+    Conversation,
+    Quarantined,
+    conversation_or_fault,
+    picture_names,
+)
+from data.images import load_image, looks_whole
+from data.lengths import TokenCounter
+from data.stream import read_records
+from errors import PhiSightError
+
+BATCH = 128  # records, or pictures, that a process is given at a time
+DECODED_AT_MOST = 5000  # pictures that "auto" decodes; more would take minutes
+AHEAD = 3  # batches a process that are under way: enough to keep it busy, few enough to hold
+PICTURE_CHECKS = ("decode", "quick", "exists")
+SMALL_FILE = 1_000_000  # bytes; below it, starting processes takes longer than the work
+
+
+@dataclass
+class Tally:
+    """Counts over some records; two can be added. Token counts leave out what was set aside."""
+
+    records: int = 0
+    conversations: int = 0
+    """records that could be parsed; those that are `lost` to a bad picture among them"""
+    turns: int = 0
+    """answers"""
+    text_only: int = 0
+    several_pictures: int = 0
+    lost: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    """kind of fault -> records"""
+    lengths: Counter[int] = field(default_factory=Counter)
+    """tokens, picture tokens included -> conversations"""
+    text_lengths: Counter[int] = field(default_factory=Counter)
+    """tokens, picture tokens not counted -> conversations"""
+    supervised_tokens: int = 0
+    unsupervised: int = 0
+    """conversations that parse and yet have no supervised token"""
+    ids: array = field(default_factory=lambda: array("Q"))
+    """64 bits of each conversation's id"""
+    contents: array = field(default_factory=lambda: array("Q"))
+    pictures: array = field(default_factory=lambda: array("Q"))
+    set_aside: list[Quarantined] = field(default_factory=list)
+    peak_memory: int = 0
+    """bytes, the largest of the processes that counted"""
+
+    def add(self, other: Tally) -> None:
+        for name, value in vars(other).items():
+            if name == "peak_memory":
+                self.peak_memory = max(self.peak_memory, value)
+            elif isinstance(value, Counter):
+                getattr(self, name).update(value)
+            elif isinstance(value, (array, list)):
+                getattr(self, name).extend(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def distinct(self, name: str) -> int:
+        """How many different values `ids`, `contents` or `pictures` has."""
+        return len(numpy.unique(numpy.frombuffer(getattr(self, name), dtype=numpy.uint64)))
+
+
+@dataclass
+class Survey:
+    """The whole file: the counts, and the pictures that cannot be used by name."""
+
+    tally: Tally
+    bad_pictures: dict[str, str]
+    missing: int
+    """how many of `bad_pictures` are not there at all"""
+    picture_check: str
+    """one of `PICTURE_CHECKS`, or empty where pictures were not looked at"""
+    workers: int
+
+
+def survey(
+    path: Path, folder: Path | None, chat_format: ChatFormat, picture_check: str = "auto",
+    workers: int = 0,
+) -> Survey:
+    """Count what is in the data file `path`, its pictures being in `folder` (None: not looked at).
+
+    `picture_check`: one of `PICTURE_CHECKS`, or "auto" for "decode" while the pictures are few.
+    `workers` processes share the work; 0 for this one alone. Raises PhiSightError if `folder` is no
+    folder, for a file that `read_records` refuses, and if a process is killed.
+    """
+    if folder is not None and not folder.is_dir():
+        raise PhiSightError(f"{folder}: no such image folder; give the folder of the pictures")
+    bad: dict[str, str] = {}
+    missing = 0
+    if picture_check == "auto" and folder is not None:
+        few = sum(1 for _ in islice(distinct_names(path), DECODED_AT_MOST + 1)) <= DECODED_AT_MOST
+        picture_check = "decode" if few else "quick"
+    with Workers(workers, chat_format) as pool:
+        if folder is not None:
+            for found, absent in pool.map(check_pictures, (
+                (names, folder, picture_check) for names in batches(distinct_names(path))
+            )):
+                bad |= found
+                missing += absent
+        total = Tally()
+        for tally in pool.map(tally_records, (
+            (batch, reasons_for(batch, bad)) for batch in batches(read_records(path))
+        )):
+            total.add(tally)
+    if not total.records:
+        raise PhiSightError(f"{path}: holds no record; give a LLaVA-Instruct JSON file")
+    return Survey(total, bad, missing, "" if folder is None else picture_check, workers)
+
+
+def distinct_names(path: Path) -> Iterator[str]:
+    """Every picture that a record names, once."""
+    seen: set[str] = set()
+    for _, record in read_records(path):
+        for name in picture_names(record):
+            if name not in seen:
+                seen.add(name)
+                yield name
+
+
+def batches(items: Iterable) -> Iterator[list]:
+    remaining = iter(items)
+    while batch := list(islice(remaining, BATCH)):
+        yield batch
+
+
+def reasons_for(batch: Sequence[tuple[str, object]], bad: dict[str, str]) -> dict[str, str]:
+    """The part of `bad` that concerns these records."""
+    if not bad:
+        return {}
+    return {name: bad[name] for _, record in batch for name in picture_names(record) if name in bad}
+
+
+# -- what the processes do ------------------------------------------------------------------------
+
+
+def check_pictures(
+    counter: TokenCounter, names: Sequence[str], folder: Path, picture_check: str
+) -> tuple[dict[str, str], int]:
+    """name -> reason for the pictures that cannot be used, and how many of them are missing."""
+    bad, missing = {}, 0
+    for name in names:
+        path = folder / name
+        try:
+            if picture_check == "exists":
+                if not path.is_file():
+                    raise PhiSightError(f"{path}: no such file; check the name and the image"
+                                        " folder")
+            elif picture_check == "decode" or not looks_whole(path):
+                load_image(path)
+        except PhiSightError as error:
+            bad[name] = str(error)
+            missing += not os.path.lexists(path)
+    return bad, missing
+
+
+def tally_records(
+    counter: TokenCounter, records: Sequence[tuple[str, object]], bad: dict[str, str]
+) -> Tally:
+    """Count `records` (place, decoded record); a conversation with a picture in `bad` is lost."""
+    tally = Tally(records=len(records))
+    for where, record in records:
+        found = conversation_or_fault(record)
+        if isinstance(found, Conversation):
+            _count(tally, found, bad, counter)
+        else:
+            tally.faults[found.kind] += 1
+            tally.set_aside.append(Quarantined(where, found.id, found.reason))
+    tally.peak_memory = peak_memory()
+    return tally
+
+
+def _count(
+    tally: Tally, conversation: Conversation, bad: dict[str, str], counter: TokenCounter
+) -> None:
+    images = conversation.images
+    tally.conversations += 1
+    tally.turns += sum(message.role == "assistant" for message in conversation.messages)
+    tally.text_only += not images
+    tally.several_pictures += len(images) > 1
+    tally.ids.append(_hash64(conversation.id))
+    tally.contents.append(_hash64("\0".join(
+        f"{message.role}\0{part.kind}\0{part.value}"
+        for message in conversation.messages for part in message.parts
+    )))
+    tally.pictures.extend(map(_hash64, images))
+    broken = next((name for name in images if name in bad), None)
+    if broken is not None:
+        tally.lost += 1
+        tally.set_aside.append(Quarantined(f"picture {broken}", conversation.id, bad[broken]))
+        return
+    length, supervised = counter.count(conversation.messages)
+    tally.lengths[length] += 1
+    tally.text_lengths[length - len(images) * counter.chat_format.tokens_per_image] += 1
+    tally.supervised_tokens += supervised
+    tally.unsupervised += not supervised
+
+
+def _hash64(text: str) -> int:
+    """Two of a million different texts share it with a probability of 3 in 100 million."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has held."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        # Not ru_maxrss: a started process inherits the peak of the one that started it.
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# -- the processes --------------------------------------------------------------------------------
+
+_counter: list[TokenCounter] = []  # of a worker process: made once, not for every batch
+
+
+def _begin(chat_format: ChatFormat) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is the unit here
+    _counter[:] = [TokenCounter(chat_format)]
+
+
+def _call(work: Callable, arguments: tuple) -> object:
+    return work(_counter[0], *arguments)
+
+
+class Workers:
+    """Processes that `map` a function over batches in order; with `count` 0, this process does."""
+
+    def __init__(self, count: int, chat_format: ChatFormat) -> None:
+        self.count, self.chat_format = count, chat_format
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        if self.count:
+            # Not forked: torch and the tokenizer may have threads, of which a fork keeps the locks.
+            self._pool = ProcessPoolExecutor(
+                self.count, get_context("spawn"), _begin, (self.chat_format,)
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, work: Callable, batches: Iterable[tuple]) -> Iterator:
+        """`work(counter, *batch)` for every batch, in order; few batches are held at a time."""
+        if self._pool is None:
+            counter = TokenCounter(self.chat_format)
+            yield from (work(counter, *batch) for batch in batches)
+            return
+        waiting: deque[Future] = deque()
+        try:
+            for batch in batches:
+                waiting.append(self._pool.submit(_call, work, batch))
+                if len(waiting) >= AHEAD * self.count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise PhiSightError(
+                "a worker process was ended from outside, perhaps for want of memory; run again"
+                " with fewer --workers"
+            ) from None

@@ -1,0 +1,276 @@
+"""The report on a data file: its counts against a plain count, and its memory."""
+
+import json
+import random
+import tracemalloc
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+import runs
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers
+
+from data import preflight, survey as surveys
+from data.chat import ChatFormat, load_tokenizer, render
+from data.dataset import Message, Part, check_images, load_conversations
+from data.images import load_image, looks_whole
+from data.lengths import TokenCounter, words_are_independent
+from data.stream import read_records
+from data.survey import Tally, survey
+from errors import PhiSightError
+from tools.make_large_json import FAULTS, conversations_of, records, write_json, write_pictures
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "real"
+TOKENS = 4  # a picture
+TINY = ROOT / "assets/tiny/phi3"
+
+
+@pytest.fixture(scope="module")
+def chat_format() -> ChatFormat:
+    return ChatFormat.from_tokenizer(load_tokenizer(TINY), TOKENS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """300 records about 90 pictures, with three faults of every kind and three broken pictures."""
+    folder = tmp_path_factory.mktemp("made")
+    names = [f"{n}.jpg" for n in range(90)]
+    items = list(records(300, names, broken=3, seed=0))
+    items[200]["image"] = [names[0], names[1]]
+    items[200]["conversations"][0]["value"] += "\n<image>"
+    del items[201]["image"]
+    items[201]["conversations"][0]["value"] = "Hello?"
+    items[202] = items[203]
+    write_json(folder / "d.json", iter(items), len(items))
+    write_pictures(folder / "images", names, broken=3)
+    return folder
+
+
+def counts(tally: Tally) -> dict:
+    return {name: value for name, value in vars(tally).items() if name != "peak_memory"}
+
+
+# -- the counts -----------------------------------------------------------------------------------
+
+
+def test_the_counts_are_those_of_a_plain_count(made, chat_format):
+    found = survey(made / "d.json", made / "images", chat_format)
+    loaded = load_conversations(made / "d.json")
+    checked = check_images(loaded.conversations, made / "images")
+    samples = [render(c.messages, chat_format) for c in checked.conversations]
+    tally = found.tally
+    assert tally.records == 300 and found.picture_check == "decode"
+    assert tally.conversations == len(loaded.conversations)
+    assert tally.turns == sum(
+        m.role == "assistant" for c in loaded.conversations for m in c.messages)
+    assert tally.faults == Counter({"no supervised token": 6, "pictures and <image> differ": 3,
+                                    "malformed": 3})
+    assert tally.lost == len(checked.quarantined) >= 6
+    assert tally.lengths == Counter(len(sample.input_ids) for sample in samples)
+    assert tally.text_lengths == Counter(
+        len(sample.input_ids) - TOKENS * len(sample.images) for sample in samples)
+    assert tally.supervised_tokens == sum(sum(sample.supervised) for sample in samples)
+    assert (tally.text_only, tally.several_pictures, tally.unsupervised) == (1, 1, 0)
+    assert tally.distinct("pictures") == len({n for c in loaded.conversations for n in c.images})
+    assert tally.distinct("ids") == len({c.id for c in loaded.conversations})
+    assert tally.distinct("contents") == len({c.messages for c in loaded.conversations})
+    assert tally.distinct("contents") == tally.conversations - 1
+    assert (found.missing, len(found.bad_pictures)) == (3, 6)
+    where = {(entry.where, entry.id, entry.reason) for entry in tally.set_aside}
+    assert where == {(entry.where, entry.id, entry.reason)
+                     for entry in (*loaded.quarantined, *checked.quarantined)}
+
+
+def test_processes_count_as_one_does(made, chat_format, monkeypatch):
+    alone = survey(made / "d.json", made / "images", chat_format, "quick")
+    monkeypatch.setattr(surveys, "BATCH", 16)
+    shared = survey(made / "d.json", made / "images", chat_format, "quick", workers=2)
+    assert counts(shared.tally) == counts(alone.tally)
+    assert shared.bad_pictures == alone.bad_pictures and shared.missing == alone.missing
+    assert shared.tally.peak_memory > 10**7
+
+
+@pytest.mark.parametrize(("check", "bad"), [("decode", 6), ("quick", 6), ("exists", 3)])
+def test_the_ways_to_check_pictures(made, chat_format, check, bad):
+    found = survey(made / "d.json", made / "images", chat_format, check)
+    assert (len(found.bad_pictures), found.missing) == (bad, 3)
+
+
+def test_many_pictures_are_not_decoded_unless_asked(made, chat_format, monkeypatch):
+    monkeypatch.setattr(surveys, "DECODED_AT_MOST", 10)
+    assert survey(made / "d.json", made / "images", chat_format).picture_check == "quick"
+    assert survey(made / "d.json", None, chat_format).picture_check == ""
+
+
+def test_lines_and_the_form_of_another_project(tmp_path, chat_format):
+    path = SHARED / "llava" / "mllm_demo.json"
+    if not path.exists():
+        pytest.skip("the shared data files are not here")
+    tally = survey(path, None, chat_format).tally
+    assert (tally.records, tally.conversations, tally.several_pictures) == (6, 6, 2)
+    lines = tmp_path / "d.jsonl"
+    lines.write_text("\n".join(map(json.dumps, json.loads(path.read_text("utf-8")))))
+    assert counts(survey(lines, None, chat_format).tally) == counts(tally)
+
+
+def test_what_stops_a_survey(tmp_path, chat_format):
+    path = tmp_path / "d.json"
+    path.write_text("[]")
+    with pytest.raises(PhiSightError, match="holds no record"):
+        survey(path, None, chat_format)
+    with pytest.raises(PhiSightError, match="no such image folder"):
+        survey(path, tmp_path / "none", chat_format)
+    path.write_text("[1, 2")
+    with pytest.raises(PhiSightError, match="not JSON"):
+        survey(path, None, chat_format)
+
+
+def test_memory_grows_by_a_few_bytes_a_record(tmp_path, chat_format, monkeypatch):
+    monkeypatch.setattr(surveys, "read_records", partial(read_records, chunk=20_000))
+    names = [f"{n}.jpg" for n in range(50)]
+    peaks = []
+    for count in (300, 1300):
+        write_json(tmp_path / "d.json", records(count, names, 0, seed=0), count)
+        survey(tmp_path / "d.json", None, chat_format)  # the words are known from here on
+        tracemalloc.start()
+        survey(tmp_path / "d.json", None, chat_format)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 1000 < 200  # bytes; a record's text has 1,400
+
+
+# -- lengths without tokens -----------------------------------------------------------------------
+
+texts = st.text() | st.lists(
+    st.sampled_from(["the", "dog", " ", "  ", "\n", "\u2581", "a", "ing", ".", "é", "字", "🚌", "\t",
+                     "<|end|>", "</s>", "1", "'s"])).map("".join)
+
+
+@given(texts)
+def test_a_text_has_as_many_tokens_as_its_words(chat_format, text):
+    assert TokenCounter(chat_format).text_tokens(text) == len(chat_format.encode_text(text))
+
+
+@given(st.lists(texts.filter(str.strip), min_size=2, max_size=2), st.integers(0, 2))
+def test_a_conversation_has_as_many_tokens_as_it_renders_to(chat_format, said, pictures):
+    parts = (*[Part("image", "a.jpg")] * pictures, Part("text", said[0]), Part("text", said[0]))
+    messages = (Message("user", parts), Message("assistant", (Part("text", said[1]),)))
+    sample = render(messages, chat_format)
+    assert TokenCounter(chat_format).count(messages) == (
+        len(sample.input_ids), sum(sample.supervised))
+
+
+def test_the_real_tokenizer_is_counted_by_word():
+    folder = SHARED / "phi-3-mini-tokenizer"
+    if not folder.exists():
+        pytest.skip("the shared data files are not here")
+    chat_format = ChatFormat.from_tokenizer(load_tokenizer(folder), 1)
+    assert words_are_independent(chat_format.text_encoder)
+    counter, rng = TokenCounter(chat_format), random.Random(0)
+    lines = (SHARED / "llava" / "coco2014_val_gpt4_qa_30x3.jsonl").read_text("utf-8")
+    for text in [*lines.splitlines(), "  two  spaces", "\u2581", "a\n\nb", "naïve 字 🚌"]:
+        cut = text[rng.randrange(len(text)):]
+        assert counter.text_tokens(cut) == len(chat_format.encode_text(cut))
+
+
+@pytest.mark.parametrize("odd", ["crossing", "no normalizer", "dropout"])
+def test_another_kind_of_tokenizer_is_asked_in_full(odd):
+    vocab = {token: number for number, token in enumerate(["\u2581", "a", "b", "a\u2581"])}
+    encoder = Tokenizer(models.BPE(vocab, [("a", "\u2581")], dropout=0.1 * (odd == "dropout")))
+    if odd != "no normalizer":
+        encoder.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    assert not words_are_independent(encoder)
+
+
+# -- a quick look at pictures ---------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_no_picture_that_was_cut_looks_whole(tmp_path, form):
+    rng = random.Random(0)
+    path = tmp_path / "picture"
+    picture = Image.frombytes("RGB", (120, 90), rng.randbytes(120 * 90 * 3))
+    picture.save(path, form)
+    whole = path.read_bytes()
+    load_image(path)
+    assert looks_whole(path) == (form in ("PNG", "JPEG", "WEBP"))
+    for length in (0, 1, 10, len(whole) // 2, len(whole) - 100, len(whole) - 20):
+        path.write_bytes(whole[:length])
+        assert not looks_whole(path)
+    assert not looks_whole(tmp_path) and not looks_whole(tmp_path / "none")
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def report(capsys, *arguments: object) -> tuple[int, dict[str, str]]:
+    """The exit code, and the report's lines by their label."""
+    code = preflight.main([*map(str, arguments)])
+    lines = capsys.readouterr().out.splitlines()
+    return code, {line[:31].strip(): line[31:].split("  (")[0].strip() for line in lines}
+
+
+def test_the_report(made, capsys, tmp_path):
+    code, lines = report(
+        capsys, "--data", made / "d.json", "--images", made / "images", "--tokenizer", TINY,
+        "--quarantine", tmp_path / "q.jsonl", "--features", tmp_path,
+    )
+    assert code == 1
+    assert lines["records"] == "300" and lines["missing"] == lines["broken"] == "3"
+    assert lines["pictures and <image> differ"] == "3" and lines["no supervised token"] == "6"
+    assert lines["identical conversations"] == "1"
+    set_aside = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert len(set_aside) == 12 + int(lines["lost to bad pictures"])
+
+
+def test_a_file_without_a_fault_gives_exit_code_0(tmp_path, capsys):
+    rng = random.Random(0)
+    item = {"id": 1, "image": "a.jpg", "conversations": conversations_of(rng, ["So."], ["Why?"])}
+    (tmp_path / "d.jsonl").write_text(json.dumps(item))
+    code, lines = report(capsys, "--data", tmp_path / "d.jsonl", "--tokenizer", TINY)
+    assert code == 0 and lines["conversations"] == "1"
+
+
+def test_the_size_of_the_features(capsys, tmp_path, monkeypatch, made):
+    shared = ["--data", made / "d.json", "--tokenizer", TINY, "--features", tmp_path / "new"]
+    preflight.main([*map(str, shared), "--feature-pooling=2", "--feature-storage=int8"])
+    said = capsys.readouterr().out
+    assert "93 pictures x 144 tokens x 1,024 int8: 13.8 MB" in said and "time: unknown" in said
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10**7}))
+    preflight.main([*map(str, shared)])
+    assert "TOO LITTLE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--dat", "x"], "did you mean --data?"), (["--data", "x", "--worker", "2"], "--workers?"),
+     (["--data", "none.json"], "none.json: no such file"),
+     (["--data", "x", "--tokens-per-image", "0"], "--tokens-per-image: must be at least 1"),
+     (["--data", "x", "--workers", "-1"], "from 0 to 256"),
+     (["--data", "x", "--pictures", "all"], "invalid choice")],
+)
+def test_a_mistake_names_the_remedy(arguments, said):
+    with pytest.raises(PhiSightError) as caught:
+        preflight.main(["--tokenizer", str(TINY), *arguments])
+    assert said in str(caught.value)
+
+
+def test_the_command_in_a_shell(made):
+    done = runs.command("-m", "data.preflight", "--data", made / "d.json", "--images",
+                        made / "images", "--tokenizer", TINY, "--workers", 2)
+    assert done.returncode == 1 and "in each of 2 processes" in done.stdout
+    assert FAULTS == 5 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(45, "45 s"), (700, "12 min"), (20_000, "5 h 33 min")]
+)
+def test_durations(seconds, words):
+    assert preflight.duration(seconds) == words
