@@ -163,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
             need_file(novel, "--novel-pair-questions", DATA_REMEDY)
         )
     vision = assistant.parts.vision
-    store = FeatureStore(options.features or config.features, vision.key, vision.shape)
+    store = FeatureStore(options.features or config.features, vision.key, vision.shape,
+                         config.feature_storage)
     started = time.perf_counter()
     results = evaluate(assistant, sets, Path(options.images or config.images), store,
                        options.max_new_tokens)

@@ -21,7 +21,7 @@ import checkpoints
 import config as configs
 from data.chat import render
 from data.dataset import Conversation, Message, Part
-from data.features import STORED_DTYPE
+from data.features import as_stored
 from data.images import load_image
 from errors import PhiSightError, run_main
 from model.build import Assembled, assemble, load_model_state
@@ -97,7 +97,7 @@ class Assistant:
             return torch.zeros(0, *self.parts.vision.shape)
         if self._tower is None:
             self._tower = VisionTower(self.parts.vision, self.parts.device)
-        return self._tower(pictures).to(STORED_DTYPE).float()
+        return as_stored(self._tower(pictures), self.config.feature_storage)
 
     def reply(
         self, messages: Sequence[Message], max_new_tokens: int = 256,

@@ -111,7 +111,8 @@ def prepare_run(
 
     parts = assemble(config)
     with ranks.first_then_others():  # the first fills the feature store, the others find it full
-        store = FeatureStore(config.features, parts.vision.key, parts.vision.shape)
+        store = FeatureStore(config.features, parts.vision.key, parts.vision.shape,
+                             config.feature_storage)
         data = prepare(config, parts.chat_format, store,
                        lambda: VisionTower(parts.vision, parts.device))
 

@@ -1,8 +1,11 @@
 """The feature store: what the frozen vision tower sees, computed once and read many times.
 
 A picture is known by the sha256 of its file, so one that appears under two names is stored once
-and one that changed is computed again. Shards are safetensors files of half floats, each
-written to a temporary name and renamed, so that a kill loses at most the shard in the making.
+and one that changed is computed again. Shards are safetensors files, each written to a temporary
+name and put in its place whole: a kill loses at most the shard in the making, and another process
+can read the finished ones meanwhile. Every picture has a check sum, which is compared on reading.
+
+Features are kept as half floats, or as int8 with a scale for each token; see `encode`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,11 @@ import errno
 import hashlib
 import json
 import os
+import sys
+import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,13 +29,87 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.images import load_image
+from data.storage import STORAGES, StoragePlan, bytes_per_picture
 from errors import PhiSightError
 
 SHARD_PICTURES = 1024
+SHARD_BYTES = 256 * 2**20  # a shard is held in memory twice while it is written
+SHARD_SECONDS = 300.0  # a kill loses no more than this: a large tower on a CPU is slow
+STALE_SECONDS = 3600.0  # a partial file this old belongs to no process that still writes it
 BLANK = "blank"  # the key of a uniform grey picture, what "no picture" means to the alignment meter
 STORED_DTYPE = torch.float16
+DTYPES = {"float16": {"features": "F16"}, "int8": {"features": "I8", "scales": "F32"}}
 
 Extract = Callable[[Sequence[Image.Image]], Tensor]
+"""Pictures -> (pictures, tokens, dim). It may have `notes() -> str`: what to tell after a job."""
+
+
+# -- how a feature is kept ------------------------------------------------------------------------
+
+
+def encode(features: Tensor, storage: str) -> dict[str, Tensor]:
+    """(..., tokens, dim) float -> the tensors that are stored, on the CPU.
+
+    "float16": `features`, rounded. "int8": `features` int8 and `scales` (..., tokens) float32, a
+    number being about feature x scale; a token's largest number is 127 or -127.
+    """
+    features = features.float()
+    if storage == "float16":
+        return {"features": features.to(STORED_DTYPE).cpu()}
+    scales = features.abs().amax(-1) / 127  # (..., tokens)
+    steps = features / scales.where(scales > 0, 1)[..., None]
+    return {"features": steps.round().clamp(-127, 127).to(torch.int8).cpu(), "scales": scales.cpu()}
+
+
+def decode(stored: dict[str, Tensor]) -> Tensor:
+    """The inverse of `encode`, up to its rounding: (..., tokens, dim) float32."""
+    features = stored["features"].float()
+    return features * stored["scales"][..., None] if "scales" in stored else features
+
+
+def as_stored(features: Tensor, storage: str) -> Tensor:
+    """Features as reading them from a store gives them, on their own device: what inference uses,
+    so that it sees pictures as training did."""
+    return decode(encode(features, storage)).to(features.device)
+
+
+@dataclass
+class StorageError:
+    """How far what is stored lies from what was computed, relative to the size of a token."""
+
+    squared: float = 0.0
+    total: float = 0.0
+    worst: float = 0.0
+    """the largest error of one token, relative to that token"""
+
+    def add(self, exact: Tensor, stored: Tensor) -> None:
+        """(pictures, tokens, dim) both."""
+        errors = (stored - exact).square().sum(-1).double()  # (pictures, tokens)
+        sizes = exact.square().sum(-1).double()
+        self.squared += errors.sum().item()
+        self.total += sizes.sum().item()
+        self.worst = max(self.worst, (errors / sizes.clamp_min(1e-30)).max().sqrt().item())
+
+    @property
+    def relative_rms(self) -> float:
+        return (self.squared / self.total) ** 0.5 if self.total else 0.0
+
+    def __str__(self) -> str:
+        return (f"relative RMS error {100 * self.relative_rms:.3g} %, worst token"
+                f" {100 * self.worst:.3g} %")
+
+
+def check_sums(stored: dict[str, Tensor]) -> list[int]:
+    """CRC-32 of each picture's tensors: it finds what a disk or a copy damaged, at a gigabyte a
+    second."""
+    sums = [0] * len(stored["features"])
+    for name in sorted(stored):
+        for row, tensor in enumerate(stored[name]):
+            sums[row] = zlib.crc32(tensor.contiguous().numpy(), sums[row])
+    return sums
+
+
+# -- the store ------------------------------------------------------------------------------------
 
 
 def blank_picture() -> Image.Image:
@@ -43,18 +124,33 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class FeatureStore:
-    """`folder/KEY/shard-00000.safetensors`; KEY stands for the tower and how it is read.
+@dataclass(frozen=True)
+class _Shard:
+    """An open shard: its file, its tensors and the check sums of its pictures in order."""
 
-    Each shard holds `features` (pictures, tokens, dim) float16, and in its header the hashes of its
-    pictures in order. `shape` is (tokens, dim).
+    path: Path
+    tensors: safe_open
+    checks: list[int]
+
+
+class FeatureStore:
+    """`folder/KEY-STORAGE/shard-00000.safetensors`; KEY stands for the tower and how it is read.
+
+    Each shard holds `features` (pictures, tokens, dim), for int8 also `scales` (pictures, tokens),
+    and in its header the hashes and check sums of its pictures in order and the error of storing
+    them. `shape` is (tokens, dim). `error` is what storing cost in this process.
     """
 
-    def __init__(self, folder: str | Path, key: str, shape: tuple[int, int]) -> None:
-        self.folder = Path(folder) / key
-        self.shape = shape
+    def __init__(
+        self, folder: str | Path, key: str, shape: tuple[int, int], storage: str = "float16"
+    ) -> None:
+        if storage not in STORAGES:
+            raise PhiSightError(f"--feature-storage {storage}: use one of {', '.join(STORAGES)}")
+        self.folder = Path(folder) / f"{key}-{storage}"
+        self.shape, self.storage = shape, storage
+        self.error = StorageError()
         self._where: dict[str, tuple[int, int]] = {}  # hash -> (shard, row)
-        self._shards: list[safe_open] = []
+        self._shards: list[_Shard] = []
         self._hash_of: dict[str, str] = {}  # picture name -> hash
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,34 +159,53 @@ class FeatureStore:
                 f"{self.folder}: cannot be made ({error.strerror}); give a folder that can be"
                 " written with --features"
             ) from None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Open the shards that have appeared since, such as those of a process that is writing."""
+        known = {shard.path for shard in self._shards}
         for path in sorted(self.folder.glob("shard-*.safetensors")):
-            self._open(path)
+            if path not in known:
+                self._open(path)
 
     def _open(self, path: Path) -> None:
         try:
             shard = safe_open(path, framework="pt")
-            hashes = json.loads((shard.metadata() or {})["hashes"])
-            shape = tuple(shard.get_slice("features").get_shape())
+            header = shard.metadata() or {}
+            hashes, checks = json.loads(header["hashes"]), json.loads(header["checks"])
+            slices = {name: shard.get_slice(name) for name in shard.keys()}
+            found = {name: (tuple(part.get_shape()), part.get_dtype())
+                     for name, part in slices.items()}
             count = len(hashes)
+            if len(checks) != count or not all(type(check) is int for check in checks):
+                raise ValueError("its check sums do not fit its pictures")
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise PhiSightError(
                 f"{path}: not a readable feature shard ({error}); delete it, it is computed again"
             ) from None
-        if shape != (count, *self.shape):
-            raise PhiSightError(
-                f"{path}: holds {shape}, expected {(count, *self.shape)}; delete it"
-            )
+        shapes = {"features": (count, *self.shape), "scales": (count, self.shape[0])}
+        expected = {name: (shapes[name], dtype) for name, dtype in DTYPES[self.storage].items()}
+        if found != expected:
+            raise PhiSightError(f"{path}: holds {found}, expected {expected}; delete it")
         for row, picture in enumerate(hashes):
             self._where.setdefault(picture, (len(self._shards), row))
-        self._shards.append(shard)
+        self._shards.append(_Shard(path, shard, checks))
 
     def __contains__(self, picture_hash: str) -> bool:
         return picture_hash in self._where
 
     def by_hash(self, picture_hash: str) -> Tensor:
-        """(tokens, dim) float32."""
-        shard, row = self._where[picture_hash]
-        return self._shards[shard].get_slice("features")[row].float()
+        """(tokens, dim) float32. Raises PhiSightError if the stored bytes were damaged."""
+        number, row = self._where[picture_hash]
+        shard = self._shards[number]
+        stored = {name: shard.tensors.get_slice(name)[row : row + 1]
+                  for name in DTYPES[self.storage]}
+        if check_sums(stored) != [shard.checks[row]]:
+            raise PhiSightError(
+                f"{shard.path}: the features of picture {row} do not have their check sum, the file"
+                " was damaged; delete it, it is computed again"
+            )
+        return decode(stored)[0]
 
     def features_of(self, name: str) -> Tensor:
         """(tokens, dim) float32 of the picture that was registered under `name`."""
@@ -121,8 +236,30 @@ class FeatureStore:
             if self._hash_of[name] not in self:
                 missing[name] = path
         if BLANK not in self or missing:
-            self._compute(missing, extract(), batch_size, bad)
+            self.refresh()  # another process may have computed them meanwhile
+            missing = {name: path for name, path in missing.items()
+                       if self._hash_of[name] not in self}
+        if BLANK not in self or missing:
+            self._sweep()
+            count = len({self._hash_of[name] for name in missing}) + (BLANK not in self)
+            plan = StoragePlan(self.folder, count, self.shape, self.storage)
+            plan.check()
+            print(f"picture features to compute: {plan}", file=sys.stderr)
+            tower = extract()
+            self._compute(missing, tower, batch_size, bad)
+            notes = getattr(tower, "notes", str)()
+            print(f"picture features stored as {self.storage}: {self.error}"
+                  f"{notes and '; ' + notes}", file=sys.stderr)
         return bad
+
+    def _sweep(self) -> None:
+        """Remove what jobs that were killed have left half written."""
+        for partial in self.folder.glob("shard-*.partial-*"):
+            try:
+                if time.time() - partial.stat().st_mtime > STALE_SECONDS:
+                    partial.unlink()
+            except OSError:  # another process was quicker, or it is not ours to remove
+                continue
 
     def _compute(
         self, missing: dict[str, Path], extract: Extract, batch_size: int, bad: dict[str, str]
@@ -144,39 +281,77 @@ class FeatureStore:
                 if reason := failed[picture_hash]:
                     bad[name] = reason
 
+        in_a_shard = max(1, min(SHARD_PICTURES,
+                                SHARD_BYTES // bytes_per_picture(self.shape, self.storage)))
         hashes: list[str] = []
         waiting: list[Image.Image] = []
-        computed: list[Tensor] = []
+        computed: list[dict[str, Tensor]] = []
+        begun = time.monotonic()
+
+        def compute() -> None:
+            features = extract(waiting).float().cpu()  # (pictures, tokens, dim)
+            stored = encode(features, self.storage)
+            found = decode(stored)
+            if not found.isfinite().all():
+                raise PhiSightError(
+                    f"picture features: some are no finite {self.storage} numbers; give another"
+                    " --vision-layer or --feature-storage"
+                )
+            self.error.add(features, found)
+            computed.append(stored)
+            waiting.clear()
+
         for picture_hash, picture in pictures():
             hashes.append(picture_hash)
             waiting.append(picture)
             if len(waiting) == batch_size:
-                computed.append(extract(waiting).to(STORED_DTYPE).cpu())
-                waiting = []
-            if len(hashes) >= SHARD_PICTURES and not waiting:
-                self._write(hashes, torch.cat(computed))
-                hashes, computed = [], []
+                compute()
+            late = time.monotonic() - begun > SHARD_SECONDS
+            if not waiting and (len(hashes) >= in_a_shard or late):
+                self._write(hashes, computed)
+                hashes, computed, begun = [], [], time.monotonic()
         if waiting:
-            computed.append(extract(waiting).to(STORED_DTYPE).cpu())
+            compute()
         if hashes:
-            self._write(hashes, torch.cat(computed))
+            self._write(hashes, computed)
 
-    def _write(self, hashes: list[str], features: Tensor) -> None:
+    def _write(self, hashes: list[str], computed: list[dict[str, Tensor]]) -> None:
+        stored = {name: torch.cat([part[name] for part in computed]).contiguous()
+                  for name in DTYPES[self.storage]}
         number = len(self._shards)
-        while (path := self.folder / f"shard-{number:05d}.safetensors").exists():
-            number += 1  # an earlier shard was deleted: the later ones keep their names
-        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial = self.folder / f"shard-{number:05d}.partial-{os.getpid()}"
         try:
-            save_file({"features": features.contiguous()}, partial,
-                      {"hashes": json.dumps(hashes)})
+            save_file(stored, partial, {
+                "hashes": json.dumps(hashes), "checks": json.dumps(check_sums(stored)),
+                "error": str(self.error),
+            })
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            path = _put_in_place(partial, number)
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             raise PhiSightError(
-                f"{path}: cannot be written ({error}); free some space and run again, what"
-                " is stored already is kept"
+                f"{partial.with_suffix('.safetensors')}: cannot be written ({error}); free some"
+                " space and run again, what is stored already is kept"
             ) from None
         finally:
             partial.unlink(missing_ok=True)
         self._open(path)
+
+
+def _put_in_place(partial: Path, number: int) -> Path:
+    """Give a whole shard the first free number from `number` on, and return its path.
+
+    A link fails where the name is taken, so that two processes that write at once keep both.
+    """
+    while True:
+        path = partial.with_name(f"shard-{number:05d}.safetensors")
+        try:
+            os.link(partial, path)
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError:  # a file system without links: the last of two writers wins
+            if not path.exists():
+                os.replace(partial, path)
+                return path
+            number += 1

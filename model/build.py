@@ -49,7 +49,8 @@ def assemble(config: Config) -> Assembled:
         dtype, reason = DTYPES[config.compute_type], "asked for by --compute-type"
     base = load_base(config.base, config.base_revision or None, dtype, device, config.quantization)
     vision = read_vision_spec(
-        config.vision, config.vision_revision, config.vision_features, config.vision_layer
+        config.vision, config.vision_revision, config.vision_features, config.vision_layer,
+        config.feature_pooling,
     )
     chat_format = ChatFormat.from_tokenizer(base.tokenizer, vision.shape[0])
 

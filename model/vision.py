@@ -1,8 +1,14 @@
-"""The eyes: a frozen CLIP vision tower, pictures -> (pictures, tokens, dim)."""
+"""The eyes: a frozen CLIP vision tower, pictures -> (pictures, tokens, dim).
+
+    python -m model.vision --vision assets/tiny/clip        # its sizes, and its speed here
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from errors import PhiSightError
+from config import Config, Parser
+from errors import PhiSightError, run_main
 from model.base import find_folder, find_weight_files, hash_files
 
 LAYOUT = "it needs config.json, preprocessor_config.json and model.safetensors"
@@ -29,6 +36,8 @@ class VisionSpec:
     """"patches": hidden layer `layer` without the class token (LLaVA takes -2, arXiv 2304.08485);
     "pooled": the pooled class token as one vector"""
     layer: int
+    pooling: int
+    """this many by this many patches are averaged into one token; 1 for none"""
     shape: tuple[int, int]
     """(tokens, dim) of one picture"""
     key: str
@@ -36,27 +45,40 @@ class VisionSpec:
 
 
 def read_vision_spec(
-    id_or_folder: str, revision: str = "", features: str = "patches", layer: int = -2
+    id_or_folder: str, revision: str = "", features: str = "patches", layer: int = -2,
+    pooling: int = 1,
 ) -> VisionSpec:
-    """Find the CLIP, check its config and fingerprint its files, without loading the weights."""
+    """Find the CLIP, check its config and fingerprint its files, without loading the weights.
+
+    Raises PhiSightError for a folder that is no CLIP's, a layer that it does not have, and a
+    `pooling` into which its grid of patches cannot be cut.
+    """
     folder = find_folder(id_or_folder, revision or None)
     try:
         config = CLIPVisionConfig.from_pretrained(folder)
-        patches = (config.image_size // config.patch_size) ** 2
+        side = config.image_size // config.patch_size  # of the grid of patches
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
             StrictDataclassError) as error:  # a config.json of any content
         raise PhiSightError(f"{folder}: not a CLIP folder ({error}); {LAYOUT}") from None
     layers = config.num_hidden_layers
     if not -layers - 1 <= layer <= layers:
         raise PhiSightError(f"--vision-layer {layer}: this CLIP has {layers} layers; use -2")
-    shape = (patches if features == "patches" else 1, config.hidden_size)
+    side = side if features == "patches" else 1
+    if side % pooling:
+        fitting = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
+        grid = f"this CLIP's {side} x {side} patches" if side > 1 else "the one pooled vector"
+        raise PhiSightError(
+            f"--feature-pooling {pooling}: does not divide {grid}; use one of {fitting}"
+        )
+    shape = ((side // pooling) ** 2, config.hidden_size)
     files = [folder / "config.json", folder / "preprocessor_config.json"]
     for file in files:
         if not file.is_file():
             raise PhiSightError(f"{file}: no such file; {LAYOUT}")
     said = f"{hash_files([*files, *find_weight_files(folder)])}/{features}/{layer}"
+    said += f"/{pooling}" if pooling > 1 else ""  # what is not pooled keeps the key it had
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
-    return VisionSpec(folder, features, layer, shape, key)
+    return VisionSpec(folder, features, layer, pooling, shape, key)
 
 
 class VisionTower:
@@ -71,6 +93,8 @@ class VisionTower:
         load_vision_weights(self.model, find_weight_files(spec.folder))
         self.model.requires_grad_(False).eval().to(device)
         self.spec, self.device = spec, torch.device(device)
+        # What pooling has cost: summed squares of the error and of the patches, the worst patch.
+        self._pooled = [0.0, 0.0, 0.0]
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -79,7 +103,35 @@ class VisionTower:
         output = self.model(pixel_values=pixels.to(self.device), output_hidden_states=True)
         if self.spec.features == "pooled":
             return output.pooler_output[:, None, :]
-        return output.hidden_states[self.spec.layer][:, 1:]  # (pictures, patches, dim)
+        patches = output.hidden_states[self.spec.layer][:, 1:]  # (pictures, patches, dim)
+        if self.spec.pooling == 1:
+            return patches
+        tokens, blocks = pool_patches(patches, self.spec.pooling)
+        errors = (blocks - tokens[:, :, None]).square().sum(-1)  # (pictures, tokens, block)
+        sizes = blocks.square().sum(-1)
+        self._pooled[0] += errors.sum().item()
+        self._pooled[1] += sizes.sum().item()
+        self._pooled[2] = max(self._pooled[2], (errors / sizes.clamp_min(1e-30)).max().item())
+        return tokens
+
+    def notes(self) -> str:
+        """How far the patches lie from the tokens that stand for them, or nothing."""
+        errors, sizes, worst = self._pooled
+        if not sizes:
+            return ""
+        pooling = self.spec.pooling
+        return (f"{pooling} x {pooling} patches a token: relative RMS error"
+                f" {100 * (errors / sizes) ** 0.5:.3g} %, worst patch {100 * worst**0.5:.3g} %")
+
+
+def pool_patches(patches: Tensor, pooling: int) -> tuple[Tensor, Tensor]:
+    """(pictures, side * side, dim), row by row -> the mean of each block of `pooling` by `pooling`
+    patches, (pictures, tokens, dim), and the blocks, (pictures, tokens, pooling * pooling, dim)."""
+    pictures, count, dim = patches.shape
+    across = math.isqrt(count) // pooling
+    grid = patches.reshape(pictures, across, pooling, across, pooling, dim).transpose(2, 3)
+    blocks = grid.reshape(pictures, across * across, pooling * pooling, dim)
+    return blocks.mean(2), blocks
 
 
 def load_vision_weights(model: CLIPVisionModel, files: Sequence[Path]) -> None:
@@ -107,3 +159,52 @@ def load_vision_weights(model: CLIPVisionModel, files: Sequence[Path]) -> None:
         raise PhiSightError(
             f"{files[0]}: not this CLIP's weights ({reason}); fetch the folder again"
         ) from None
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def pictures_per_second(tower: VisionTower, seconds: float, batch_size: int = 8) -> float:
+    """Measured on blank pictures of 640 x 480, preprocessing included; decoding is not."""
+    picture = Image.new("RGB", (640, 480), (127, 127, 127))
+    tower([picture])  # the first call also sets up
+    count, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        tower([picture] * batch_size)
+        count += batch_size
+    return count / elapsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what a tower makes of a picture, and how fast it is on this machine."""
+    fields = Config.__dataclass_fields__
+    parser = Parser(prog="model.vision", description=__doc__.splitlines()[0])
+    parser.add_argument("--vision", required=True, help="CLIP: hub id or local folder")
+    for name, kind in (("vision_revision", str), ("vision_features", str), ("vision_layer", int),
+                       ("feature_pooling", int)):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=fields[name].default,
+                            help=fields[name].metadata["help"],
+                            choices=fields[name].metadata["choices"])
+    parser.add_argument("--seconds", type=float, default=2.0, help="measure for so long")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args(arguments)
+    if options.feature_pooling < 1:
+        raise PhiSightError("--feature-pooling: must be at least 1")
+    if not 0 < options.seconds < 3600:
+        raise PhiSightError("--seconds: must be over 0 and under 3600")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec = read_vision_spec(options.vision, options.vision_revision, options.vision_features,
+                            options.vision_layer, options.feature_pooling)
+    rate = pictures_per_second(VisionTower(spec, device), options.seconds)
+    tokens, dim = spec.shape
+    if options.json:
+        print(json.dumps({"tokens": tokens, "dim": dim, "pictures_per_second": rate,
+                          "device": device}))
+    else:
+        print(f"{options.vision}: {tokens} tokens of {dim} numbers a picture;"
+              f" {rate:.3g} pictures a second on {device}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

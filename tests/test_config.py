@@ -200,7 +200,8 @@ BAD: dict[str, tuple] = {
     "max_gradient_norm": (0.0, NAN), "seed": (-1, 2**32), "evaluate_steps": (-1,),
     "evaluation_conversations": (0,), "early_stopping": (-1,), "save_steps": (0,),
     "keep_checkpoints": (0,), "log_steps": (0,), "run": ("",), "device": ("tpu",),
-    "compute_type": ("int4",), "threads": (-1, 1025),
+    "compute_type": ("int4",), "threads": (-1, 1025), "save_every_minutes": (-1.0, NAN, INFINITY),
+    "feature_pooling": (0, -2), "feature_storage": ("int4", ""),
 }
 FREE = {  # any value of the right type is one; whether it is there is found out on use
     "base", "base_revision", "vision", "vision_revision", "vision_layer", "data", "images",
