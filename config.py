@@ -50,6 +50,12 @@ class Config:
         "float16", "how stored picture features are kept; int8 halves the disk",
         ("float16", "int8"),
     )
+    train_lora: bool = _doc(
+        True, "train the adapter too; without, the projector alone, as LLaVA's first stage does"
+    )
+    start_from: str = _doc(
+        "", "run or checkpoint whose weights to begin with, such as those of a first stage"
+    )
     lora_rank: int = _doc(16, "rank of A and B")
     lora_alpha: float = _doc(16.0, "B A is scaled by alpha / rank")
     lora_dropout: float = _doc(0.05, "dropout on the input of A")

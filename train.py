@@ -110,6 +110,8 @@ def prepare_run(
     choose_algorithms(config.deterministic)
 
     parts = assemble(config)
+    # A run that goes on has its weights in its checkpoint: the first stage may be gone by then.
+    started_from = resume.config.get("started_from") if resume else start_weights(config, parts)
     with ranks.first_then_others():  # the first fills the feature store, the others find it full
         store = FeatureStore(config.features, parts.vision.key, parts.vision.shape,
                              config.feature_storage)
@@ -132,7 +134,7 @@ def prepare_run(
     seed_generators(config.seed)  # here: a CLIP that had to be loaded for features draws numbers
     progress = Progress()
     log = MetricsLog(Path(config.run) / checkpoints.METRICS) if ranks.is_first else None
-    facts = describe_run(config, parts, data, total_steps, ranks)
+    facts = describe_run(config, parts, data, total_steps, ranks) | {"started_from": started_from}
     if resume is None:
         if options.overwrite and ranks.is_first:  # only now that nothing can keep it from starting
             checkpoints.remove_all(config.run)
@@ -152,6 +154,32 @@ def prepare_run(
         write_quarantine(Path(config.run) / "quarantine.jsonl", data.quarantined)
         announce(run, ranks)
     return run
+
+
+def start_weights(config: Config, parts: Assembled) -> dict[str, object] | None:
+    """Put the adapter and projector of `--start-from` into the model; what they were, or None.
+
+    Raises PhiSightError unless they were trained on this base and this CLIP, in an adapter of
+    these layers, this rank and this scaling.
+    """
+    if not config.start_from:
+        return None
+    source = checkpoints.resolve(config.start_from)
+    if Path(config.run).resolve() in (source.path.resolve(), *source.path.resolve().parents):
+        raise PhiSightError(f"--start-from {config.start_from}: lies in --run {config.run}; give"
+                            " the new run a folder of its own")
+    for what, saved, found in (
+        ("base", source.config["base_fingerprint"], parts.base.fingerprint),
+        ("CLIP, or way to read it,", source.config["vision_fingerprint"], parts.vision.key),
+        ("--quantization", source.config["config"]["quantization"], config.quantization),
+        ("--lora-alpha", source.config["config"]["lora_alpha"], config.lora_alpha),
+    ):
+        if saved != found:
+            raise PhiSightError(f"--start-from {config.start_from}: was trained with another {what}"
+                                f" ({saved}, here {found}); use the same for both stages")
+    load_model_state(parts.model, source.state)
+    return {"step": source.step, "weights_digest": checkpoints.weights_digest(source.state),
+            "finished": source.trainer_state["finished"]}
 
 
 def choose_algorithms(deterministic: bool) -> None:
@@ -507,11 +535,14 @@ def announce(run: Run, ranks: Ranks) -> None:
         count = sum(logical_size(p) for _, p in parameters)
         print(f"  {'TRAINED' if trained else 'FROZEN ':8} {owner:10} {len(parameters):4} tensors"
               f" {count:>14,} weights")
-        if owner != "base" and not trained:
+        if owner != "base" and not trained and (config.train_lora or owner != "lora"):
             print(f"warning: the weights of {owner!r} are frozen and will not be trained")
     if data.quarantined:
         print(f"warning: {len(data.quarantined)} records quarantined, reasons in"
               f" {Path(config.run) / 'quarantine.jsonl'}")
+    if started := run.facts["started_from"]:
+        print(f"weights of {config.start_from} at step {started['step']}"
+              f" ({started['finished'] or 'not finished'}) to begin with")
     if run.progress.step:
         print(f"resumed at step {run.progress.step} of {total_steps}")
 

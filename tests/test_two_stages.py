@@ -1,0 +1,120 @@
+"""LLaVA's two stages: the projector alone, then the projector and the adapter from there."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoints
+import config as configs
+from errors import PhiSightError
+from model.build import assemble
+
+FIRST = runs.SHORT | {"train_lora": "false", "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory) -> Path:
+    """A finished run that trained the projector alone. Tests only read it."""
+    run = tmp_path_factory.mktemp("stages") / "first"
+    runs.start(run, **FIRST)
+    return run
+
+
+def second(run: Path, source: Path, *more: str, **fields: object) -> int:
+    return runs.start(run, *more, **(runs.SHORT | {"start_from": source} | fields))
+
+
+def test_the_first_stage_trains_the_projector_alone(first_stage, capsys):
+    checkpoint = checkpoints.resolve(first_stage)
+    config = configs.from_dict(checkpoint.config["config"], "here")
+    assert not config.train_lora
+    fresh = assemble(config).model
+    assert {name.split(".")[0] for name, _ in fresh.trainable()} == {"projector"}
+    for name, tensor in checkpoint.state["lora_weights"].items():
+        if name.endswith("lora_B"):
+            assert not tensor.any()
+        if name.endswith("lora_A"):
+            assert torch.equal(tensor, fresh.language_model.get_parameter(name))
+    projector = checkpoint.state["image_projector"]
+    assert all(not torch.equal(tensor, fresh.projector.state_dict()[name])
+               for name, tensor in projector.items())
+    moments = {name for name in checkpoint.state["optimizer"] if name != "step"}
+    assert moments == {f"projector.{name}.{moment}" for name in projector
+                       for moment in ("exp_avg", "exp_avg_sq")}
+
+
+def test_the_first_stage_can_be_stopped_and_gone_on_with(first_stage, tmp_path, capsys):
+    runs.start(tmp_path / "run", "--stop-at-step=1", **FIRST)
+    said = capsys.readouterr().out
+    assert "FROZEN   lora" in said and "warning" not in said
+    runs.resume(tmp_path / "run")
+    assert checkpoints.diff(first_stage, tmp_path / "run").identical
+
+
+def test_the_second_stage_begins_with_the_weights_of_the_first(first_stage, tmp_path, capsys):
+    second(tmp_path / "run", first_stage, "--stop-at-step=1")
+    assert f"weights of {first_stage} at step 3 (all steps done)" in capsys.readouterr().out
+    first, run = checkpoints.resolve(first_stage), checkpoints.resolve(tmp_path / "run")
+    # The first rate of a warm-up is 0: after one step the weights are still those of the start.
+    assert checkpoints.weights_digest(run.state) == checkpoints.weights_digest(first.state)
+    assert run.config["started_from"] == {
+        "step": 3, "weights_digest": checkpoints.weights_digest(first.state),
+        "finished": "all steps done",
+    }
+    assert any("lora" in name for name in run.state["optimizer"])
+
+
+def test_the_second_stage_goes_on_when_the_first_is_gone(first_stage, tmp_path):
+    source = shutil.copytree(first_stage, tmp_path / "first")
+    second(tmp_path / "whole", source)
+    second(tmp_path / "run", source, "--stop-at-step=1")
+    shutil.rmtree(source)
+    with pytest.raises(PhiSightError, match="config.start_from"):
+        runs.resume(tmp_path / "run", "--start-from", str(first_stage))
+    runs.resume(tmp_path / "run")
+    assert checkpoints.diff(tmp_path / "whole", tmp_path / "run").identical
+
+
+def test_a_run_from_nothing_says_so():
+    assert checkpoints.resolve(runs.stopped_run()).config["started_from"] is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"feature_pooling": 2}, "another CLIP, or way to read it,"),
+        ({"quantization": "none"}, "another --quantization"),
+        ({"lora_alpha": 8.0}, "another --lora-alpha"),
+        ({"lora_rank": 4}, "LoRA weights: "),
+        ({"lora_targets": "qkv_proj,o_proj"}, "unexpected "),
+        ({"start_from": "runs/no-such-run"}, "no-such-run"),
+    ],
+)
+def test_weights_of_another_model_are_refused(first_stage, tmp_path, fields, said):
+    with pytest.raises(PhiSightError) as caught:
+        second(tmp_path / "run", first_stage, **fields)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not checkpoints.checkpoints_in(tmp_path / "run")
+
+
+def test_another_base_is_refused(first_stage, tmp_path):
+    base = shutil.copytree(runs.BASE, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PhiSightError, match="was trained with another base"):
+        second(tmp_path / "run", first_stage, base=base)
+
+
+def test_a_run_does_not_begin_with_itself(first_stage, tmp_path):
+    run = runs.copy_of(first_stage, tmp_path)
+    before = runs.contents(run)
+    for source in (run, checkpoints.resolve(run).path):
+        with pytest.raises(PhiSightError, match="lies in --run"):
+            second(run, source, "--overwrite")
+    assert {name: data for name, data in runs.contents(run).items() if "lock" not in name} == {
+        name: data for name, data in before.items() if "lock" not in name}
