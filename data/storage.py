@@ -52,7 +52,8 @@ class StoragePlan:
     def smaller(self) -> str:
         """The ways to need less, each with what it would need."""
         tokens, dim = self.shape
-        other = [("--feature-pooling 2", (-(-tokens // 4), dim), self.storage)] * (tokens > 1)
+        pooled = (-(-tokens // 4), dim)
+        other = [("twice the --feature-pooling", pooled, self.storage)] * (tokens > 1)
         if self.storage != "int8":
             other += [("--feature-storage int8", self.shape, "int8")]
         return " or ".join(

@@ -199,7 +199,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_computed(
     with pytest.raises(PhiSightError) as caught:
         store.add([p.name for p in pictures], pictures[0].parent, lambda: pytest.fail("loaded"))
     message = str(caught.value)
-    assert "too little room" in message and "--feature-pooling 2" in message
+    assert "too little room" in message and "twice the --feature-pooling (" in message
     assert "--feature-storage int8" in message and "\n" not in message
     pooled = tower_store(tmp_path, "int8", pooling=6)
     assert add(pooled, pictures, pooling=6) == {}
