@@ -501,7 +501,7 @@ def own_generators(saved: dict[str, Tensor], world_size: int, ranks: Ranks) -> d
             if name.startswith(prefix or ("python.", "numpy.", "torch."))}
 
 
-def resume_command(config: Config, ranks: Ranks) -> str:
+def resume_command(config: Config, ranks: Ranks = Ranks()) -> str:
     default = configs.default_config(configs.DEFAULT_PRESET).run
     # Without the "--", torchrun would take --run for the start of a flag of its own.
     start = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} --"
@@ -725,7 +725,9 @@ def main(arguments: list[str] | None = None) -> int:
             train(config, checkpoint, options, ranks)
         elif ranks.is_first:
             checkpoints.sweep(Path(config.run))  # what a kill right after the last save left
-            draw_curves(Path(config.run) / checkpoints.METRICS, Path(config.run) / "curves.png")
+            log = Path(config.run) / checkpoints.METRICS
+            if log.is_file():  # a run that was imported has none
+                draw_curves(log, Path(config.run) / "curves.png")
             print(f"{config.run}: finished at step {checkpoint.step}"
                   f" ({checkpoint.trainer_state['finished']}); ask it with: python infer.py")
     return 0

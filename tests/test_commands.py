@@ -371,7 +371,7 @@ def test_show_verify_and_diff(tmp_path, capsys):
     assert checkpoints.main(["show", str(run)]) == 0
     assert "verified" in capsys.readouterr().out
     assert checkpoints.main(["verify", str(run)]) == 0
-    assert capsys.readouterr().out.count("intact") == 2
+    assert capsys.readouterr().out.count("intact") == 3  # the log and two checkpoints
     older, newest = checkpoints.checkpoints_in(run)
     assert checkpoints.main(["diff", str(older), str(newest)]) == 1
     assert "different" in capsys.readouterr().out
