@@ -506,11 +506,15 @@ def find_newest_valid(run_dir: str | Path) -> tuple[Path, list[tuple[Path, str]]
 
     Raises PhiSightError when there is none.
     """
-    damaged = []
-    for path in reversed(checkpoints_in(run_dir)):
-        if not (problems := verify(path)):
-            return path, damaged
-        damaged.append((path, problems[0]))
+    damaged: list[tuple[Path, str]] = []
+    listed: list[Path] | None = None
+    # A run that is being trained replaces its checkpoint under our eyes: look again.
+    while not damaged and listed != (listed := checkpoints_in(run_dir)):
+        for path in reversed(listed):
+            if not (problems := verify(path)):
+                return path, damaged
+            if path.exists():
+                damaged.append((path, problems[0]))
     if damaged:
         newest, problem = damaged[0]
         raise PhiSightError(f"{run_dir}: no checkpoint is intact (the newest, {newest.name}: "
@@ -709,7 +713,7 @@ def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
             " lines before it; the log was edited, or lines are missing"]
     for folder in checkpoints_in(run_dir):
         checkpoint, found = _inspect(folder, keep_tensors=False)
-        if checkpoint is not None and log.is_file():
+        if checkpoint is not None and log.is_file() and broken_link(records) is None:
             found = log_problems(checkpoint, records)
         problems[str(folder)] = found
     return problems
@@ -717,8 +721,9 @@ def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
 
 def log_problems(checkpoint: Checkpoint, records: Sequence[Mapping]) -> list[str]:
     """Where a checkpoint and the log of its run contradict each other."""
-    chain = checkpoint.trainer_state.get(CHAIN)
-    before = [record for record in records if record.get("step", 0) <= checkpoint.step]
+    chain = checkpoint.trainer_state.get(CHAIN, "")
+    before = [record for record in records
+              if isinstance(record.get("step"), int) and record["step"] <= checkpoint.step]
     if (before[-1].get(CHAIN) if before else "") != chain:
         return [f"{TRAINER_STATE}: its chain is not that of the log at step {checkpoint.step}; one"
                 " of them belongs to another run, or was edited"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from typing import Any, TextIO
 
 EXIT_CODE = 2
 INTERRUPTED = 130  # what shells give a program that Ctrl-C ended
@@ -19,6 +21,32 @@ def key_problems(kind: str, expected: set[str], found: set[str]) -> list[str]:
             + [f"{kind}{name} is unexpected" for name in sorted(found - expected)])
 
 
+class SurvivingOutput:
+    """Standard output for a program that must not end because nobody reads it any more, such as a
+    training whose `| tee log` has died: what is written then goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable, *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # Python's own last flush finds it too
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code; a `PhiSightError` becomes one line and exit code 2."""
     try:
@@ -27,7 +55,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
-        print("interrupted: what was saved is kept; run the same command again", file=sys.stderr)
+        print("interrupted: what was saved is kept; train.py goes on with --resume",
+              file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `... | head` closed the pipe: nothing is lost and nobody is reading
         sys.stderr.close()

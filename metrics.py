@@ -129,18 +129,25 @@ def _without_non_finite(value: Any, path: str, names: list[str]) -> Any:
     return value
 
 
-def read_metrics(path: str | Path) -> list[dict]:
+def read_metrics(path: str | Path, whole_bytes: int | None = None) -> list[dict]:
     """The records of a log. A last line without its end, from a killed run, is left out; anything
-    else that is not a JSON object raises PhiSightError with the number of the line."""
+    else that is not a JSON object raises PhiSightError with the number of the line.
+
+    With `whole_bytes`, only so many bytes must be whole: what comes after them was never synced, a
+    lost power supply may have left anything there, and records end at the first line that is none.
+    """
     try:
         *lines, _half = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise PhiSightError(f"{path}: {error.strerror}; name the metrics file of a run") from error
-    records = []
+    records, read = [], 0
     for number, line in enumerate(lines, start=1):
+        read += len(line) + 1
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if whole_bytes is not None and read > whole_bytes:
+                break
             raise PhiSightError(f"{path}: line {number} is not JSON ({error}); mend it or remove "
                                 "it") from error
         if not isinstance(record, dict):
@@ -198,10 +205,10 @@ class Parting:
 def parting(first: Sequence[Mapping], second: Sequence[Mapping]) -> Parting | None:
     """Where two runs' records part, or None where they are equal to the end of the shorter log and
     of one length."""
-    losses = [{r["step"]: r["loss"] for r in records if r.get("kind") == "train"}
+    losses = [{r.get("step"): r.get("loss") for r in records if r.get("kind") == "train"}
               for records in (first, second)]
     gaps = [abs(losses[0][step] - losses[1][step]) for step in losses[0].keys() & losses[1].keys()
-            if losses[0][step] is not None and losses[1][step] is not None]
+            if isinstance(losses[0][step], float) and isinstance(losses[1][step], float)]
     agree_to, loss_gap = None, max(gaps, default=0.0)
     for one, other in zip(first, second):
         if one.get(CHAIN) != other.get(CHAIN):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import bitsandbytes
 import numpy
 import safetensors
 import tokenizers
@@ -40,7 +41,7 @@ from data.dataset import write_quarantine
 from data.features import FeatureStore
 from data.prepare import TrainingData, prepare
 from data.sampler import plan
-from errors import PhiSightError, run_main
+from errors import PhiSightError, SurvivingOutput, run_main
 from lora.dropout import key_of
 from metrics import MetricsLog, console_line, draw_curves, peak_memory_mb, read_metrics
 from model.build import Assembled, assemble, load_model_state, model_state
@@ -144,7 +145,9 @@ def prepare_run(
         check_same_run(resume.config, facts, options.allow_changes,
                        print if ranks.is_first else lambda _: None)
         check_place(resume.trainer_state, plans, total_steps)
-        if log and (problems := checkpoints.log_problems(resume, read_metrics(log.path))):
+        if log and (problems := checkpoints.log_problems(
+            resume, read_metrics(log.path, resume.trainer_state["metrics_offset"])
+        )):
             raise PhiSightError(f"{log.path}: {resume.path.name}: {problems[0]}; put back the log"
                                 " that belongs to this run, or the checkpoint that does")
         progress = restore(resume, parts, optimizer, scaler, log, ranks)
@@ -208,7 +211,7 @@ def train(
     saver, out_of_time = BackgroundSaver(), False
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step",
                disable=None if ranks.is_first else True)
-    with StopSignals() as stop:
+    with StopSignals() as stop, finishing(saver):
         while not progress.finished:
             clock = time.perf_counter()
             end = min(progress.row + rows_per_step, len(plans[progress.epoch]))
@@ -257,6 +260,16 @@ def train(
     if ranks.is_first:
         tell_end(run, "the time is up" if out_of_time else "", ranks)
     return progress
+
+
+@contextlib.contextmanager
+def finishing(saver: BackgroundSaver) -> Iterator[None]:
+    """However the body ends, the save in flight is done before anything else is: before the lock is
+    given back, above all."""
+    try:
+        yield
+    finally:
+        saver.finish()
 
 
 def load_batches(run: Run, row_numbers: list[int]) -> list[Batch]:
@@ -431,7 +444,12 @@ def describe_run(
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
             "safetensors": safetensors.__version__,
+            "bitsandbytes": bitsandbytes.__version__,
+            "numpy": numpy.__version__,
         },
+        # Another instruction set, or another card, rounds otherwise.
+        "processor": torch.backends.cpu.get_cpu_capability() if parts.device.type == "cpu"
+        else torch.cuda.get_device_name(parts.device),
     }
 
 
@@ -692,7 +710,10 @@ def starting_point(
     config: Config, options: RunOptions, ranks: Ranks
 ) -> tuple[Config, checkpoints.Checkpoint | None]:
     """The config to train with, and the checkpoint to go on from, if any."""
-    existing = checkpoints.checkpoints_in(config.run)
+    existing = [Path(path) for path in ranks.from_first(
+        lambda: [str(path) for path in checkpoints.checkpoints_in(config.run)])]
+    if options.resume and options.overwrite:
+        raise PhiSightError("--resume --overwrite: go on, or start anew? give one of them")
     if options.resume or (options.resume_if_any and existing):
         path = ranks.from_first(lambda: str(checkpoints.newest_with_warnings(config.run)))
         checkpoint = checkpoints.load(path)
@@ -734,4 +755,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout = SurvivingOutput(sys.stdout)
     run_main(main)

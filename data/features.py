@@ -214,6 +214,11 @@ class FeatureStore:
     def hash_of(self, name: str) -> str:
         return self._hash_of[name]
 
+    def check_of(self, name: str) -> int:
+        """The check sum of a picture's stored features."""
+        number, row = self._where[self.hash_of(name)]
+        return self._shards[number].checks[row]
+
     def add(
         self, names: Sequence[str], folder: Path, extract: Callable[[], Extract],
         batch_size: int = 64,

@@ -147,6 +147,7 @@ def _text_tokens(conversation: Conversation, chat_format: ChatFormat) -> int:
 def _fingerprint(samples: Sequence[RenderedSample], store: FeatureStore) -> str:
     total = hashlib.sha256()
     for sample in samples:
-        hashes = [store.hash_of(name) for name in sample.images]
+        # The features too: another machine may compute the same picture's a little differently.
+        hashes = [(store.hash_of(name), store.check_of(name)) for name in sample.images]
         total.update(json.dumps([sample.input_ids, sample.supervised, hashes]).encode())
     return total.hexdigest()

@@ -55,7 +55,7 @@ class RowDropout(nn.Module):
             raise PhiSightError(
                 f"dropout: {len(x)} rows came with {len(self.row_keys)} row keys; give one a row"
             )
-        dropped = round(self.probability * STEPS)
+        dropped = min(round(self.probability * STEPS), STEPS - 1)
         kept = self.draws(x) >= dropped - STEPS // 2
         return x * (kept * (STEPS / (STEPS - dropped))).to(x.dtype)
 

@@ -29,19 +29,24 @@ class RunLock:
         self.path = self.run / LOCK
 
     def __enter__(self) -> RunLock:
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+")
-        except OSError as error:
-            raise PhiSightError(f"{self.run}: {error.strerror}; make the folder writable, or choose"
-                                " another --run") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = self._holder()
-            self._file.close()
-            raise PhiSightError(f"{self.run}: {holder} is training there; wait for it, stop it, or"
-                                " choose another --run") from None
+        while True:
+            try:
+                self.run.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("a+")
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._file.fileno()).st_ino == self.path.stat().st_ino:
+                    break
+                self._file.close()  # its former holder was just removing it: this one is nobody's
+            except BlockingIOError:
+                holder = self._holder()
+                self._file.close()
+                raise PhiSightError(f"{self.run}: {holder} is training there; wait for it, stop it,"
+                                    " or choose another --run") from None
+            except FileNotFoundError:
+                continue  # removed between two of the calls above
+            except OSError as error:
+                raise PhiSightError(f"{self.run}: {error.strerror}; make the folder writable, or"
+                                    " choose another --run") from error
         self._file.truncate(0)
         self._file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}))
         self._file.flush()
@@ -56,10 +61,11 @@ class RunLock:
             return "another process"
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()  # and with it goes the lock; the empty hull stays, as others may wait
         try:  # a run that could not even start leaves nothing behind
             if [path.name for path in self.run.iterdir()] == [LOCK]:
                 self.path.unlink()
                 self.run.rmdir()
         except OSError:
-            return  # another process has just begun to use the folder: it is theirs
+            return  # the folder was removed, or something has just been put into it: it stays
+        finally:
+            self._file.close()  # and with it goes the lock

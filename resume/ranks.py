@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from errors import PhiSightError
 
 # A rank that dies is noticed at once, as its connections close. This is for one that hangs, and
-# must be longer than rank 0 takes to evaluate while the others wait.
-PATIENCE = datetime.timedelta(hours=2)
+# must be longer than rank 0 takes to fill the feature store while the others wait.
+PATIENCE = datetime.timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ def joined(device_name: str) -> Iterator[Ranks]:
         yield Ranks()
         return
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise PhiSightError(f"torchrun: the processes did not find each other ({error}); start them"

@@ -13,8 +13,9 @@ from errors import PhiSightError, key_problems
 
 
 def rng_state(extra_generators: Mapping[str, torch.Generator] | None = None) -> dict[str, Tensor]:
-    """Every random generator as plain CPU tensors: python, numpy, torch CPU, each CUDA device, and
-    the named ones. int64 but for one float64 each of python and numpy, and torch's uint8 states."""
+    """Every random generator as plain CPU tensors: python, numpy, torch CPU, the CUDA device in
+    use, and the named ones. int64 but for one float64 each of python and numpy, and torch's uint8
+    states."""
     version, words, gauss_next = random.getstate()
     kind, keys, position, has_gauss, cached = numpy.random.get_state()
     if version != 3 or kind != "MT19937":
@@ -27,9 +28,8 @@ def rng_state(extra_generators: Mapping[str, torch.Generator] | None = None) -> 
              "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
              "numpy.cached_gaussian": torch.tensor([cached], dtype=torch.float64),
              "torch.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        for index, device_state in enumerate(torch.cuda.get_rng_state_all()):
-            state[f"torch.cuda.{index}"] = device_state
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # the card of this process
+        state["torch.cuda"] = torch.cuda.get_rng_state()
     return state | {f"generator.{name}": generator.get_state()
                     for name, generator in (extra_generators or {}).items()}
 
@@ -55,8 +55,8 @@ def set_rng_state(state: Mapping[str, Tensor],
         numpy.random.set_state(("MT19937", keys, position, has_gauss,
                                 state["numpy.cached_gaussian"].item()))
         torch.set_rng_state(state["torch.cpu"])
-        for name in (name for name in state if name.startswith("torch.cuda.")):
-            torch.cuda.set_rng_state(state[name], int(name.rpartition(".")[2]))
+        if "torch.cuda" in state:
+            torch.cuda.set_rng_state(state["torch.cuda"])
         for name, generator in (extra_generators or {}).items():
             generator.set_state(state[f"generator.{name}"])
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
+
+from errors import PhiSightError
 
 
 class BackgroundSaver:
@@ -40,6 +43,13 @@ class BackgroundSaver:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def finish(self) -> None:
+        """Wait without raising, where another error is on its way: this one is printed."""
+        try:
+            self.wait()
+        except PhiSightError as error:
+            print(f"warning: the last save failed: {error}", file=sys.stderr)
 
     def wait(self) -> None:
         """Return when no save is in flight. Raises as `check` does."""

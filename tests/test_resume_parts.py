@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import checkpoints
 import metrics
 import runs
+import train
+from data.features import FeatureStore
 from errors import PhiSightError
 from lora.dropout import RowDropout, key_of, set_row_keys
 from resume.lock import RunLock
@@ -258,3 +260,65 @@ def test_show_says_how_far_the_weights_moved(tmp_path, capsys):
     assert shown["change_since_step"] == 2
     assert shown["owners"]["lora"]["change"] > 0 and shown["owners"]["projector"]["change"] > 0
     assert shown["owners"]["rng"]["change"] is None
+
+
+# -- however a run ends ---------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path):
+    flags = runs.flags(tmp_path / "run", **runs.SHORT)
+    process = subprocess.Popen([sys.executable, "-u", "train.py", *flags], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(120) == 0, errors
+    assert checkpoints.resolve(tmp_path / "run").trainer_state["finished"]
+
+
+def test_the_lock_is_held_until_the_last_save_is_written(tmp_path, monkeypatch):
+    committed, taken = checkpoints.commit, []
+
+    def slow_commit(run_dir, snapshot, keep):
+        threading.Event().wait(1)
+        with pytest.raises(PhiSightError, match="is training there"), RunLock(run_dir):
+            pass
+        taken.append(snapshot.step)
+        return committed(run_dir, snapshot, keep)
+
+    step, calls = train.train_step, []
+
+    def diverging_step(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise PhiSightError("step: has diverged; lower it")
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(checkpoints, "commit", slow_commit)
+    monkeypatch.setattr(train, "train_step", diverging_step)
+    with pytest.raises(PhiSightError, match="has diverged"):
+        runs.start(tmp_path / "run", **runs.SHORT | {"save_steps": 1})
+    assert taken == [1] and runs.newest_step(tmp_path / "run") == 1
+    with RunLock(tmp_path / "run"):
+        pass
+
+
+def test_what_a_power_loss_left_in_the_log_is_cut(tmp_path):
+    run = tmp_path / "run"
+    fields = runs.SHORT | {"max_steps": 3, "log_steps": 1}
+    runs.start(run, "--stop-at-step=2", **fields)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0\0\0\0\n\0\0")
+    assert runs.resume(run) == 0
+    runs.start(tmp_path / "whole", **fields)
+    found = checkpoints.diff(run, tmp_path / "whole")
+    assert found.identical and found.parted is None
+
+
+def test_features_that_another_machine_computed_are_noticed(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    runs.start(run, "--stop-at-step=1", **runs.SHORT)
+    check_of = FeatureStore.check_of
+    monkeypatch.setattr(FeatureStore, "check_of", lambda self, name: check_of(self, name) ^ 1)
+    with pytest.raises(PhiSightError, match="data_fingerprint"):
+        runs.resume(run)
