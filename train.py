@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import os
 import random
 import shlex
@@ -23,7 +24,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import bitsandbytes
 import numpy
 import safetensors
 import tokenizers
@@ -444,7 +444,7 @@ def describe_run(
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
             "safetensors": safetensors.__version__,
-            "bitsandbytes": bitsandbytes.__version__,
+            "bitsandbytes": importlib.metadata.version("bitsandbytes"),
             "numpy": numpy.__version__,
         },
         # Another instruction set, or another card, rounds otherwise.
