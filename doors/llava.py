@@ -30,9 +30,8 @@ from doors.folder import (
     phi3_of,
     plain_config,
     rounded,
-    write_json,
 )
-from doors.measure import CERTIFICATE, Probe, Tolerance
+from doors.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
 from errors import PhiSightError
 from infer import Assistant
 from lora.merge import merged_state
@@ -83,15 +82,11 @@ def export_llava(
         write_processor(assistant, folder, base_folder)
         copy_generation_config(base_folder, folder)
         after = measure.measure(read_back(assistant, folder), probe, "after exporting")
-        found = measure.certificate(
-            "llava", assistant, probe, before, after, tolerance,
+        return measure.certify(
+            folder / CERTIFICATE, "llava", assistant, probe, before, after, tolerance,
             dtype=str(dtype).removeprefix("torch."),
-            method="dequantised NF4 + scaling * B A in float32, rounded once (arXiv:2305.14314)",
-            files=measure.files_of(folder),
+            method=MERGE_METHOD,
         )
-        measure.check(found)
-        write_json(folder / CERTIFICATE, found)
-    return found
 
 
 def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGeneration:

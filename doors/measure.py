@@ -20,6 +20,7 @@ from data.chat import RenderedSample
 from data.dataset import load_questions
 from data.features import FeatureStore
 from data.prepare import DATA_REMEDY, TrainingData, evenly_spaced, prepare
+from doors.folder import write_json
 from errors import PhiSightError
 from evaluate import add_pictures, answer_prompts, question_prompt
 from infer import Assistant
@@ -33,6 +34,7 @@ from model.vlm import VisionLanguageModel
 LONGEST_ANSWER = 96
 LOSS_DIFFERENCE, GREEDY_EQUAL = 0.01, 99.0  # nats an answer token, percent
 CERTIFICATE = "merge_certificate.json"
+MERGE_METHOD = "dequantised NF4 + scaling * B A in float32, rounded once (arXiv:2305.14314)"
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,21 @@ def check(found: dict[str, object]) -> None:
         f" greedy answers stayed equal (at least {allowed['greedy_equal']:g} % is asked); use"
         " another --dtype, or say with --max-loss-difference and --min-greedy-equal what you accept"
     )
+
+
+def certify(
+    path: Path, what: str, assistant: Assistant, probe: Probe, before: Measured, after: Measured,
+    tolerance: Tolerance | None, **more: object,
+) -> dict[str, object]:
+    """Write the certificate of the finished folder that `path` lies in, and return it.
+
+    Raises `PhiSightError` as `check` does; nothing is written then.
+    """
+    found = certificate(what, assistant, probe, before, after, tolerance, **more,
+                        files=files_of(path.parent))
+    check(found)
+    write_json(path, found)
+    return found
 
 
 def files_of(folder: Path) -> dict[str, str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from doors import measure
-from doors.folder import new_folder, phi3_of, write_json, write_phi3
-from doors.measure import CERTIFICATE, Probe, Tolerance
+from doors.folder import new_folder, phi3_of, write_phi3
+from doors.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
 from infer import Assistant
 from lora.merge import merged_state
 from model.base import find_folder, load_base
@@ -40,12 +40,8 @@ def export_merged(
         written = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
         after = measure.measure(measure.with_language_model(assistant, written), probe,
                                 "after merging")
-        found = measure.certificate(
-            "merge", assistant, probe, before, after, tolerance,
+        return measure.certify(
+            folder / CERTIFICATE, "merge", assistant, probe, before, after, tolerance,
             dtype=str(dtype).removeprefix("torch."),
-            method="dequantised NF4 + scaling * B A in float32, rounded once (arXiv:2305.14314)",
-            files=measure.files_of(folder),
+            method=MERGE_METHOD,
         )
-        measure.check(found)
-        write_json(folder / CERTIFICATE, found)
-    return found

@@ -26,7 +26,7 @@ from doors.calibrate import (
     merged_assistant,
     phi3_in,
 )
-from doors.folder import new_folder, phi3_of, write_json, write_phi3
+from doors.folder import new_folder, phi3_of, write_phi3
 from doors.measure import Probe, Tolerance
 from errors import PhiSightError
 from infer import Assistant
@@ -82,8 +82,8 @@ def export_pruned(
         write_phi3(folder, written, base_folder)
         again = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
         after = measure.measure(measure.with_language_model(assistant, again), probe, "after")
-        found = measure.certificate(
-            "prune", assistant, probe, before, after, tolerance,
+        return measure.certify(
+            folder / CERTIFICATE, "prune", assistant, probe, before, after, tolerance,
             dtype=str(dtype).removeprefix("torch."),
             method="MLP channels by |activation * gradient| (LLM-Pruner, arXiv:2305.11627),"
                    " down_proj refitted by least squares",
@@ -92,11 +92,7 @@ def export_pruned(
             weights={"before": weights, "after": smaller},
             calibration={"conversations": conversations, "of": "training",
                          "tokens": sum(batch.tokens for batch in batches)},
-            files=measure.files_of(folder),
         )
-        measure.check(found)
-        write_json(folder / CERTIFICATE, found)
-    return found
 
 
 def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> list[Tensor]:

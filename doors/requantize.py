@@ -34,7 +34,6 @@ from doors.folder import (
     plain_config,
     read_tensors,
     rounded,
-    write_json,
 )
 from doors.measure import Probe, Tolerance
 from infer import Assistant
@@ -145,8 +144,8 @@ def export_requantized(
         copy_generation_config(base_folder, folder)
         after = measure.measure(read_back(assistant, folder, dtype), probe, "after")
         naive_increase, increase = naive.loss - before.loss, after.loss - before.loss
-        found = measure.certificate(
-            "requantize", assistant, probe, before, after, tolerance,
+        return measure.certify(
+            folder / CERTIFICATE, "requantize", assistant, probe, before, after, tolerance,
             dtype=f"nf4, {str(dtype).removeprefix('torch.')} for the rest",
             method="GPTQ (arXiv:2210.17323) on the NF4 grid of the merged weights",
             calibration={"conversations": conversations, "of": "training",
@@ -154,11 +153,7 @@ def export_requantized(
             naive={"loss_after": naive.loss, "loss_difference": naive_increase,
                    "greedy_equal": measure.equal_percent(before.answers, naive.answers)},
             under_a_quarter_of_naive=increase < SHARE * naive_increase,
-            files=measure.files_of(folder),
         )
-        measure.check(found)
-        write_json(folder / CERTIFICATE, found)
-    return found
 
 
 def four_bit_layers(model: nn.Module) -> list[tuple[str, bnb.nn.Linear4bit]]:
