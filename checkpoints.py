@@ -706,14 +706,14 @@ def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
     problems: dict[str, list[str]] = {}
     log = run_dir / METRICS
     records = read_metrics(log) if log.is_file() else []
+    broken = broken_link(records)
     if log.is_file():
-        broken = broken_link(records)
         problems[str(log)] = [] if broken is None else [
             f"line {broken + 1} (step {records[broken].get('step')}): does not follow from the"
             " lines before it; the log was edited, or lines are missing"]
     for folder in checkpoints_in(run_dir):
         checkpoint, found = _inspect(folder, keep_tensors=False)
-        if checkpoint is not None and log.is_file() and broken_link(records) is None:
+        if checkpoint is not None and log.is_file() and broken is None:
             found = log_problems(checkpoint, records)
         problems[str(folder)] = found
     return problems

@@ -43,12 +43,7 @@ class Ranks:
 
     def any_of(self, *flags: bool) -> list[bool]:
         """For each flag: has any rank raised it? All ranks get the same answer."""
-        if self.size == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.float32, device=_device())
-        with _naming_the_cause(self.rank):
-            torch.distributed.all_reduce(raised)
-        return (raised > 0).tolist()
+        return [raised > 0 for raised in self.sum_numbers(*flags)]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each `.grad`, None being zeros, by its sum over all ranks. One collective."""
