@@ -22,6 +22,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from errors import PhiSightError
 from lora.layer import secure_four_bit
+from model.rope import SegmentLongRope, rope_crossing
 
 QUANTIZATIONS = ("nf4", "nf4-nested", "none")
 LAYOUT = (
@@ -326,7 +327,9 @@ def finish(model: Phi3ForCausalLM, device: torch.device) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
     # The rotary frequencies are computed, not stored. On the meta device they came out empty, and
     # `to_empty` would fill them with noise: build the module again, for real.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    longrope = rope_crossing(model.config) is not None
+    rotary = SegmentLongRope if longrope else type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(config=model.config).to(device)
     empty = [name for name, tensor in list(model.named_parameters()) + list(model.named_buffers())
              if tensor.is_meta]
     if empty:

@@ -1,4 +1,4 @@
-"""Prefill and decode with a key-value cache; tokens come out one at a time, many rows at once."""
+"""Choosing tokens, and continuing many prompts at once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Phi3Config
 
 from errors import PhiSightError
+from model.decoding import Decoding, Row
 from model.vlm import VisionLanguageModel
 
 COLDEST = 1e-6  # a float32 divided by less than this could be infinite
@@ -22,6 +22,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -30,6 +31,9 @@ class Sampling:
             raise PhiSightError(f"--top-p {self.top_p}: must be over 0 and at most 1")
         if self.top_k < 0:
             raise PhiSightError(f"--top-k {self.top_k}: must be 0 (all tokens) or more")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise PhiSightError(f"--repetition-penalty {self.repetition_penalty}: must be over 0;"
+                                " 1 is none")
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
@@ -55,13 +59,15 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def rope_crossing(config: Phi3Config) -> int | None:
-    """The first position at which LongRoPE (arXiv 2402.13753) changes its factors, if the model
-    has it: transformers picks them by the largest position of a forward pass."""
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    return rope["original_max_position_embeddings"]
+@torch.no_grad()
+def penalize(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    """(vocabulary,) logits with those of tokens seen before made less likely: divided by `penalty`
+    where positive, multiplied where negative (CTRL, arXiv 1909.05858)."""
+    if penalty == 1 or not seen:
+        return logits
+    ids = torch.tensor(sorted(set(seen)), device=logits.device)
+    scores = logits[ids]
+    return logits.index_copy(0, ids, torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
 @torch.no_grad()
@@ -79,42 +85,42 @@ def generate(
     Args: `prompts`: token ids, one list a row, padded here on the left; `image_features` (images,
     tokens, vision dim) of all rows in order; a stop id ends its row and is not given out.
     """
-    device = next(model.parameters()).device
-    length = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), length), min(stop_ids))
-    mask = torch.zeros(len(prompts), length, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    input_ids, mask = input_ids.to(device), mask.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-
-    config = model.language_model.config
-    cache = DynamicCache(config=config)
-    crossing = rope_crossing(config)
-    embeddings = model.embed(input_ids, image_features.to(device))  # (rows, length, dim)
-    seen = [embeddings]  # all that was fed so far, kept only where it may have to be fed again
-    ended = [False] * len(prompts)
+    rows = split_features(prompts, image_features, model.placeholder_id)
+    decoding = Decoding(model)
+    if max_new_tokens:
+        decoding.add(rows)
     for step in range(max_new_tokens):
-        hidden = model.language_model.model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
-            past_key_values=cache, use_cache=True,
-        ).last_hidden_state[:, -1]
-        chosen = choose(model.language_model.lm_head(hidden).float(), sampling, generator)
-        tokens: list[int | None] = []
-        for row, token in enumerate(chosen.tolist()):
-            ended[row] = ended[row] or token in stop_ids
-            tokens.append(None if ended[row] else token)
-        if all(ended):
+        logits = decoding.logits
+        if sampling.repetition_penalty != 1:
+            logits = torch.stack([penalize(row_logits, row.ids, sampling.repetition_penalty)
+                                  for row_logits, row in zip(logits, decoding.rows, strict=True)])
+        chosen = choose(logits, sampling, generator).tolist()
+        going_on = [i for i, token in enumerate(chosen) if token not in stop_ids]
+        if not going_on:
             return
-        yield tokens
-        embeddings = model.language_model.model.embed_tokens(chosen)[:, None]  # (rows, 1, dim)
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-        if crossing is not None:
-            seen.append(embeddings)
-        if length + step == crossing:
-            # From here on every position turns by other factors, so the cached keys are of no use.
-            cache = DynamicCache(config=config)
-            embeddings = torch.cat(seen, dim=1)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        said = {id(decoding.rows[i]): chosen[i] for i in going_on}
+        yield [said.get(id(row)) for row in rows]
+        if step + 1 == max_new_tokens:
+            return
+        if len(going_on) < len(chosen):
+            decoding.keep(going_on)
+        decoding.advance([chosen[i] for i in going_on])
+
+
+def split_features(
+    prompts: Sequence[Sequence[int]], image_features: Tensor, placeholder_id: int
+) -> list[Row]:
+    """Every prompt with its share of the (images, tokens, vision dim) features, in order.
+
+    Raises `PhiSightError` naming both numbers when there are not as many pictures as slots.
+    """
+    slots = [sum(token == placeholder_id for token in prompt) for prompt in prompts]
+    wanted, given = sum(slots), image_features.shape[0] * image_features.shape[1]
+    if wanted != given:
+        raise PhiSightError(
+            f"pictures: the text has {wanted} picture slots, the features fill {given};"
+            " give as many pictures as <image> places"
+        )
+    shares = [count // image_features.shape[1] if given else 0 for count in slots]
+    features = image_features.split(shares)
+    return [Row(list(prompt), share) for prompt, share in zip(prompts, features, strict=True)]
