@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A room imports only itself and rooms before it. What is not listed here is in no room.
 ORDER = ("errors", "config", "resume", "data", "lora", "kernels", "model", "optim", "metrics",
-         "checkpoints", "meter", "train", "infer", "evaluate", "doors", "export", "serve",
-         "app")
+         "checkpoints", "meter", "train", "interface", "infer", "evaluate", "doors", "export",
+         "serve", "app")
 OUTSIDE = ("tests", "tools", "benchmarks")  # may import everything, and nobody imports them
 ENDS = ("train", "export", "app", "serve")  # commands: nothing imports them
 LORA_KNOWS = {"torch", "bitsandbytes", "errors", "lora"}

@@ -1,0 +1,1 @@
+"""What stands between people or programs and the assistant: terminal, batch, HTTP API, filter."""
