@@ -34,8 +34,16 @@ def load_image(
 ) -> Image.Image:
     """Read and decode the picture at `path` to an upright 8-bit RGB image.
 
+    Raises PhiSightError for all that `read_image_bytes` and `decode_image` refuse.
+    """
+    return decode_image(read_image_bytes(path, max_bytes), str(path), max_pixels)
+
+
+def read_image_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of a picture file, not decoded.
+
     Raises PhiSightError (file, reason, remedy) if there is no readable regular file of at most
-    `max_bytes` bytes there, and for all that `decode_image` refuses.
+    `max_bytes` bytes there.
     """
     name = _one_line(path)
     try:
@@ -50,13 +58,12 @@ def load_image(
                 f"{name}: {status.st_size:,} bytes is over the limit of {max_bytes:,}; "
                 "save a smaller copy"
             )
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise PhiSightError(f"{name}: no such file; check the name and the image folder") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         reason = getattr(error, "strerror", None) or error
         raise PhiSightError(f"{name}: cannot be read ({_one_line(reason)}); check it") from error
-    return decode_image(data, name, max_pixels)
 
 
 def looks_whole(path: Path, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> bool:
