@@ -134,6 +134,8 @@ class Decoding:
         ).last_hidden_state[:, -1]
         self._cache = KeyValues([(layer.keys, layer.values) for layer in cache.layers])
         self.logits = self.model.language_model.lm_head(hidden).float()
+        # A slot for a picture that does not exist is nothing to say, however hot the sampling.
+        self.logits[:, self.model.placeholder_id] = float("-inf")
 
     def _join(self, other: Decoding) -> None:
         """Take over the rows of another decoding, behind the own ones."""
