@@ -95,8 +95,8 @@ class Terminal:
         reply, said = self.ask(asked), ""
         try:
             for piece in reply:
-                self.write(piece, end="", flush=True)
                 said += piece
+                self.write(piece, end="", flush=True)
         except KeyboardInterrupt:
             reply.cancel()
             self.write(" [stopped]", end="")
