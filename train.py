@@ -128,7 +128,7 @@ def prepare_run(
 
     model = parts.model.train()
     if config.gradient_checkpointing:
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = AdamW(model.trainable(), (config.adam_beta1, config.adam_beta2),
                       config.adam_epsilon, config.weight_decay)
     scaler = LossScaler(enabled=parts.base.compute_dtype == torch.float16)

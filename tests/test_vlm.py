@@ -246,7 +246,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, samples, batch_of):
         return gradients_of(model, [batch])
 
     kept = gradients()
-    model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         assert model.language_model.model.layers[0].gradient_checkpointing
         recomputed = gradients()
