@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from errors import PhiSightError
-from model.decoding import Decoding, Row
+from model.decoding import Decoding, KeyValues, Row
 from model.generate import Sampling, choose, penalize
 from model.prefix import PrefixCache, token_keys
 from model.rope import rope_crossing
@@ -211,8 +211,13 @@ class Engine:
         return Running(generation, Row(list(request.input_ids), request.image_features), keys,
                        generator)
 
-    def _add(self, new: list[Running], past: object = None) -> None:
-        self._decoding.add([running.row for running in new], past)
+    def _add(self, new: list[Running], past: KeyValues | None = None) -> None:
+        try:
+            self._decoding.add([running.row for running in new], past)
+        except Exception as error:  # such as too little memory: those that run already go on
+            for running in new:
+                running.generation.end("failed", error)
+            return
         with self._changed:
             self._running += new
 

@@ -11,6 +11,7 @@ import numpy
 from model.decoding import KeyValues
 
 SHORTEST = 8  # tokens; copying less than this saves nothing
+CONVERSATIONS = 64  # each is compared with every new prompt
 
 
 def token_keys(
@@ -28,7 +29,7 @@ def token_keys(
 
 
 class PrefixCache:
-    """The latest conversations' keys and values, at most `max_bytes` of them."""
+    """The keys and values of the latest `CONVERSATIONS`, at most `max_bytes` of them."""
 
     def __init__(self, max_bytes: int, crossing: int | None, whole: int) -> None:
         """`crossing`: where LongRoPE changes its factors, or None; `whole`: tokens of a picture."""
@@ -63,7 +64,8 @@ class PrefixCache:
         for digest, (known, _) in list(self._entries.items()):
             if len(known) <= len(keys) and numpy.array_equal(known, keys[: len(known)]):
                 self._drop(digest)
-        while self._entries and self.bytes + past.bytes > self.max_bytes:
+        while self._entries and (self.bytes + past.bytes > self.max_bytes
+                                 or len(self._entries) == CONVERSATIONS):
             self._drop(next(iter(self._entries)))
         self._entries[hashlib.sha256(keys.tobytes()).digest()] = (keys, past)
         self.bytes += past.bytes

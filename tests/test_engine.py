@@ -15,7 +15,7 @@ from errors import PhiSightError
 from model.decoding import Decoding, KeyValues, Row
 from model.engine import Busy, Engine, Generation, Request
 from model.generate import Sampling, generate
-from model.prefix import SHORTEST, PrefixCache, token_keys
+from model.prefix import CONVERSATIONS, SHORTEST, PrefixCache, token_keys
 from random_model import FEATURES, NO_PICTURES, PLACEHOLDER, phi, tokens
 
 LIMIT = 12
@@ -146,8 +146,11 @@ def test_a_request_that_fails_tells_its_reader_and_harms_no_other(engine, model,
     one = engine()
     ids = requests[0].input_ids
     broken = Request(ids, requests[0].image_features[:, :-1], ["a"], LIMIT)
+    running = one.submit(ask(tokens(20, 5), [], 40))
+    said = [next(iter(running))]
     with pytest.raises(PhiSightError, match="picture slots"):
         list(one.submit(broken))
+    assert said + list(running) == alone(model, running.request)
     assert list(one.submit(requests[1])) == alone(model, requests[1])
 
 
@@ -251,6 +254,13 @@ def test_no_more_bytes_than_allowed_and_the_oldest_goes():
     assert cache.longest(asked[1]) is not None and cache.longest(asked[2]) is not None
     cache.put(numpy.full(30, 7), keys_values(30))  # larger than the whole cache
     assert cache.bytes == 2 * one
+
+
+def test_no_more_conversations_than_can_be_compared():
+    cache = PrefixCache(2**30, crossing=None, whole=4)
+    for number in range(CONVERSATIONS + 5):
+        cache.put(numpy.full(10, number), keys_values(10))
+    assert cache.bytes == CONVERSATIONS * keys_values(10).bytes
 
 
 def test_keys_of_other_longrope_factors_are_not_used():
