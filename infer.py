@@ -299,6 +299,7 @@ def add_model_flags(parser: configs.Parser) -> None:
     parser.add_argument("--run", default=default, help="run or checkpoint folder (%(default)s)")
     parser.add_argument("--base", help="where the base lies now, if not where it was trained")
     parser.add_argument("--vision", help="where the CLIP lies now, if not where it was trained")
+    parser.add_argument("--base-cache", help="folder of the quantised base, if not training's")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -324,7 +325,8 @@ def add_sampling_flags(parser: configs.Parser) -> None:
 
 
 def load_assistant(options: object) -> Assistant:
-    given = {name: getattr(options, name) for name in ("base", "vision", "device")}
+    given = {name: getattr(options, name)
+             for name in ("base", "vision", "base_cache", "device")}
     if getattr(options, "max_rows", 1) < 1:
         raise PhiSightError("--max-rows: must be at least 1")
     for name in ("cache", "max_rows"):

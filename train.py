@@ -55,7 +55,8 @@ from resume.saver import BackgroundSaver
 
 # Fields that may differ between a checkpoint and the run that resumes it: they say where things lie
 # and how often something is written, never what the next step computes.
-FREE_FIELDS = ("run", "features", "save_steps", "save_every_minutes", "keep_checkpoints", "strict")
+FREE_FIELDS = ("run", "features", "base_cache", "save_steps", "save_every_minutes",
+               "keep_checkpoints", "strict")
 
 
 @dataclass

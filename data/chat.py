@@ -25,6 +25,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+import hub
 from data.dataset import Message, Part
 from errors import PhiSightError
 
@@ -39,8 +40,10 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     `AutoTokenizer` may rebuild the tokenizer from its class name instead (see the module's
     docstring). Raises PhiSightError if it cannot be loaded.
     """
+    # Not by the hub id: transformers asks for seven files, and for minutes if nobody answers.
+    folder = hub.find_folder(name, revision, "tokenizer", hub.TOKENIZER_LAYOUT, hub.TOKENIZER_FILES)
     try:
-        return PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PhiSightError(

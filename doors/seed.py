@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import Config
@@ -30,7 +29,7 @@ from doors.imported import model_for, need_matrix, write_run
 from doors.peft_adapter import PLACES, input_sizes
 from errors import PhiSightError
 from model.base import find_folder, find_weight_files, read_config
-from model.vision import VisionSpec, read_vision_spec
+from model.vision import PICKLED, VisionSpec, opened, read_vision_spec
 
 LORA, PROJECTOR = "lora_weights.pt", "image_projector.pth"
 REMEDY = "give a checkpoint folder of the seed project as its training saved it"
@@ -152,15 +151,12 @@ def seed_projector(path: Path, vision: VisionSpec, text_dim: int) -> dict[str, T
 def visual_projection(path: Path, vision: VisionSpec, outputs: int) -> Tensor:
     """CLIP's own projection of the pooled vector, (outputs, CLIP dim) float32."""
     name = "visual_projection.weight"
-    for file in find_weight_files(vision.folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                if name in tensors.keys():
-                    found = tensors.get_tensor(name)
-                    if tuple(found.shape) == (outputs, vision.shape[1]):
-                        return found.float()
-        except (SafetensorError, OSError) as error:
-            raise PhiSightError(f"{file}: not readable ({error}); fetch it again") from None
+    for file in find_weight_files(vision.folder, PICKLED):
+        with opened(file) as tensors:
+            if name in tensors.keys():
+                found = tensors.get_tensor(name)
+                if tuple(found.shape) == (outputs, vision.shape[1]):
+                    return found.float()
     raise PhiSightError(
         f"{path}: reads vectors of {outputs} numbers, and {vision.folder} gives {vision.shape[1]}"
         " and no projection to that; name the CLIP that it was trained with (ViT-B/32) by --vision"

@@ -6,7 +6,6 @@ the quantised model plus one tensor. No pickle is opened and no code of the fold
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +13,16 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
+import hub
 from errors import PhiSightError
 from lora.layer import secure_four_bit
+from model import base_cache
+from model.fingerprint import byte_bar, hash_files
 from model.rope import SegmentLongRope, rope_crossing
 
 QUANTIZATIONS = ("nf4", "nf4-nested", "none")
@@ -51,6 +52,7 @@ def load_base(
     compute_dtype: torch.dtype,
     device: torch.device | str,
     quantization: str = "nf4",
+    cache: str | Path = "",
 ) -> BaseModel:
     """Load a Phi-3 model, quantise its linear layers except `lm_head`, and freeze everything.
 
@@ -61,6 +63,8 @@ def load_base(
         compute_dtype: dtype of the activations and of all weights that are not quantised.
         quantization: "nf4" (arXiv:2305.14314), "nf4-nested" (its block scales quantised too), or
             "none" (plain linear layers in compute_dtype).
+        cache: folder that keeps the quantised weights for the next start; empty for none. What is
+            read from there is what quantising gives, bit by bit; see `model.base_cache`.
 
     Raises:
         PhiSightError: the model cannot be found or read, is no Phi-3, has missing, unexpected or
@@ -81,11 +85,14 @@ def load_base(
     with torch.device("meta"):
         model = Phi3ForCausalLM(config)
     sources = match_tensors(model, weight_files)
-    if quantization != "none":
+    fingerprint = hash_files([folder / "config.json", *weight_files], cache)
+    if quantization == "none":
+        fill(model, sources, compute_dtype, device)
+    else:
         swap_linear_layers(model, compute_dtype, nested=quantization == "nf4-nested")
-    fill(model, sources, compute_dtype, device)
+        fill_quantised(model, sources, compute_dtype, device, cache and (
+            Path(cache) / base_cache.key_of(fingerprint, quantization, device)))
     finish(model, device)
-    fingerprint = hash_files([folder / "config.json", *weight_files])
     return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype)
 
 
@@ -110,21 +117,8 @@ def choose_compute_dtype(device: torch.device | str) -> tuple[torch.dtype, str]:
 
 
 def find_folder(id_or_folder: str | Path, revision: str | None) -> Path:
-    """The local folder of a model: the one given, or a snapshot downloaded from the hub."""
-    folder = Path(id_or_folder)
-    if folder.is_dir():
-        return folder
-    name = str(id_or_folder)
-    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise PhiSightError(f"base model {name}: there is no such folder; give one with {LAYOUT}")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
-    except (OSError, ValueError) as error:  # every network, cache and naming error of the hub
-        reason = str(error).strip().splitlines()[0]
-        raise PhiSightError(
-            f"base model {name}: it is no folder and the hub did not give it ({reason}); "
-            f"download it elsewhere and give a folder with {LAYOUT}"
-        ) from error
+    """The local folder of a base model: the one given, or a snapshot downloaded from the hub."""
+    return hub.find_folder(id_or_folder, revision, "base model", LAYOUT, DOWNLOADED)
 
 
 def read_config(folder: Path) -> Phi3Config:
@@ -147,8 +141,11 @@ def read_config(folder: Path) -> Phi3Config:
         raise PhiSightError(f"{path}: {error}; restore the model's own config.json") from error
 
 
-def find_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, sorted by name. Raises `PhiSightError` if one is absent."""
+def find_weight_files(folder: Path, instead: str = "") -> list[Path]:
+    """The safetensors files of a model, sorted by name; where there are none, the file `instead`.
+
+    Raises `PhiSightError` if one is absent.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -157,6 +154,8 @@ def find_weight_files(folder: Path) -> list[Path]:
         names = sorted({str(name) for name in weight_map.values()})
     else:
         names = ["model.safetensors"]
+        if instead and not (folder / names[0]).is_file() and (folder / instead).is_file():
+            names = [instead]
     for name in names:
         if Path(name).name != name:  # an index must not reach out of its folder
             raise PhiSightError(f"{index}: {name} is no plain file name; download the file again")
@@ -201,15 +200,6 @@ def load_tokenizer(folder: Path, config: Phi3Config) -> PreTrainedTokenizerFast:
             f"{config.vocab_size} embeddings; use the tokenizer that belongs to the model"
         )
     return tokenizer
-
-
-def hash_files(paths: list[Path]) -> str:
-    """sha256 over the sha256 of each file, in the given order: no byte can change its file."""
-    total = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
 
 
 # Tensors: matched by name and shape before one is read, then put in place one at a time
@@ -284,22 +274,58 @@ def swap_linear_layers(model: nn.Module, compute_dtype: torch.dtype, nested: boo
         setattr(model.get_submodule(parent_name), child_name, four_bit)
 
 
-def fill(
-    model: nn.Module, sources: dict[str, Path], compute_dtype: torch.dtype, device: torch.device
+def fill_quantised(
+    model: nn.Module, sources: dict[str, Path], compute_dtype: torch.dtype, device: torch.device,
+    kept: Path | str,
 ) -> None:
-    """Read every tensor of `sources` into `model`, file by file, one tensor at a time."""
-    for path in sorted(set(sources.values())):
-        with safe_open(path, framework="pt") as file:
+    """Read the weights from the cache entry `kept`, or quantise them, and keep them there if it has
+    a name."""
+    if not kept:
+        fill(model, sources, compute_dtype, device)
+        return
+    if base_cache.read_into(model, kept, set(sources), compute_dtype, device):
+        return
+    # Half a byte a weight and a scale for 32 or 64 of them are under a third of the 16-bit files;
+    # what is not quantised is kept as it is.
+    plain = sum(parameter.numel() * 2 for name, parameter in model.named_parameters()
+                if not isinstance(parameter, bnb.nn.Params4bit))
+    stored = sum(path.stat().st_size for path in set(sources.values()))
+    writer = base_cache.Writer(kept, plain + stored // 3)
+    try:
+        fill(model, sources, compute_dtype, device, writer)
+        writer.close()
+    finally:
+        writer.discard()
+
+
+def fill(
+    model: nn.Module, sources: dict[str, Path], compute_dtype: torch.dtype, device: torch.device,
+    writer: base_cache.Writer | None = None,
+) -> None:
+    """Read every tensor of `sources` into `model`, file by file, one tensor at a time; each is
+    handed to `writer` as it is to be kept."""
+    files = sorted(set(sources.values()))
+    with byte_bar(sum(path.stat().st_size for path in files), "loading the base") as bar:
+        for path in files:
             for name in [name for name, source in sources.items() if source == path]:
+                # Opened anew for each tensor: pages of the file that were read count as this
+                # process's memory for as long as it is mapped.
+                with safe_open(path, framework="pt") as file:
+                    stored = file.get_tensor(name)
                 module_name, _, parameter_name = name.rpartition(".")
                 module = model.get_submodule(module_name)
-                tensor = file.get_tensor(name)
                 if isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight":
-                    parameter = quantize(tensor, module, compute_dtype, device)
+                    parameter = quantize(stored, module, compute_dtype, device)
                 else:
-                    tensor = tensor.to(device=device, dtype=compute_dtype)
-                    parameter = nn.Parameter(tensor, requires_grad=False)
+                    # A copy, as a parameter must not change with the file.
+                    own = stored.to(device=device, dtype=compute_dtype, copy=True)
+                    parameter = nn.Parameter(own, requires_grad=False)
                 setattr(module, parameter_name, parameter)
+                if writer:
+                    quantised = isinstance(parameter, bnb.nn.Params4bit)
+                    writer.add(name, parameter if quantised else stored)
+                bar.update(stored.nbytes)
+        bar.update(bar.total - bar.n)  # the headers
 
 
 def quantize(

@@ -47,10 +47,11 @@ def assemble(config: Config) -> Assembled:
     dtype, reason = choose_compute_dtype(device)
     if config.compute_type != "auto":
         dtype, reason = DTYPES[config.compute_type], "asked for by --compute-type"
-    base = load_base(config.base, config.base_revision or None, dtype, device, config.quantization)
+    base = load_base(config.base, config.base_revision or None, dtype, device, config.quantization,
+                     config.base_cache)
     vision = read_vision_spec(
         config.vision, config.vision_revision, config.vision_features, config.vision_layer,
-        config.feature_pooling,
+        config.feature_pooling, config.base_cache,
     )
     chat_format = ChatFormat.from_tokenizer(base.tokenizer, vision.shape[0])
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+import hub
 from config import Config, Parser
 from errors import PhiSightError, run_main
-from model.base import find_folder, find_weight_files, hash_files
+from model.base import DOWNLOADED, find_weight_files
+from model.fingerprint import hash_files
 
-LAYOUT = "it needs config.json, preprocessor_config.json and model.safetensors"
+FILES = "config.json, preprocessor_config.json and model.safetensors (or pytorch_model.bin)"
+LAYOUT = f"it needs {FILES}"
+# OpenAI's own CLIPs were published in this form, and some are still there in no other.
+PICKLED = "pytorch_model.bin"
+ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
@@ -46,14 +53,15 @@ class VisionSpec:
 
 def read_vision_spec(
     id_or_folder: str, revision: str = "", features: str = "patches", layer: int = -2,
-    pooling: int = 1,
+    pooling: int = 1, cache: str | Path = "",
 ) -> VisionSpec:
     """Find the CLIP, check its config and fingerprint its files, without loading the weights.
 
-    Raises PhiSightError for a folder that is no CLIP's, a layer that it does not have, and a
-    `pooling` into which its grid of patches cannot be cut.
+    `cache`: a folder in which to remember the fingerprint, see `model.fingerprint`. Raises
+    PhiSightError for a folder that is no CLIP's, a layer that it does not have, and a `pooling`
+    into which its grid of patches cannot be cut.
     """
-    folder = find_folder(id_or_folder, revision or None)
+    folder = find_clip(id_or_folder, revision or None)
     try:
         config = CLIPVisionConfig.from_pretrained(folder)
         side = config.image_size // config.patch_size  # of the grid of patches
@@ -75,10 +83,20 @@ def read_vision_spec(
     for file in files:
         if not file.is_file():
             raise PhiSightError(f"{file}: no such file; {LAYOUT}")
-    said = f"{hash_files([*files, *find_weight_files(folder)])}/{features}/{layer}"
+    digest = hash_files([*files, *find_weight_files(folder, PICKLED)], cache)
+    said = f"{digest}/{features}/{layer}"
     said += f"/{pooling}" if pooling > 1 else ""  # what is not pooled keeps the key it had
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
     return VisionSpec(folder, features, layer, pooling, shape, key)
+
+
+def find_clip(id_or_folder: str, revision: str | None) -> Path:
+    """The local folder of a CLIP: the one given, or a snapshot of the hub, in which the weights are
+    safetensors if the hub has them so."""
+    folder = hub.find_folder(id_or_folder, revision, "CLIP", FILES, DOWNLOADED)
+    if Path(id_or_folder).is_dir() or any(folder.glob("*.safetensors")):
+        return folder
+    return hub.find_folder(id_or_folder, revision, "CLIP", FILES, [*DOWNLOADED, PICKLED])
 
 
 class VisionTower:
@@ -90,7 +108,7 @@ class VisionTower:
         except (OSError, ValueError) as error:
             raise PhiSightError(f"{spec.folder}: {error}; {LAYOUT}") from None
         self.model = CLIPVisionModel(CLIPVisionConfig.from_pretrained(spec.folder))
-        load_vision_weights(self.model, find_weight_files(spec.folder))
+        load_vision_weights(self.model, find_weight_files(spec.folder, PICKLED))
         self.model.requires_grad_(False).eval().to(device)
         self.spec, self.device = spec, torch.device(device)
         # What pooling has cost: summed squares of the error and of the patches, the worst patch.
@@ -144,14 +162,11 @@ def load_vision_weights(model: CLIPVisionModel, files: Sequence[Path]) -> None:
     wanted = {name.removeprefix(prefix): name for name in model.state_dict()}
     state: dict[str, Tensor] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if name.startswith(prefix) and not name.endswith(".position_ids"):
-                        own = wanted.get(name.removeprefix(prefix), name)
-                        state[own] = tensors.get_tensor(name).float()
-        except (SafetensorError, OSError) as error:
-            raise PhiSightError(f"{file}: not readable ({error}); fetch it again") from None
+        with opened(file) as tensors:
+            for name in tensors.keys():
+                if name.startswith(prefix) and not name.endswith(".position_ids"):
+                    own = wanted.get(name.removeprefix(prefix), name)
+                    state[own] = tensors.get_tensor(name).float()
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -159,6 +174,47 @@ def load_vision_weights(model: CLIPVisionModel, files: Sequence[Path]) -> None:
         raise PhiSightError(
             f"{files[0]}: not this CLIP's weights ({reason}); fetch the folder again"
         ) from None
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[safe_open | PickledWeights]:
+    """A file of weights, either form, for reading tensors by name. Raises `PhiSightError`."""
+    try:
+        if file.name == PICKLED:
+            yield PickledWeights(file)
+        else:
+            with safe_open(file, framework="pt") as tensors:
+                yield tensors
+    except (SafetensorError, OSError) as error:
+        raise PhiSightError(f"{file}: not readable ({error}); fetch it again") from None
+
+
+class PickledWeights:
+    """`pytorch_model.bin` with the look of an open safetensors file.
+
+    It is a pickle, read by torch's restricted unpickler: that knows tensors and plain containers,
+    refuses all else, and runs nothing that the file names. Tensors stay in the file until asked.
+    """
+
+    def __init__(self, file: Path) -> None:
+        with file.open("rb") as start:
+            zipped = start.read(len(ZIP_MAGIC)) == ZIP_MAGIC  # the form since torch 1.6
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        except Exception as error:  # the file is a stranger's, and the error may be of any kind
+            reason = " ".join(str(error).split())[:200]
+            raise OSError(f"it is damaged, or holds more than tensors: {reason}") from None
+        if not isinstance(content, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+        ):
+            raise OSError("it holds something else than tensors by name")
+        self._content = content
+
+    def keys(self) -> list[str]:
+        return list(self._content)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._content[name]
 
 
 # -- the command ----------------------------------------------------------------------------------

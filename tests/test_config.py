@@ -206,7 +206,7 @@ BAD: dict[str, tuple] = {
 FREE = {  # any value of the right type is one; whether it is there is found out on use
     "base", "base_revision", "vision", "vision_revision", "vision_layer", "data", "images",
     "held_out_questions", "novel_pair_questions", "strict", "gradient_checkpointing", "features",
-    "deterministic", "train_lora", "start_from",
+    "deterministic", "train_lora", "start_from", "base_cache",
 }
 
 

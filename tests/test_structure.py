@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # A room imports only itself and rooms before it. What is not listed here is in no room.
-ORDER = ("errors", "config", "resume", "data", "lora", "kernels", "model", "optim", "metrics",
-         "checkpoints", "meter", "train", "interface", "infer", "evaluate", "doors", "export",
+ORDER = ("errors", "config", "hub", "resume", "data", "lora", "kernels", "model", "optim",
+         "metrics", "checkpoints", "meter", "train", "interface", "infer", "evaluate", "doors",
+         "export",
          "serve", "app")
 OUTSIDE = ("tests", "tools", "benchmarks")  # may import everything, and nobody imports them
 ENDS = ("train", "export", "app", "serve")  # commands: nothing imports them

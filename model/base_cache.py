@@ -1,0 +1,284 @@
+"""The quantised base, kept on the disk: the next start reads it and does not quantise again.
+
+    DIR/KEY/part-00001.safetensors   packed weights with their scales, and what is not quantised
+    DIR/KEY/MANIFEST.json            shape, dtype and sha256 of every tensor, and its own sha256
+
+KEY stands for the fingerprint of the base, the quantisation, the kind of processor that computed
+it, and the versions of bitsandbytes and of this form. The compute dtype is no part of it: weights
+are quantised as they are stored, and what is not quantised is kept as it is stored. What is read
+equals what quantising afresh gives, tensor by tensor and bit by bit; every tensor is compared with
+its sha256 on reading.
+
+An entry is written to a temporary folder, synced and renamed, so that it is whole or absent. One
+that was damaged is named and made anew. A cache that cannot be written is a warning: it is never
+needed. Entries of other bases and versions stay until they are removed by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.fingerprint import byte_bar
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+PART_BYTES = 256 * 10**6  # a part is held in memory once more while it is written
+RESERVE = 10**9  # bytes of the disk that are left free
+STALE_SECONDS = 3600.0  # a temporary folder this old belongs to no process that still writes it
+
+
+class _Damaged(Exception):
+    """Why an entry cannot be used."""
+
+
+def key_of(fingerprint: str, quantization: str, device: torch.device) -> str:
+    """The name of the entry of a base."""
+    said = [FORMAT, fingerprint, quantization, device.type,
+            importlib.metadata.version("bitsandbytes")]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _describe(tensor: Tensor) -> list:
+    """What must be equal when the tensor is read again."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()  # (bytes,)
+    return [list(tensor.shape), dtype, hashlib.sha256(raw).hexdigest()]
+
+
+def _seal(rows: list) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Writer:
+    """Takes what `model.base.fill` puts into a model, parameter by parameter, and keeps it.
+
+    Nothing raises: after the first failure, of which it warns, it takes no more.
+    """
+
+    folder: Path
+    """of the entry, to be"""
+    expected_bytes: int
+    """about as much as will come"""
+    failed: bool = False
+    _rows: list[dict] = field(default_factory=list)
+    _part: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each parameter
+    _parts: int = 0
+
+    def __post_init__(self) -> None:
+        self._temporary = self.folder.with_name(f".tmp-{self.folder.name}-{os.getpid()}")
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(self.folder.parent)
+            free = shutil.disk_usage(self.folder.parent).free
+            if self.expected_bytes + RESERVE > free:
+                raise OSError(f"it takes {self.expected_bytes / 1e9:.1f} GB of"
+                              f" {free / 1e9:.1f} GB that are free")
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir()
+        except OSError as error:
+            self._give_up(error)
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        """A parameter as it is stored: packed with its state, or plain in the file's own dtype."""
+        if self.failed:
+            return
+        tensors = {name: parameter.detach()}
+        if state := getattr(parameter, "quant_state", None):
+            tensors |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        # Copies: neither a view into a file that is read, nor memory that others share.
+        self._part[name] = {key: torch.empty(value.shape, dtype=value.dtype).copy_(value)
+                            for key, value in tensors.items()}
+        if sum(t.nbytes for group in self._part.values() for t in group.values()) >= PART_BYTES:
+            self._write_part()
+
+    def _write_part(self) -> None:
+        self._parts += 1
+        path = self._temporary / f"part-{self._parts:05d}.safetensors"
+        try:
+            save_file({key: tensor for group in self._part.values()
+                       for key, tensor in group.items()}, path)
+            _sync(path)
+        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
+            self._give_up(error)
+            return
+        self._rows += [
+            {"name": name, "file": path.name,
+             "tensors": {key: _describe(tensor) for key, tensor in group.items()}}
+            for name, group in self._part.items()
+        ]
+        self._part = {}
+
+    def close(self) -> None:
+        """Give the entry its name, if all that was added has been written."""
+        if self._part and not self.failed:
+            self._write_part()
+        if self.failed:
+            return
+        try:
+            content = {"format": FORMAT, "parameters": self._rows, "sha256": _seal(self._rows)}
+            manifest = self._temporary / MANIFEST
+            manifest.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
+            _sync(manifest)
+            _sync(self._temporary)
+            if not self.folder.exists():  # another process may have been quicker
+                os.replace(self._temporary, self.folder)
+                _sync(self.folder.parent)
+        except OSError as error:
+            if not self.folder.is_dir():
+                self._give_up(error)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Leave nothing half written; of no effect after `close`."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed, self._part = True, {}
+        self.discard()
+        warn(f"--base-cache {self.folder.parent}: the quantised base is not kept"
+             f" ({getattr(error, 'strerror', None) or error}); make room, or give another folder")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed have left half written."""
+    for path in folder.glob(".tmp-*"):
+        try:
+            old = time.time() - path.stat().st_mtime > STALE_SECONDS
+        except OSError:  # another process was quicker
+            continue
+        if old:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def read_into(
+    model: nn.Module, folder: Path, expected: set[str], compute_dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Fill `model`, whose linear layers are empty 4-bit ones, from the entry `folder`.
+
+    `expected` are the names of the parameters that the base's own files hold. False if there is no
+    entry, and, after a warning and its removal, if it was damaged.
+    """
+    if not folder.is_dir():
+        return False
+    try:
+        rows = _read_manifest(folder, expected)
+        with byte_bar(_size(rows), "loading the quantised base") as bar:
+            for name, tensors in _read_parameters(folder, rows):
+                bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+                _put(model, name, tensors, compute_dtype, device)
+    except _Damaged as error:
+        warn(f"{folder}: the quantised base that was kept is damaged ({error}); making it anew")
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
+
+
+def _read_manifest(folder: Path, expected: set[str]) -> list[dict]:
+    """The rows of a manifest that is ours, whole, and about these parameters."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _Damaged(f"{MANIFEST}: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise _Damaged(f"{MANIFEST} is of another form")
+    rows = content.get("parameters")
+    if not isinstance(rows, list) or content.get("sha256") != _seal(rows):
+        raise _Damaged(f"{MANIFEST} does not have its sha256")
+    if {row["name"] for row in rows} != expected:
+        raise _Damaged(f"{MANIFEST} names other parameters than the base has")
+    return rows
+
+
+def _size(rows: list[dict]) -> int:
+    return sum(math.prod(shape) * getattr(torch, dtype).itemsize
+               for row in rows for shape, dtype, _ in row["tensors"].values())
+
+
+def _read_parameters(folder: Path, rows: list[dict]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, its tensors by what follows the name) for every row, each compared with its sha256."""
+    for part in dict.fromkeys(row["file"] for row in rows):
+        try:
+            with safe_open(folder / part, framework="pt") as file:
+                for row in (row for row in rows if row["file"] == part):
+                    tensors = {}
+                    for key, described in row["tensors"].items():
+                        # A copy: what was compared is what is used, whatever the file becomes, and
+                        # it lies in memory as what is computed does.
+                        tensor = file.get_tensor(key).clone()
+                        if _describe(tensor) != described:
+                            raise _Damaged(f"{part}: {key} does not have its sha256")
+                        tensors[key.removeprefix(row["name"]).removeprefix(".")] = tensor
+                    yield row["name"], tensors
+        except (OSError, SafetensorError) as error:
+            raise _Damaged(f"{part}: {error}") from None
+
+
+def _put(
+    model: nn.Module, name: str, tensors: dict[str, Tensor], compute_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    module_name, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if not (isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight"):
+        parameter = nn.Parameter(tensors[""].to(device=device, dtype=compute_dtype),
+                                 requires_grad=False)
+        if parameter.shape != getattr(module, parameter_name).shape:
+            raise _Damaged(f"{name} has shape {tuple(parameter.shape)}")
+        setattr(module, parameter_name, parameter)
+        return
+    empty = module.weight
+    count = module.out_features * module.in_features
+    try:
+        parameter = bnb.nn.Params4bit.from_prequantized(
+            tensors.pop(""), tensors, device=device, module=module
+        )
+        state = parameter.quant_state
+        fits = (
+            (parameter.numel(), parameter.dtype) == (count // 2, torch.uint8)
+            and tuple(state.shape) == (module.out_features, module.in_features)
+            and (state.blocksize, state.nested) == (empty.blocksize, empty.compress_statistics)
+            and state.absmax.numel() * state.blocksize == count and state.quant_type == "nf4"
+        )
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError):
+        fits = False
+    if not fits:
+        raise _Damaged(f"{name} is not this layer's")
+    state.dtype = compute_dtype  # see `model.base.quantize`
+    module.weight = parameter
