@@ -1,11 +1,13 @@
 """Phi-3.5-mini and CLIP ViT-L/14-336 at full shape, with random weights, through the real path.
 
-    python benchmarks/full_shape.py [--folder DIR] [--layers 32] [--tokens 8]
+    python benchmarks/full_shape.py [--folder DIR] [--layers 32] [--tokens 8] [--starts-only]
 
 Writes a base (32 layers, 3072 wide, fused projections, LongRoPE factors, sharded bfloat16
 safetensors) and a CLIP in the hub's layout to a temporary folder, and then types what a person
 types: `train.py --preset phi35` for one step with gradient checkpointing, and `infer.py` for an
-answer. Prints seconds and peak memory of each as JSON. Needs about 10 GB of disk and 12 of memory.
+answer. Before that it loads the base alone, three times: without a cache of the quantised base,
+with one that is empty, and with one that is full. Prints seconds and peak memory of each as JSON.
+Needs about 13 GB of disk and 12 of memory.
 """
 
 from __future__ import annotations
@@ -59,10 +61,13 @@ def random_weight(shape: tuple[int, ...], generator: torch.Generator) -> torch.T
     return block.repeat(-(-count // len(block)))[:count].view(shape).to(torch.bfloat16)
 
 
-def write_base(folder: Path, layers: int) -> int:
-    """Sharded safetensors with their index; returns the bytes of the largest shard."""
+def write_base(
+    folder: Path, layers: int, shard_bytes: int = SHARD_BYTES, **changes: object
+) -> int:
+    """Sharded safetensors with their index; returns the bytes of the largest shard. `changes`
+    replace entries of the config."""
     folder.mkdir(parents=True)
-    config = phi_config(layers)
+    config = phi_config(layers) | changes
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for file in (ROOT / "assets/tiny/phi3").glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -82,7 +87,7 @@ def write_base(folder: Path, layers: int) -> int:
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name, shape in shapes.items():
-        if size + 2 * math.prod(shape) > SHARD_BYTES:
+        if size + 2 * math.prod(shape) > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = shape
@@ -118,6 +123,26 @@ def write_clip(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 
+LOAD = """
+import json, sys, time
+import torch
+from model.base import load_base
+clock = time.perf_counter()
+load_base(sys.argv[1], None, torch.float32, "cpu", "nf4", sys.argv[2])
+print(json.dumps(round(time.perf_counter() - clock, 1)))
+"""
+
+
+def measure_starts(base: Path, cache: Path) -> dict[str, dict[str, float]]:
+    """Loading the base alone: seconds of `load_base`, and of the whole process."""
+    found = {}
+    for name, folder in (("without a cache", ""), ("first start", cache), ("second start", cache)):
+        said, used = run("-c", LOAD, base, folder)
+        found[name] = {"load_seconds": json.loads(said), **used}
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    return found | {"cache_gb": round(size / 1e9, 2)}
+
+
 def run(*arguments: object) -> tuple[str, dict[str, float]]:
     """A command of the project to its end: what it said, its seconds and peak memory."""
     clock = time.perf_counter()
@@ -138,17 +163,25 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of the answer")
+    parser.add_argument("--starts-only", action="store_true", help="load the base, no more")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         largest = write_base(folder / "phi", options.layers)
+        four_bit = sum(p.stat().st_size for p in (folder / "phi").glob("*.safetensors")) / 4
+        facts = {"layers": options.layers, "largest_shard_gb": round(largest / 1e9, 2),
+                 "memory_limit_gb": round((1.5 * largest + four_bit) / 1e9, 2),
+                 "starts": measure_starts(folder / "phi", folder / "cache")}
+        print(json.dumps(facts, indent=1), flush=True)
+        if options.starts_only:
+            return
         write_clip(folder / "clip")
         write_world(folder / "world", pictures=8, held_out=1, turns=3)
         flags = ["--preset", "phi35", "--base", folder / "phi", "--vision", folder / "clip",
                  "--data", folder / "world/train.json", "--images", folder / "world/images",
-                 "--features", folder / "features", "--run", folder / "run",
-                 "--validation-fraction", 0.3, "--batch-size", 1, "--accumulation", 1,
-                 "--max-steps", 1, "--log-steps", 1, "--evaluate-steps", 0]
+                 "--features", folder / "features", "--base-cache", folder / "cache",
+                 "--run", folder / "run", "--validation-fraction", 0.3, "--batch-size", 1,
+                 "--accumulation", 1, "--max-steps", 1, "--log-steps", 1, "--evaluate-steps", 0]
         said, training = run("train.py", *flags)
         print(said)
         answer, answering = run(
@@ -156,13 +189,8 @@ def main() -> None:
             folder / "world/images/held_out_000000.png", "--prompt", "What is there?",
             "--max-new-tokens", options.tokens, "--json",
         )
-        four_bit = sum(p.stat().st_size for p in (folder / "phi").glob("*.safetensors")) / 4
-        limit = 1.5 * largest + four_bit
-        print(json.dumps({
-            "layers": options.layers, "largest_shard_gb": round(largest / 1e9, 2),
-            "memory_limit_gb": round(limit / 1e9, 2), "training": training,
-            "answering": answering, "answer": json.loads(answer),
-        }, indent=1))
+        print(json.dumps({"training": training, "answering": answering,
+                          "answer": json.loads(answer)}, indent=1))
 
 
 if __name__ == "__main__":

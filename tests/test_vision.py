@@ -110,6 +110,66 @@ def test_the_key_changes_with_all_that_changes_the_features(folder):
     assert is_new()
 
 
+# -- weights that are published as a pickle -------------------------------------------------------
+
+
+def to_pickle(folder, zipped: bool = True) -> dict:
+    """pytorch_model.bin in the place of model.safetensors, in the form of today or of before."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(37)[None]
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    return tensors
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_clip_with_a_pickle_only_sees_the_same(folder, pictures, expected, zipped):
+    safe = read_vision_spec(str(folder)).key
+    to_pickle(folder, zipped)
+    spec = read_vision_spec(str(folder))
+    assert torch.equal(VisionTower(spec)(pictures), expected.hidden_states[-2][:, 1:])
+    assert spec.key != safe  # other bytes
+    shutil.copy(CLIP / "model.safetensors", folder)
+    assert read_vision_spec(str(folder)).key == safe  # safetensors are preferred
+
+
+class Harm:
+    """What a pickle can do to who reads it."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_not_run(folder, tmp_path, zipped):
+    tensors = to_pickle(folder, zipped)
+    harm = tmp_path / "harm"
+    torch.save(tensors | {"harm": Harm(harm)}, folder / "pytorch_model.bin",
+               _use_new_zipfile_serialization=zipped)
+    with pytest.raises(PhiSightError, match=r"pytorch_model\.bin: .*damaged, or holds more than"):
+        VisionTower(read_vision_spec(str(folder)))
+    assert not harm.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02.", b"no pickle at all"])
+def test_a_pickle_of_any_content_is_one_error(folder, content):
+    to_pickle(folder)
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(PhiSightError, match=r"pytorch_model\.bin: "):
+        VisionTower(read_vision_spec(str(folder)))
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 1}, {1: torch.ones(1)}, torch.ones(1)])
+def test_a_pickle_of_something_else_is_one_error(folder, content):
+    to_pickle(folder)
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(PhiSightError, match="something else than tensors by name"):
+        VisionTower(read_vision_spec(str(folder)))
+
+
 # -- what is missing or wrong ---------------------------------------------------------------------
 
 
