@@ -329,7 +329,7 @@ def load_assistant(options: object) -> Assistant:
              for name in ("base", "vision", "base_cache", "device")}
     if getattr(options, "max_rows", 1) < 1:
         raise PhiSightError("--max-rows: must be at least 1")
-    for name in ("cache", "max_rows"):
+    for name in ("cache", "max_rows", "queue_limit"):
         if hasattr(options, name):
             given[name] = getattr(options, name)
     if getattr(options, "content_filter", None):

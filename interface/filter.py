@@ -145,17 +145,12 @@ def fold(text: str) -> list[tuple[str, int]]:
                 pairs[begin:end], key=lambda pair: unicodedata.combining(pair[0])
             )
         begin = end + 1
-    return [(part, origin) for character, origin in pairs for part in _case_folded(character)]
+    return [(part, origin) for character, origin in pairs for part in character.casefold()]
 
 
 @functools.lru_cache(maxsize=4096)
 def _decomposed(character: str) -> str:
     return unicodedata.normalize("NFKD", character)
-
-
-@functools.lru_cache(maxsize=4096)
-def _case_folded(character: str) -> str:
-    return unicodedata.normalize("NFKD", character.casefold())
 
 
 def _is_mark(character: str) -> bool:

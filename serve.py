@@ -1,0 +1,120 @@
+"""Serve a trained model to programs that speak OpenAI's chat API.
+
+    python serve.py --port 8000                             # http://127.0.0.1:8000/v1
+    PHISIGHT_API_KEY=... python serve.py --host 0.0.0.0     # other machines need the key
+    python serve.py --app                                   # the web app too, on the same port
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import config as configs
+from errors import PhiSightError, run_main
+from infer import Assistant, add_assistant_flags, load_assistant
+from serving.api import Api
+from serving.guards import App
+from serving.openai_api import MIB, Limits
+from serving.server import address_of, is_local, listening_socket, run
+
+KEY = "PHISIGHT_API_KEY"
+
+
+def parse(arguments: list[str] | None) -> object:
+    limits = Limits()
+    parser = configs.Parser(prog="serve.py", description=__doc__.splitlines()[0])
+    add_assistant_flags(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+    parser.add_argument("--without-key", action="store_true",
+                        help=f"let other machines ask although {KEY} is not set")
+    parser.add_argument("--model-name", help="what programs call the model (default: the run's)")
+    parser.add_argument("--queue-limit", type=int, default=64,
+                        help="answers that may wait for a place (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=limits.new_tokens,
+                        help="tokens of the longest answer (%(default)s)")
+    parser.add_argument("--max-body", type=int, default=limits.body_bytes // MIB, metavar="MIB",
+                        help="largest request; pictures take 4/3 of their size (%(default)s)")
+    parser.add_argument("--grace", type=float, default=10.0, metavar="SECONDS",
+                        help="in which answers may end after Ctrl-C or SIGTERM (%(default)s)")
+    parser.add_argument("--speech", help="Whisper: name or .pt file; empty for none"
+                                         " (default: the preset's)")
+    parser.add_argument("--app", action="store_true", help="serve the web app at / too")
+    options = parser.parse_args(arguments)
+    for name, low, high in (("queue_limit", 0, 10**6), ("max_new_tokens", 1, 10**6),
+                            ("max_body", 1, 1024), ("grace", 0, 3600)):
+        if not low <= getattr(options, name) <= high:
+            raise PhiSightError(f"--{name.replace('_', '-')}: must be from {low} to {high}")
+    return options
+
+
+def environment_key() -> str:
+    """The key that requests have to bring; empty for none."""
+    key = os.environ.get(KEY)
+    if key is None:
+        return ""
+    if not key.strip() or not key.isascii() or key != key.strip():
+        raise PhiSightError(f"{KEY}: is empty or not plain ASCII; set a key or unset it")
+    return key
+
+
+def lazily_listening(assistant: Assistant, name: str | None) -> Callable[[bytes], str] | None:
+    """What writes speech down, loaded when the first recording comes; None without a model."""
+    name = getattr(assistant.config, "speech", "") if name is None else name
+    if not name:
+        return None
+    loaded: list = []
+    lock = threading.Lock()
+
+    def listen(data: bytes) -> str:
+        from model.speech import Speech, read_audio
+
+        with lock:
+            if not loaded:
+                loaded.append(Speech.load(name))
+            return loaded[0].text(read_audio(data))
+
+    return listen
+
+
+def web_app(assistant: Assistant) -> App:
+    """The web app, to stand at the paths that the API does not take."""
+    from fastapi import FastAPI
+
+    from app import build_app, mount
+
+    return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), build_app(assistant))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    key = environment_key()
+    with listening_socket(options.host, options.port) as bound:
+        if not (key or options.without_key or is_local(bound)):
+            raise PhiSightError(f"--host {options.host}: anyone who reaches it could ask;"
+                                f" set {KEY}, or add --without-key")
+        assistant = load_assistant(options)
+        try:
+            limits = replace(Limits(), new_tokens=options.max_new_tokens,
+                             body_bytes=options.max_body * MIB)
+            api = Api(
+                assistant, key=key, name=options.model_name, limits=limits,
+                listen=lazily_listening(assistant, options.speech),
+                max_requests=options.max_rows + options.queue_limit,
+                rest=web_app(assistant) if options.app else None,
+            )
+            address = address_of(bound)
+            print(f"{api.name} ({assistant.source}): {address}/v1"
+                  + (f", the app at {address}/" if options.app else "")
+                  + (f"; requests need {KEY}" if key else ""), flush=True)
+            run(api, bound, options.grace, api.close)
+        finally:
+            assistant.close()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
