@@ -171,24 +171,24 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits, share: Share
         raise ApiError(415, "Content-Encoding: send the body as it is", "unsupported_media_type")
     claimed = headers.get(b"content-length", b"0")
     large = claimed.isdigit() and int(claimed[:18]) > limits.body_bytes
-    body = bytearray()
+    body, more = bytearray(), True
     try:
         async with asyncio.timeout(limits.body_seconds):
-            more = not large
-            while more:
+            while more and not large:
                 event = await receive()
                 if event["type"] == "http.disconnect":
                     raise ClientGone
                 part, more = event.get("body", b""), event.get("more_body", False)
-                if large := len(body) + len(part) > limits.body_bytes:
-                    break
-                share.take(len(part))
-                body += part
+                large = len(body) + len(part) > limits.body_bytes
+                if not large:
+                    share.take(len(part))
+                    body += part
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} s",
                        "request_timeout") from None
     if large:
-        await _drain(receive, limits)
+        if more:
+            await _drain(receive, limits)
         raise ApiError(413, f"the body is over {limits.body_bytes:,} bytes; send smaller pictures"
                        " or fewer", "too_large")
     return bytes(body)

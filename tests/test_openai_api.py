@@ -219,8 +219,9 @@ def test_only_pictures_themselves_are_taken(url):
 
 
 @pytest.mark.parametrize("body", [
-    b"", b"{", b"\xff{}", b"[]", b"1", b'"x"', b"null", b'{"messages": NaN}', b'{"top_p": -Infinity}',
-    b"[" * 100_000, b'{"a":' * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", "{}".encode("utf-16"),
+    b"", b"{", b"\xff{}", b"[]", b"1", b'"x"', b"null", b'{"messages": NaN}',
+    b'{"top_p": -Infinity}', b"[" * 100_000, b'{"a":' * 100_000, b'{"seed": ' + b"9" * 5000 + b"}",
+    "{}".encode("utf-16"),
     b"\xef\xbb\xbf{}", b"{} {}",
 ])
 def test_what_is_no_json_object_is_refused(body):
@@ -239,8 +240,8 @@ def test_a_number_that_overflows_is_no_temperature():
 # -- properties -----------------------------------------------------------------------------------
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-    | st.sampled_from([2**70, -1, 0, 1, 1e300, "\ud800", "user", "text", "data:image/png;base64,"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(
+        [2**70, -1, 0, 1, 1e300, "\ud800", "user", "text", "data:image/png;base64,"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
                                                                max_size=3),
     max_leaves=8,
