@@ -26,6 +26,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
     The connections that it accepts are closed by the system when data waits for a client longer
     than `SILENT_SECONDS`, where the system can do that.
     """
+    if not 0 <= port <= 65535:  # which the system would take modulo 65,536
+        raise PhiSightError(f"--port {port}: must be from 0 to 65535; choose another --port")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -35,7 +37,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
         bound.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PhiSightError(f"--host {host} --port {port}: {reason}; choose another --port"
                             ) from None

@@ -1,0 +1,189 @@
+"""serve.py as a person runs it, the load benchmark in small, and the web app behind the API."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import runs
+from live_server import ask, assistant_of, get, live, post
+
+import serve
+from benchmarks.serve_load import (Server, ask_alone, mixture, question_bodies, send_all,
+                                   serving)
+from errors import PhiSightError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_mixture_of_clients_each_get_what_they_would_get_alone():
+    bodies = question_bodies(runs.world() / "held_out.jsonl", runs.world() / "images", 12)
+    with serving(runs.finished_run(), "--no-cache", "--max-rows", "8") as server:
+        expected, _, tokens = ask_alone(server, bodies)
+        assert tokens >= len(bodies) == len(expected)
+        before = server.measures()
+        outcome = send_all(server, mixture(bodies, 40, seed=0), 8, expected)
+        after = server.measures()
+        assert outcome.wrong == []
+        assert outcome.counts == {"good answered": 24, "slow answered": 6, "gone left": 6,
+                                  "bad refused": 4}
+        assert after["phisight_answers_running"] == after["phisight_queue_depth"] == 0
+        assert after["process_threads"] <= before["process_threads"]
+    # `serving` ends it with SIGTERM and raises where the exit code is not 0
+
+
+def test_the_load_benchmark_finds_answers_that_are_wrong_or_missing():
+    bodies = question_bodies(runs.world() / "held_out.jsonl", runs.world() / "images", 2)
+    jobs = [job for job in mixture(bodies, 20, seed=0) if job.manner in ("good", "slow")]
+    assert len(jobs) == 15
+    assistant = assistant_of()
+    with live(assistant) as server:
+        there = Server(None, server.address)
+        assert len(send_all(there, jobs, 4, ["never said", "nor this"]).wrong) == 15
+    assistant.close()
+    outcome = send_all(there, jobs, 4, ["", ""])  # nobody listens there any more
+    assert len(outcome.wrong) == 15 and set(outcome.counts) == {"good failed", "slow failed"}
+
+
+def started(*flags: str, **environment: str) -> tuple[subprocess.Popen, str]:
+    process = subprocess.Popen(
+        [sys.executable, "serve.py", "--port", "0", "--run", str(runs.finished_run()), *flags],
+        cwd=ROOT, env=runs.environment() | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = process.stdout.readline()
+    if "http://" not in line:
+        process.kill()
+        raise AssertionError(process.communicate())
+    return process, line
+
+
+def test_ctrl_c_ends_it_in_order_whatever_clients_hold_up():
+    process, line = started("--grace", "0", "--model-name", "mine", PHISIGHT_API_KEY="secret")
+    try:
+        assert line.startswith("mine (") and "requests need PHISIGHT_API_KEY" in line
+        assert "secret" not in line
+        address = line.partition("http://")[2].partition("/")[0]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"http://{address}/v1/models", timeout=60)
+        request = urllib.request.Request(f"http://{address}/v1/models",
+                                         headers={"Authorization": "Bearer secret"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert json.load(response)["data"][0]["id"] == "mine"
+        host, _, port = address.partition(":")
+        with socket.create_connection((host, int(port))) as half_asked:
+            half_asked.sendall(post(ask(), "Authorization: Bearer secret", length=500))
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, output) == (0, "")
+    assert "Traceback" not in errors and "secret" not in errors
+
+
+@pytest.mark.parametrize(("flags", "environment", "said"), [
+    (["--host", "0.0.0.0"], {}, "set PHISIGHT_API_KEY"),
+    (["--port", "70000"], {}, "choose another --port"),
+    (["--host", "no.such.host.invalid"], {}, "--host no.such.host.invalid"),
+    (["--max-body", "0"], {}, "--max-body"),
+    ([], {"PHISIGHT_API_KEY": " "}, "PHISIGHT_API_KEY: is empty"),
+    (["--run", "nowhere"], {}, "nowhere"),
+])
+def test_what_serve_refuses(flags, environment, said, monkeypatch):
+    monkeypatch.delenv("PHISIGHT_API_KEY", raising=False)
+    monkeypatch.setattr(serve, "run", lambda *_: pytest.fail("it serves"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PhiSightError, match=said):
+        serve.main(["--port", "0", *flags])
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(serve, "load_assistant", lambda _: pytest.fail("loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(PhiSightError, match="choose another --port"):
+            serve.main(["--port", str(taken.getsockname()[1])])
+
+
+# -- the web app on the same port -----------------------------------------------------------------
+
+SECRET = "a secret that no client may read"
+
+
+@pytest.fixture(scope="module")
+def with_app(tmp_path_factory):
+    if not (ROOT / "app.py").exists():
+        pytest.skip("there is no web app here")
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+    assistant = assistant_of()
+    with live(assistant, rest=serve.web_app(assistant), grace=0.2) as running:
+        yield running
+    assistant.close()
+
+
+def test_the_page_and_the_api_share_a_port(with_app):
+    assert b"<html" in with_app.exchange(get("/"))[2].lower()
+    assert [model.id for model in with_app.client().models.list()] == ["tiny"]
+    assert with_app.exchange(get("/v1/nothing"))[0] == 404
+
+
+def test_no_file_of_the_server_can_be_read(with_app, tmp_path):
+    file = tmp_path / "secret.txt"
+    file.write_text(SECRET)
+    inside = ROOT / "README.md"
+    for path in (file, inside, "/etc/passwd", "/proc/self/environ"):
+        for form in (f"/gradio_api/file={path}", f"/file={path}", f"/gradio_api/file=/{path}",
+                     f"/gradio_api/file=../../../../../../..{path}",
+                     f"/gradio_api/file=file://{path}", f"/static/..%2f..%2f..{path}",
+                     f"/v1/../..{path}", f"/{path}"):
+            status, _, body = with_app.exchange(get(form))
+            assert status in (400, 403, 404), form
+            assert SECRET.encode() not in body and b"root:" not in body and b"PATH=" not in body
+
+
+def test_no_event_of_the_app_reads_a_file_of_the_server(with_app, tmp_path):
+    """Every event that the page offers, sent as strangers would, with a path for each argument."""
+    file = tmp_path / "secret.txt"
+    file.write_text(SECRET)
+    picture = next((runs.world() / "images").glob("*.png"))
+    config = json.loads(plain(with_app.exchange(get("/config"))[2]))
+    for dependency in config["dependencies"]:
+        for path in (file, picture, "/etc/passwd"):
+            value = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+            message = {"text": "x", "files": [value]}
+            for argument in (value, message, [value], [message], str(path)):
+                body = json.dumps({
+                    "data": [argument] * len(dependency["inputs"]), "fn_index": dependency["id"],
+                    "session_hash": "stranger", "trigger_id": None, "event_data": None,
+                }).encode()
+                for route in ("/gradio_api/queue/join", "/gradio_api/run/predict"):
+                    request = post(body).replace(b"/v1/chat/completions", route.encode(), 1)
+                    answer = with_app.exchange(request)[2]
+                    assert SECRET.encode() not in answer and b"root:" not in answer
+
+
+def plain(body: bytes) -> bytes:
+    """The JSON in a body that may have come in chunks."""
+    return body[body.index(b"{") : body.rindex(b"}") + 1]
+
+
+def test_the_app_needs_the_key_too():
+    if not (ROOT / "app.py").exists():
+        pytest.skip("there is no web app here")
+    assistant = assistant_of()
+    with live(assistant, key="secret", rest=serve.web_app(assistant), grace=0.2) as server:
+        assert server.exchange(get("/"))[0] == 401
+        assert server.exchange(get("/config"))[0] == 401
+        password = base64.b64encode(b"me:secret").decode()
+        assert server.exchange(get("/", f"Authorization: Basic {password}"))[0] == 200
+    assistant.close()
