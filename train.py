@@ -120,7 +120,7 @@ def prepare_run(
         data = prepare(config, parts.chat_format, store,
                        lambda: VisionTower(parts.vision, parts.device))
 
-    lengths = [len(sample.input_ids) for sample in data.train]
+    lengths = data.train.lengths
     row_tokens = config.row_tokens or max(lengths)
     plans = [plan(config.seed, epoch, lengths, row_tokens) for epoch in range(config.epochs)]
     rows_per_step = config.batch_size * config.accumulation
@@ -544,7 +544,7 @@ def announce(run: Run, ranks: Ranks) -> None:
         print("warning: without deterministic algorithms a resumed run can differ in the last bits")
     print(f"data: {len(data.train)} conversations to train on, {len(data.validation)} to validate;"
           f" {len(data.quarantined)} records quarantined, {data.shortened} shortened")
-    filled = sum(len(s.input_ids) for s in data.train)
+    filled = sum(data.train.lengths)
     rows = len(plans[0])
     print(f"rows: {rows} of {row_tokens} tokens an epoch, padding"
           f" {100 * (1 - filled / (rows * row_tokens)):.1f} %; {total_steps} steps of"

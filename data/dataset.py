@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Literal
+from typing import Literal, TypeVar
 
 from data.images import load_image
 from data.stream import NotJson, kind_of, read_lines, read_records
@@ -65,6 +65,19 @@ class Conversation:
             part.value for message in self.messages for part in message.parts
             if part.kind == "image"
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a conversation is split by, without its text; `number` is its place among the good
+    conversations of the file."""
+
+    number: int
+    id: str
+    images: tuple[str, ...]
+
+
+Pictured = TypeVar("Pictured", Conversation, Outline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,28 +289,37 @@ def _checked_text(text: str, what: str) -> str:
 
 
 def load_conversations(path: str | Path, strict: bool = False) -> LoadedData:
-    """Read a data file: one JSON list of records, or one record a line (JSONL).
+    """Every good conversation of a data file at once; see `read_conversations`."""
+    quarantined: list[Quarantined] = []
+    return LoadedData(list(read_conversations(path, quarantined, strict)), quarantined)
 
-    The text is never held whole: see `data.stream`. A bad record is quarantined with its reason;
-    with `strict` it raises PhiSightError. A file that is missing, empty, not JSON, not a list, or
-    without one good record raises PhiSightError.
+
+def read_conversations(
+    path: str | Path, quarantined: list[Quarantined], strict: bool = False
+) -> Iterator[Conversation]:
+    """The good conversations of a data file, one by one: a JSON list of records, or JSONL.
+
+    Neither the text nor the conversations are held: see `data.stream`. A bad record is appended to
+    `quarantined` with its reason; with `strict` it raises PhiSightError. A file that is missing,
+    empty, not JSON, not a list, or without one good record raises PhiSightError.
     """
-    conversations, quarantined = [], []
+    good, bad = 0, []
     for where, record in read_records(Path(path)):
         found = conversation_or_fault(record)
         if isinstance(found, Conversation):
-            conversations.append(found)
+            good += 1
+            yield found
             continue
         if strict:
             raise PhiSightError(f"{where}: {found.reason}; mend or remove the record")
-        quarantined.append(Quarantined(where, found.id, found.reason))
-    if not conversations:
-        first = [f", the first ({bad.where}): {bad.reason}" for bad in quarantined[:1]]
+        bad.append(Quarantined(where, found.id, found.reason))
+        quarantined.append(bad[-1])
+    if not good:
+        first = [f", the first ({entry.where}): {entry.reason}" for entry in bad[:1]]
         raise PhiSightError(
-            f"{path}: no usable record among {len(quarantined)}{''.join(first)}; "
+            f"{path}: no usable record among {len(bad)}{''.join(first)}; "
             "give a LLaVA-Instruct JSON file"
         )
-    return LoadedData(conversations, quarantined)
 
 
 def _id_for_report(record: object) -> str:
@@ -406,8 +428,8 @@ def check_images(
 
 
 def split_by_image(
-    conversations: Sequence[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
+    conversations: Sequence[Pictured], fraction: float, seed: int
+) -> tuple[list[Pictured], list[Pictured]]:
     """Split into (train, validation) so that no picture is on both sides.
 
     Conversations that share a picture, directly or through others, form a group; a text-only one
@@ -439,8 +461,8 @@ def split_by_image(
 
 
 def take_fraction(
-    conversations: Sequence[Conversation], fraction: float, seed: int
-) -> list[Conversation]:
+    conversations: Sequence[Pictured], fraction: float, seed: int
+) -> list[Pictured]:
     """Keep about `fraction` of the picture groups (see `split_by_image`), at least one.
 
     A smaller fraction keeps a subset of what a larger one keeps. The choice is independent of the
@@ -462,7 +484,7 @@ def _place_in_unit_interval(purpose: str, seed: int, name: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def _group_names(conversations: Sequence[Conversation]) -> list[str]:
+def _group_names(conversations: Sequence[Pictured]) -> list[str]:
     """For each conversation the name of its group: the alphabetically first picture in it.
 
     Union-find over picture names; the smaller name is always the root, so that the name of a group

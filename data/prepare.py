@@ -9,20 +9,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from config import Config, need_file
 from data.chat import ChatFormat, RenderedSample, fit_to_limit, render
 from data.dataset import (
     Conversation,
+    Outline,
     Quarantined,
-    load_conversations,
+    read_conversations,
     split_by_image,
     take_fraction,
 )
 from data.features import Extract, FeatureStore
+from data.packed import PackedSamples
 from errors import PhiSightError
 
 DATA_REMEDY = "give --data FILE, or make the picture world with: python -m data.world"
@@ -33,7 +36,7 @@ class TrainingData:
     """What a run trains and validates on. `first_exchanges` are the validation conversations cut to
     their first question and answer: what the alignment meter asks."""
 
-    train: list[RenderedSample]
+    train: PackedSamples
     validation: list[RenderedSample]
     first_exchanges: list[RenderedSample]
     quarantined: list[Quarantined]
@@ -51,49 +54,92 @@ def prepare(
     Raises `PhiSightError` where nothing is left to train on, and under `strict` at the first record
     that would be set aside.
     """
-    loaded = load_conversations(need_file(config.data, "--data", DATA_REMEDY), config.strict)
-    quarantined = list(loaded.quarantined)
-    conversations = take_fraction(loaded.conversations, config.data_fraction, config.seed)
-    if any(c.images for c in conversations) and not Path(config.images).is_dir():
+    path = need_file(config.data, "--data", DATA_REMEDY)
+    quarantined: list[Quarantined] = []
+    everything = _outlines(path, quarantined, config.strict)
+    outlines = take_fraction(everything, config.data_fraction, config.seed)
+    if any(c.images for c in outlines) and not Path(config.images).is_dir():
         raise PhiSightError(f"{config.images or '--images'}: no such folder; give --images FOLDER")
-    names = sorted({name for c in conversations for name in c.images})
+    names = sorted({name for c in outlines for name in c.images})
     bad = store.add(names, Path(config.images), extract)
-    conversations, unusable = _without(conversations, bad)
+    outlines, unusable = _without(outlines, bad)
     quarantined += unusable
     _stop_if_strict(config, quarantined)
-    if not conversations:
+    if not outlines:
         raise _nothing_left(config, "train", quarantined)
-    train, validation = split_by_image(conversations, config.validation_fraction, config.seed)
+    train, validation = split_by_image(outlines, config.validation_fraction, config.seed)
+    asked = evenly_spaced(validation, config.evaluation_conversations)
 
-    rendered: list[list[RenderedSample]] = []
-    shortened = 0
-    for part in (train, validation):
-        samples = []
-        for conversation in part:
-            try:
-                messages, dropped = fit_to_limit(
-                    conversation.messages, chat_format, config.max_text_tokens
-                )
-            except PhiSightError as error:
-                quarantined.append(Quarantined("conversation", conversation.id, str(error)))
-                continue
-            shortened += dropped > 0
-            samples.append(render(messages, chat_format))
-        rendered.append(samples)
+    parts = [_Rendered(PackedSamples(chat_format)), _Rendered(PackedSamples(chat_format))]
+    part_of = {outline.number: part
+               for part, side in zip(parts, (train, validation)) for outline in side}
+    exchanges: dict[int, RenderedSample] = {}
+    numbers = {outline.number for outline in asked}
+    for number, conversation in _again(path, everything):
+        if number in part_of:
+            part_of[number].add(conversation, chat_format, config.max_text_tokens)
+        if number in numbers:
+            exchange = render(_first_exchange(conversation).messages, chat_format)
+            if _text_tokens(exchange, chat_format) <= config.max_text_tokens:
+                exchanges[number] = exchange
+    for part in parts:
+        quarantined += part.quarantined
     _stop_if_strict(config, quarantined)
-    if not all(rendered):
-        raise _nothing_left(config, "validate" if rendered[0] else "train", quarantined)
-    chosen = evenly_spaced(validation, config.evaluation_conversations)
-    exchanges = [c for c in (_first_exchange(c) for c in chosen)
-                 if _text_tokens(c, chat_format) <= config.max_text_tokens]
+    if not all(part.samples for part in parts):
+        raise _nothing_left(config, "validate" if parts[0].samples else "train", quarantined)
     return TrainingData(
-        train=rendered[0],
-        validation=evenly_spaced(rendered[1], config.evaluation_conversations),
-        first_exchanges=[render(c.messages, chat_format) for c in exchanges],
+        train=parts[0].samples,
+        validation=evenly_spaced(parts[1].samples, config.evaluation_conversations),
+        first_exchanges=list(exchanges.values()),
         quarantined=quarantined,
-        shortened=shortened,
-        fingerprint=_fingerprint([*rendered[0], *rendered[1]], store),
+        shortened=sum(part.shortened for part in parts),
+        fingerprint=_fingerprint(chain.from_iterable(part.samples for part in parts), store),
     )
+
+
+@dataclass
+class _Rendered:
+    """One side of the split: its samples, and its conversations that were too long."""
+
+    samples: PackedSamples
+    quarantined: list[Quarantined] = field(default_factory=list)
+    shortened: int = 0
+
+    def add(
+        self, conversation: Conversation, chat_format: ChatFormat, max_text_tokens: int
+    ) -> None:
+        try:
+            messages, dropped = fit_to_limit(conversation.messages, chat_format, max_text_tokens)
+        except PhiSightError as error:
+            self.quarantined.append(Quarantined("conversation", conversation.id, str(error)))
+            return
+        self.shortened += dropped > 0
+        self.samples.append(render(messages, chat_format))
+
+
+def _outlines(path: Path, quarantined: list[Quarantined], strict: bool) -> list[Outline]:
+    """All good conversations without their text, which is read again when it is rendered."""
+    names: dict[str, str] = {}  # conversations share pictures: each name is held once
+    return [
+        Outline(number, conversation.id, tuple(names.setdefault(n, n) for n in conversation.images))
+        for number, conversation in enumerate(read_conversations(path, quarantined, strict))
+    ]
+
+
+def _again(path: Path, everything: Sequence[Outline]) -> Iterator[tuple[int, Conversation]]:
+    """The good conversations of a file that was read before, with their numbers.
+
+    Raises PhiSightError if it holds others now: computing features may take days.
+    """
+    number = -1
+    for number, conversation in enumerate(read_conversations(path, [])):
+        if number >= len(everything) or (conversation.id, conversation.images) != (
+            everything[number].id, everything[number].images
+        ):
+            raise PhiSightError(f"{path}: was changed while it was in use; run again")
+        yield number, conversation
+    if number + 1 != len(everything):
+        raise PhiSightError(f"{path}: was changed while it was in use; run again")
 
 
 def _stop_if_strict(config: Config, quarantined: Sequence[Quarantined]) -> None:
@@ -122,8 +168,8 @@ def evenly_spaced(items: Sequence, count: int) -> list:
 
 
 def _without(
-    conversations: Sequence[Conversation], bad: dict[str, str]
-) -> tuple[list[Conversation], list[Quarantined]]:
+    conversations: Sequence[Outline], bad: dict[str, str]
+) -> tuple[list[Outline], list[Quarantined]]:
     good, set_aside = [], []
     for conversation in conversations:
         reason = next((bad[name] for name in conversation.images if name in bad), None)
@@ -139,12 +185,11 @@ def _first_exchange(conversation: Conversation) -> Conversation:
     return dataclasses.replace(conversation, messages=conversation.messages[:end])
 
 
-def _text_tokens(conversation: Conversation, chat_format: ChatFormat) -> int:
-    sample = render(conversation.messages, chat_format)
+def _text_tokens(sample: RenderedSample, chat_format: ChatFormat) -> int:
     return len(sample.input_ids) - len(sample.images) * chat_format.tokens_per_image
 
 
-def _fingerprint(samples: Sequence[RenderedSample], store: FeatureStore) -> str:
+def _fingerprint(samples: Iterable[RenderedSample], store: FeatureStore) -> str:
     total = hashlib.sha256()
     for sample in samples:
         # The features too: another machine may compute the same picture's a little differently.

@@ -20,9 +20,9 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 import hub
 from errors import PhiSightError
+from fingerprint import byte_bar, hash_files
 from lora.layer import secure_four_bit
 from model import base_cache
-from model.fingerprint import byte_bar, hash_files
 from model.rope import SegmentLongRope, rope_crossing
 
 QUANTIZATIONS = ("nf4", "nf4-nested", "none")

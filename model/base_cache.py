@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.fingerprint import byte_bar
+from fingerprint import byte_bar
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"

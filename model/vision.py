@@ -24,8 +24,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 import hub
 from config import Config, Parser
 from errors import PhiSightError, run_main
+from fingerprint import hash_files
 from model.base import DOWNLOADED, find_weight_files
-from model.fingerprint import hash_files
 
 FILES = "config.json, preprocessor_config.json and model.safetensors (or pytorch_model.bin)"
 LAYOUT = f"it needs {FILES}"
@@ -57,7 +57,7 @@ def read_vision_spec(
 ) -> VisionSpec:
     """Find the CLIP, check its config and fingerprint its files, without loading the weights.
 
-    `cache`: a folder in which to remember the fingerprint, see `model.fingerprint`. Raises
+    `cache`: a folder in which to remember the fingerprint, see `fingerprint`. Raises
     PhiSightError for a folder that is no CLIP's, a layer that it does not have, and a `pooling`
     into which its grid of patches cannot be cut.
     """

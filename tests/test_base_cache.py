@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_base import logits, save_model
 
-from model import base_cache, fingerprint
+import fingerprint
+from fingerprint import hash_files
+from model import base_cache
 from model.base import load_base
-from model.fingerprint import hash_files
 
 
 @pytest.fixture(scope="module")

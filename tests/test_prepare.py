@@ -1,6 +1,7 @@
 """From files to rendered conversations: what is set aside, what stops, what is fingerprinted."""
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from conftest import ROOT
 from PIL import Image
 
 from config import Config, default_config, replace
-from data.chat import ChatFormat, load_tokenizer, render
+from data.chat import ChatFormat, RenderedSample, load_tokenizer, render
 from data.dataset import load_conversations
 from data.features import FeatureStore
+from data.packed import PackedSamples
 from data.prepare import TrainingData, evenly_spaced, prepare
 from errors import PhiSightError
 
@@ -113,6 +115,61 @@ def test_evaluation_looks_at_as_many_conversations_as_asked(workspace):
     assert len(data.validation) == len(data.first_exchanges) == 3
     assert pictures_of(data.validation) <= pictures_of(everything.validation)
     assert data.fingerprint == everything.fingerprint  # the data is the same, less is looked at
+
+
+def test_packed_samples_are_the_samples(chat_format):
+    image = [chat_format.image_id] * TOKENS
+    samples = [
+        RenderedSample([5, *image, 7, 0], [False] * (TOKENS + 2) + [True], ("a",)),
+        RenderedSample([0], [False], ()),
+        RenderedSample([0, 1, 2], [True, True, False], ()),
+        RenderedSample([*image, *image, 3, *image], [False] * (2 * TOKENS) + [True]
+                       + [False] * TOKENS, ("b", "b", "a")),
+        RenderedSample([], [], ()),
+    ]
+    packed = PackedSamples(chat_format)
+    assert not packed
+    for sample in samples:
+        packed.append(sample)
+    assert list(packed) == samples and packed[1:4] == samples[1:4] and packed[-2] == samples[3]
+    assert packed.lengths == [len(sample.input_ids) for sample in samples]
+    assert packed + samples[:1] == samples + samples[:1]
+    for place in (5, -6):
+        with pytest.raises(IndexError):
+            packed[place]
+
+
+def test_packed_samples_take_little_memory(chat_format):
+    """The ids of a picture cost nothing, and a token of text the size of its number."""
+    packed = PackedSamples(chat_format)
+    sample = RenderedSample([*[chat_format.image_id] * TOKENS, *range(1000)],
+                            [False] * (TOKENS + 1000), ("a",))
+    tracemalloc.start()
+    for _ in range(1000):
+        packed.append(sample)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 5_000_000
+
+
+def test_a_file_that_changes_while_it_is_in_use_is_an_error(workspace):
+    config = workspace.config()
+    path = workspace.folder / "data.json"
+    whole = path.read_text()
+
+    def extract():
+        path.write_text(changed)
+        return lambda pictures: torch.zeros(len(pictures), TOKENS, 2)
+
+    for number, changed in enumerate((
+        whole.replace('"about 03.png"', '"another"'), json.dumps(workspace.records[:-1]),
+        json.dumps([*workspace.records, record(None)]),
+        whole.replace('"image": "03.png"', '"image": "04.png"'),
+    )):
+        path.write_text(whole)
+        store = FeatureStore(workspace.folder / str(number), "fake", (TOKENS, 2))
+        with pytest.raises(PhiSightError, match="was changed while it was in use; run again"):
+            prepare(config, workspace.chat_format, store, extract)
 
 
 def test_evenly_spaced():

@@ -12,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # A room imports only itself and rooms before it. What is not listed here is in no room.
-ORDER = ("errors", "config", "hub", "resume", "data", "lora", "kernels", "model", "optim",
-         "metrics", "checkpoints", "meter", "train", "interface", "infer", "evaluate", "doors",
-         "export", "serving", "app", "serve")
+ORDER = ("errors", "config", "hub", "fingerprint", "resume", "data", "lora", "kernels", "model",
+         "optim", "metrics", "checkpoints", "meter", "train", "interface", "infer", "evaluate",
+         "doors", "export", "serving", "app", "serve")
 OUTSIDE = ("tests", "tools", "benchmarks")  # may import everything, and nobody imports them
 ENDS = ("train", "export", "app", "serve")  # commands: nothing imports them, except that
 TOGETHER = ("serve", "app")  # the server can serve the web app too
