@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -47,25 +47,27 @@ def hash_files(paths: Sequence[Path], memory: str | Path | None = None) -> str:
             if known := _recall(place, before):
                 return known
         found = _read(paths)
-        if place and _stamps(paths) == before and not _young(before):
+        if place and _stamps(paths) == before and not any(
+            is_young(stamp[1:]) for stamp in before
+        ):
             _remember(place, before, found)
         return found
     except OSError as error:
         raise PhiSightError(f"{error.filename}: {error.strerror}; check the file") from error
 
 
+def stamp_of(status: os.stat_result) -> list[int]:
+    """What tells one state of a file from another without reading it: size, times, inode."""
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+
+
+def is_young(stamp: list[int]) -> bool:
+    """Whether the file may change again without its stamp changing."""
+    return max(stamp[1:3]) > time.time_ns() - YOUNG_SECONDS * 1e9
+
+
 def _stamps(paths: Sequence[Path]) -> list[list]:
-    """What tells one state of the files from another without reading them."""
-    stamps = []
-    for path in paths:
-        status = path.stat()
-        stamps.append([str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns,
-                       status.st_ino, status.st_dev])
-    return stamps
-
-
-def _young(stamps: list[list]) -> bool:
-    return max(max(stamp[2:4]) for stamp in stamps) > time.time_ns() - YOUNG_SECONDS * 1e9
+    return [[str(path.resolve()), *stamp_of(path.stat())] for path in paths]
 
 
 def _read(paths: Sequence[Path]) -> str:
@@ -101,11 +103,50 @@ def _seal(found: str) -> str:
 
 def _remember(place: Path, stamps: list[list], found: str) -> None:
     """Write it whole, or leave it: next time the files are only read once more."""
+    _write(place, {"files": stamps, "sha256": found, "seal": _seal(found)})
+
+
+def _write(place: Path, content: dict) -> None:
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        content = {"files": stamps, "sha256": found, "seal": _seal(found)}
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
         os.replace(temporary, place)
     except OSError:
         temporary.unlink(missing_ok=True)
+
+
+class RememberedHashes:
+    """sha256 of many files of a folder, such as pictures, each read once while it stays as it is.
+
+    They are remembered in one file, which `save` writes. The cost is the one that is told above.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place, self._changed = place, False
+        self._known: dict[str, list] = {}  # name -> [sha256, *stamp]
+        try:
+            content = json.loads(place.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return
+        known = content.get("files") if isinstance(content, dict) else None
+        if isinstance(known, dict) and content.get("seal") == _seal(json.dumps(known)):
+            self._known = known
+
+    def of(self, name: str, path: Path, read: Callable[[Path], str]) -> str:
+        """The sha256 of the file at `path`, known here as `name`; `read(path)` computes it."""
+        stamp = stamp_of(path.stat())
+        known = self._known.get(name)
+        if known and known[1:] == stamp:
+            return known[0]
+        found = read(path)
+        if stamp == stamp_of(path.stat()) and not is_young(stamp):
+            self._known[name] = [found, *stamp]
+            self._changed = True
+        return found
+
+    def save(self) -> None:
+        """Write what is new; where that cannot be done, files are read again next time."""
+        if self._changed:
+            _write(self.place, {"files": self._known, "seal": _seal(json.dumps(self._known))})
+            self._changed = False

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from data.images import load_image
 from data.storage import STORAGES, StoragePlan, bytes_per_picture
 from errors import PhiSightError
+from fingerprint import RememberedHashes
 
 SHARD_PICTURES = 1024
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory twice while it is written
@@ -152,6 +153,7 @@ class FeatureStore:
         self._where: dict[str, tuple[int, int]] = {}  # hash -> (shard, row)
         self._shards: list[_Shard] = []
         self._hash_of: dict[str, str] = {}  # picture name -> hash
+        self._hashes = Path(folder) / "pictures"  # what was hashed, a file for each picture folder
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -231,15 +233,19 @@ class FeatureStore:
         """
         bad: dict[str, str] = {}
         missing: dict[str, Path] = {}
-        for name in dict.fromkeys(names):
+        place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        hashes = RememberedHashes(self._hashes / f"{place}.json")
+        for name in tqdm(dict.fromkeys(names), desc="looking for pictures", unit="picture",
+                         delay=5, disable=None):
             path = folder / name
             try:
-                self._hash_of[name] = file_hash(path)
+                self._hash_of[name] = hashes.of(name, path, file_hash)
             except OSError as error:
                 bad[name] = f"{path}: {error.strerror}"
                 continue
             if self._hash_of[name] not in self:
                 missing[name] = path
+        hashes.save()
         if BLANK not in self or missing:
             self.refresh()  # another process may have computed them meanwhile
             missing = {name: path for name, path in missing.items()

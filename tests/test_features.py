@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import fingerprint
 from data import features
 from data.features import BLANK, STORED_DTYPE, FeatureStore, blank_picture, file_hash
 from errors import PhiSightError
@@ -310,3 +311,79 @@ def test_a_shard_of_another_shape_is_an_error(pictures, new_store):
     new_store().add(names, folder, FakeTower())
     with pytest.raises(PhiSightError, match=r"11, 2, 3.*11, 2, 4"):
         new_store(shape=(2, 4))
+
+
+# -- pictures that were hashed before -------------------------------------------------------------
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Names the pictures that are read for their hash; files of a moment ago are remembered."""
+    monkeypatch.setattr(fingerprint, "YOUNG_SECONDS", 0.0)
+    names = []
+    real = features.file_hash
+    monkeypatch.setattr(features, "file_hash", lambda path: names.append(path.name) or real(path))
+    return names
+
+
+def test_pictures_that_stayed_as_they_were_are_not_read_again(pictures, new_store, hashed):
+    folder, names = pictures
+    new_store().add(names, folder, FakeTower())
+    assert sorted(hashed) == sorted(names)
+    hashed.clear()
+    for key in ("key", "another"):  # the hash of a file is that for every tower
+        store = new_store(key)
+        assert store.add(names, folder, FakeTower()) == {}
+        check_all(store, folder, names)
+    assert hashed == []
+
+
+def test_a_picture_that_changed_is_read_again(pictures, new_store, hashed):
+    folder, names = pictures
+    new_store().add(names, folder, FakeTower())
+    hashed.clear()
+    status = (folder / names[0]).stat()
+    paint(folder / names[0], 99)
+    os.utime(folder / names[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(folder / names[2], folder / names[1])
+    store = new_store()
+    bad = store.add(names, folder, FakeTower())
+    assert sorted(hashed) == names[:2] and list(bad) == [names[2]]
+    check_all(store, folder, [*names[:2], *names[3:]])
+
+
+def test_the_same_names_in_another_folder_are_other_pictures(pictures, new_store, hashed, tmp_path):
+    folder, names = pictures
+    new_store().add(names, folder, FakeTower())
+    other = tmp_path / "other"
+    other.mkdir()
+    for number, name in enumerate(names):
+        paint(other / name, 100 + number)
+    hashed.clear()
+    store = new_store()
+    store.add(names, other, FakeTower())
+    assert sorted(hashed) == sorted(names)
+    check_all(store, other, names)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"files": {"0.png": ["x"]}}'])
+def test_hashes_that_were_damaged_or_cannot_be_written_are_made_anew(
+    pictures, new_store, hashed, tmp_path, content
+):
+    folder, names = pictures
+    new_store().add(names, folder, FakeTower())
+    [place] = (tmp_path / "store/pictures").iterdir()
+    if content is None:  # a bit
+        place.write_text(place.read_text().replace('"0.png": ["', '"0.png": ["f', 1))
+    else:
+        place.write_text(content)
+    hashed.clear()
+    store = new_store()
+    store.add(names, folder, FakeTower())
+    assert sorted(hashed) == sorted(names)
+    check_all(store, folder, names)
+    place.unlink()
+    place.mkdir()  # nothing can be written there
+    store = new_store()
+    assert store.add(names, folder, FakeTower()) == {}
+    check_all(store, folder, names)
