@@ -192,6 +192,9 @@ def choose_algorithms(deterministic: bool) -> None:
     # use, to work in buffers of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    # That mode also fills every new tensor, in case something reads what it has not written: a
+    # sixth of a step on a CPU.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     # The backward of memory-efficient attention adds in the order in which blocks finish; the plain
     # one (flash attention takes no mask) is what is left.
     torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from errors import PhiSightError
 from lora.dropout import set_row_keys
+from model.attention import attend_by_segment
 from model.projector import ImageProjector
 
 IGNORED = -100
@@ -25,6 +26,14 @@ def segment_mask(segment_ids: Tensor) -> Tensor:
     return same.tril()[:, None]
 
 
+def segment_lengths(segment_ids: Tensor) -> list[int]:
+    """Tokens of every conversation, and of every stretch of padding, row after row."""
+    rows = torch.arange(len(segment_ids), device=segment_ids.device)[:, None]
+    # Two rows may end and begin with the same number, as rows of one conversation do.
+    numbers = segment_ids + rows * (segment_ids.max() + 1)
+    return torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+
+
 class VisionLanguageModel(nn.Module):
     """Owns no weights beyond its two parts: `language_model` (with its adapter) and `projector`."""
 
@@ -33,6 +42,7 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.language_model = language_model
+        attend_by_segment(language_model)
         self.projector = projector
         self.placeholder_id = placeholder_id
 
@@ -56,10 +66,12 @@ class VisionLanguageModel(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, image_features: Tensor
     ) -> Tensor:
         """Last hidden states of packed rows, (rows, length, dim)."""
+        by_segment = self.training and segment_ids.device.type == "cpu"
         return self.language_model.model(
             inputs_embeds=self.embed(input_ids, image_features),
             position_ids=position_ids,
             attention_mask=segment_mask(segment_ids),
+            segment_lengths=segment_lengths(segment_ids) if by_segment else None,
             use_cache=False,
         ).last_hidden_state
 

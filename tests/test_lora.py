@@ -84,7 +84,7 @@ def test_forward_and_gradients_equal_peft(make_base):
     (result * weight).sum().backward()
     (expected * weight).sum().backward()
     torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(mine.grad, other.grad, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=1e-6)
     for name in ("lora_A", "lora_B"):
         gradient = getattr(theirs, name)["default"].weight.grad
         assert gradient.abs().max() > 0.1
