@@ -68,6 +68,7 @@ class Report:
             ("distinct pictures", distinct, CHECKED[self.survey.picture_check]),
             ("  missing", self.survey.missing, ""),
             ("  broken", len(bad) - self.survey.missing, ""),
+            ("  copies of another", self.survey.copies, "the same bytes under another name"),
             ("repeated ids", tally.conversations - tally.distinct("ids"), ""),
             ("identical conversations", tally.conversations - tally.distinct("contents"), ""),
             ("tokens", tokens, ""),

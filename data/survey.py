@@ -30,7 +30,7 @@ from data.dataset import (
     conversation_or_fault,
     picture_names,
 )
-from data.images import load_image, looks_whole
+from data.images import END_BYTES, load_image, looks_whole
 from data.lengths import TokenCounter
 from data.stream import read_records
 from errors import PhiSightError
@@ -98,6 +98,8 @@ class Survey:
     picture_check: str
     """one of `PICTURE_CHECKS`, or empty where pictures were not looked at"""
     workers: int
+    copies: int = 0
+    """pictures that have the bytes of another one of another name"""
 
 
 def survey(
@@ -113,17 +115,23 @@ def survey(
     if folder is not None and not folder.is_dir():
         raise PhiSightError(f"{folder}: no such image folder; give the folder of the pictures")
     bad: dict[str, str] = {}
-    missing = 0
+    missing, copies = 0, 0
     if picture_check == "auto" and folder is not None:
         few = sum(1 for _ in islice(distinct_names(path), DECODED_AT_MOST + 1)) <= DECODED_AT_MOST
         picture_check = "decode" if few else "quick"
     with Workers(workers, chat_format) as pool:
         if folder is not None:
-            for found, absent in pool.map(check_pictures, (
+            first: dict[int, str] = {}  # mark -> the first picture of it
+            alike: dict[int, list[str]] = {}
+            for found, absent, marks in pool.map(check_pictures, (
                 (names, folder, picture_check) for names in batches(distinct_names(path))
             )):
                 bad |= found
                 missing += absent
+                for name, mark in marks.items():
+                    if first.setdefault(mark, name) is not name:
+                        alike.setdefault(mark, [first[mark]]).append(name)
+            copies = sum(pool.map(count_copies, ((names, folder) for names in alike.values())))
         total = Tally()
         for tally in pool.map(tally_records, (
             (batch, reasons_for(batch, bad)) for batch in batches(read_records(path))
@@ -131,7 +139,8 @@ def survey(
             total.add(tally)
     if not total.records:
         raise PhiSightError(f"{path}: holds no record; give a LLaVA-Instruct JSON file")
-    return Survey(total, bad, missing, "" if folder is None else picture_check, workers)
+    return Survey(total, bad, missing, "" if folder is None else picture_check, workers,
+                  copies)
 
 
 def distinct_names(path: Path) -> Iterator[str]:
@@ -162,9 +171,10 @@ def reasons_for(batch: Sequence[tuple[str, object]], bad: dict[str, str]) -> dic
 
 def check_pictures(
     counter: TokenCounter, names: Sequence[str], folder: Path, picture_check: str
-) -> tuple[dict[str, str], int]:
-    """name -> reason for the pictures that cannot be used, and how many of them are missing."""
-    bad, missing = {}, 0
+) -> tuple[dict[str, str], int, dict[str, int]]:
+    """name -> reason for the pictures that cannot be used, how many of them are missing, and
+    name -> mark for those that were looked into: files of different marks are different."""
+    bad, missing, marks = {}, 0, {}
     for name in names:
         path = folder / name
         try:
@@ -172,12 +182,34 @@ def check_pictures(
                 if not path.is_file():
                     raise PhiSightError(f"{path}: no such file; check the name and the image"
                                         " folder")
-            elif picture_check == "decode" or not looks_whole(path):
+                continue
+            if picture_check == "decode" or not looks_whole(path):
                 load_image(path)
+            marks[name] = _mark(path)
         except PhiSightError as error:
             bad[name] = str(error)
             missing += not os.path.lexists(path)
-    return bad, missing
+    return bad, missing, marks
+
+
+def _mark(path: Path) -> int:
+    """64 bits of a file's size and its last bytes, which compressed pictures hardly ever share."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # gone since: training finds it
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - END_BYTES))
+        return _hash64(f"{size}/{hashlib.sha256(file.read(END_BYTES)).hexdigest()}")
+    return _hash64(str(path))
+
+
+def count_copies(counter: TokenCounter, names: Sequence[str], folder: Path) -> int:
+    """How many of these files have the very bytes of one before them."""
+    seen, copies = set(), 0
+    for name in names:
+        with contextlib.suppress(OSError), open(folder / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+            copies += digest in seen
+            seen.add(digest)
+    return copies
 
 
 def tally_records(

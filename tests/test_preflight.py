@@ -101,6 +101,27 @@ def test_the_ways_to_check_pictures(made, chat_format, check, bad):
     assert (len(found.bad_pictures), found.missing) == (bad, 3)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_of_the_same_bytes_are_counted(tmp_path, chat_format, workers):
+    """Two names of one picture, three of another; and two that only end alike."""
+    names = [f"{n}.jpg" for n in range(4)]
+    write_pictures(tmp_path, names, broken=0)
+    bodies = {name: (tmp_path / name).read_bytes() for name in names}
+    for name, body in (("a.jpg", bodies["0.jpg"]), ("b.jpg", bodies["1.jpg"]),
+                       ("c.jpg", bodies["1.jpg"])):
+        (tmp_path / name).write_bytes(body)
+    padding = bytes(5000)
+    (tmp_path / "d.jpg").write_bytes(bodies["2.jpg"] + padding)
+    body = bodies["2.jpg"]  # with its own name as a comment, from byte 6 on
+    (tmp_path / "e.jpg").write_bytes(body[:6] + b"?" + body[7:] + padding)
+    assert surveys._mark(tmp_path / "d.jpg") == surveys._mark(tmp_path / "e.jpg")
+    everything = [*names, "a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
+    write_json(tmp_path / "d.json", records(20, everything, broken=0, seed=0), 20)
+    found = survey(tmp_path / "d.json", tmp_path, chat_format, "quick", workers)
+    assert found.copies == 3
+    assert survey(tmp_path / "d.json", tmp_path, chat_format, "exists", workers).copies == 0
+
+
 def test_many_pictures_are_not_decoded_unless_asked(made, chat_format, monkeypatch):
     monkeypatch.setattr(surveys, "DECODED_AT_MOST", 10)
     assert survey(made / "d.json", made / "images", chat_format).picture_check == "quick"
