@@ -292,7 +292,9 @@ def train_theirs(
     """Each step's loss, by the Trainer; `on_step` is called after each."""
     from transformers import TrainerCallback
 
-    torch.use_deterministic_algorithms(False)  # as the Trainer runs without being told otherwise
+    if any(len(step) != run.config.accumulation for step in steps):
+        raise PhiSightError("accumulation: the last step of an epoch has fewer rows, which the"
+                            " Trainer is not told; choose a number of steps within whole ones")
     losses: list[float] = []
     batches = [micro for step in steps for micro in step]
     trainer = trainer_of(run, peft_model(run), batches, run.total_steps)
@@ -349,6 +351,7 @@ def measure(side: str, config: Config, steps: int) -> dict[str, Any]:
             losses.append(loss)
             after_step()
     else:
+        torch.use_deterministic_algorithms(False)  # as the Trainer runs unless told otherwise
         if side == "theirs-grouped":
             chosen = chosen[:WARM_UP] + grouped(run, chosen[WARM_UP:])
         losses = train_theirs(run, chosen, after_step)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
@@ -71,9 +71,3 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, count: int) -> Tensor:
     turned[:, :count, :half].mul_(cos).addcmul_(second, sin, value=-1)
     turned[:, :count, half : 2 * half].mul_(cos).addcmul_(first, sin)
     return turned
-
-
-def attend_by_segment(language_model: nn.Module) -> None:
-    """Let the attention of a Phi-3 take `segment_lengths`; weights and names stay as they are."""
-    for layer in language_model.model.layers:
-        layer.self_attn.__class__ = PackedAttention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from errors import PhiSightError
 from lora.dropout import set_row_keys
-from model.attention import attend_by_segment
+from model.head import SummedCrossEntropy
+from model.layers import prepare_layers
 from model.projector import ImageProjector
 
 IGNORED = -100
@@ -42,7 +44,7 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.language_model = language_model
-        attend_by_segment(language_model)
+        prepare_layers(language_model)
         self.projector = projector
         self.placeholder_id = placeholder_id
 
@@ -75,29 +77,35 @@ class VisionLanguageModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def supervised_logits(
+    def supervised_states(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, segment_ids: Tensor,
         image_features: Tensor, row_keys: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits (supervised, vocabulary) float32 where a token is trained on, and the tokens."""
+        """States (supervised, dim) from which a token is predicted that counts, and the tokens."""
         set_row_keys(self.language_model, row_keys)
         hidden = self.hidden_states(input_ids, position_ids, segment_ids, image_features)
         targets = labels[:, 1:]  # the state at t predicts the token at t + 1
         chosen = targets != IGNORED
-        return self.language_model.lm_head(hidden[:, :-1][chosen]).float(), targets[chosen]
+        return hidden[:, :-1][chosen], targets[chosen]
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, segment_ids: Tensor,
-        image_features: Tensor, row_keys: Sequence[int] | None = None,
-    ) -> tuple[Tensor, int]:
+    def supervised_logits(self, **batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits (supervised, vocabulary) float32 where a token is trained on, and the tokens."""
+        states, targets = self.supervised_states(**batch)
+        return self.language_model.lm_head(states).float(), targets
+
+    def forward(self, **batch: Any) -> tuple[Tensor, int]:
         """Summed cross-entropy over the supervised tokens (0-dim float32), and their count.
 
-        `row_keys`: one a row, from which dropout masks are drawn; see `RowDropout`.
+        Takes a batch as `supervised_states` does. `row_keys`: one a row, from which dropout masks
+        are drawn; see `RowDropout`.
         """
-        logits, targets = self.supervised_logits(
-            input_ids, labels, position_ids, segment_ids, image_features, row_keys
-        )
-        return F.cross_entropy(logits, targets, reduction="sum"), targets.numel()
+        if self.training:
+            states, targets = self.supervised_states(**batch)
+            loss = SummedCrossEntropy.apply(states, self.language_model.lm_head.weight, targets)
+        else:
+            logits, targets = self.supervised_logits(**batch)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+        return loss, targets.numel()
 
     def owners(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Every parameter under one owner: "lora", "projector" (trained), "base" (frozen)."""

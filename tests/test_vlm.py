@@ -19,9 +19,11 @@ from data.chat import RenderedSample, render
 from data.collate import IGNORED, collate
 from data.dataset import Message, Part
 from errors import PhiSightError
+from lora.dropout import RowDropout
 from lora.layer import LoRALinear
 from lora.merge import merged_weight
 from model.build import assemble, load_model_state, model_state
+from model.head import SummedCrossEntropy
 from model.vision import VisionTower
 from model.vlm import owner_of, segment_mask
 from optim import LossScaler
@@ -56,6 +58,12 @@ def batch_of(parts, store):
 def hidden_inputs(batch) -> dict:
     left_out = ("labels", "row_keys")
     return {name: value for name, value in vars(batch).items() if name not in left_out}
+
+
+def turn_dropout_off(model, monkeypatch) -> None:
+    for module in model.modules():
+        if isinstance(module, RowDropout):
+            monkeypatch.setattr(module, "probability", 0.0)
 
 
 @torch.no_grad()
@@ -102,6 +110,50 @@ def test_loss_of_a_packed_batch_is_the_sum_of_its_conversations(model, samples, 
         alone = [model(**vars(batch_of([[sample]]))) for sample in samples]
     assert count == sum(n for _, n in alone) == sum(sum(s.supervised) for s in samples)
     assert total.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_on_a_cpu_computes_what_transformers_layers_do(
+    model, samples, batch_of, checkpointing, monkeypatch
+):
+    """In training: attention by conversation, layers of one node, the head in chunks."""
+    batch = vars(batch_of([samples[:5], samples[5:]]))
+    turn_dropout_off(model, monkeypatch)
+    found = {}
+    for mode in ("eval", "train"):
+        model.train(mode == "train")
+        if checkpointing and model.training:
+            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss, _ = model(**batch)
+        loss.backward()
+        found[mode] = loss.item(), {n: p.grad.clone() for n, p in model.trainable()}
+        model.zero_grad(set_to_none=True)
+    model.language_model.gradient_checkpointing_disable()
+    assert found["train"][0] == pytest.approx(found["eval"][0], rel=1e-6)
+    assert len(found["train"][1]) == 36
+    for name, gradient in found["train"][1].items():
+        expected = found["eval"][1][name]
+        largest = expected.abs().max().item()
+        assert largest > 0
+        torch.testing.assert_close(gradient, expected, atol=1e-5 * largest, rtol=1e-5, msg=name)
+
+
+def test_the_head_in_chunks_gives_the_loss_and_gradient_of_cross_entropy(monkeypatch):
+    monkeypatch.setattr("model.head.CHUNK_LOGITS", 50 * 7)  # 7 tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 8, generator=generator)
+    targets = torch.randint(0, 50, (45,), generator=generator)
+    mine = torch.randn(45, 8, generator=generator).requires_grad_()
+    other = mine.detach().clone().requires_grad_()
+    loss = SummedCrossEntropy.apply(mine, weight, targets)
+    expected = torch.nn.functional.cross_entropy(other @ weight.T, targets, reduction="sum")
+    (loss / 3).backward()
+    (expected / 3).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(mine.grad, other.grad, atol=1e-6, rtol=1e-5)
+    empty = torch.zeros(0, 8, requires_grad=True)
+    SummedCrossEntropy.apply(empty, weight, targets[:0]).backward()
+    assert empty.grad.shape == (0, 8)
 
 
 @pytest.mark.parametrize("changed", [0, 1, 3])
