@@ -107,10 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
                 rest=web_app(assistant) if options.app else None,
             )
             address = address_of(bound)
-            print(f"{api.name} ({assistant.source}): {address}/v1"
-                  + (f", the app at {address}/" if options.app else "")
-                  + (f"; requests need {KEY}" if key else ""), flush=True)
-            run(api, bound, options.grace, api.close)
+            announcement = (f"{api.name} ({assistant.source}): {address}/v1"
+                            + (f", the app at {address}/" if options.app else "")
+                            + (f"; requests need {KEY}" if key else ""))
+            run(api, bound, announcement, grace=options.grace, busy=api.busy, hurry=api.close)
         finally:
             assistant.close()
     return 0

@@ -63,6 +63,11 @@ class Api:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
 
+    def busy(self) -> bool:
+        """Whether an answer is being read or made, for the web app too."""
+        counts = self.assistant.statistics()
+        return bool(self.measures.in_flight or counts["running"] or counts["waiting"])
+
     def close(self) -> None:
         """Take in nothing more, and end the answers that are under way with an error."""
         self._closing = True

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -17,6 +18,7 @@ from serving.guards import App
 
 BACKLOG = 256
 SILENT_SECONDS = 60  # a client that takes nothing, or has gone without a word, is given up after it
+TOLD_SECONDS = 0.5  # in which clients are told that their answer has ended
 LOCAL = ("127.", "::1")
 
 
@@ -57,18 +59,21 @@ def address_of(bound: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn's server, but a signal ends it with a return instead of dying of the signal again.
 
-    The first SIGTERM or Ctrl-C lets answers end for `grace` seconds; then `hurry` is called, which
-    has to end what is left; a second signal closes everything at once.
+    The first SIGTERM or Ctrl-C lets answers end for `grace` seconds, as long as `busy` says that
+    there are any; then `hurry` is called, which has to end what is left. Connections that would
+    stay open for ever, such as those of a page in a browser, are closed. A second signal closes
+    everything at once.
     """
 
-    def __init__(self, app: App, grace: float, hurry: Callable[[], None]) -> None:
+    def __init__(
+        self, app: App, grace: float = 10.0, busy: Callable[[], bool] = lambda: False,
+        hurry: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, ws="none",
             backlog=BACKLOG, lifespan="auto",
-            # The last resort, for connections that never end, such as those of an open page.
-            timeout_graceful_shutdown=int(grace) + 2,
         ))
-        self._grace, self._hurry = grace, hurry
+        self._grace, self._busy, self._hurry = grace, busy, hurry
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -88,20 +93,32 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(self._grace, self._end)
+        winding_down = asyncio.create_task(self._wind_down())
         try:
             await super().shutdown(sockets)
         finally:
-            timer.cancel()
+            winding_down.cancel()
 
-    def _end(self) -> None:
-        # What uvicorn cancels from here on was told to end: nothing that anybody has to look into.
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    async def _wind_down(self) -> None:
+        await self._wait(self._grace)
         self._hurry()
+        await self._wait(TOLD_SECONDS)
+        await asyncio.sleep(TOLD_SECONDS)  # what was written last is on its way
+        # What is cancelled from here on was told to end: nothing that anybody has to look into.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        self.force_exit = True
+
+    async def _wait(self, seconds: float) -> None:
+        """Until nothing is busy, but not longer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._busy():
+                    await asyncio.sleep(0.05)
 
 
-def run(app: App, bound: socket.socket, grace: float = 10.0,
-        hurry: Callable[[], None] = lambda: None) -> None:
-    """Serve on a bound socket until SIGTERM or Ctrl-C; see `Server`."""
+def run(app: App, bound: socket.socket, announcement: str, **settings: Any) -> None:
+    """Serve on a bound socket until SIGTERM or Ctrl-C; `settings` are those of `Server`. The
+    announcement is printed once clients can connect."""
     bound.listen(BACKLOG)
-    Server(app, grace, hurry).run(sockets=[bound])
+    print(announcement, flush=True)
+    Server(app, **settings).run(sockets=[bound])

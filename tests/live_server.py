@@ -55,7 +55,7 @@ def live(assistant: Assistant, grace: float = 5.0, **settings: object) -> Iterat
     api = Api(assistant, name="tiny", **settings)
     with listening_socket("127.0.0.1", 0) as bound:
         bound.listen(64)
-        server = Server(api, grace, api.close)
+        server = Server(api, grace, api.busy, api.close)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:

@@ -99,7 +99,7 @@ def test_ctrl_c_ends_it_in_order_whatever_clients_hold_up():
 ])
 def test_what_serve_refuses(flags, environment, said, monkeypatch):
     monkeypatch.delenv("PHISIGHT_API_KEY", raising=False)
-    monkeypatch.setattr(serve, "run", lambda *_: pytest.fail("it serves"))
+    monkeypatch.setattr(serve, "run", lambda *_, **__: pytest.fail("it serves"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(PhiSightError, match=said):
@@ -151,30 +151,15 @@ def test_no_file_of_the_server_can_be_read(with_app, tmp_path):
             assert SECRET.encode() not in body and b"root:" not in body and b"PATH=" not in body
 
 
-def test_no_event_of_the_app_reads_a_file_of_the_server(with_app, tmp_path):
-    """Every event that the page offers, sent as strangers would, with a path for each argument."""
-    file = tmp_path / "secret.txt"
-    file.write_text(SECRET)
-    picture = next((runs.world() / "images").glob("*.png"))
-    config = json.loads(plain(with_app.exchange(get("/config"))[2]))
-    for dependency in config["dependencies"]:
-        for path in (file, picture, "/etc/passwd"):
-            value = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
-            message = {"text": "x", "files": [value]}
-            for argument in (value, message, [value], [message], str(path)):
-                body = json.dumps({
-                    "data": [argument] * len(dependency["inputs"]), "fn_index": dependency["id"],
-                    "session_hash": "stranger", "trigger_id": None, "event_data": None,
-                }).encode()
-                for route in ("/gradio_api/queue/join", "/gradio_api/run/predict"):
-                    request = post(body).replace(b"/v1/chat/completions", route.encode(), 1)
-                    answer = with_app.exchange(request)[2]
-                    assert SECRET.encode() not in answer and b"root:" not in answer
+def test_the_paths_that_a_browser_names_are_checked(with_app, monkeypatch):
+    """Gradio does so only in an app that it believes to have launched itself."""
+    import app
 
-
-def plain(body: bytes) -> bytes:
-    """The JSON in a body that may have come in chunks."""
-    return body[body.index(b"{") : body.rindex(b"}") + 1]
+    pages = []
+    build = app.build_app
+    monkeypatch.setattr(app, "build_app", lambda *given: pages.append(build(*given)) or pages[0])
+    serve.web_app(with_app.api.assistant)
+    assert pages[0].has_launched is True
 
 
 def test_the_app_needs_the_key_too():
