@@ -43,13 +43,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import config as configs  # noqa: E402
+import lora.fused  # noqa: E402
+import model.vlm  # noqa: E402
 import train  # noqa: E402
 from config import Config, Parser  # noqa: E402
 from data.chat import load_tokenizer  # noqa: E402
 from data.collate import IGNORED, Batch, collate  # noqa: E402
 from data.world import write_world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
-from lora.dropout import key_of  # noqa: E402
+from lora.dropout import key_of, set_row_keys  # noqa: E402
 from lora.layer import LoRALinear  # noqa: E402
 from optim import lr_at  # noqa: E402
 from resume.ranks import Ranks  # noqa: E402
@@ -67,6 +69,14 @@ KINDS = (
     ((1, 1), 23, (2.22, 0.26), (4.62, 0.23)),  # description
     ((1, 1), 77, (2.68, 0.25), (4.92, 0.23)),  # explanation
 )
+# Ours with one thing less each, for --ablation.
+LESS = {
+    "ours-mkl": "ours, products by MKL",
+    "ours-separate": "ours, adapters of separate operations",
+    "ours-row-mask": "ours, attention over whole rows",
+    "ours-all-logits": "ours, logits of every token",
+    "ours-filled": "ours, every new tensor filled",
+}
 WARM_UP = 2  # steps that are not counted
 
 
@@ -89,13 +99,13 @@ def mid_config(folder: Path, steps: int, picture_tokens: int) -> Config:
     write_models(folder, round(picture_tokens**0.5))
     write_world(folder / "world", pictures=24, held_out=1)
     pictures = sorted(path.name for path in (folder / "world/images").glob("train_*"))
-    records = list(llava_like(pictures, 16 * steps + 40))
+    records = list(llava_like(pictures, 8 * steps + 40))
     (folder / "data.json").write_text(json.dumps(records))
     return configs.replace(
         configs.default_config("phi35"), base=str(folder / "base"), vision=str(folder / "clip"),
         data=str(folder / "data.json"), images=str(folder / "world/images"),
         features=str(folder / "features"), run=str(folder / "run"), max_text_tokens=480,
-        row_tokens=1024, batch_size=4, accumulation=1, gradient_checkpointing=False,
+        row_tokens=1024, batch_size=2, accumulation=1, gradient_checkpointing=False,
     )
 
 
@@ -188,6 +198,30 @@ def a_row_a_sample(run: train.Run, samples: Sequence[int]) -> Batch:
     )
 
 
+def take_away(side: str) -> None:
+    """Put what was there before in the place of one thing that makes ours fast."""
+    if side == "ours-mkl":
+        lora.fused.onednn_is_faster = lambda: False
+    elif side == "ours-separate":
+        LoRALinear.trained_in_float32 = lambda self, x: (
+            self.base(x) + self.dropout(x) @ self.lora_A.T @ self.lora_B.T * self.scaling)
+    elif side == "ours-row-mask":
+        model.vlm.segment_lengths = lambda segment_ids: None
+    elif side == "ours-filled":
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    elif side == "ours-all-logits":
+        model.vlm.VisionLanguageModel.forward = with_all_logits
+
+
+def with_all_logits(self: nn.Module, labels: Tensor, row_keys: Any, **batch: Any) -> tuple:
+    """`VisionLanguageModel.forward`, as causal models of transformers compute their loss."""
+    set_row_keys(self.language_model, row_keys)
+    logits = self.language_model.lm_head(self.hidden_states(**batch)).float()
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss, int((targets != IGNORED).sum())
+
+
 # -- theirs ----------------------------------------------------------------------------------------
 
 
@@ -223,7 +257,7 @@ def peft_model(run: train.Run) -> PeftWithPictures:
     for name, layer in ours.items():
         base.set_submodule(name, layer.base)
     base.is_loaded_in_4bit = config.quantization != "none"  # PEFT chooses its layer class by it
-    model = peft.get_peft_model(base, peft.LoraConfig(
+    adapted = peft.get_peft_model(base, peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_targets), task_type="CAUSAL_LM",
     ))
@@ -232,7 +266,7 @@ def peft_model(run: train.Run) -> PeftWithPictures:
             theirs = base.get_submodule(name)
             theirs.lora_A["default"].weight.copy_(layer.lora_A)
             theirs.lora_B["default"].weight.copy_(layer.lora_B)
-    return PeftWithPictures(model, run.parts.model.projector, run.parts.chat_format.image_id)
+    return PeftWithPictures(adapted, run.parts.model.projector, run.parts.chat_format.image_id)
 
 
 class Samples(torch.utils.data.Dataset):
@@ -347,7 +381,8 @@ def measure(side: str, config: Config, steps: int) -> dict[str, Any]:
         clocks.append((time.perf_counter(), time.process_time()))
 
     if side.startswith("ours"):
-        for loss in train_ours(run, WARM_UP + steps, packed=side == "ours"):
+        take_away(side)
+        for loss in train_ours(run, WARM_UP + steps, packed=side != "ours-unpacked"):
             losses.append(loss)
             after_step()
     else:
@@ -388,33 +423,46 @@ def in_a_process(*arguments: object) -> dict[str, Any]:
 
 def compare(shape: str, config_file: Path, options: Any) -> None:
     """Every side in turn, `--repeats` times; medians, and ratios to the Trainer."""
-    found: dict[str, list[dict]] = {side: [] for side in options.sides.split(",")}
-    for _ in tqdm(range(options.repeats), desc=shape, disable=None):
+    sides = options.sides.split(",") + (list(LESS) if options.ablation else [])
+    found: dict[str, list[dict]] = {side: [] for side in sides}
+    bar = tqdm(total=options.repeats * len(found), desc=shape, disable=None)
+    for _ in range(options.repeats):
         for side, results in found.items():
             results.append(in_a_process("--side", side, "--config", config_file,
                                         "--steps", options.steps))
-    print(f"\n{shape}: {options.repeats} x {options.steps} steps,"
-          f" {found['theirs'][0]['samples']} samples of {found['theirs'][0]['tokens']:,} tokens")
-    print(f"{'':34}{'samples/s':>10}{'tokens/s':>10}{'wall s':>8}{'spread':>15}{'peak MB':>9}"
-          f"{'speed':>8}{'memory':>8}")
-
-    def median(side: str, value: Any) -> float:
-        return statistics.median(map(value, found[side]))
-
+            bar.write(f"{side}: {results[-1]['seconds']:.2f} s")
+            bar.update()
+    first = found["theirs"][0]
+    print(f"\n{shape}: {options.repeats} x {options.steps} steps, {options.threads} threads,"
+          f" {first['samples']} samples of {first['tokens']:,} tokens")
+    print(f"{'':38}{'samples/s':>10}{'tokens/s':>10}{'wall s':>8}{'spread':>16}{'CPU s':>8}"
+          f"{'peak MB':>9}{'speed':>8}{'by CPU s':>10}{'memory':>8}")
     for side, results in found.items():
-        seconds = sorted(result["seconds"] for result in results)
-        # A turn's ratio, and then the median: what slows the machine down slows both down.
-        ratio = statistics.median(
-            (mine["samples"] / mine["seconds"]) / (other["samples"] / other["seconds"])
-            for mine, other in zip(results, found["theirs"], strict=True)
+        print(line_of(side, results, found["theirs"]), flush=True)
+
+
+def line_of(side: str, mine: list[dict], theirs: list[dict]) -> str:
+    """Medians of a side, and its ratios to the Trainer.
+
+    A ratio is taken in each turn, and then the median: what slows the machine slows both sides.
+    """
+    def median(name: str) -> float:
+        return statistics.median(result[name] for result in mine)
+
+    def ratio(name: str) -> float:
+        return statistics.median(
+            (one["samples"] / one[name]) / (other["samples"] / other[name])
+            for one, other in zip(mine, theirs, strict=True)
         )
-        memory = median(side, lambda result: result["memory_mb"])
-        print(f"{SIDES[side]:34}"
-              f"{median(side, lambda r: r['samples'] / r['seconds']):>10.2f}"
-              f"{median(side, lambda r: r['tokens'] / r['seconds']):>10,.0f}"
-              f"{statistics.median(seconds):>8.2f}"
-              f"{f'{seconds[0]:.2f} to {seconds[-1]:.2f}':>15}{memory:>9,.0f}{ratio:>7.2f}x"
-              f"{memory / median('theirs', lambda r: r['memory_mb']):>7.2f}x", flush=True)
+
+    seconds, samples, tokens = median("seconds"), mine[0]["samples"], mine[0]["tokens"]
+    spread = sorted(result["seconds"] for result in mine)
+    memory = statistics.median(result["memory_mb"] for result in theirs)
+    return (f"{(SIDES | LESS)[side]:38}{samples / seconds:>10.2f}{tokens / seconds:>10,.0f}"
+            f"{seconds:>8.2f}{f'{spread[0]:.2f} to {spread[-1]:.2f}':>16}"
+            f"{median('processor_seconds'):>8.2f}{median('memory_mb'):>9,.0f}"
+            f"{ratio('seconds'):>7.2f}x{ratio('processor_seconds'):>9.2f}x"
+            f"{median('memory_mb') / memory:>7.2f}x")
 
 
 def parity(config: Config, steps: int, folder: Path) -> list[float]:
@@ -432,13 +480,16 @@ def parity(config: Config, steps: int, folder: Path) -> list[float]:
 def main() -> None:
     parser = Parser(prog="vs_peft_trainer.py", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="tiny,mid")
-    parser.add_argument("--sides", default=",".join(SIDES), help="which of the four, in turn")
+    parser.add_argument("--sides", default=",".join(SIDES),
+                        help="which of the four; theirs among them")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps that count, after the warm-up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--picture-tokens", type=int, default=144, help="of mid; a square number")
     parser.add_argument("--parity", action="store_true", help="compare losses instead of speed")
-    parser.add_argument("--side", choices=SIDES, help="one measurement; for this program itself")
+    parser.add_argument("--ablation", action="store_true", help="ours with one thing less each")
+    parser.add_argument("--side", choices=SIDES | LESS,
+                        help="one measurement; for this program itself")
     parser.add_argument("--config", type=Path, help="the run to measure; goes with --side")
     options = parser.parse_args()
     if options.side:
