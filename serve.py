@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from errors import PhiSightError, run_main
 from infer import Assistant, add_assistant_flags, load_assistant
 from serving.api import Api
 from serving.guards import App
-from serving.openai_api import MIB, Limits
+from serving.openai_api import MIB, ApiError, Limits
 from serving.server import address_of, is_local, listening_socket, run
 
 KEY = "PHISIGHT_API_KEY"
@@ -74,7 +75,12 @@ def lazily_listening(assistant: Assistant, name: str | None) -> Callable[[bytes]
 
         with lock:
             if not loaded:
-                loaded.append(Speech.load(name))
+                try:
+                    loaded.append(Speech.load(name))
+                except PhiSightError as error:  # not the client's fault, and none of its business
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                    raise ApiError(500, "the server cannot load its speech model; its log says why",
+                                   "speech_unavailable") from error
             return loaded[0].text(read_audio(data))
 
     return listen

@@ -20,6 +20,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -269,6 +270,25 @@ def measure_memory(
     return series, total
 
 
+@contextlib.contextmanager
+def watched(server: Server) -> Iterator[list[float]]:
+    """How many answers were decoded together, every 50 ms of the block."""
+    seen: list[float] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.05):
+            seen.append(server.measures()["phisight_answers_running"])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
+
+
 def main(arguments: list[str] | None = None) -> int:
     preset = default_config("tiny")
     parser = Parser(prog="serve_load.py", description=__doc__.splitlines()[0])
@@ -292,10 +312,13 @@ def main(arguments: list[str] | None = None) -> int:
                          expected)
         print(f"mixed: {mixed.line()}")
         jobs = [Job(json.dumps(body).encode(), number) for number, body in enumerate(bodies)]
-        together = send_all(server, jobs, options.clients, expected)
-        print(f"at once: {together.line()}, {len(jobs) / together.seconds:.1f} requests/s, "
-              f"{tokens / together.seconds:.0f} tokens/s: "
-              f"{alone / together.seconds:.2f} times one at a time")
+        with watched(server) as running:
+            together = send_all(server, jobs, options.clients, expected)
+        print(f"at once: {together.line()}, {len(jobs) / together.seconds:.1f} requests/s")
+        if not options.cache:
+            print(f"together: {alone / together.seconds:.2f} times the throughput of one at a time,"
+                  f" {tokens / together.seconds:.0f} tokens/s; {statistics.mean(running):.1f}"
+                  f" answers decoded at once, at most {max(running):.0f}")
         series, more = measure_memory(server, bodies, options.more, options.clients, expected)
         print(f"more: {more.line()}")
         print(f"resident MB every 50 requests: {' '.join(f'{mb:.0f}' for mb in series)}; "

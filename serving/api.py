@@ -186,20 +186,19 @@ class Api:
             text = value if isinstance(value, str) else json.dumps(value)
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(),
                         "more_body": True})
+            await asyncio.sleep(0)  # a lost connection is noticed before the next event
+            if question.cancelled and not self._closing:
+                raise ClientGone
 
         await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
         await event(answer.chunk({"role": "assistant", "content": ""}) | also)
         try:
             async for piece in self._pieces(question, began):
                 await event(answer.chunk({"content": piece}) | also)
-        except (ApiError, Exception) as failure:
-            if isinstance(failure, ClientGone):
-                raise
-            if not isinstance(failure, ApiError):
-                log.exception("an answer failed")
-            error = failure if isinstance(failure, ApiError) else internal_error()
-            self.measures.errors[error.code] += 1
-            await event(error.json())
+        except ClientGone:
+            raise
+        except Exception as failure:
+            await event(self._told(failure).json())
         else:
             await event(answer.chunk({}, reply.finish_reason) | also)
             if request.include_usage:
@@ -207,6 +206,14 @@ class Api:
                                                      reply.completion_tokens)))
             await event("[DONE]")
         await send({"type": "http.response.body", "body": b""})
+
+    def _told(self, failure: Exception) -> ApiError:
+        """What a client is told of a failure; one that it can do nothing about is logged."""
+        error = failure if isinstance(failure, ApiError) else internal_error()
+        if error is not failure:
+            log.error("an answer failed", exc_info=failure)
+        self.measures.errors[error.code] += 1
+        return error
 
     # -- the thread of one request ------------------------------------------------------------
 
@@ -239,7 +246,7 @@ class Question:
 
     def __init__(self, work: Callable[[Question, bytes], None], body: bytes) -> None:
         self.reply: Reply | None = None
-        self._cancelled = False
+        self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._said: asyncio.Queue[ChatRequest | str | BaseException | None] = asyncio.Queue()
         threading.Thread(target=self._run, args=(work, body), name="question", daemon=True).start()
@@ -256,7 +263,7 @@ class Question:
     def accept(self, request: ChatRequest, reply: Reply) -> None:
         """The question is sound and its answer has been ordered."""
         self.reply = reply
-        if self._cancelled:  # before there was anything to cancel
+        if self.cancelled:  # before there was anything to cancel
             reply.cancel()
         self._tell(request)
 
@@ -273,7 +280,7 @@ class Question:
 
     def cancel(self) -> None:
         """Stop the answer within a token; of no effect once it has ended."""
-        self._cancelled = True
+        self.cancelled = True
         if self.reply is not None:
             self.reply.cancel()
 
