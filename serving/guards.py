@@ -115,7 +115,7 @@ class Counted:
             status = GONE
             self.measures.errors["client_gone"] += 1
         except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %r failed", scope["method"], scope["path"])
             self.measures.errors["internal_error"] += 1
             if status != GONE:
                 raise  # the answer has begun: the server closes the connection

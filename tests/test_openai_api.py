@@ -237,6 +237,14 @@ def test_a_number_that_overflows_is_no_temperature():
     assert raised.value.param == "temperature"
 
 
+@pytest.mark.parametrize("value", [b"[],", b"{},", b"1,"])
+def test_a_body_of_very_many_values_is_not_even_read(value, monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(ApiError) as raised:
+        parse_request(b'{"user": [' + value * 1_000_000 + b"1]}", "tiny")
+    assert (raised.value.status, raised.value.code) == (413, "too_large")
+
+
 # -- properties -----------------------------------------------------------------------------------
 
 JSON = st.recursive(
