@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import config as configs
 from errors import PhiSightError, run_main
@@ -43,6 +44,8 @@ def parse(arguments: list[str] | None) -> object:
                         help="in which answers may end after Ctrl-C or SIGTERM (%(default)s)")
     parser.add_argument("--speech", help="Whisper: name or .pt file; empty for none"
                                          " (default: the preset's)")
+    parser.add_argument("--voice", default="espeak-ng", help="of the app: espeak-ng, or folder or"
+                        " hub id of a VITS model; empty for none (%(default)s)")
     parser.add_argument("--app", action="store_true", help="serve the web app at / too")
     options = parser.parse_args(arguments)
     for name, low, high in (("queue_limit", 0, 10**6), ("max_new_tokens", 1, 10**6),
@@ -62,37 +65,47 @@ def environment_key() -> str:
     return key
 
 
-def lazily_listening(assistant: Assistant, name: str | None) -> Callable[[bytes], str] | None:
-    """What writes speech down, loaded when the first recording comes; None without a model."""
-    name = getattr(assistant.config, "speech", "") if name is None else name
-    if not name:
-        return None
+def loaded_once(name: str) -> Callable[[], Any] | None:
+    """What gives the recogniser called `name`, loaded when it is first needed; None for none."""
     loaded: list = []
     lock = threading.Lock()
 
-    def listen(data: bytes) -> str:
-        from model.speech import Speech, read_audio
+    def load() -> Any:
+        from model.speech import Speech
 
         with lock:
             if not loaded:
-                try:
-                    loaded.append(Speech.load(name))
-                except PhiSightError as error:  # not the client's fault, and none of its business
-                    print(f"error: {error}", file=sys.stderr, flush=True)
-                    raise ApiError(500, "the server cannot load its speech model; its log says why",
-                                   "speech_unavailable") from error
-            return loaded[0].text(read_audio(data))
+                loaded.append(Speech.load(name))
+            return loaded[0]
+
+    return load if name else None
+
+
+def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
+    """What writes down the speech of an audio file."""
+    def listen(data: bytes) -> str:
+        try:
+            speech = load()
+        except PhiSightError as error:  # not the client's fault, and none of its business
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise ApiError(500, "the server cannot load its speech model; its log says why",
+                           "speech_unavailable") from error
+        from model.speech import read_audio
+
+        return speech.text(read_audio(data))
 
     return listen
 
 
-def web_app(assistant: Assistant) -> App:
+def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None,
+            voice: str = "") -> App:
     """The web app, to stand at the paths that the API does not take."""
     from fastapi import FastAPI
 
-    from app import build_app, mount
+    from app import build_app, load_voice, mount
 
-    return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), build_app(assistant))
+    blocks = build_app(assistant, speech=speech, voice=load_voice(voice))
+    return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,14 +116,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise PhiSightError(f"--host {options.host}: anyone who reaches it could ask;"
                                 f" set {KEY}, or add --without-key")
         assistant = load_assistant(options)
+        speech = loaded_once(getattr(assistant.config, "speech", "")
+                             if options.speech is None else options.speech)
         try:
             limits = replace(Limits(), new_tokens=options.max_new_tokens,
                              body_bytes=options.max_body * MIB)
             api = Api(
                 assistant, key=key, name=options.model_name, limits=limits,
-                listen=lazily_listening(assistant, options.speech),
+                listen=listening(speech) if speech else None,
                 max_requests=options.max_rows + options.queue_limit,
-                rest=web_app(assistant) if options.app else None,
+                rest=web_app(assistant, speech, options.voice) if options.app else None,
             )
             address = address_of(bound)
             announcement = (f"{api.name} ({assistant.source}): {address}/v1"

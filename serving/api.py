@@ -75,8 +75,13 @@ class Api:
             question.cancel()
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # the start and the end, which a page may have to know of
+            if self._rest is None:
+                raise NotImplementedError(scope["type"])  # how a server is told that nobody does
+            await self._rest(scope, receive, send)
+            return
         path = scope["path"]
-        if scope["type"] != "http" or path not in self._routes:
+        if path not in self._routes:
             await self._other(scope, receive, send)
             return
         method, handler = self._routes[path]
@@ -90,8 +95,8 @@ class Api:
             await send_error(send, error)
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if scope["type"] == "http" and path.startswith(f"{MODELS}/"):
+        path = scope["path"]
+        if path.startswith(f"{MODELS}/"):
             if path == f"{MODELS}/{self.name}":
                 await send_json(send, 200, self._model())
                 return

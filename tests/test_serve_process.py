@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+import wave
+from io import BytesIO
 from pathlib import Path
 
+import openai
 import pytest
 import runs
 from live_server import ask, assistant_of, get, live, post
@@ -20,6 +24,7 @@ from live_server import ask, assistant_of, get, live, post
 import serve
 from benchmarks.serve_load import (Server, ask_alone, mixture, question_bodies, send_all,
                                    serving)
+from data.dataset import Message, Part
 from errors import PhiSightError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +120,79 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch):
             serve.main(["--port", str(taken.getsockname()[1])])
 
 
+# -- speech ---------------------------------------------------------------------------------------
+
+WHISPER = ROOT / "assets/tiny/whisper/tiny.pt"
+
+
+def wav(samples: bytes, rate: int = 16000) -> bytes:
+    """A WAV file of 16-bit samples."""
+    file = BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setparams((1, 2, rate, 0, "NONE", ""))
+        writer.writeframes(samples)
+    return file.getvalue()
+
+
+def spoken(data: bytes) -> list[dict]:
+    sound = {"data": base64.b64encode(data).decode(), "format": "wav"}
+    return [{"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}]
+
+
+@pytest.mark.skipif(not WHISPER.exists(), reason="there is no small Whisper here")
+def test_a_recording_is_heard_by_whisper():
+    assistant = assistant_of()
+    with live(assistant, listen=serve.listening(serve.loaded_once(str(WHISPER)))) as server:
+        def refusal(data: bytes) -> openai.BadRequestError:
+            with pytest.raises(openai.BadRequestError) as raised:
+                server.client().chat.completions.create(model="tiny", messages=spoken(data))
+            return raised.value
+
+        assert "no speech heard" in refusal(wav(bytes(32000))).message
+        assert refusal(b"no recording").code == "invalid_audio"
+        if shutil.which("espeak-ng") is None:
+            pytest.skip("espeak-ng is not there to speak")
+        said = subprocess.run(["espeak-ng", "--stdout", "What colour is the star?"],
+                              capture_output=True, check=True).stdout
+        from model.speech import read_audio
+
+        heard = serve.loaded_once(str(WHISPER))().text(read_audio(said))
+        answer = server.client().chat.completions.create(model="tiny", messages=spoken(said))
+        expected = assistant.reply([Message("user", (Part("text", heard),))])
+        assert answer.choices[0].message.content == "".join(expected)
+    assistant.close()
+
+
+def test_a_speech_model_that_is_not_there_is_the_servers_fault(capsys):
+    def load() -> None:
+        raise PhiSightError("/secret/place.pt: no such file")
+
+    assistant = assistant_of()
+    with live(assistant, listen=serve.listening(load)) as server:
+        with pytest.raises(openai.InternalServerError) as raised:
+            server.client().chat.completions.create(model="tiny", messages=spoken(b"x"))
+    assert raised.value.code == "speech_unavailable" and "secret" not in raised.value.message
+    assert "/secret/place.pt" in capsys.readouterr().err
+    assistant.close()
+
+
+def test_the_page_is_told_of_the_start_and_the_end():
+    told = []
+
+    async def page(scope, receive, send) -> None:
+        told.append(scope["type"])
+        for name in ("startup", "shutdown"):
+            assert (await receive())["type"] == f"lifespan.{name}"
+            await send({"type": f"lifespan.{name}.complete"})
+            told.append(name)
+
+    assistant = assistant_of()
+    with live(assistant, key="secret", rest=page):
+        assert told == ["lifespan", "startup"]
+    assert told == ["lifespan", "startup", "shutdown"]
+    assistant.close()
+
+
 # -- the web app on the same port -----------------------------------------------------------------
 
 SECRET = "a secret that no client may read"
@@ -151,13 +229,57 @@ def test_no_file_of_the_server_can_be_read(with_app, tmp_path):
             assert SECRET.encode() not in body and b"root:" not in body and b"PATH=" not in body
 
 
+FILES = ("multimodaltextbox", "image", "file", "gallery", "audio", "chatbot", "imageeditor")
+
+
+def test_no_event_of_the_app_reads_a_file_of_the_server(with_app, tmp_path):
+    """Every event of the page that takes files, sent as a stranger would, with a server's path."""
+    file = tmp_path / "secret.txt"
+    file.write_text(SECRET)
+    value = {"path": str(file), "meta": {"_type": "gradio.FileData"}}
+    forms = {"multimodaltextbox": [{"text": "x", "files": [value]}], "chatbot": [
+        [{"role": "user", "content": [{"type": "file", "file": value}]}]]}
+    config = json.loads(plain(with_app.exchange(get("/config"))[2]))
+    kinds = {component["id"]: component["type"] for component in config["components"]}
+    sent = 0
+    for dependency in config["dependencies"]:
+        taken = [kinds[number] for number in dependency["inputs"]]
+        if not set(taken) & set(FILES):
+            continue
+        for form in range(2):
+            data = [forms.get(kind, [value, [value]])[-1 - form % len(forms.get(kind, "xx"))]
+                    if kind in FILES else None for kind in taken]
+            body = json.dumps({"data": data, "fn_index": dependency["id"], "trigger_id": None,
+                               "session_hash": "stranger", "event_data": None}).encode()
+            join = post(body).replace(b"/v1/chat/completions", b"/gradio_api/queue/join", 1)
+            answer = with_app.exchange(join)[2]
+            sent += b"event_id" in answer
+            assert SECRET.encode() not in answer
+    assert sent > 2
+    said = b""
+    with with_app.send(get("/gradio_api/queue/data?session_hash=stranger")) as events:
+        while said.count(b'"process_completed"') < sent:
+            part = events.recv(65536)
+            assert part, said
+            said += part
+    assert SECRET.encode() not in said
+    copies = [path for path in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*") if path.is_file()]
+    assert not any(SECRET.encode() in path.read_bytes() for path in copies)
+
+
+def plain(body: bytes) -> bytes:
+    """The JSON in a body that may have come in chunks."""
+    return body[body.index(b"{") : body.rindex(b"}") + 1]
+
+
 def test_the_paths_that_a_browser_names_are_checked(with_app, monkeypatch):
     """Gradio does so only in an app that it believes to have launched itself."""
     import app
 
     pages = []
     build = app.build_app
-    monkeypatch.setattr(app, "build_app", lambda *given: pages.append(build(*given)) or pages[0])
+    monkeypatch.setattr(app, "build_app", lambda *given, **more: pages.append(
+        build(*given, **more)) or pages[0])
     serve.web_app(with_app.api.assistant)
     assert pages[0].has_launched is True
 
