@@ -119,6 +119,9 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise PhiSightError("assistant: is closed; load it again")
+            for gone in [g for g in self._waiting if g.cancelled.is_set()]:
+                self._waiting.remove(gone)
+                gone.end("cancelled")
             if len(self._waiting) >= self.queue_limit:
                 raise Busy(f"assistant: {len(self._waiting)} questions wait already; ask later")
             self._waiting.append(generation)

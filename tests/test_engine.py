@@ -138,6 +138,9 @@ def test_a_full_queue_says_so(engine, requests):
     waiting = [one.submit(requests[2]) for _ in range(2)]
     with pytest.raises(Busy, match="2 questions wait"):
         one.submit(requests[2])
+    waiting[0].cancel()  # whoever has gone takes no place
+    waiting.append(one.submit(requests[2]))
+    assert list(waiting.pop(0)) == []
     running.cancel()
     assert all(len(list(generation)) == LIMIT for generation in waiting)
 
