@@ -69,6 +69,9 @@ class Config:
     lora_dropout: float = _doc(0.05, "dropout on the input of A")
     lora_targets: tuple[str, ...] = _doc(LORA_TARGETS, "names of the layers that get an adapter")
 
+    # -- what listens ------------------------------------------------------------------------------
+    speech: str = _doc("base", "Whisper that hears questions: one of its names, or a .pt file")
+
     # -- data --------------------------------------------------------------------------------------
     data: str = _doc("", "conversations: a JSON in the form of LLaVA-Instruct-150K, or JSONL")
     images: str = _doc("", "folder that the picture names in the data are relative to")
@@ -123,6 +126,7 @@ TINY: dict[str, object] = {
     "base": "assets/tiny/phi3",
     "vision": "assets/tiny/clip",
     "base_cache": "",  # a base of a million weights is quantised sooner than it is looked up
+    "speech": "assets/tiny/whisper/tiny.pt",  # hears the world's own questions, in English
     "data": "cache/world/train.json",
     "images": "cache/world/images",
     "held_out_questions": "cache/world/held_out.jsonl",
@@ -141,7 +145,7 @@ TINY: dict[str, object] = {
 }
 
 # A checkpoint of before these fields were there lacks them, and did what these values do.
-ADDED_LATER: dict[str, object] = {"base_cache": ""}
+ADDED_LATER: dict[str, object] = {"base_cache": "", "speech": Config.speech}
 
 PRESETS: dict[str, dict[str, object]] = {"phi35": {}, "tiny": TINY}
 

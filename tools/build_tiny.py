@@ -1,11 +1,12 @@
-"""Make the tiny preset's assets from nothing: tokenizer, text-only base, CLIP.
+"""Make the tiny preset's assets from nothing: tokenizer, text-only base, CLIP, Whisper.
 
     python tools/build_tiny.py                       # all, in order
-    python tools/build_tiny.py --only base           # one part again (tokenizer, base or clip)
+    python tools/build_tiny.py --only base           # one part again, see --help
 
 Every part starts from a fixed seed. The base reads scenes told in words and sees no picture; the
-CLIP sees pictures and captions and never sees a question. What each part measures about itself goes
-to `build_report.json` beside it.
+CLIP sees pictures and captions and never sees a question; the Whisper hears what espeak-ng says
+(tools/build_whisper.py). What each part measures about itself goes to `build_report.json` beside
+it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import world  # noqa: E402
 from errors import run_main  # noqa: E402
+from tools import build_whisper  # noqa: E402
 
 SEED = 20260101
 PHI_SPECIALS = (  # Phi-3.5's special tokens in the order of their ids, with their rstrip flag
@@ -663,7 +665,7 @@ def report(out: Path, **facts: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tiny")
-    parser.add_argument("--only", choices=("tokenizer", "base", "clip"))
+    parser.add_argument("--only", choices=("tokenizer", "base", "clip", "whisper"))
     parser.add_argument("--base-steps", type=int, default=4500, help="of the last lesson")
     parser.add_argument("--base-batch", type=int, default=12)
     parser.add_argument("--base-lr", type=float, default=1e-3)
@@ -671,6 +673,7 @@ def main() -> None:
     parser.add_argument("--clip-batch", type=int, default=64)
     parser.add_argument("--clip-lr", type=float, default=1e-3)
     parser.add_argument("--clip-pictures", type=int, default=24000)
+    parser.add_argument("--whisper-steps", type=int, default=2800)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -681,6 +684,9 @@ def main() -> None:
     if options.only in (None, "clip"):
         build_clip(options.out / "clip", options.clip_steps, options.clip_batch, options.clip_lr,
                    options.clip_pictures)
+    if options.only in (None, "whisper"):
+        build_whisper.build(options.out / "whisper", ROOT / "cache" / "speech",
+                            options.whisper_steps)
 
 
 if __name__ == "__main__":
