@@ -2,6 +2,7 @@
 
     python infer.py --image x.jpg --prompt "What colour is the star?"
     python infer.py --image a.png --image b.png --prompt "<image> <image> Which one has a star?"
+    python infer.py --image x.jpg --audio question.wav --speak answer.wav
     python infer.py --chat
     python infer.py --batch questions.jsonl --out answers.jsonl
 """
@@ -32,10 +33,12 @@ from interface.batch import answer_file
 from interface.cache import LeastRecentlyUsed
 from interface.filter import ContentFilter, WordFilter, load_words
 from interface.messages import user_message
+from interface.spoken import SpokenAnswer, add_speech_flags, listener, tell_heard
 from interface.terminal import Terminal
 from model.build import Assembled, assemble, load_model_state
 from model.engine import Engine, Generation, Request
 from model.generate import Sampling
+from model.speech import read_audio
 from model.text import TextStream
 from model.vision import VisionTower
 
@@ -354,25 +357,30 @@ def parse(arguments: list[str] | None) -> object:
     add_sampling_flags(parser)
     parser.add_argument("--image", action="append", default=[], help="a picture; may be repeated")
     parser.add_argument("--prompt", help="the question; <image> marks a place")
+    parser.add_argument("--audio", metavar="FILE", help="the question as a recording")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_argument("--batch", metavar="JSONL",
                         help='many questions: {"prompt": ..., "image": ...} a line')
     parser.add_argument("--out", metavar="JSONL", help="where --batch writes; it goes on there")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a stream")
+    add_speech_flags(parser)
     options = parser.parse_args(arguments)
-    if sum((options.prompt is not None, options.chat, options.batch is not None)) != 1:
-        raise PhiSightError("infer.py: give one of --prompt, --chat and --batch")
+    one_question = options.prompt is not None or options.audio is not None
+    if (sum((options.prompt is not None, options.audio is not None, options.chat,
+             options.batch is not None)) != 1):
+        raise PhiSightError("infer.py: give one of --prompt, --audio, --chat and --batch")
     if (options.batch is None) != (options.out is None):
         raise PhiSightError("infer.py: --batch and --out belong together; give both")
-    if options.prompt is None and (options.image or options.json):
-        raise PhiSightError("infer.py: --image and --json belong to --prompt; leave them out")
+    if not one_question and (options.image or options.json or options.speak):
+        raise PhiSightError(
+            "infer.py: --image, --json and --speak belong to one question; leave them out")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sampling = sampling_of(options)
-    if options.prompt is not None:
+    if options.prompt is not None or options.audio is not None:
         return answer_one(options, sampling)
     assistant = load_assistant(options)
 
@@ -381,7 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if options.chat:
-            return Terminal(lambda messages: ask(messages, options.seed)).run()
+            listen = listener(options, assistant.config.speech, options.device)
+            return Terminal(lambda messages: ask(messages, options.seed), listen).run()
         answered, failed = answer_file(
             Path(options.batch), Path(options.out),
             # Every line draws from its own seed, so that a line means the same after a resume.
@@ -397,11 +406,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def answer_one(options: object, sampling: Sampling) -> int:
     """One question: its answer as it comes, or one JSON object."""
-    message = user_message(options.prompt, options.image)
-    for path in options.image:  # a bad picture is told before the model is loaded
+    prompt = options.prompt
+    if prompt is not None:
+        user_message(prompt, options.image)
+    for path in options.image:  # what cannot be used is told before the model is loaded
         load_image(path)
+    if options.audio is not None:
+        read_audio(options.audio)
+    spoken = SpokenAnswer(options) if options.speak else None
     started = time.perf_counter()
     assistant = load_assistant(options)
+    if prompt is None:
+        listen = listener(options, assistant.config.speech, options.device, tell_heard)
+        prompt = listen(options.audio)
+    message = user_message(prompt, options.image)
     loaded = time.perf_counter()
     reply = assistant.reply([message], options.max_new_tokens, sampling, options.seed, options.stop)
     answer, first = "", None
@@ -416,7 +434,7 @@ def answer_one(options: object, sampling: Sampling) -> int:
     ended = time.perf_counter()
     if options.json:
         json.dump(
-            {"answer": answer, "prompt": options.prompt, "images": options.image,
+            {"answer": answer, "prompt": prompt, "images": options.image,
              "checkpoint": assistant.source, "finish_reason": reply.finish_reason,
              "tokens": {"prompt": reply.prompt_tokens, "answer": reply.completion_tokens},
              "seconds": {"load": round(loaded - started, 3),
@@ -425,6 +443,8 @@ def answer_one(options: object, sampling: Sampling) -> int:
             sys.stdout,
         )
     print()
+    if spoken is not None and answer.strip():
+        spoken.write(answer)
     if reply.finish_reason == "filtered":
         raise Blocked("answer: was stopped by the content filter")
     return 0

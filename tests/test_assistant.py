@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,8 @@ from interface.filter import WordFilter
 from interface.messages import answer_message, user_message
 from interface.terminal import Terminal
 from model.generate import Sampling
+from model.speech import read_audio
+from model.voice import Voice, write_wav
 
 LIMIT = 8
 
@@ -263,6 +267,24 @@ def test_a_question_may_be_spoken(assistant):
     assert "heard: What is q?" in out and say(assistant, "What is q?", images=[]) in out
 
 
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng speaks the question")
+def test_a_recording_is_asked_and_the_answer_is_spoken(tmp_path, capsys):
+    question, answer = tmp_path / "question.wav", tmp_path / "answer.wav"
+    write_wav(question, *Voice.load().speak("How many objects are there?"))
+    asked = ["--run", str(runs.finished_run()), "--image", pictures()[0], "--max-new-tokens", "8",
+             "--speech", str(runs.ROOT / "assets/tiny/whisper/tiny.pt")]
+    assert infer.main([*asked, "--audio", str(question), "--speak", str(answer), "--json"]) == 0
+    told = capsys.readouterr()
+    assert "heard: How many objects are there?" in told.err
+    said = json.loads(told.out)
+    assert said["prompt"] == "How many objects are there?"
+    assert said["answer"] == say(runs.assistant(), said["prompt"], images=[pictures()[0]])
+    assert not said["answer"].strip() or len(read_audio(answer)) > 1000
+    with pytest.raises(PhiSightError, match="no speech heard"):
+        write_wav(question, numpy.zeros(16000, numpy.float32), 16000)
+        infer.main([*asked, "--audio", str(question)])
+
+
 def test_chat_as_a_program(tmp_path):
     done = subprocess.run(
         [sys.executable, "infer.py", "--run", str(runs.finished_run()), "--chat",
@@ -363,10 +385,13 @@ def test_any_line_is_asked_or_has_its_error(line):
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--batch", "a.jsonl"], "--batch and --out belong together"),
     (["--prompt", "a", "--chat"], "give one of"),
-    (["--chat", "--image", "a.png"], "belong to --prompt"),
+    (["--chat", "--image", "a.png"], "belong to one question"),
     (["--prompt", "a", "--stop", ""], "--stop: is empty"),
     (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
     (["--prompt", "a", "--content-filter", "nope.txt"], "nope.txt"),
+    (["--audio", "nope.wav"], "nope.wav"),
+    (["--chat", "--speak", "a.wav"], "belong to one question"),
+    (["--prompt", "a", "--speak", "no/folder/a.wav"], "its folder does not exist"),
     (["--batch", "nope.jsonl", "--out", "x.jsonl"], "nope.jsonl: No such file"),
 ])
 def test_what_the_assistant_refuses(arguments, reason, tmp_path, monkeypatch):

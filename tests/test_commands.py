@@ -109,7 +109,7 @@ def test_where_pictures_stand_in_a_prompt(prompt, images, kinds):
         (["--prompt", "What?", "--imgae", "a"], "--imgae: no such flag; did you mean --image?"),
         (["--prompt", "What?", "--imgae=a"], "--imgae=a: no such flag; did you mean --image?"),
         (["--prompt", "What?", "--zzz"], "--zzz: no such flag; see infer.py --help"),
-        (["--image", "a"], "give one of --prompt, --chat and --batch"),
+        (["--image", "a"], "give one of --prompt, --audio, --chat and --batch"),
         (["--prompt", "What?", "--temperature", "-1"], "--temperature -1.0"),
         (["--prompt", "What?", "--temperature", "hot"], "--temperature"),
         (["--prompt", "What?", "--top-p", "0"], "--top-p 0.0"),
