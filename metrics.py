@@ -294,16 +294,16 @@ def draw_curves(metrics: str | Path | Iterable[Mapping[str, Any]], out_png: str 
                                 for owner in record.get("gradient_norms") or {}))
     colours = (_BLUE, _ORANGE, _GREEN, _PINK, _SKY)
     norms = [_Series(owner, colours[index % len(colours)],
-                     _points(train, "gradient_norms", owner)) for index, owner in enumerate(owners)]
+                     points(train, "gradient_norms", owner)) for index, owner in enumerate(owners)]
     panels = (
         ("Loss per answer token", "", None, [
-            _Series("training", _BLUE, _points(train, "loss")),
-            _Series("validation", _ORANGE, _points(evaluations, "validation_loss"), dots=True)]),
-        ("Learning rate", "", (0.0, None), [_Series("learning rate", _BLUE, _points(train, "lr"))]),
+            _Series("training", _BLUE, points(train, "loss")),
+            _Series("validation", _ORANGE, points(evaluations, "validation_loss"), dots=True)]),
+        ("Learning rate", "", (0.0, None), [_Series("learning rate", _BLUE, points(train, "lr"))]),
         ("Gradient norm by owner", "", (0.0, None),
-         norms or [_Series("all", _BLUE, _points(train, "gradient_norm"))]),
+         norms or [_Series("all", _BLUE, points(train, "gradient_norm"))]),
         ("Alignment: right answers by picture shown", "%", (0.0, 100.0), [
-            _Series(f"{name} picture", colour, _points(evaluations, "alignment", name), dots=True)
+            _Series(f"{name} picture", colour, points(evaluations, "alignment", name), dots=True)
             for name, colour in (("right", _BLUE), ("swapped", _ORANGE), ("blank", _GREEN))]))
     image = Image.new("RGB", (SIZE[0] * _SCALE, SIZE[1] * _SCALE), "white")
     canvas = ImageDraw.Draw(image)
@@ -326,7 +326,7 @@ def draw_curves(metrics: str | Path | Iterable[Mapping[str, Any]], out_png: str 
         raise PhiSightError(f"{out_png}: {error}; name a file in a writable folder") from error
 
 
-def _points(records: Sequence[Mapping[str, Any]], *keys: str) -> list[tuple[float, float]]:
+def points(records: Sequence[Mapping[str, Any]], *keys: str) -> list[tuple[float, float]]:
     """(step, value) of every record that has a finite number under the nested keys."""
     points = []
     for record in records:

@@ -193,7 +193,7 @@ def test_curves(tmp_path: Path) -> None:
 def test_curves_of_odd_records(tmp_path: Path, records: list[dict]) -> None:
     metrics.draw_curves(records, tmp_path / "c.png")
     blue = pixels_of(tmp_path / "c.png", metrics._BLUE)
-    assert (sum(blue) > 0) == any(metrics._points([record], key) for record in records
+    assert (sum(blue) > 0) == any(metrics.points([record], key) for record in records
                                   for key in ("loss", "lr", "gradient_norm")) \
         or records == [evaluation(7)]
 
