@@ -1,0 +1,214 @@
+"""Saved conversations: what is written is read back, what anybody else wrote is refused in a line,
+and nobody reaches another's."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.dataset import Message, Part
+from errors import PhiSightError
+from interface import conversations
+from interface.conversations import Saved, Shelf, from_json, new_conversation, new_key, to_json
+from interface.talk import Unready, before, grown, reworded, with_answer
+
+NAME = "a" * 64 + ".png"
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+questions = st.builds(
+    lambda pictures, text: Message("user", (*[Part("image", NAME)] * pictures, Part("text", text))),
+    st.integers(0, 2), words)
+answered = st.builds(lambda text: Message("assistant", (Part("text", text),)), words)
+
+
+@st.composite
+def saved_conversations(draw) -> Saved:
+    pairs = draw(st.lists(st.tuples(questions, answered), max_size=3))
+    messages = [message for pair in pairs for message in pair]
+    if draw(st.booleans()):
+        messages.append(draw(questions))
+    return Saved("0" * 16, tuple(messages))
+
+
+def question(text: str = "What is it?") -> Saved:
+    return Saved(new_conversation().id, (Message("user", (Part("text", text),)),))
+
+
+def picture(colour: str = "red", kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(stream, kind)
+    return stream.getvalue()
+
+
+@given(saved_conversations())
+def test_what_is_written_is_read_back(saved):
+    assert from_json(to_json(saved), "x") == saved
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+    | st.sampled_from(["user", "assistant", "text", "image", NAME, "0" * 16]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.sampled_from(["id", "messages", "role", "parts", "kind", "value", "x"]), inner,
+        max_size=5),
+    max_leaves=20,
+)
+
+
+@given(st.binary(max_size=50) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_whatever_is_in_a_file_is_a_conversation_or_one_line(data):
+    try:
+        saved = from_json(data, "x")
+    except PhiSightError as error:
+        assert "\n" not in str(error)
+    else:
+        assert from_json(to_json(saved), "x") == saved
+
+
+@pytest.mark.parametrize("change", [
+    lambda r: r.update(id="../../../etc"), lambda r: r.pop("messages"),
+    lambda r: r["messages"].reverse(), lambda r: r["messages"][0].update(role="assistant"),
+    lambda r: r["messages"][0]["parts"][0].update(value="/etc/passwd"),
+    lambda r: r["messages"][0]["parts"][0].update(value="../" + NAME),
+    lambda r: r["messages"][0]["parts"][1].update(value="\ud800"),
+    lambda r: r["messages"][0].update(parts=[]), lambda r: r["messages"][0].update(parts="text"),
+    lambda r: r["messages"][1]["parts"][0].update(kind="image", value=NAME),
+    lambda r: r.update(messages=r["messages"] * 501),
+])
+def test_a_file_that_was_meddled_with_is_refused(change):
+    record = {"id": "0" * 16, "messages": [
+        {"role": "user", "parts": [{"kind": "image", "value": NAME},
+                                   {"kind": "text", "value": "What?"}]},
+        {"role": "assistant", "parts": [{"kind": "text", "value": "A star."}]}]}
+    from_json(json.dumps(record).encode(), "x")
+    change(record)
+    with pytest.raises(PhiSightError, match="delete the conversation"):
+        from_json(json.dumps(record).encode(), "x")
+
+
+def test_a_shelf_lists_opens_and_deletes_what_it_keeps(tmp_path):
+    shelf = Shelf(tmp_path, new_key())
+    first, second = question("One?"), question("Two " + "long " * 40)
+    shelf.save(first)
+    name = shelf.keep_picture(second.id, picture(), "x.png")
+    shelf.save(second)
+    assert [id for id, _ in shelf.titles()] == [second.id, first.id]
+    assert shelf.titles()[1][1] == "One?" and shelf.titles()[0][1].endswith("…")
+    assert shelf.load(first.id) == first
+    assert shelf.picture(second.id, name).read_bytes() == picture()
+    shelf.delete(second.id)
+    assert [id for id, _ in shelf.titles()] == [first.id]
+    assert not shelf.picture(second.id, name).exists()
+    with pytest.raises(PhiSightError, match="not there any more"):
+        shelf.load(second.id)
+
+
+def test_nobody_finds_the_shelf_of_another(tmp_path):
+    key = new_key()
+    saved = question()
+    Shelf(tmp_path, key).save(saved)
+    other = Shelf(tmp_path, new_key())
+    assert other.titles() == []
+    with pytest.raises(PhiSightError):
+        other.load(saved.id)
+    assert key not in "".join(str(path) for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("key", ["", "..", "a" * 31, "A" * 32, "a" * 32 + "\n", None, 3])
+def test_a_damaged_key_opens_nothing(tmp_path, key):
+    with pytest.raises(PhiSightError):
+        Shelf(tmp_path, key)
+
+
+@pytest.mark.parametrize("id", ["", "..", "0" * 15 + "/", "../" + "0" * 13, None])
+def test_a_damaged_id_opens_nothing(tmp_path, id):
+    shelf = Shelf(tmp_path, new_key())
+    for use in (shelf.load, shelf.delete, lambda id: shelf.picture(id, NAME)):
+        with pytest.raises(PhiSightError):
+            use(id)
+    with pytest.raises(PhiSightError):
+        shelf.picture("0" * 16, "../conversation.json")
+
+
+def test_a_damaged_conversation_is_listed_so_that_it_can_be_deleted(tmp_path):
+    shelf = Shelf(tmp_path, new_key())
+    saved = question()
+    shelf.save(saved)
+    file = shelf.folder / saved.id / conversations.FILE
+    file.write_bytes(file.read_bytes()[:-5])
+    assert shelf.titles() == [(saved.id, "?")]
+    other = question()
+    shelf.save(other)
+    file.write_bytes((shelf.folder / other.id / conversations.FILE).read_bytes())
+    with pytest.raises(PhiSightError, match="holds another one"):
+        shelf.load(saved.id)
+
+
+def test_the_oldest_goes_when_there_are_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversations, "MAX_CONVERSATIONS", 2)
+    shelf = Shelf(tmp_path, new_key())
+    kept = [question(str(number)) for number in range(3)]
+    for saved in kept:
+        shelf.save(saved)
+    assert [title for _, title in shelf.titles()] == ["2", "1"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    shelf = Shelf(tmp_path / "file", new_key())
+    for use in (shelf.titles, lambda: shelf.save(question())):
+        with pytest.raises(PhiSightError, match="make room or make the folder writable"):
+            use()
+    with pytest.raises(PhiSightError, match="--conversations .*; name a folder that can be"):
+        conversations.prepare_root(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [
+    ("PNG", ".png"), ("JPEG", ".jpg"), ("GIF", ".gif"), ("TIFF", ".png"), ("BMP", ".png")])
+def test_a_picture_is_kept_as_browsers_show_it(tmp_path, kind, suffix):
+    shelf = Shelf(tmp_path, new_key())
+    name = shelf.keep_picture("0" * 16, picture(kind=kind), "x")
+    assert name.endswith(suffix)
+    kept = Image.open(shelf.picture("0" * 16, name)).convert("RGB")
+    assert kept.getpixel((0, 0))[0] > 250
+
+
+def test_what_is_no_picture_is_not_kept(tmp_path):
+    shelf = Shelf(tmp_path, new_key())
+    with pytest.raises(PhiSightError, match="x.png: not a picture"):
+        shelf.keep_picture("0" * 16, b"<svg onload='alert(1)'/>", "x.png")
+    assert list(tmp_path.rglob("*")) == []
+
+
+# -- back in a conversation ------------------------------------------------------------------------
+
+
+def test_going_back_to_a_question():
+    saved = with_answer(question("One?"), "1")
+    saved = with_answer(Saved(saved.id, (*saved.messages, *question("Two?").messages)), "2")
+    for index, start in ((0, 0), (1, 0), (2, 2), (3, 2)):
+        earlier, asked = before(saved, index)
+        assert earlier.messages == saved.messages[:start] and asked == saved.messages[start]
+    for index in (-1, 4, None, "0"):
+        with pytest.raises(Unready):
+            before(saved, index)
+
+
+def test_other_words_keep_the_pictures():
+    asked = Message("user", (Part("image", NAME), Part("text", "One?")))
+    assert reworded(asked, " Two? ").parts == (Part("image", NAME), Part("text", "Two?"))
+    assert reworded(asked, "").parts == (Part("image", NAME),)
+    with pytest.raises(Unready):
+        reworded(Message("user", (Part("text", "One?"),)), " ")
+
+
+@given(st.lists(st.text(max_size=3), max_size=10))
+def test_a_growing_answer_ends_whole(pieces):
+    for seconds in (0, 1000):
+        seen = list(grown(pieces, seconds))
+        assert (seen[-1] if seen else "") == "".join(pieces)
+        assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:]))
