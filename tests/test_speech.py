@@ -183,7 +183,7 @@ def test_a_small_file_that_unpacks_to_hours_stops_at_the_limit(monkeypatch):
 SAMPLES = [encoded(vowels(0.4), RATE, kind, subtype) for kind, subtype in KINDS]
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.sampled_from(SAMPLES), st.data())
 def test_damaged_recordings_are_read_or_refused(data, draw):
     damaged = bytearray(data)
@@ -326,7 +326,7 @@ def small_whisper(path: Path, n_vocab: int = 51865, **changed: object) -> Path:
     from whisper.model import ModelDimensions, Whisper
 
     dims = {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 8, "n_audio_head": 2,
-            "n_audio_layer": 1, "n_vocab": n_vocab, "n_text_ctx": 16, "n_text_state": 8,
+            "n_audio_layer": 1, "n_vocab": n_vocab, "n_text_ctx": 96, "n_text_state": 8,
             "n_text_head": 2, "n_text_layer": 1}
     torch.manual_seed(0)
     model = Whisper(ModelDimensions(**dims))
@@ -522,13 +522,13 @@ def test_held_out_sentences_and_voices_are_in_no_training_utterance():
 
 @needs_espeak
 def test_held_out_sentences_in_held_out_voices_are_understood():
-    groups = build_whisper.measured_utterances(40)
+    groups = build_whisper.measured_utterances(16)
     errors = words = 0
     for utterance in groups["held-out sentences, held-out voices"]:
-        heard = " ".join(s.text for s in tiny().transcribe(build_whisper.say(utterance)))
-        wanted = build_whisper.words_of(utterance.text)
-        errors += build_whisper.word_errors(build_whisper.words_of(heard), wanted)
-        words += len(wanted)
+        wrong, said, _ = build_whisper.errors_of(
+            tiny(), build_whisper.say(utterance), utterance.text
+        )
+        errors, words = errors + wrong, words + said
     assert errors <= 0.1 * words
 
 

@@ -10,6 +10,7 @@ and nothing else. Sentences and voices of the measurement are in no training utt
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import sys
 import time
 import zipfile
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
+from model.speech import Speech  # noqa: E402
 from model.voice import espeak  # noqa: E402
 
 SEED = 20260101
@@ -93,6 +96,7 @@ def short_questions() -> list[str]:
     return asked
 
 
+@functools.cache
 def held_out_sentences() -> tuple[list[str], list[str]]:
     """(training, held out): a sixth of the questions, none of which has a word of its own."""
     everything = questions() + short_questions()
@@ -573,38 +577,41 @@ def word_errors(heard: list[str], said: list[str]) -> int:
     return row[-1]
 
 
-def measure(path: Path, each: int) -> dict[str, float]:
-    """Percent of words wrong by group, over whisper's own decoding of the full 30 s window."""
-    import whisper
+@functools.cache
+def normaliser() -> Callable[[str], str]:
     from whisper.normalizers import EnglishTextNormalizer
 
-    model = whisper.load_model(str(path), device="cpu").eval()
-    normalise = EnglishTextNormalizer()
-    options = whisper.DecodingOptions(language="en", fp16=False, without_timestamps=True)
+    return EnglishTextNormalizer()
+
+
+def errors_of(
+    listener: Speech, sound: np.ndarray, said: str, reduce_noise: bool = False
+) -> tuple[int, int, str]:
+    """(words wrong, words said, text heard), after whisper's own normalising of both texts."""
+    normalise = normaliser()
+    heard = " ".join(s.text for s in listener.transcribe(sound, denoise=reduce_noise))
+    wanted = normalise(said).split()
+    return word_errors(normalise(heard).split(), wanted), len(wanted), heard
+
+
+def measure(path: Path, each: int) -> dict[str, float]:
+    """Percent of words wrong by group, through `Speech` as the app hears. Mistakes are printed."""
+    listener = Speech.load(path)
     rates = {}
     for name, utterances in measured_utterances(each).items():
         errors = words = 0
-        for start in tqdm(range(0, each, 10), desc=name, mininterval=10):
-            part = utterances[start : start + 10]
-            mels = torch.stack([
-                whisper.log_mel_spectrogram(whisper.pad_or_trim(say(u).astype(np.float32)))
-                for u in part
-            ])
-            for utterance, result in zip(part, whisper.decode(model, mels, options), strict=True):
-                heard, said = normalise(result.text).split(), normalise(utterance.text).split()
-                wrong = word_errors(heard, said)
-                errors, words = errors + wrong, words + len(said)
-                if wrong:
-                    tqdm.write(f"{utterance.voice}: {utterance.text!r} heard as {result.text!r}")
+        for utterance in tqdm(utterances, desc=name, mininterval=10):
+            wrong, said, heard = errors_of(listener, say(utterance), utterance.text)
+            errors, words = errors + wrong, words + said
+            if wrong:
+                tqdm.write(f"{utterance.voice}: {utterance.text!r} heard as {heard!r}")
         rates[name] = round(100 * errors / words, 2)
     return rates
 
 
 def measure_noise(path: Path, each: int) -> dict[str, dict[str, float]]:
-    """Percent of words wrong through `Speech` at four levels of noise, as it is and reduced. The
-    noise, white to brown, is there for half a second before and after the words too."""
-    from model.speech import Speech
-
+    """Percent of words wrong at four levels of noise, as it is and reduced. The noise, white to
+    brown, is there for half a second before and after the words too."""
     listener = Speech.load(path)
     group = measured_utterances(each)["held-out sentences, held-out voices"]
     rates: dict[str, dict[str, float]] = {}
@@ -616,14 +623,12 @@ def measure_noise(path: Path, each: int) -> dict[str, dict[str, float]]:
             if level is not None:
                 power = np.sqrt(np.mean(sound[SAMPLE_RATE // 2 : -SAMPLE_RATE // 2] ** 2))
                 sound += power * np.float32(10 ** (-level / 20)) * coloured_noise(rng, len(sound))
-            said = words_of(utterance.text)
-            words += len(said)
             for how, reduced in (("as it is", False), ("noise reduced", True)):
-                heard = " ".join(s.text for s in listener.transcribe(sound, denoise=reduced))
-                errors[how] += word_errors(words_of(heard), said)
+                wrong, said, _ = errors_of(listener, sound, utterance.text, reduced)
+                errors[how] += wrong
+            words += said
         name = "no noise" if level is None else f"{level} dB"
         rates[name] = {how: round(100 * count / words, 1) for how, count in errors.items()}
-        print(name, rates[name], flush=True)
     return rates
 
 
@@ -637,8 +642,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--measure", action="store_true", help="measure tiny.pt, train nothing")
-    parser.add_argument("--measure-noise", action="store_true", help="word errors in noise, as it is"
-                        " and with the noise reduced")
+    parser.add_argument("--measure-noise", action="store_true", help="with and without reduction")
     parser.add_argument("--each", type=int, default=300, help="utterances a measured group")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
