@@ -161,7 +161,7 @@ def web_app(assistant: Assistant, options: Any) -> Any:
     """The page as a whole ASGI application, as the options say."""
     from fastapi import FastAPI
 
-    name = getattr(assistant.config, "speech", "") if options.speech is None else options.speech
+    name = assistant.config.speech if options.speech is None else options.speech
     blocks = build_app(assistant, conversations=options.conversations, runs=options.runs,
                        speech=load_speech(name), voice=load_voice(options.voice))
     return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks)

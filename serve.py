@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise PhiSightError(f"--host {options.host}: anyone who reaches it could ask;"
                                 f" set {KEY}, or add --without-key")
         assistant = load_assistant(options)
-        speech = loaded_once(getattr(assistant.config, "speech", "")
+        speech = loaded_once(assistant.config.speech
                              if options.speech is None else options.speech)
         try:
             limits = replace(Limits(), new_tokens=options.max_new_tokens,
