@@ -132,8 +132,7 @@ TINY: dict[str, object] = {
     "held_out_questions": "cache/world/held_out.jsonl",
     "novel_pair_questions": "cache/world/novel_pairs.jsonl",
     "run": "runs/tiny",
-    # Attention over a packed row costs its square, so 512 is a fifth slower; 352 is the shortest
-    # length that the conversations (mostly 40 to 150 tokens) fill to 97 %.
+    # The shortest length that the conversations (mostly 40 to 150 tokens) fill to 97 %.
     "row_tokens": 352,
     "batch_size": 6,  # about 2,000 tokens a step, so that one epoch makes 900 steps
     "accumulation": 1,  # a small model learns more from many small steps than from few large ones
