@@ -68,6 +68,9 @@ def parser() -> configs.Parser:
     made.add_argument("--calibration", type=int, default=400, metavar="CONVERSATIONS",
                       help="training conversations that --requantize and --prune look at"
                            " (%(default)s)")
+    made.add_argument("--evaluation-conversations", type=int, metavar="CONVERSATIONS",
+                      help="validation conversations that losses are measured on (default: as many"
+                           " as the training looked at)")
     made.add_argument("--greedy-answers", type=int, default=100,
                       help="how many questions both models answer (%(default)s)")
     add_model_flags(made)
@@ -99,6 +102,9 @@ def export_model(options: argparse.Namespace) -> dict[str, object]:
     out, dtype = options.llava or options.out, DTYPES[options.dtype]
     tolerance = tolerance_of(options)
     assistant = load_assistant(options)
+    if options.evaluation_conversations is not None:
+        assistant.config = configs.replace(
+            assistant.config, evaluation_conversations=options.evaluation_conversations)
     probe = measure.make_probe(assistant, options.greedy_answers)
     if options.requantize:
         return export_requantized(assistant, out, dtype, probe, tolerance, options.calibration)

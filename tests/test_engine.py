@@ -65,7 +65,7 @@ def test_answers_here_depend_on_every_picture_and_token(model):
 
 @pytest.fixture
 def engine(model):
-    made = []
+    made, before = [], set(threading.enumerate())
 
     def make(**options) -> Engine:
         made.append(Engine(model, NEVER, FEATURES[0], **options))
@@ -74,7 +74,7 @@ def engine(model):
     yield make
     for one in made:
         one.close()
-    assert not [t for t in threading.enumerate() if t.name == "engine"]
+    assert not set(threading.enumerate()) - before
 
 
 def test_answers_together_are_the_answers_alone(engine, model, requests):

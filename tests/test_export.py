@@ -86,6 +86,18 @@ def llava(tmp_path_factory) -> Path:
     return out
 
 
+def test_losses_are_measured_on_as_many_conversations_as_asked(tmp_path):
+    out = tmp_path / "model"
+    assert export.main(["--merge", f"--out={out}", f"--run={runs.finished_run()}",
+                        "--dtype=float32", "--evaluation-conversations=2", ANSWERS]) == 0
+    [certificate] = out.glob("*certificate.json")
+    assert json.loads(certificate.read_text())["measured_on"]["conversations"] == 2
+    with pytest.raises(PhiSightError, match="--evaluation-conversations must be at least 1"):
+        export.main(["--merge", f"--out={tmp_path / 'no'}", f"--run={runs.finished_run()}",
+                     "--evaluation-conversations=0"])
+    assert not (tmp_path / "no").exists()
+
+
 def text_ids(assistant: Assistant) -> torch.Tensor:
     asked = [Message("user", (Part("text", "How many red stars are there?"),))]
     prompt = render(asked, assistant.parts.chat_format, add_generation_prompt=True)
