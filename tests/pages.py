@@ -158,12 +158,19 @@ class User:
         self.page.locator("#chat").get_by_role("button", name=name).nth(which).click()
 
     def set(self, element: str, value: object) -> None:
-        """Give a slider of the settings a value."""
+        """Give a slider of the settings a value, and see that the page has taken it: just after the
+        settings have opened, a field may be there before what listens to it."""
         if not self.page.locator(f"#{element}").is_visible():
             self.page.locator("#settings button").first.click()
         number = self.page.locator(f"#{element} input[type=number]")
-        number.fill(str(value))
-        number.blur()
+        slider = self.page.locator(f"#{element} input[type=range]")
+
+        def is_taken() -> bool:
+            number.fill(str(value))
+            number.blur()
+            return float(slider.input_value()) == float(value) == float(number.input_value())
+
+        wait_with(self.page, is_taken)
 
     def start_over(self) -> None:
         self.page.locator("#new-conversation").click()

@@ -140,8 +140,13 @@ def test_retry_and_undo(user, site, monkeypatch):
     user.ask("What is it?", pictures(1)[0])
     first = user.answers(1)
     reply, asked = site.assistant.reply, []
-    monkeypatch.setattr(site.assistant, "reply",
-                        lambda *given, **more: asked.append(given) or reply(*given, **more))
+
+    def seeded(messages, longest, sampling, seed, *rest, **more):
+        """As it was asked, but for chance: an answer may be empty at this temperature."""
+        asked.append((messages, longest, sampling, seed))
+        return reply(messages, longest, sampling, 1, *rest, **more)
+
+    monkeypatch.setattr(site.assistant, "reply", seeded)
     user.set("temperature", 1.5)
     user.set("max-new-tokens", 7)
     user.click("Retry")
