@@ -46,6 +46,11 @@ class PackedSamples(Sequence[RenderedSample]):
         """Tokens of every sample, picture tokens included."""
         return self._lengths.tolist()
 
+    @property
+    def images(self) -> Sequence[tuple[str, ...]]:
+        """The pictures of every sample."""
+        return self._images
+
     def __len__(self) -> int:
         return len(self._ends)
 

@@ -40,7 +40,9 @@ def calibration_batches(assistant: Assistant, probe: Probe, conversations: int) 
     them is measured on: the validation conversations are of other pictures."""
     if conversations < 1:
         raise PhiSightError(f"--calibration {conversations}: must be at least 1 conversation")
-    samples = evenly_spaced([sample for sample in probe.data.train if sample.images], conversations)
+    train = probe.data.train
+    pictured = [i for i, images in enumerate(train.images) if images]
+    samples = [train[i] for i in evenly_spaced(pictured, conversations)]
     if not samples:
         raise PhiSightError(
             f"{assistant.config.data}: no training conversation has a picture to calibrate with;"

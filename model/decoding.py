@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from model.rope import rope_crossing
 from model.vlm import VisionLanguageModel
@@ -36,6 +37,17 @@ class KeyValues:
     @property
     def bytes(self) -> int:
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    def as_cache(self) -> DynamicCache:
+        """What transformers takes, over the same memory: its own `update` of an empty cache would
+        copy all of it, at every token."""
+        cache = DynamicCache()
+        for keys, values in self.layers:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        return cache
 
     def row(self, index: int, start: int, end: int) -> KeyValues:
         """A copy of some positions of one row."""
@@ -125,9 +137,7 @@ class Decoding:
     def _feed(self, embeddings: Tensor) -> None:
         """(rows, new tokens, dim), the last of those that the mask tells of."""
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(self._cache.layers if self._cache else ()):
-            cache.update(keys, values, number)
+        cache = self._cache.as_cache() if self._cache else DynamicCache()
         hidden = self.model.language_model.model(
             inputs_embeds=embeddings, attention_mask=self._mask, position_ids=positions,
             past_key_values=cache, use_cache=True,

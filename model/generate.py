@@ -10,7 +10,7 @@ from torch import Tensor
 
 from errors import PhiSightError
 from model.decoding import Decoding, Row
-from model.vlm import VisionLanguageModel
+from model.vlm import VisionLanguageModel, slots_filled
 
 COLDEST = 1e-6  # a float32 divided by less than this could be infinite
 
@@ -115,12 +115,7 @@ def split_features(
     Raises `PhiSightError` naming both numbers when there are not as many pictures as slots.
     """
     slots = [sum(token == placeholder_id for token in prompt) for prompt in prompts]
-    wanted, given = sum(slots), image_features.shape[0] * image_features.shape[1]
-    if wanted != given:
-        raise PhiSightError(
-            f"pictures: the text has {wanted} picture slots, the features fill {given};"
-            " give as many pictures as <image> places"
-        )
+    given = slots_filled(sum(slots), image_features)
     shares = [count // image_features.shape[1] if given else 0 for count in slots]
     features = image_features.split(shares)
     return [Row(list(prompt), share) for prompt, share in zip(prompts, features, strict=True)]

@@ -52,13 +52,7 @@ class VisionLanguageModel(nn.Module):
         """(rows, length) ids, (images, tokens, vision dim) features -> (rows, length, dim)."""
         embeddings = self.language_model.model.embed_tokens(input_ids)
         slots = input_ids == self.placeholder_id  # (rows, length)
-        wanted, given = int(slots.sum()), image_features.shape[0] * image_features.shape[1]
-        if wanted != given:
-            raise PhiSightError(
-                f"pictures: the text has {wanted} picture slots, the features fill {given};"
-                " give as many pictures as <image> places"
-            )
-        if given:
+        if slots_filled(int(slots.sum()), image_features):
             projected = self.projector(image_features)  # (images, tokens, dim)
             embeddings = embeddings.clone()
             embeddings[slots] = projected.flatten(0, 1).to(embeddings.dtype)
@@ -118,6 +112,20 @@ class VisionLanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+
+
+def slots_filled(wanted: int, image_features: Tensor) -> int:
+    """How many picture slots (images, tokens, vision dim) features fill.
+
+    Raises `PhiSightError` naming both numbers when it is not `wanted`.
+    """
+    given = image_features.shape[0] * image_features.shape[1]
+    if wanted != given:
+        raise PhiSightError(
+            f"pictures: the text has {wanted} picture slots, the features fill {given};"
+            " give as many pictures as <image> places"
+        )
+    return given
 
 
 def owner_of(name: str) -> str:
