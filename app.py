@@ -19,7 +19,8 @@ import config as configs
 from errors import run_main
 from infer import Assistant, add_assistant_flags, load_assistant
 from interface.examples import drawn_examples
-from interface.guard import Guard
+from interface.spoken import loaded_once
+from serving.page_guard import Guard
 from serving.server import address_of, listening_socket, run
 
 MAX_UPLOAD = 20 * 1024 * 1024  # bytes of one file
@@ -113,16 +114,6 @@ def _temporary_folder(name: str) -> str:
     return folder
 
 
-def load_speech(name: str) -> Callable[[], Any] | None:
-    """What loads the recogniser called `name`, or None for none."""
-    def load() -> Any:
-        from model.speech import Speech
-
-        return Speech.load(name)
-
-    return load if name else None
-
-
 def load_voice(name: str) -> Callable[[str], Any] | None:
     """What loads the voice called `name` for a language, or None for none."""
     def load(language: str) -> Any:
@@ -159,12 +150,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def web_app(assistant: Assistant, options: Any) -> Any:
     """The page as a whole ASGI application, as the options say."""
+    name = assistant.config.speech if options.speech is None else options.speech
+    return whole_app(assistant, conversations=options.conversations, runs=options.runs,
+                     speech=loaded_once(name), voice=load_voice(options.voice))
+
+
+def whole_app(assistant: Assistant, **settings: Any) -> Any:
+    """The page as an ASGI application of its own; `settings` are those of `build_app`."""
     from fastapi import FastAPI
 
-    name = assistant.config.speech if options.speech is None else options.speech
-    blocks = build_app(assistant, conversations=options.conversations, runs=options.runs,
-                       speech=load_speech(name), voice=load_voice(options.voice))
-    return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks)
+    return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+                 build_app(assistant, **settings))
 
 
 if __name__ == "__main__":

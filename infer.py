@@ -390,7 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.chat:
             listen = listener(options, assistant.config.speech, options.device)
-            return Terminal(lambda messages: ask(messages, options.seed), listen).run()
+            return Terminal(lambda messages: ask(messages, options.seed),
+                            lambda path: listen(read_audio(path))).run()
         answered, failed = answer_file(
             Path(options.batch), Path(options.out),
             # Every line draws from its own seed, so that a line means the same after a resume.
@@ -411,14 +412,13 @@ def answer_one(options: object, sampling: Sampling) -> int:
         user_message(prompt, options.image)
     for path in options.image:  # what cannot be used is told before the model is loaded
         load_image(path)
-    if options.audio is not None:
-        read_audio(options.audio)
+    audio = None if options.audio is None else read_audio(options.audio)
     spoken = SpokenAnswer(options) if options.speak else None
     started = time.perf_counter()
     assistant = load_assistant(options)
-    if prompt is None:
+    if audio is not None:
         listen = listener(options, assistant.config.speech, options.device, tell_heard)
-        prompt = listen(options.audio)
+        prompt = listen(audio)
     message = user_message(prompt, options.image)
     loaded = time.perf_counter()
     reply = assistant.reply([message], options.max_new_tokens, sampling, options.seed, options.stop)

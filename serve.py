@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import config as configs
 from errors import PhiSightError, run_main
 from infer import Assistant, add_assistant_flags, load_assistant
+from interface.spoken import loaded_once
+from model.speech import read_audio
 from serving.api import Api
 from serving.guards import App
 from serving.openai_api import MIB, ApiError, Limits
@@ -65,22 +66,6 @@ def environment_key() -> str:
     return key
 
 
-def loaded_once(name: str) -> Callable[[], Any] | None:
-    """What gives the recogniser called `name`, loaded when it is first needed; None for none."""
-    loaded: list = []
-    lock = threading.Lock()
-
-    def load() -> Any:
-        from model.speech import Speech
-
-        with lock:
-            if not loaded:
-                loaded.append(Speech.load(name))
-            return loaded[0]
-
-    return load if name else None
-
-
 def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
     """What writes down the speech of an audio file."""
     def listen(data: bytes) -> str:
@@ -90,8 +75,6 @@ def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise ApiError(500, "the server cannot load its speech model; its log says why",
                            "speech_unavailable") from error
-        from model.speech import read_audio
-
         return speech.text(read_audio(data))
 
     return listen
@@ -100,12 +83,9 @@ def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
 def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None,
             voice: str = "") -> App:
     """The web app, to stand at the paths that the API does not take."""
-    from fastapi import FastAPI
+    from app import load_voice, whole_app
 
-    from app import build_app, load_voice, mount
-
-    blocks = build_app(assistant, speech=speech, voice=load_voice(voice))
-    return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks)
+    return whole_app(assistant, speech=speech, voice=load_voice(voice))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,26 +7,18 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from tqdm import tqdm
 
 from data.dataset import Message
 from errors import PhiSightError
-from interface.messages import user_message
+from interface.messages import Reply, user_message
 
 MAX_LINE = 1_000_000  # bytes; a question is not longer
-
-
-class Answer(Protocol):
-    """What asking gives: pieces of text, and why they ended."""
-
-    finish_reason: str | None
-
-    def __iter__(self) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,7 @@ def answered_lines(out: BinaryIO, path: Path) -> dict[int, str]:
 
 
 def answer_file(
-    source: Path, out_path: Path, ask: Callable[[Message, int], Answer], in_flight: int,
+    source: Path, out_path: Path, ask: Callable[[Message, int], Reply], in_flight: int,
 ) -> tuple[int, int]:
     """Answer every line that has no answer yet; returns how many were answered and have failed.
 
@@ -100,7 +92,7 @@ def answer_file(
     may be under way. Answers are written in the order of the lines, each as soon as it is there.
     Raises `PhiSightError` when the output belongs to other questions or is being written.
     """
-    answered = failed = 0
+    counts = {True: 0, False: 0}  # answered, failed
     try:
         lines = source.open("rb")
     except OSError as error:
@@ -109,9 +101,9 @@ def answer_file(
         done = answered_lines(out, out_path)
         total = sum(1 for line in lines if line.strip())
         lines.seek(0)
-        under_way: deque[tuple[Asked, Answer | PhiSightError]] = deque()
+        under_way: deque[tuple[Asked, Reply | PhiSightError]] = deque()
 
-        def write_oldest() -> bool:
+        def write_oldest() -> None:
             asked, answer = under_way.popleft()
             record = {"line": asked.line, "key": asked.key} | asked.record
             try:
@@ -123,7 +115,8 @@ def answer_file(
                 record["error"] = " ".join(str(error).split())
             out.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace"))
             out.flush()
-            return "error" not in record
+            counts["answer" in record] += 1
+            bar.update()
 
         with tqdm(total=total, unit="question", disable=None) as bar:
             for number, line in enumerate(lines, start=1):
@@ -145,15 +138,11 @@ def answer_file(
                 except PhiSightError as error:
                     under_way.append((asked, error))
                 if len(under_way) >= in_flight:
-                    good = write_oldest()
-                    answered, failed = answered + good, failed + (not good)
-                    bar.update()
+                    write_oldest()
             while under_way:
-                good = write_oldest()
-                answered, failed = answered + good, failed + (not good)
-                bar.update()
+                write_oldest()
         os.fsync(out.fileno())
-    return answered, failed
+    return counts[True], counts[False]
 
 
 def _locked(path: Path) -> BinaryIO:

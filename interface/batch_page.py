@@ -14,7 +14,6 @@ from typing import Any
 import gradio as gr
 
 from data.dataset import Message, Part
-from data.images import decode_image
 from errors import PhiSightError
 from interface import texts
 from interface.chat_page import ChatPage, Session, settings_of
@@ -117,10 +116,9 @@ def answers(
             return index, ""
         try:
             path = Path(paths[index])
-            picture = decode_image(read_upload(path), path.name)
-            message = Message("user", (Part("image", "picture"), Part("text", question)))
+            message = Message("user", (Part("image", path.name), Part("text", question)))
             reply = assistant.reply([message], settings.max_new_tokens, settings.sampling,
-                                    settings.seed, pictures={"picture": picture})
+                                    settings.seed, pictures={path.name: read_upload(path)})
             replies.append(reply)
             return index, "".join(reply).strip()
         except PhiSightError as error:

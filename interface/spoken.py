@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
+
 from errors import PhiSightError
-from model.speech import NoSpeech, Speech, read_audio
+from model.speech import NoSpeech, Speech
 from model.voice import Voice, write_wav
 
 
@@ -23,24 +26,36 @@ def add_speech_flags(parser: argparse.ArgumentParser) -> None:
                         help="espeak-ng, or a VitsModel's folder or hub id (%(default)s)")
 
 
+def loaded_once(name: str, device: str = "cpu") -> Callable[[], Speech] | None:
+    """What gives the Whisper called `name`, loaded when it is first needed, from any thread; None
+    for an empty name."""
+    loaded: list[Speech] = []
+    lock = threading.Lock()
+
+    def load() -> Speech:
+        with lock:
+            if not loaded:
+                loaded.append(Speech.load(name, device))
+            return loaded[0]
+
+    return load if name else None
+
+
 def listener(
     options: argparse.Namespace, preset: str, device: str,
     show: Callable[[str], None] | None = None,
-) -> Callable[[str], str]:
-    """An audio file -> what is said in it; the model is loaded by the first one.
+) -> Callable[[numpy.ndarray], str]:
+    """Audio as `read_audio` gives it -> what is said in it; the first one loads the model.
 
-    `show` gets every piece as it is understood. The function raises `PhiSightError` for a file that
-    is no sound, and `NoSpeech` where nothing is said.
+    `show` gets every piece as it is understood. The function raises `NoSpeech` where nothing is
+    said.
     """
-    loaded: list[Speech] = []
+    load = loaded_once(options.speech or preset, device)
 
-    def listen(path: str) -> str:
-        audio = read_audio(path)
-        if not loaded:
-            loaded.append(Speech.load(options.speech or preset, device))
+    def listen(audio: numpy.ndarray) -> str:
         said = []
-        for segment in loaded[0].transcribe(audio, options.language, options.translate,
-                                            options.denoise):
+        for segment in load().transcribe(audio, options.language, options.translate,
+                                         options.denoise):
             said.append(segment.text)
             if show is not None:
                 show(segment.text)

@@ -15,20 +15,10 @@ from data.dataset import Message, Part
 from data.images import MAX_BYTES, decode_image
 from errors import PhiSightError
 from interface.conversations import Saved, Shelf, clean_text
+from interface.messages import Reply
 from model.generate import Sampling
 
 REFRESH_SECONDS = 0.05  # a page that is redrawn for every token falls behind a fast model
-
-
-class Reply(Protocol):
-    """An answer on its way: see `Assistant.reply`."""
-
-    finish_reason: str | None
-    completion_tokens: int
-    cached: bool
-
-    def __iter__(self) -> Iterator[str]: ...
-    def cancel(self) -> None: ...
 
 
 class Assistant(Protocol):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from data.dataset import Message
 from data.images import load_image
 from errors import PhiSightError
-from interface.messages import answer_message, user_message
+from interface.messages import Reply, answer_message, user_message
 
 HELP = """\
 /image PATH   show a picture; the next question is about it (several: one line each)
@@ -21,18 +20,11 @@ HELP = """\
 /quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-class Answer(Protocol):
-    """What asking gives: pieces of text that can be stopped."""
-
-    def __iter__(self) -> Iterator[str]: ...
-    def cancel(self) -> None: ...
-
-
 class Terminal:
     """Reads lines, answers them, remembers the conversation."""
 
     def __init__(
-        self, ask: Callable[[Sequence[Message]], Answer],
+        self, ask: Callable[[Sequence[Message]], Reply],
         listen: Callable[[str], str] | None = None, read: Callable[[str], str] = input,
         write: Callable[..., None] = print,
     ) -> None:

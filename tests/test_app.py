@@ -25,11 +25,12 @@ from infer import Assistant
 from interface.batch_page import write_csv
 from interface.chat_page import Session, seed_of, settings_of
 from interface.conversations import ID, KEY, new_conversation
-from interface.guard import MAX_JSON, names_an_address, reaches_out
 from interface.messages import user_message
 from interface.page import Browser
+from interface.spoken import loaded_once
 from interface.talk import Unready
 from interface.texts import LANGUAGES
+from serving.page_guard import MAX_JSON, names_an_address, reaches_out
 from test_conversations import json_values
 
 from pages import WAIT, Site, User, chromium, served, wait_for, wait_with
@@ -205,7 +206,7 @@ def talking_site(site, tmp_path_factory) -> Site:
     if shutil.which("espeak-ng") is None:
         pytest.skip("espeak-ng is not there: apt-get install espeak-ng")
     folder = tmp_path_factory.mktemp("talked")
-    with served(site.assistant, folder, folder, speech=app.load_speech(str(ears)),
+    with served(site.assistant, folder, folder, speech=loaded_once(str(ears)),
                 voice=app.load_voice("espeak-ng")) as talking:
         yield talking
 

@@ -26,6 +26,7 @@ from benchmarks.serve_load import (Server, ask_alone, mixture, question_bodies, 
                                    serving)
 from data.dataset import Message, Part
 from errors import PhiSightError
+from interface.spoken import loaded_once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,7 +148,7 @@ def spoken(data: bytes) -> list[dict]:
 @pytest.mark.skipif(not WHISPER.exists(), reason="there is no small Whisper here")
 def test_a_recording_is_heard_by_whisper():
     assistant = assistant_of()
-    with live(assistant, listen=serve.listening(serve.loaded_once(str(WHISPER)))) as server:
+    with live(assistant, listen=serve.listening(loaded_once(str(WHISPER)))) as server:
         def refusal(data: bytes) -> openai.BadRequestError:
             with pytest.raises(openai.BadRequestError) as raised:
                 server.client().chat.completions.create(model="tiny", messages=spoken(data))
@@ -161,7 +162,7 @@ def test_a_recording_is_heard_by_whisper():
                               capture_output=True, check=True).stdout
         from model.speech import read_audio
 
-        heard = serve.loaded_once(str(WHISPER))().text(read_audio(said))
+        heard = loaded_once(str(WHISPER))().text(read_audio(said))
         answer = server.client().chat.completions.create(model="tiny", messages=spoken(said))
         expected = assistant.reply([Message("user", (Part("text", heard),))])
         assert answer.choices[0].message.content == "".join(expected)

@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 from data import world  # noqa: E402
 from errors import run_main  # noqa: E402
 from tools import build_whisper  # noqa: E402
+from tools.padding import pad_batch  # noqa: E402
 
 SEED = 20260101
 PHI_SPECIALS = (  # Phi-3.5's special tokens in the order of their ids, with their rstrip flag
@@ -314,17 +315,6 @@ class Encoder:
             ids += prompt + reply
             kinds += [-1] * len(prompt) + [index] * len(reply)
         return ids, kinds
-
-
-def pad_batch(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and turn numbers, (rows, length) int64; -1 marks what is not an answer."""
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    turn = torch.full((len(rows), length), -1)
-    for row, (row_ids, row_turns) in enumerate(rows):
-        ids[row, : len(row_ids)] = torch.tensor(row_ids)
-        turn[row, : len(row_turns)] = torch.tensor(row_turns)
-    return ids, turn
 
 
 def schedule(step: int, steps: int) -> float:

@@ -38,6 +38,7 @@ from data import world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
 from model.speech import Speech  # noqa: E402
 from model.voice import espeak  # noqa: E402
+from tools.padding import pad_batch  # noqa: E402
 
 SEED = 20260101
 SAMPLE_RATE = 16000
@@ -300,13 +301,7 @@ class Vocabulary:
             tokens = [self.start, self.plain, *(self.encode(text) if text else []), self.end]
             targets = [self.plain if text else self.none, *tokens[2:]]
             rows.append(([self.place[t] for t in tokens[:-1]], [self.place[t] for t in targets]))
-        length = max(len(inputs) for inputs, _ in rows)
-        inputs = torch.zeros(len(rows), length, dtype=torch.long)
-        targets = torch.full((len(rows), length), -1)
-        for row, (own_inputs, own_targets) in enumerate(rows):
-            inputs[row, : len(own_inputs)] = torch.tensor(own_inputs)
-            targets[row, : len(own_targets)] = torch.tensor(own_targets)
-        return inputs, targets
+        return pad_batch(rows)
 
 
 def log_mels(sounds: list[np.ndarray], filters: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,9 @@ can make this one fetch an address."""
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-Scope = MutableMapping[str, Any]
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
+from serving.guards import App, Event, Receive, Scope, Send, send_json
 
 MAX_JSON = 4 * 1024 * 1024  # of one event's inputs; files come by another way
 # The page's own scripts, styles and sounds and nothing else: an answer that holds the address of a
@@ -31,7 +27,7 @@ class Guard:
     servers. Both are refused here with one line, before Gradio sees them.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,7 +121,4 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def refuse(send: Send, status: int, reason: str) -> None:
-    body = json.dumps({"detail": reason}).encode()
-    await send({"type": "http.response.start", "status": status,
-                "headers": [(b"content-type", b"application/json")]})
-    await send({"type": "http.response.body", "body": body})
+    await send_json(send, status, {"detail": reason})
