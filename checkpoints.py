@@ -38,10 +38,14 @@ from torch import Tensor
 
 import config as configs
 from errors import PhiSightError, key_problems, run_main
-from metrics import CHAIN, Parting, broken_link, parting, read_metrics
+from reports.metrics import CHAIN, Parting, broken_link, parting, read_metrics
 
-OWNERS = {"lora_weights": "lora", "image_projector": "projector", "optimizer": "optimizer",
-          "rng": "rng"}  # file stem -> owner
+OWNERS = {
+    "lora_weights": "lora",
+    "image_projector": "projector",
+    "optimizer": "optimizer",
+    "rng": "rng",
+}  # file stem -> owner
 WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
 METRICS = "metrics.jsonl"
 MANIFEST, CONFIG, TRAINER_STATE = "MANIFEST.json", "config.json", "trainer_state.json"
@@ -51,15 +55,32 @@ BYTE_LIMIT = 64 * 2**20  # no JSON file or safetensors header of ours comes near
 
 # Fields of trainer_state, at any depth, that tell when or how fast a run went: two runs that are
 # equal bit for bit differ in them. The metrics offset counts the bytes of the timings in the log.
-VOLATILE_FIELDS = ("saved_at", "started_at", "seconds", "elapsed_seconds", "tokens_per_second",
-                   "memory_mb", "timing", "metrics_offset", "save_stall_seconds")
+VOLATILE_FIELDS = (
+    "saved_at",
+    "started_at",
+    "seconds",
+    "elapsed_seconds",
+    "tokens_per_second",
+    "memory_mb",
+    "timing",
+    "metrics_offset",
+    "save_stall_seconds",
+)
 # Dotted paths in config.json that say where a run lies, not what it is.
 RUN_FIELDS = ("name", "run", "config.name", "config.run")
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _LEFT_OVER = re.compile(r"\.(tmp|old)-(checkpoint-(\d{6,}))-(\d+)")
-_ROW_TYPES = {"file": str, "owner": str, "name": str, "shape": list, "dtype": str,
-              "mean": (int, float, type(None)), "std": (int, float, type(None)), "sha256": str}
+_ROW_TYPES = {
+    "file": str,
+    "owner": str,
+    "name": str,
+    "shape": list,
+    "dtype": str,
+    "mean": (int, float, type(None)),
+    "std": (int, float, type(None)),
+    "sha256": str,
+}
 _FILE_TYPES = {"file": str, "size": int}
 
 
@@ -88,6 +109,7 @@ class Snapshot:
 
 # ---- bytes ---------------------------------------------------------------------------------------
 
+
 def _raw(tensor: Tensor) -> numpy.ndarray:
     """The bytes of a CPU tensor in row-major order, (bytes,) uint8."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -103,18 +125,26 @@ def _finite(value: float) -> float | None:
 
 def _describe(tensor: Tensor) -> dict:
     """What must be equal when the tensor is read again."""
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."),
-            "sha256": hashlib.sha256(_raw(tensor)).hexdigest()}
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": hashlib.sha256(_raw(tensor)).hexdigest(),
+    }
 
 
 def _tensor_row(stem: str, name: str, tensor: Tensor) -> dict:
     values, seal = _float64(tensor), _describe(tensor)
     some = values.numel() > 0
-    return {"file": f"{stem}.safetensors", "owner": OWNERS[stem], "name": name,
-            "shape": seal["shape"], "dtype": seal["dtype"],
-            "mean": _finite(values.mean().item()) if some else None,
-            "std": _finite(values.std(correction=0).item()) if some else None,
-            "sha256": seal["sha256"]}
+    return {
+        "file": f"{stem}.safetensors",
+        "owner": OWNERS[stem],
+        "name": name,
+        "shape": seal["shape"],
+        "dtype": seal["dtype"],
+        "mean": _finite(values.mean().item()) if some else None,
+        "std": _finite(values.std(correction=0).item()) if some else None,
+        "sha256": seal["sha256"],
+    }
 
 
 def _header(path: Path) -> bytes:
@@ -164,12 +194,15 @@ def _document(name: str, value: dict) -> bytes:
 
     Raises PhiSightError for what would come back as something else (keys that are not strings).
     """
+
     def check(node: Any, path: str) -> None:
         if isinstance(node, dict):
             for key, inner in node.items():
                 if not isinstance(key, str):
-                    raise PhiSightError(f"{name}: the key {key!r} in {path or 'it'} is not a "
-                                        "string; JSON would change it, use a string")
+                    raise PhiSightError(
+                        f"{name}: the key {key!r} in {path or 'it'} is not a "
+                        "string; JSON would change it, use a string"
+                    )
                 check(inner, f"{path}.{key}".lstrip("."))
         elif isinstance(node, (list, tuple)):
             for inner in node:
@@ -179,58 +212,92 @@ def _document(name: str, value: dict) -> bytes:
     try:
         return (json.dumps(value, indent=2) + "\n").encode()
     except (TypeError, ValueError) as error:
-        raise PhiSightError(f"{name}: {error}; give it plain numbers, strings, lists and "
-                            "dictionaries") from error
+        raise PhiSightError(
+            f"{name}: {error}; give it plain numbers, strings, lists and dictionaries"
+        ) from error
 
 
 # ---- saving --------------------------------------------------------------------------------------
 
-def take_snapshot(step: int, state: Mapping[str, Mapping[str, Tensor]], config: dict,
-                  trainer_state: dict, tokenizer: Any = None,
-                  previous: Snapshot | Checkpoint | None = None) -> Snapshot:
+
+def take_snapshot(
+    step: int,
+    state: Mapping[str, Mapping[str, Tensor]],
+    config: dict,
+    trainer_state: dict,
+    tokenizer: Any = None,
+    previous: Snapshot | Checkpoint | None = None,
+) -> Snapshot:
     """Copy everything to the CPU. `state` holds every stem of OWNERS; tensors may share memory.
     With the save before as `previous`, how far the weights moved since is written down too.
 
     Raises PhiSightError for a missing or unknown stem, a bad step, a value that JSON cannot hold.
     """
     if set(state) != set(OWNERS):
-        raise PhiSightError(f"checkpoint: state has {sorted(state)}, not {sorted(OWNERS)}; "
-                            "give an empty dictionary for what the run does not have")
+        raise PhiSightError(
+            f"checkpoint: state has {sorted(state)}, not {sorted(OWNERS)}; "
+            "give an empty dictionary for what the run does not have"
+        )
     if type(step) is not int or step < 0 or trainer_state.get("step", step) != step:
-        raise PhiSightError(f"checkpoint: step {step!r} is not a count or not the step in "
-                            "trainer_state; save between two steps")
-    copies = {stem: {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-                     for name, tensor in state[stem].items()} for stem in OWNERS}
-    documents = {CONFIG: _document(CONFIG, config),
-                 TRAINER_STATE: _document(TRAINER_STATE, trainer_state)}
+        raise PhiSightError(
+            f"checkpoint: step {step!r} is not a count or not the step in "
+            "trainer_state; save between two steps"
+        )
+    copies = {
+        stem: {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+            for name, tensor in state[stem].items()
+        }
+        for stem in OWNERS
+    }
+    documents = {
+        CONFIG: _document(CONFIG, config),
+        TRAINER_STATE: _document(TRAINER_STATE, trainer_state),
+    }
     return Snapshot(step, copies, documents, tokenizer, _change(previous, copies))
 
 
-def _change(previous: Snapshot | Checkpoint | None,
-            now: Mapping[str, Mapping[str, Tensor]]) -> dict | None:
+def _change(
+    previous: Snapshot | Checkpoint | None, now: Mapping[str, Mapping[str, Tensor]]
+) -> dict | None:
     """The L2 norm of what each owner's weights moved; None where there is nothing to compare."""
-    if previous is None or any(previous.state[stem].keys() != now[stem].keys()
-                               for stem in WEIGHTS):
+    if previous is None or any(previous.state[stem].keys() != now[stem].keys() for stem in WEIGHTS):
         return None
-    squares = {OWNERS[stem]: sum(
-        (_float64(tensor) - _float64(previous.state[stem][name])).square().sum().item()
-        for name, tensor in now[stem].items()) for stem in WEIGHTS}
-    return {"since_step": previous.step,
-            **{owner: _finite(math.sqrt(total)) for owner, total in squares.items()}}
+    squares = {
+        OWNERS[stem]: sum(
+            (_float64(tensor) - _float64(previous.state[stem][name])).square().sum().item()
+            for name, tensor in now[stem].items()
+        )
+        for stem in WEIGHTS
+    }
+    return {
+        "since_step": previous.step,
+        **{owner: _finite(math.sqrt(total)) for owner, total in squares.items()},
+    }
 
 
 def weights_digest(state: Mapping[str, Mapping[str, Tensor]]) -> str:
     """sha256 over names and bytes of all trained weights: the same number means the same model."""
-    return _digest_of_rows((stem, name, hashlib.sha256(_raw(tensor.detach().cpu())).hexdigest())
-                           for stem in WEIGHTS for name, tensor in state[stem].items())
+    return _digest_of_rows(
+        (stem, name, hashlib.sha256(_raw(tensor.detach().cpu())).hexdigest())
+        for stem in WEIGHTS
+        for name, tensor in state[stem].items()
+    )
 
 
 def _digest_of_rows(rows: Iterable[tuple[str, str, str]]) -> str:
     return hashlib.sha256("\n".join(map(" ".join, sorted(rows))).encode()).hexdigest()
 
 
-def save(run_dir: str | Path, step: int, state: Mapping[str, Mapping[str, Tensor]], config: dict,
-         trainer_state: dict, tokenizer: Any = None, keep: int = 1) -> Path:
+def save(
+    run_dir: str | Path,
+    step: int,
+    state: Mapping[str, Mapping[str, Tensor]],
+    config: dict,
+    trainer_state: dict,
+    tokenizer: Any = None,
+    keep: int = 1,
+) -> Path:
     """Write `run_dir/checkpoint-STEP` and return its path; see `take_snapshot` and `commit`."""
     return commit(run_dir, take_snapshot(step, state, config, trainer_state, tokenizer), keep)
 
@@ -252,16 +319,20 @@ def commit(run_dir: str | Path, snapshot: Snapshot, keep: int = 1) -> Path:
         _write_folder(temporary, snapshot)
         # Verified before the rename, not after, so that no name ever points at an unread folder.
         if problems := verify(temporary):
-            raise PhiSightError(f"{temporary}: read back different from what was written "
-                                f"({problems[0]}); check the disk")
+            raise PhiSightError(
+                f"{temporary}: read back different from what was written "
+                f"({problems[0]}); check the disk"
+            )
         _put_in_place(temporary, final)
         _write_file(run_dir / f".tmp-{LATEST}", f"{final.name}\n".encode())
         os.replace(run_dir / f".tmp-{LATEST}", run_dir / LATEST)
         _fsync(run_dir)
         _prune(run_dir, snapshot.step, keep)
     except (OSError, SafetensorError) as error:
-        raise PhiSightError(f"{final}: not saved or not tidied up ({error}); earlier checkpoints "
-                            "are untouched: make room or mend the folder, then resume") from error
+        raise PhiSightError(
+            f"{final}: not saved or not tidied up ({error}); earlier checkpoints "
+            "are untouched: make room or mend the folder, then resume"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
@@ -296,11 +367,17 @@ def _write_folder(folder: Path, snapshot: Snapshot) -> None:
     names = _files_in(folder)
     for path in (folder / name for name in names if name not in snapshot.documents):
         _fsync(path)
-    body = {"format": FORMAT, "step": snapshot.step, "change": snapshot.change,
-            "tensors": [_tensor_row(stem, name, tensor)
-                        for stem, tensors in snapshot.state.items()
-                        for name, tensor in tensors.items()],
-            "files": [_file_row(folder, name) for name in names]}
+    body = {
+        "format": FORMAT,
+        "step": snapshot.step,
+        "change": snapshot.change,
+        "tensors": [
+            _tensor_row(stem, name, tensor)
+            for stem, tensors in snapshot.state.items()
+            for name, tensor in tensors.items()
+        ],
+        "files": [_file_row(folder, name) for name in names],
+    }
     _write_file(folder / MANIFEST, _manifest_bytes(body))
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
@@ -311,8 +388,10 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     """Give a verified folder its name. One of that name is kept if it is the same, or replaced."""
     aside = final.with_name(f".old-{final.name}-{os.getpid()}")
     if final.exists():
-        if not verify(final) and (final / MANIFEST).read_bytes() == (
-                temporary / MANIFEST).read_bytes():
+        if (
+            not verify(final)
+            and (final / MANIFEST).read_bytes() == (temporary / MANIFEST).read_bytes()
+        ):
             return
         os.replace(final, aside)  # killed here, `aside` still counts, and the next save restores it
     try:
@@ -326,12 +405,21 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 def _prune(run_dir: Path, step: int, keep: int) -> None:
     sweep(run_dir)  # the folder that was replaced, if any
-    older = sorted((path for path in run_dir.iterdir()
-                    if not path.is_symlink() and (path / MANIFEST).is_file()
-                    and (found := _step_of(path)) is not None and found < step), key=_step_of)
+    older = sorted(
+        (
+            path
+            for path in run_dir.iterdir()
+            if not path.is_symlink()
+            and (path / MANIFEST).is_file()
+            and (found := _step_of(path)) is not None
+            and found < step
+        ),
+        key=_step_of,
+    )
     # A damaged one must not count among those to keep: an intact one would go for it.
-    spared = list(itertools.islice((path for path in reversed(older) if not verify(path)),
-                                   keep - 1))
+    spared = list(
+        itertools.islice((path for path in reversed(older) if not verify(path)), keep - 1)
+    )
     for path in older:
         if path not in spared:
             _remove(path)
@@ -354,8 +442,10 @@ def remove_all(run_dir: str | Path) -> None:
             if not path.is_symlink() and _step_of(path) is not None:
                 _remove(path)
     except OSError as error:
-        raise PhiSightError(f"{run_dir}: cannot remove its checkpoints ({error}); make the folder "
-                            "writable, or choose another") from error
+        raise PhiSightError(
+            f"{run_dir}: cannot remove its checkpoints ({error}); make the folder "
+            "writable, or choose another"
+        ) from error
 
 
 def sweep(run_dir: Path) -> None:
@@ -390,10 +480,14 @@ def _step_of(path: Path) -> int | None:
 
 # ---- reading -------------------------------------------------------------------------------------
 
+
 def _files_in(folder: Path) -> list[str]:
     """Every file below, as relative posix paths; a link counts as a file and is never followed."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                  if path.is_symlink() or not path.is_dir())
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -407,12 +501,17 @@ def _read_manifest(folder: Path) -> dict:
 
     def sound(rows: Any, types: dict) -> bool:
         return isinstance(rows, list) and all(
-            isinstance(row, dict) and all(isinstance(row.get(field), kind)
-                                          for field, kind in types.items()) for row in rows)
+            isinstance(row, dict)
+            and all(isinstance(row.get(field), kind) for field, kind in types.items())
+            for row in rows
+        )
 
-    if (manifest.get("format") != FORMAT or type(manifest.get("step")) is not int
-            or not sound(manifest.get("tensors"), _ROW_TYPES)
-            or not sound(manifest.get("files"), _FILE_TYPES)):
+    if (
+        manifest.get("format") != FORMAT
+        or type(manifest.get("step")) is not int
+        or not sound(manifest.get("tensors"), _ROW_TYPES)
+        or not sound(manifest.get("files"), _FILE_TYPES)
+    ):
         raise PhiSightError(f"not a manifest of format {FORMAT}")
     if _manifest_bytes(manifest) != data:
         raise PhiSightError("edited or damaged (its own sha256 does not match)")
@@ -421,8 +520,9 @@ def _read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _read_tensors(path: Path, rows: dict[str, dict], problems: list[str]) -> Iterator[
-        tuple[str, Tensor]]:
+def _read_tensors(
+    path: Path, rows: dict[str, dict], problems: list[str]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor whose shape, dtype and bytes are those of its row, in the order of rows."""
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
@@ -469,8 +569,9 @@ def _inspect(folder: Path, keep_tensors: bool) -> tuple[Checkpoint | None, list[
         problems.append(f"{name}: {error}")
     if problems:
         return None, problems
-    return Checkpoint(folder, manifest["step"], documents[CONFIG], documents[TRAINER_STATE],
-                      state, manifest), []
+    return Checkpoint(
+        folder, manifest["step"], documents[CONFIG], documents[TRAINER_STATE], state, manifest
+    ), []
 
 
 def verify(path: str | Path) -> list[str]:
@@ -483,8 +584,10 @@ def load(path: str | Path) -> Checkpoint:
     checkpoint, problems = _inspect(Path(path), keep_tensors=True)
     if checkpoint is None:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise PhiSightError(f"{path}: {problems[0]}{more}; use an earlier checkpoint, or copy this "
-                            "one again from where it is whole")
+        raise PhiSightError(
+            f"{path}: {problems[0]}{more}; use an earlier checkpoint, or copy this "
+            "one again from where it is whole"
+        )
     return checkpoint
 
 
@@ -492,7 +595,7 @@ def checkpoints_in(run_dir: str | Path) -> list[Path]:
     """The checkpoint folders of a run, newest last, with those that a killed save had set aside
     and whose place is empty."""
     run_dir, found = Path(run_dir), []
-    for path in (run_dir.iterdir() if run_dir.is_dir() else ()):
+    for path in run_dir.iterdir() if run_dir.is_dir() else ():
         match = _LEFT_OVER.fullmatch(path.name)
         aside = match and match[1] == "old" and not (run_dir / match[2]).exists()
         step = int(match[3]) if aside else _step_of(path)
@@ -517,8 +620,10 @@ def find_newest_valid(run_dir: str | Path) -> tuple[Path, list[tuple[Path, str]]
                 damaged.append((path, problems[0]))
     if damaged:
         newest, problem = damaged[0]
-        raise PhiSightError(f"{run_dir}: no checkpoint is intact (the newest, {newest.name}: "
-                            f"{problem}); copy one from a backup or start again")
+        raise PhiSightError(
+            f"{run_dir}: no checkpoint is intact (the newest, {newest.name}: "
+            f"{problem}); copy one from a backup or start again"
+        )
     raise PhiSightError(f"no checkpoint in {run_dir}; start one with python train.py ...")
 
 
@@ -540,8 +645,10 @@ def resolve(path: str | Path) -> Checkpoint:
 
 # ---- comparing -----------------------------------------------------------------------------------
 
-def _field_differences(saved: Any, current: Any, skip: Callable[[str], bool],
-                       path: str = "") -> Iterator[tuple[str, str, str]]:
+
+def _field_differences(
+    saved: Any, current: Any, skip: Callable[[str], bool], path: str = ""
+) -> Iterator[tuple[str, str, str]]:
     """(dotted path, text of saved, text of current) of each leaf that differs; lists are leaves."""
     if isinstance(saved, Mapping) and isinstance(current, Mapping):
         for key in list(saved) + [key for key in current if key not in saved]:
@@ -551,8 +658,13 @@ def _field_differences(saved: Any, current: Any, skip: Callable[[str], bool],
             if key in saved and key in current:
                 yield from _field_differences(saved[key], current[key], skip, inner)
             else:
-                yield (inner, *(json.dumps(side[key], default=str) if key in side else "absent"
-                                for side in (saved, current)))
+                yield (
+                    inner,
+                    *(
+                        json.dumps(side[key], default=str) if key in side else "absent"
+                        for side in (saved, current)
+                    ),
+                )
         return
     texts = tuple(json.dumps(side, default=str) for side in (saved, current))
     if texts[0] != texts[1] and saved != current:  # texts: NaN is NaN, and a tuple is a list
@@ -561,11 +673,14 @@ def _field_differences(saved: Any, current: Any, skip: Callable[[str], bool],
 
 def compare_configs(saved: dict, current: dict, ignore: tuple[str, ...] = ()) -> list[str]:
     """Readable differences of two configs; `ignore` names dotted paths, with all beneath them."""
+
     def skip(path: str) -> bool:
         return any(path == entry or path.startswith(f"{entry}.") for entry in ignore)
 
-    return [f"{path}: {old} in the checkpoint, {new} now"
-            for path, old, new in _field_differences(saved, current, skip)]
+    return [
+        f"{path}: {old} in the checkpoint, {new} now"
+        for path, old, new in _field_differences(saved, current, skip)
+    ]
 
 
 @dataclass(frozen=True)
@@ -582,9 +697,14 @@ class Diff:
         return not self.differences
 
     def as_json(self) -> dict:
-        return {"identical": self.identical, "tensors": sum(self.owners.values()),
-                "owners": self.owners, "step": self.step, "differences": self.differences,
-                "parted": dataclasses.asdict(self.parted) if self.parted else None}
+        return {
+            "identical": self.identical,
+            "tensors": sum(self.owners.values()),
+            "owners": self.owners,
+            "step": self.step,
+            "differences": self.differences,
+            "parted": dataclasses.asdict(self.parted) if self.parted else None,
+        }
 
     def __str__(self) -> str:
         owners = ", ".join(f"{owner} {count}" for owner, count in self.owners.items())
@@ -594,14 +714,25 @@ class Diff:
             return "\n  ".join([f"identical: {tensors}, RNG, position, step {self.step}", *logs])
         lines = [f"{row['owner']} {row['name']}: {row['message']}" for row in self.differences]
         more = [f"... and {len(lines) - 20} more, which --json lists"] if len(lines) > 20 else []
-        return "\n  ".join([f"different: {len(lines)} differences over {tensors} and the fields; "
-                            f"the first: {lines[0]}", *logs, *lines[1:20], *more])
+        return "\n  ".join(
+            [
+                f"different: {len(lines)} differences over {tensors} and the fields; "
+                f"the first: {lines[0]}",
+                *logs,
+                *lines[1:20],
+                *more,
+            ]
+        )
 
 
 def _tensor_difference(first: Tensor | None, second: Tensor | None) -> dict | None:
     """None if equal to the bit, dtype and shape; else a message and, where it can be, numbers."""
-    kinds = ["absent" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix(
-        "torch.") for tensor in (first, second)]
+    kinds = [
+        "absent"
+        if tensor is None
+        else f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
+        for tensor in (first, second)
+    ]
     if kinds[0] != kinds[1]:
         return {"message": f"{kinds[0]} against {kinds[1]}"}
     size = first.element_size()
@@ -610,8 +741,12 @@ def _tensor_difference(first: Tensor | None, second: Tensor | None) -> dict | No
         return None
     gap = _finite((_float64(first) - _float64(second)).abs().max().item())
     shown = "not finite" if gap is None else f"{gap:.3g}"
-    return {"message": f"{changed.sum()} of {first.numel()} elements differ, at most by {shown}",
-            "elements": int(changed.sum()), "of": first.numel(), "max_abs_difference": gap}
+    return {
+        "message": f"{changed.sum()} of {first.numel()} elements differ, at most by {shown}",
+        "elements": int(changed.sum()),
+        "of": first.numel(),
+        "max_abs_difference": gap,
+    }
 
 
 def diff(first: str | Path, second: str | Path) -> Diff:
@@ -637,12 +772,23 @@ def diff(first: str | Path, second: str | Path) -> Diff:
         "step": ({"step": a.step}, {"step": b.step}, lambda path: False),
         "trainer_state": (a.trainer_state, b.trainer_state, volatile),
         "config": (a.config, b.config, RUN_FIELDS.__contains__),
-        "tokenizer": (*({row["file"]: row["sha256"] for row in side.manifest["files"]
-                         if row["file"].startswith("tokenizer/")} for side in (a, b)),
-                      lambda path: False)}
+        "tokenizer": (
+            *(
+                {
+                    row["file"]: row["sha256"]
+                    for row in side.manifest["files"]
+                    if row["file"].startswith("tokenizer/")
+                }
+                for side in (a, b)
+            ),
+            lambda path: False,
+        ),
+    }
     for owner, (one, other, skip) in fields.items():
-        found += [{"owner": owner, "name": path, "message": f"{old} against {new}"}
-                  for path, old, new in _field_differences(one, other, skip)]
+        found += [
+            {"owner": owner, "name": path, "message": f"{old} against {new}"}
+            for path, old, new in _field_differences(one, other, skip)
+        ]
     logs = [Path(side) / METRICS for side in (first, second)]
     parted = parting(*map(read_metrics, logs)) if all(log.is_file() for log in logs) else None
     return Diff(a.step, owners, found, parted)
@@ -650,37 +796,56 @@ def diff(first: str | Path, second: str | Path) -> Diff:
 
 # ---- command line --------------------------------------------------------------------------------
 
+
 def summarise(checkpoint: Checkpoint) -> dict:
     """Where a run stands, and totals by owner; mean and std are over all elements of its tensors,
     and None where that means nothing (no elements, or values that are not finite)."""
     owners, change = {}, checkpoint.manifest.get("change") or {}
     for stem, owner in OWNERS.items():
-        rows = [(math.prod(row["shape"]), row["mean"], row["std"])
-                for row in checkpoint.manifest["tensors"] if row["owner"] == owner]
+        rows = [
+            (math.prod(row["shape"]), row["mean"], row["std"])
+            for row in checkpoint.manifest["tensors"]
+            if row["owner"] == owner
+        ]
         count = sum(size for size, _, _ in rows)
         mean = std = None
         if count and all(None not in row for row in rows if row[0]):
             mean = sum(size * each for size, each, _ in rows if size) / count
             square = sum(size * (each**2 + spread**2) for size, each, spread in rows if size)
             std = math.sqrt(max(square / count - mean**2, 0.0))
-        owners[owner] = {"tensors": len(rows), "parameters": count,
-                         "bytes": sum(t.nbytes for t in checkpoint.state[stem].values()),
-                         "mean": mean, "std": std, "change": change.get(owner)}
-    return {"path": str(checkpoint.path), "step": checkpoint.step, "owners": owners,
-            "change_since_step": change.get("since_step"),
-            "versions": checkpoint.config.get("versions"),
-            "trainer_state": checkpoint.trainer_state}
+        owners[owner] = {
+            "tensors": len(rows),
+            "parameters": count,
+            "bytes": sum(t.nbytes for t in checkpoint.state[stem].values()),
+            "mean": mean,
+            "std": std,
+            "change": change.get(owner),
+        }
+    return {
+        "path": str(checkpoint.path),
+        "step": checkpoint.step,
+        "owners": owners,
+        "change_since_step": change.get("since_step"),
+        "versions": checkpoint.config.get("versions"),
+        "trainer_state": checkpoint.trainer_state,
+    }
 
 
 def _print_summary(summary: dict) -> None:
     print(f"{summary['path']}: step {summary['step']}, verified")
-    print(f"{'owner':<12}{'tensors':>9}{'parameters':>14}{'bytes':>15}{'mean':>13}{'std':>13}"
-          f"{'change':>13}")
+    print(
+        f"{'owner':<12}{'tensors':>9}{'parameters':>14}{'bytes':>15}{'mean':>13}{'std':>13}"
+        f"{'change':>13}"
+    )
     for owner, row in summary["owners"].items():
-        statistics = "".join(f"{'-' if row[key] is None else format(row[key], '.4g'):>13}"
-                             for key in ("mean", "std", "change"))
-        print(f"{owner:<12}{row['tensors']:>9,}{row['parameters']:>14,}{row['bytes']:>15,}"
-              f"{statistics}")
+        statistics = "".join(
+            f"{'-' if row[key] is None else format(row[key], '.4g'):>13}"
+            for key in ("mean", "std", "change")
+        )
+        print(
+            f"{owner:<12}{row['tensors']:>9,}{row['parameters']:>14,}{row['bytes']:>15,}"
+            f"{statistics}"
+        )
     if summary["change_since_step"] is not None:
         print(f"change: L2 norm since the save of step {summary['change_since_step']}")
     fields = {"versions": summary["versions"]} | summary["trainer_state"]
@@ -708,9 +873,14 @@ def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
     records = read_metrics(log) if log.is_file() else []
     broken = broken_link(records)
     if log.is_file():
-        problems[str(log)] = [] if broken is None else [
-            f"line {broken + 1} (step {records[broken].get('step')}): does not follow from the"
-            " lines before it; the log was edited, or lines are missing"]
+        problems[str(log)] = (
+            []
+            if broken is None
+            else [
+                f"line {broken + 1} (step {records[broken].get('step')}): does not follow from the"
+                " lines before it; the log was edited, or lines are missing"
+            ]
+        )
     for folder in checkpoints_in(run_dir):
         checkpoint, found = _inspect(folder, keep_tensors=False)
         if checkpoint is not None and log.is_file() and broken is None:
@@ -722,15 +892,22 @@ def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
 def log_problems(checkpoint: Checkpoint, records: Sequence[Mapping]) -> list[str]:
     """Where a checkpoint and the log of its run contradict each other."""
     chain = checkpoint.trainer_state.get(CHAIN, "")
-    before = [record for record in records
-              if isinstance(record.get("step"), int) and record["step"] <= checkpoint.step]
+    before = [
+        record
+        for record in records
+        if isinstance(record.get("step"), int) and record["step"] <= checkpoint.step
+    ]
     if (before[-1].get(CHAIN) if before else "") != chain:
-        return [f"{TRAINER_STATE}: its chain is not that of the log at step {checkpoint.step}; one"
-                " of them belongs to another run, or was edited"]
+        return [
+            f"{TRAINER_STATE}: its chain is not that of the log at step {checkpoint.step}; one"
+            " of them belongs to another run, or was edited"
+        ]
     logged = [r for r in before if r.get("step") == checkpoint.step and "weights_digest" in r]
-    own = _digest_of_rows((Path(row["file"]).stem, row["name"], row["sha256"])
-                          for row in checkpoint.manifest["tensors"]
-                          if Path(row["file"]).stem in WEIGHTS)
+    own = _digest_of_rows(
+        (Path(row["file"]).stem, row["name"], row["sha256"])
+        for row in checkpoint.manifest["tensors"]
+        if Path(row["file"]).stem in WEIGHTS
+    )
     if logged and logged[-1]["weights_digest"] != own:
         return [f"its weights are not those that the log has for step {checkpoint.step}"]
     return []
@@ -753,13 +930,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1 when two checkpoints differ or one is damaged; 2 on errors."""
     parser = configs.Parser(prog="checkpoints.py", description="Look into checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, targets, text in (("show", ["target"], "what a checkpoint holds"),
-                                ("verify", ["target"], "check every file and tensor"),
-                                ("diff", ["first", "second"], "compare two to the bit")):
+    for name, targets, text in (
+        ("show", ["target"], "what a checkpoint holds"),
+        ("verify", ["target"], "check every file and tensor"),
+        ("diff", ["first", "second"], "compare two to the bit"),
+    ):
         command = commands.add_parser(name, help=text)
         for target in targets:
-            command.add_argument(target, type=Path, nargs="?" if name == "show" else None,
-                                 help="a run folder or a checkpoint folder")
+            command.add_argument(
+                target,
+                type=Path,
+                nargs="?" if name == "show" else None,
+                help="a run folder or a checkpoint folder",
+            )
         command.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     if options.command == "verify":

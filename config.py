@@ -35,14 +35,16 @@ class Config:
     base: str = _doc("microsoft/Phi-3.5-mini-instruct", "Phi-3 base: hub id or local folder")
     base_revision: str = _doc("", "hub revision of the base; empty for the newest")
     vision: str = _doc(
-        "openai/clip-vit-large-patch14-336", "CLIP: hub id or local folder; the smaller"
+        "openai/clip-vit-large-patch14-336",
+        "CLIP: hub id or local folder; the smaller"
         " openai/clip-vit-base-patch32 gives 49 tokens a picture, or one with"
-        " --vision-features pooled"
+        " --vision-features pooled",
     )
     vision_revision: str = _doc("", "hub revision of the CLIP; empty for the newest")
     base_cache: str = _doc(
-        "cache/bases", "folder that keeps the quantised base, so that the next start reads it"
-        " (about 2.5 GB for Phi-3.5-mini) and does not quantise again; empty for none"
+        "cache/bases",
+        "folder that keeps the quantised base, so that the next start reads it"
+        " (about 2.5 GB for Phi-3.5-mini) and does not quantise again; empty for none",
     )
     quantization: str = _doc(
         "nf4", "how the base's linear weights are kept", ("nf4", "nf4-nested", "none")
@@ -55,7 +57,8 @@ class Config:
         1, "average N x N patches into one token; 2 leaves 144 of the 576 of CLIP L/14 at 336"
     )
     feature_storage: str = _doc(
-        "float16", "how stored picture features are kept; int8 halves the disk",
+        "float16",
+        "how stored picture features are kept; int8 halves the disk",
         ("float16", "int8"),
     )
     train_lora: bool = _doc(
@@ -172,16 +175,26 @@ def validate(config: Config) -> None:
 
     def need(good: bool, name: str, wanted: str) -> None:
         if not good:
-            problems.append(f"--{name.replace('_', '-')} must be {wanted}, not "
-                            f"{getattr(config, name)!r}")
+            problems.append(
+                f"--{name.replace('_', '-')} must be {wanted}, not {getattr(config, name)!r}"
+            )
 
     for spec in dataclasses.fields(config):
         choices = spec.metadata["choices"]
         if choices:
             need(getattr(config, spec.name) in choices, spec.name, "one of " + ", ".join(choices))
-    for name in ("feature_pooling", "lora_rank", "max_text_tokens", "epochs", "batch_size",
-                 "accumulation", "save_steps", "log_steps", "keep_checkpoints",
-                 "evaluation_conversations"):
+    for name in (
+        "feature_pooling",
+        "lora_rank",
+        "max_text_tokens",
+        "epochs",
+        "batch_size",
+        "accumulation",
+        "save_steps",
+        "log_steps",
+        "keep_checkpoints",
+        "evaluation_conversations",
+    ):
         need(getattr(config, name) >= 1, name, "at least 1")
     for name in ("row_tokens", "max_steps", "evaluate_steps", "early_stopping"):
         need(getattr(config, name) >= 0, name, "0 or more")
@@ -212,11 +225,18 @@ class Parser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             unknown = message.removeprefix(prefix).split()[0]
-            commands = [p for action in self._actions
-                        if isinstance(action, argparse._SubParsersAction)
-                        for p in action.choices.values()]
-            flags = [flag for parser in (self, *commands) for action in parser._actions
-                     for flag in action.option_strings]
+            commands = [
+                p
+                for action in self._actions
+                if isinstance(action, argparse._SubParsersAction)
+                for p in action.choices.values()
+            ]
+            flags = [
+                flag
+                for parser in (self, *commands)
+                for action in parser._actions
+                for flag in action.option_strings
+            ]
             near = difflib.get_close_matches(unknown.split("=")[0], flags, n=1, cutoff=0.5)
             remedy = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
             raise PhiSightError(f"{unknown}: no such flag; {remedy}")
@@ -247,18 +267,32 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         kind, text = hints[spec.name], spec.metadata["help"] + f" (default: {spec.default!r})"
         if kind is bool:
             parser.add_argument(
-                flag, dest=spec.name, type=_boolean, nargs="?", const=True,
-                default=argparse.SUPPRESS, metavar="BOOL", help=text.replace("%", "%%"),
+                flag,
+                dest=spec.name,
+                type=_boolean,
+                nargs="?",
+                const=True,
+                default=argparse.SUPPRESS,
+                metavar="BOOL",
+                help=text.replace("%", "%%"),
             )
             parser.add_argument(
-                "--no-" + flag.removeprefix("--"), dest=spec.name, action="store_const",
-                const=False, default=argparse.SUPPRESS, help=f"the same as {flag} false",
+                "--no-" + flag.removeprefix("--"),
+                dest=spec.name,
+                action="store_const",
+                const=False,
+                default=argparse.SUPPRESS,
+                help=f"the same as {flag} false",
             )
             continue
         parse = _names if typing.get_origin(kind) is tuple else kind
         parser.add_argument(
-            flag, dest=spec.name, type=parse, default=argparse.SUPPRESS,
-            metavar=spec.name.upper(), help=text.replace("%", "%%"),
+            flag,
+            dest=spec.name,
+            type=parse,
+            default=argparse.SUPPRESS,
+            metavar=spec.name.upper(),
+            help=text.replace("%", "%%"),
         )
 
 
@@ -275,8 +309,10 @@ def config_from_options(options: argparse.Namespace) -> Config:
 
 def to_dict(config: Config) -> dict[str, object]:
     """Plain JSON values; the inverse of `from_dict`."""
-    return {name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(config).items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
 
 
 def from_dict(values: dict[str, object], where: str) -> Config:

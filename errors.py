@@ -16,9 +16,10 @@ class PhiSightError(Exception):
 
 
 def key_problems(kind: str, expected: set[str], found: set[str]) -> list[str]:
-    """"... is missing" and "... is unexpected" for every name that is in one set only."""
-    return ([f"{kind}{name} is missing" for name in sorted(expected - found)]
-            + [f"{kind}{name} is unexpected" for name in sorted(found - expected)])
+    """ "... is missing" and "... is unexpected" for every name that is in one set only."""
+    return [f"{kind}{name} is missing" for name in sorted(expected - found)] + [
+        f"{kind}{name} is unexpected" for name in sorted(found - expected)
+    ]
 
 
 class SurvivingOutput:
@@ -55,8 +56,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
-        print("interrupted: what was saved is kept; train.py goes on with --resume",
-              file=sys.stderr)
+        print(
+            "interrupted: what was saved is kept; train.py goes on with --resume", file=sys.stderr
+        )
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `... | head` closed the pipe: nothing is lost and nobody is reading
         sys.stderr.close()

@@ -19,19 +19,18 @@ import argparse
 from transformers.utils import logging
 
 import config as configs
+from assistant.flags import add_model_flags, load_assistant
 from config import Config
-from doors import measure
-from doors.llava import export_llava
-from doors.measure import Tolerance
-from doors.merge import export_merged
-from doors.peft_adapter import export_peft, import_peft
-from doors.prune import export_pruned
-from doors.requantize import export_requantized
-from doors.seed import import_seed
 from errors import PhiSightError, run_main
-from infer import add_model_flags, load_assistant
+from exports import measure
+from exports.llava import export_llava
+from exports.measure import Tolerance
+from exports.merge import export_merged
+from exports.peft_adapter import export_peft, import_peft
+from exports.prune import export_pruned
+from exports.requantize import export_requantized
+from exports.seed import import_seed
 from model.build import DTYPES
-
 
 GREEDY_EQUAL_IN_4_BITS = 90.0  # percent: NF4 rounds far coarser than 16 bits
 
@@ -39,40 +38,81 @@ GREEDY_EQUAL_IN_4_BITS = 90.0  # percent: NF4 rounds far coarser than 16 bits
 def parser() -> configs.Parser:
     made = configs.Parser(prog="export.py", description=__doc__.splitlines()[0])
     what = made.add_mutually_exclusive_group(required=True)
-    what.add_argument("--merge", action="store_true",
-                      help="fold the adapter into the base: a plain Phi3ForCausalLM folder")
-    what.add_argument("--llava", metavar="DIR",
-                      help="the whole model as LlavaForConditionalGeneration, with its processor")
-    what.add_argument("--requantize", action="store_true",
-                      help="merged and in NF4 again, rounded with compensation (GPTQ)")
-    what.add_argument("--prune", type=float, metavar="SHARE",
-                      help="merged, with this share of the MLP channels cut out")
+    what.add_argument(
+        "--merge",
+        action="store_true",
+        help="fold the adapter into the base: a plain Phi3ForCausalLM folder",
+    )
+    what.add_argument(
+        "--llava",
+        metavar="DIR",
+        help="the whole model as LlavaForConditionalGeneration, with its processor",
+    )
+    what.add_argument(
+        "--requantize",
+        action="store_true",
+        help="merged and in NF4 again, rounded with compensation (GPTQ)",
+    )
+    what.add_argument(
+        "--prune",
+        type=float,
+        metavar="SHARE",
+        help="merged, with this share of the MLP channels cut out",
+    )
     what.add_argument("--peft", metavar="DIR", help="the adapter as a PEFT folder")
     what.add_argument("--import-peft", metavar="DIR", help="a PEFT adapter into a new run")
-    what.add_argument("--import-seed", metavar="DIR",
-                      help="a folder with lora_weights.pt and image_projector.pth into a new run")
+    what.add_argument(
+        "--import-seed",
+        metavar="DIR",
+        help="a folder with lora_weights.pt and image_projector.pth into a new run",
+    )
     made.add_argument("--out", help="folder to write, which must not be there yet")
-    made.add_argument("--split", action="store_true",
-                      help="with --peft: q, k, v, gate and up apart, as Llama names them")
-    made.add_argument("--preset", default=configs.DEFAULT_PRESET,
-                      help="what an imported run is but for its adapter (%(default)s)")
-    made.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16",
-                      help="of merged weights (%(default)s)")
-    made.add_argument("--max-loss-difference", type=float,
-                      help="refuse past this, in nats an answer token (default:"
-                           f" {measure.LOSS_DIFFERENCE}; none for --prune)")
-    made.add_argument("--min-greedy-equal", type=float,
-                      help="refuse below this percentage of equal greedy answers (default:"
-                           f" {measure.GREEDY_EQUAL}; {GREEDY_EQUAL_IN_4_BITS} for --requantize;"
-                           " none for --prune)")
-    made.add_argument("--calibration", type=int, default=400, metavar="CONVERSATIONS",
-                      help="training conversations that --requantize and --prune look at"
-                           " (%(default)s)")
-    made.add_argument("--evaluation-conversations", type=int, metavar="CONVERSATIONS",
-                      help="validation conversations that losses are measured on (default: as many"
-                           " as the training looked at)")
-    made.add_argument("--greedy-answers", type=int, default=100,
-                      help="how many questions both models answer (%(default)s)")
+    made.add_argument(
+        "--split",
+        action="store_true",
+        help="with --peft: q, k, v, gate and up apart, as Llama names them",
+    )
+    made.add_argument(
+        "--preset",
+        default=configs.DEFAULT_PRESET,
+        help="what an imported run is but for its adapter (%(default)s)",
+    )
+    made.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="bfloat16", help="of merged weights (%(default)s)"
+    )
+    made.add_argument(
+        "--max-loss-difference",
+        type=float,
+        help="refuse past this, in nats an answer token (default:"
+        f" {measure.LOSS_DIFFERENCE}; none for --prune)",
+    )
+    made.add_argument(
+        "--min-greedy-equal",
+        type=float,
+        help="refuse below this percentage of equal greedy answers (default:"
+        f" {measure.GREEDY_EQUAL}; {GREEDY_EQUAL_IN_4_BITS} for --requantize;"
+        " none for --prune)",
+    )
+    made.add_argument(
+        "--calibration",
+        type=int,
+        default=400,
+        metavar="CONVERSATIONS",
+        help="training conversations that --requantize and --prune look at (%(default)s)",
+    )
+    made.add_argument(
+        "--evaluation-conversations",
+        type=int,
+        metavar="CONVERSATIONS",
+        help="validation conversations that losses are measured on (default: as many"
+        " as the training looked at)",
+    )
+    made.add_argument(
+        "--greedy-answers",
+        type=int,
+        default=100,
+        help="how many questions both models answer (%(default)s)",
+    )
     add_model_flags(made)
     return made
 
@@ -92,8 +132,10 @@ def tolerance_of(options: argparse.Namespace) -> Tolerance | None:
             return None
         usual = (1e9, 0.0)  # the one that was not typed refuses nothing
     else:
-        usual = (measure.LOSS_DIFFERENCE,
-                 GREEDY_EQUAL_IN_4_BITS if options.requantize else measure.GREEDY_EQUAL)
+        usual = (
+            measure.LOSS_DIFFERENCE,
+            GREEDY_EQUAL_IN_4_BITS if options.requantize else measure.GREEDY_EQUAL,
+        )
     return Tolerance(usual[0] if loss is None else loss, usual[1] if equal is None else equal)
 
 
@@ -104,13 +146,15 @@ def export_model(options: argparse.Namespace) -> dict[str, object]:
     assistant = load_assistant(options)
     if options.evaluation_conversations is not None:
         assistant.config = configs.replace(
-            assistant.config, evaluation_conversations=options.evaluation_conversations)
+            assistant.config, evaluation_conversations=options.evaluation_conversations
+        )
     probe = measure.make_probe(assistant, options.greedy_answers)
     if options.requantize:
         return export_requantized(assistant, out, dtype, probe, tolerance, options.calibration)
     if options.prune is not None:
-        return export_pruned(assistant, out, dtype, probe, tolerance, options.prune,
-                             options.calibration)
+        return export_pruned(
+            assistant, out, dtype, probe, tolerance, options.prune, options.calibration
+        )
     write = export_llava if options.llava else export_merged
     return write(assistant, out, dtype, probe, tolerance)
 

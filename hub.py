@@ -17,15 +17,29 @@ from huggingface_hub.errors import (
 from errors import PhiSightError
 
 # Every network, cache and naming error of the hub; most of its own are OSError or ValueError.
-HUB_ERRORS = (OSError, ValueError, HTTPError, EntryNotFoundError, RevisionResolutionError,
-              CachedRepoTreeNotFoundError, XetDownloadError)
+HUB_ERRORS = (
+    OSError,
+    ValueError,
+    HTTPError,
+    EntryNotFoundError,
+    RevisionResolutionError,
+    CachedRepoTreeNotFoundError,
+    XetDownloadError,
+)
 TOKENIZER_LAYOUT = "tokenizer.json and tokenizer_config.json"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 def find_folder(
-    id_or_folder: str | Path, revision: str | None, what: str, layout: str,
+    id_or_folder: str | Path,
+    revision: str | None,
+    what: str,
+    layout: str,
     wanted: Sequence[str],
 ) -> Path:
     """The local folder of a model: the one given, or a snapshot that is downloaded or is in the

@@ -1,8 +1,8 @@
 """Serve a trained model to programs that speak OpenAI's chat API.
 
-    python serve.py --port 8000                             # http://127.0.0.1:8000/v1
-    PHISIGHT_API_KEY=... python serve.py --host 0.0.0.0     # other machines need the key
-    python serve.py --app                                   # the web app too, on the same port
+python serve.py --port 8000                             # http://127.0.0.1:8000/v1
+PHISIGHT_API_KEY=... python serve.py --host 0.0.0.0     # other machines need the key
+python serve.py --app                                   # the web app too, on the same port
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 import config as configs
+from api.api import Api
+from api.guards import App
+from api.openai_api import MIB, ApiError, Limits
+from api.server import address_of, is_local, listening_socket, run
+from assistant.assistant import Assistant
+from assistant.flags import add_assistant_flags, load_assistant
 from errors import PhiSightError, run_main
-from infer import Assistant, add_assistant_flags, load_assistant
-from interface.spoken import loaded_once
-from model.speech import read_audio
-from serving.api import Api
-from serving.guards import App
-from serving.openai_api import MIB, ApiError, Limits
-from serving.server import address_of, is_local, listening_socket, run
+from speech.spoken import loaded_once
+from speech.whisper import read_audio
 
 KEY = "PHISIGHT_API_KEY"
 
@@ -32,25 +33,55 @@ def parse(arguments: list[str] | None) -> object:
     add_assistant_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
-    parser.add_argument("--without-key", action="store_true",
-                        help=f"let other machines ask although {KEY} is not set")
+    parser.add_argument(
+        "--without-key",
+        action="store_true",
+        help=f"let other machines ask although {KEY} is not set",
+    )
     parser.add_argument("--model-name", help="what programs call the model (default: the run's)")
-    parser.add_argument("--queue-limit", type=int, default=64,
-                        help="answers that may wait for a place (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=limits.new_tokens,
-                        help="tokens of the longest answer (%(default)s)")
-    parser.add_argument("--max-body", type=int, default=limits.body_bytes // MIB, metavar="MIB",
-                        help="largest request; pictures take 4/3 of their size (%(default)s)")
-    parser.add_argument("--grace", type=float, default=10.0, metavar="SECONDS",
-                        help="in which answers may end after Ctrl-C or SIGTERM (%(default)s)")
-    parser.add_argument("--speech", help="Whisper: name or .pt file; empty for none"
-                                         " (default: the preset's)")
-    parser.add_argument("--voice", default="espeak-ng", help="of the app: espeak-ng, or folder or"
-                        " hub id of a VITS model; empty for none (%(default)s)")
+    parser.add_argument(
+        "--queue-limit",
+        type=int,
+        default=64,
+        help="answers that may wait for a place (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=limits.new_tokens,
+        help="tokens of the longest answer (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-body",
+        type=int,
+        default=limits.body_bytes // MIB,
+        metavar="MIB",
+        help="largest request; pictures take 4/3 of their size (%(default)s)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="in which answers may end after Ctrl-C or SIGTERM (%(default)s)",
+    )
+    parser.add_argument(
+        "--speech", help="Whisper: name or .pt file; empty for none (default: the preset's)"
+    )
+    parser.add_argument(
+        "--voice",
+        default="espeak-ng",
+        help="of the app: espeak-ng, or folder or"
+        " hub id of a VITS model; empty for none (%(default)s)",
+    )
     parser.add_argument("--app", action="store_true", help="serve the web app at / too")
     options = parser.parse_args(arguments)
-    for name, low, high in (("queue_limit", 0, 10**6), ("max_new_tokens", 1, 10**6),
-                            ("max_body", 1, 1024), ("grace", 0, 3600)):
+    for name, low, high in (
+        ("queue_limit", 0, 10**6),
+        ("max_new_tokens", 1, 10**6),
+        ("max_body", 1, 1024),
+        ("grace", 0, 3600),
+    ):
         if not low <= getattr(options, name) <= high:
             raise PhiSightError(f"--{name.replace('_', '-')}: must be from {low} to {high}")
     return options
@@ -68,22 +99,25 @@ def environment_key() -> str:
 
 def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
     """What writes down the speech of an audio file."""
+
     def listen(data: bytes) -> str:
         try:
             speech = load()
         except PhiSightError as error:  # not the client's fault, and none of its business
             print(f"error: {error}", file=sys.stderr, flush=True)
-            raise ApiError(500, "the server cannot load its speech model; its log says why",
-                           "speech_unavailable") from error
+            raise ApiError(
+                500,
+                "the server cannot load its speech model; its log says why",
+                "speech_unavailable",
+            ) from error
         return speech.text(read_audio(data))
 
     return listen
 
 
-def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None,
-            voice: str = "") -> App:
+def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> App:
     """The web app, to stand at the paths that the API does not take."""
-    from app import load_voice, whole_app
+    from web.app import load_voice, whole_app
 
     return whole_app(assistant, speech=speech, voice=load_voice(voice))
 
@@ -93,24 +127,31 @@ def main(arguments: list[str] | None = None) -> int:
     key = environment_key()
     with listening_socket(options.host, options.port) as bound:
         if not (key or options.without_key or is_local(bound)):
-            raise PhiSightError(f"--host {options.host}: anyone who reaches it could ask;"
-                                f" set {KEY}, or add --without-key")
+            raise PhiSightError(
+                f"--host {options.host}: anyone who reaches it could ask;"
+                f" set {KEY}, or add --without-key"
+            )
         assistant = load_assistant(options)
-        speech = loaded_once(assistant.config.speech
-                             if options.speech is None else options.speech)
+        speech = loaded_once(assistant.config.speech if options.speech is None else options.speech)
         try:
-            limits = replace(Limits(), new_tokens=options.max_new_tokens,
-                             body_bytes=options.max_body * MIB)
+            limits = replace(
+                Limits(), new_tokens=options.max_new_tokens, body_bytes=options.max_body * MIB
+            )
             api = Api(
-                assistant, key=key, name=options.model_name, limits=limits,
+                assistant,
+                key=key,
+                name=options.model_name,
+                limits=limits,
                 listen=listening(speech) if speech else None,
                 max_requests=options.max_rows + options.queue_limit,
                 rest=web_app(assistant, speech, options.voice) if options.app else None,
             )
             address = address_of(bound)
-            announcement = (f"{api.name} ({assistant.source}): {address}/v1"
-                            + (f", the app at {address}/" if options.app else "")
-                            + (f"; requests need {KEY}" if key else ""))
+            announcement = (
+                f"{api.name} ({assistant.source}): {address}/v1"
+                + (f", the app at {address}/" if options.app else "")
+                + (f"; requests need {KEY}" if key else "")
+            )
             run(api, bound, announcement, grace=options.grace, busy=api.busy, hurry=api.close)
         finally:
             assistant.close()

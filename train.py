@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 import checkpoints
 import config as configs
-import meter
 from config import Config
 from data.collate import Batch, collate
 from data.dataset import write_quarantine
@@ -42,21 +41,30 @@ from data.features import FeatureStore
 from data.prepare import TrainingData, prepare
 from data.sampler import plan
 from errors import PhiSightError, SurvivingOutput, run_main
+from evaluation import meter
 from lora.dropout import key_of
-from metrics import MetricsLog, console_line, draw_curves, peak_memory_mb, read_metrics
 from model.build import Assembled, assemble, load_model_state, model_state
 from model.vision import VisionTower
 from model.vlm import owner_of
-from optim import AdamW, LossScaler, clip_gradients, lr_at, owner_gradient_norms
-from resume.lock import RunLock
-from resume.ranks import Ranks, joined
-from resume.rng import rng_state, set_rng_state
-from resume.saver import BackgroundSaver
+from reports.metrics import MetricsLog, console_line, draw_curves, peak_memory_mb, read_metrics
+from training.lock import RunLock
+from training.optim import AdamW, LossScaler, clip_gradients, lr_at, owner_gradient_norms
+from training.ranks import Ranks, joined
+from training.rng import rng_state, set_rng_state
+from training.saver import BackgroundSaver
 
 # Fields that may differ between a checkpoint and the run that resumes it: they say where things
 # lie, how often something is written and what listens later, never what the next step computes.
-FREE_FIELDS = ("run", "features", "base_cache", "save_steps", "save_every_minutes",
-               "keep_checkpoints", "strict", "speech")
+FREE_FIELDS = (
+    "run",
+    "features",
+    "base_cache",
+    "save_steps",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "strict",
+    "speech",
+)
 
 
 @dataclass
@@ -115,10 +123,12 @@ def prepare_run(
     # A run that goes on has its weights in its checkpoint: the first stage may be gone by then.
     started_from = resume.config.get("started_from") if resume else start_weights(config, parts)
     with ranks.first_then_others():  # the first fills the feature store, the others find it full
-        store = FeatureStore(config.features, parts.vision.key, parts.vision.shape,
-                             config.feature_storage)
-        data = prepare(config, parts.chat_format, store,
-                       lambda: VisionTower(parts.vision, parts.device))
+        store = FeatureStore(
+            config.features, parts.vision.key, parts.vision.shape, config.feature_storage
+        )
+        data = prepare(
+            config, parts.chat_format, store, lambda: VisionTower(parts.vision, parts.device)
+        )
 
     lengths = data.train.lengths
     row_tokens = config.row_tokens or max(lengths)
@@ -130,8 +140,12 @@ def prepare_run(
     model = parts.model.train()
     if config.gradient_checkpointing:
         model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = AdamW(model.trainable(), (config.adam_beta1, config.adam_beta2),
-                      config.adam_epsilon, config.weight_decay)
+    optimizer = AdamW(
+        model.trainable(),
+        (config.adam_beta1, config.adam_beta2),
+        config.adam_epsilon,
+        config.weight_decay,
+    )
     scaler = LossScaler(enabled=parts.base.compute_dtype == torch.float16)
     seed_generators(config.seed)  # here: a CLIP that had to be loaded for features draws numbers
     progress = Progress()
@@ -143,17 +157,35 @@ def prepare_run(
         if log:
             log.truncate_to(0)
     else:
-        check_same_run(resume.config, facts, options.allow_changes,
-                       print if ranks.is_first else lambda _: None)
+        check_same_run(
+            resume.config, facts, options.allow_changes, print if ranks.is_first else lambda _: None
+        )
         check_place(resume.trainer_state, plans, total_steps)
-        if log and (problems := checkpoints.log_problems(
-            resume, read_metrics(log.path, resume.trainer_state["metrics_offset"])
-        )):
-            raise PhiSightError(f"{log.path}: {resume.path.name}: {problems[0]}; put back the log"
-                                " that belongs to this run, or the checkpoint that does")
+        if log and (
+            problems := checkpoints.log_problems(
+                resume, read_metrics(log.path, resume.trainer_state["metrics_offset"])
+            )
+        ):
+            raise PhiSightError(
+                f"{log.path}: {resume.path.name}: {problems[0]}; put back the log"
+                " that belongs to this run, or the checkpoint that does"
+            )
         progress = restore(resume, parts, optimizer, scaler, log, ranks)
-    run = Run(config, parts, store, data, plans, row_tokens, total_steps, optimizer, scaler, facts,
-              log, progress, resume)
+    run = Run(
+        config,
+        parts,
+        store,
+        data,
+        plans,
+        row_tokens,
+        total_steps,
+        optimizer,
+        scaler,
+        facts,
+        log,
+        progress,
+        resume,
+    )
     if ranks.is_first:
         write_quarantine(Path(config.run) / "quarantine.jsonl", data.quarantined)
         announce(run, ranks)
@@ -170,8 +202,10 @@ def start_weights(config: Config, parts: Assembled) -> dict[str, object] | None:
         return None
     source = checkpoints.resolve(config.start_from)
     if Path(config.run).resolve() in (source.path.resolve(), *source.path.resolve().parents):
-        raise PhiSightError(f"--start-from {config.start_from}: lies in --run {config.run}; give"
-                            " the new run a folder of its own")
+        raise PhiSightError(
+            f"--start-from {config.start_from}: lies in --run {config.run}; give"
+            " the new run a folder of its own"
+        )
     for what, saved, found in (
         ("base", source.config["base_fingerprint"], parts.base.fingerprint),
         ("CLIP, or way to read it,", source.config["vision_fingerprint"], parts.vision.key),
@@ -179,11 +213,16 @@ def start_weights(config: Config, parts: Assembled) -> dict[str, object] | None:
         ("--lora-alpha", source.config["config"]["lora_alpha"], config.lora_alpha),
     ):
         if saved != found:
-            raise PhiSightError(f"--start-from {config.start_from}: was trained with another {what}"
-                                f" ({saved}, here {found}); use the same for both stages")
+            raise PhiSightError(
+                f"--start-from {config.start_from}: was trained with another {what}"
+                f" ({saved}, here {found}); use the same for both stages"
+            )
     load_model_state(parts.model, source.state)
-    return {"step": source.step, "weights_digest": checkpoints.weights_digest(source.state),
-            "finished": source.trainer_state["finished"]}
+    return {
+        "step": source.step,
+        "weights_digest": checkpoints.weights_digest(source.state),
+        "finished": source.trainer_state["finished"],
+    }
 
 
 def choose_algorithms(deterministic: bool) -> None:
@@ -204,7 +243,9 @@ def choose_algorithms(deterministic: bool) -> None:
 
 
 def train(
-    config: Config, resume: checkpoints.Checkpoint | None, options: RunOptions,
+    config: Config,
+    resume: checkpoints.Checkpoint | None,
+    options: RunOptions,
     ranks: Ranks = Ranks(),
 ) -> Progress:
     """One run, from `resume` or from nothing, until it is finished or asked to stop."""
@@ -213,18 +254,36 @@ def train(
     progress, plans, total_steps = run.progress, run.plans, run.total_steps
     rows_per_step = config.batch_size * config.accumulation
     saver, out_of_time = BackgroundSaver(), False
-    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step",
-               disable=None if ranks.is_first else True)
+    bar = tqdm(
+        total=total_steps,
+        initial=progress.step,
+        desc="training",
+        unit="step",
+        disable=None if ranks.is_first else True,
+    )
     with StopSignals() as stop, finishing(saver):
         while not progress.finished:
             clock = time.perf_counter()
             end = min(progress.row + rows_per_step, len(plans[progress.epoch]))
             batches = load_batches(run, ranks.share_of(list(range(progress.row, end))))
-            rate = lr_at(progress.step, total_steps, config.warmup_fraction, config.learning_rate,
-                         config.schedule)
+            rate = lr_at(
+                progress.step,
+                total_steps,
+                config.warmup_fraction,
+                config.learning_rate,
+                config.schedule,
+            )
             logging = (progress.step + 1) % config.log_steps == 0
-            result = train_step(run.parts.model, run.optimizer, run.scaler, batches, rate,
-                                config.max_gradient_norm, measure_updates=logging, ranks=ranks)
+            result = train_step(
+                run.parts.model,
+                run.optimizer,
+                run.scaler,
+                batches,
+                rate,
+                config.max_gradient_norm,
+                measure_updates=logging,
+                ranks=ranks,
+            )
 
             progress.steps_digest = digest_of_step(progress, result)
             progress.step += 1
@@ -253,8 +312,12 @@ def train(
                 ranks.is_first and 0 < config.save_every_minutes <= (now - saved) / 60,
             )
             stopping = asked or out_of_time or progress.step == options.stop_at_step
-            if (progress.finished or stopping or save_is_due
-                    or progress.step % config.save_steps == 0):
+            if (
+                progress.finished
+                or stopping
+                or save_is_due
+                or progress.step % config.save_steps == 0
+            ):
                 save(run, saver, ranks)
                 saved = now
             if stopping and not progress.finished:
@@ -285,8 +348,11 @@ def load_batches(run: Run, row_numbers: list[int]) -> list[Batch]:
     return [
         collate(
             [[run.data.train[i] for i in run.plans[epoch][number]] for number in chunk],
-            run.store.features_of, run.parts.chat_format.end_of_text_id, run.store.shape,
-            run.row_tokens, [key_of(config.seed, epoch, number) for number in chunk],
+            run.store.features_of,
+            run.parts.chat_format.end_of_text_id,
+            run.store.shape,
+            run.row_tokens,
+            [key_of(config.seed, epoch, number) for number in chunk],
         ).to(run.parts.device)
         for chunk in chunks(row_numbers, config.batch_size)
     ]
@@ -301,14 +367,19 @@ def save(run: Run, saver: BackgroundSaver, ranks: Ranks) -> None:
     saver.wait()
     config, progress, log = run.config, run.progress, run.log
     state = model_state(run.parts.model) | {
-        "optimizer": run.optimizer.state_tensors(), "rng": merged_generators(generators),
+        "optimizer": run.optimizer.state_tensors(),
+        "rng": merged_generators(generators),
     }
     trainer_state = dataclasses.asdict(progress) | {
-        "loss_scaler": run.scaler.state_dict(), "metrics_offset": log.offset(), "chain": log.chain,
-        "total_steps": run.total_steps, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "loss_scaler": run.scaler.state_dict(),
+        "metrics_offset": log.offset(),
+        "chain": log.chain,
+        "total_steps": run.total_steps,
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
-    snapshot = checkpoints.take_snapshot(progress.step, state, run.facts, trainer_state,
-                                         run.parts.base.tokenizer, run.last_save)
+    snapshot = checkpoints.take_snapshot(
+        progress.step, state, run.facts, trainer_state, run.parts.base.tokenizer, run.last_save
+    )
     run.last_save = snapshot
 
     def write() -> None:
@@ -322,8 +393,14 @@ def save(run: Run, saver: BackgroundSaver, ranks: Ranks) -> None:
 
 def digest_of_step(progress: Progress, result: StepResult) -> str:
     """The link of this step in the chain of all steps: its place, and its numbers to the bit."""
-    facts = (progress.steps_digest, progress.step, progress.epoch, progress.row,
-             result.loss_sum.hex(), result.gradient_norm.hex())
+    facts = (
+        progress.steps_digest,
+        progress.step,
+        progress.epoch,
+        progress.row,
+        result.loss_sum.hex(),
+        result.gradient_norm.hex(),
+    )
     return hashlib.sha256("/".join(map(str, facts)).encode()).hexdigest()
 
 
@@ -343,8 +420,13 @@ class StepResult:
 
 
 def train_step(
-    model: torch.nn.Module, optimizer: AdamW, scaler: LossScaler, batches: list[Batch],
-    learning_rate: float, max_norm: float, measure_updates: bool = False,
+    model: torch.nn.Module,
+    optimizer: AdamW,
+    scaler: LossScaler,
+    batches: list[Batch],
+    learning_rate: float,
+    max_norm: float,
+    measure_updates: bool = False,
     ranks: Ranks = Ranks(),
 ) -> StepResult:
     """One optimiser step over an accumulation window, of which this process has its `batches`.
@@ -352,10 +434,14 @@ def train_step(
     Every micro-batch's summed loss is divided by the supervised tokens of the whole window on all
     processes, so that the gradient does not depend on how the window was cut.
     """
-    supervised, tokens, places = map(int, ranks.sum_numbers(
-        sum(batch.supervised_tokens for batch in batches), sum(batch.tokens for batch in batches),
-        sum(batch.input_ids.numel() for batch in batches),
-    ))
+    supervised, tokens, places = map(
+        int,
+        ranks.sum_numbers(
+            sum(batch.supervised_tokens for batch in batches),
+            sum(batch.tokens for batch in batches),
+            sum(batch.input_ids.numel() for batch in batches),
+        ),
+    )
     loss_sum = 0.0
     for batch in batches:
         loss, _ = model(**vars(batch))
@@ -452,7 +538,8 @@ def describe_run(
             "numpy": numpy.__version__,
         },
         # Another instruction set, or another card, rounds otherwise.
-        "processor": torch.backends.cpu.get_cpu_capability() if parts.device.type == "cpu"
+        "processor": torch.backends.cpu.get_cpu_capability()
+        if parts.device.type == "cpu"
         else torch.cuda.get_device_name(parts.device),
     }
 
@@ -467,9 +554,11 @@ def check_same_run(
     free = tuple(f"config.{name}" for name in FREE_FIELDS)
     if saved.get("world_size") != current["world_size"]:
         free += ("world_size", "threads", "config.threads")
-        say(f"saved on {saved.get('world_size')} processes, resumed on {current['world_size']}:"
+        say(
+            f"saved on {saved.get('world_size')} processes, resumed on {current['world_size']}:"
             " same samples, order and global batch; sums are taken in another order, so losses"
-            " agree to rounding and not to the bit")
+            " agree to rounding and not to the bit"
+        )
     changes = checkpoints.compare_configs(saved, current, free)
     if not changes:
         return
@@ -494,8 +583,12 @@ def check_place(state: dict, plans: list[list[list[int]]], total_steps: int) -> 
 
 
 def restore(
-    checkpoint: checkpoints.Checkpoint, parts: Assembled, optimizer: AdamW, scaler: LossScaler,
-    log: MetricsLog | None, ranks: Ranks,
+    checkpoint: checkpoints.Checkpoint,
+    parts: Assembled,
+    optimizer: AdamW,
+    scaler: LossScaler,
+    log: MetricsLog | None,
+    ranks: Ranks,
 ) -> Progress:
     """Put every tensor, generator, counter and the log back to where the checkpoint was saved."""
     load_model_state(parts.model, checkpoint.state)
@@ -512,15 +605,19 @@ def merged_generators(generators: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The random state of every process; those after the first have their number in the name."""
     return generators[0] | {
         f"rank{rank}.{name}": tensor
-        for rank, state in enumerate(generators[1:], start=1) for name, tensor in state.items()
+        for rank, state in enumerate(generators[1:], start=1)
+        for name, tensor in state.items()
     }
 
 
 def own_generators(saved: dict[str, Tensor], world_size: int, ranks: Ranks) -> dict[str, Tensor]:
     """This process's part of `merged_generators`; the first one's where the number has changed."""
     prefix = f"rank{ranks.rank}." if ranks.rank and ranks.size == world_size else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in saved.items()
-            if name.startswith(prefix or ("python.", "numpy.", "torch."))}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in saved.items()
+        if name.startswith(prefix or ("python.", "numpy.", "torch."))
+    }
 
 
 def resume_command(config: Config, ranks: Ranks = Ranks()) -> str:
@@ -541,30 +638,42 @@ def announce(run: Run, ranks: Ranks) -> None:
     plans, row_tokens, total_steps = run.plans, run.row_tokens, run.total_steps
     dtype = str(parts.base.compute_dtype).removeprefix("torch.")
     processes = "" if ranks.size == 1 else f" in each of {ranks.size} processes"
-    print(f"compute: {dtype} on {parts.device.type}, {torch.get_num_threads()} threads{processes}"
-          f" ({parts.compute_reason})")
+    print(
+        f"compute: {dtype} on {parts.device.type}, {torch.get_num_threads()} threads{processes}"
+        f" ({parts.compute_reason})"
+    )
     if not config.deterministic:
         print("warning: without deterministic algorithms a resumed run can differ in the last bits")
-    print(f"data: {len(data.train)} conversations to train on, {len(data.validation)} to validate;"
-          f" {len(data.quarantined)} records quarantined, {data.shortened} shortened")
+    print(
+        f"data: {len(data.train)} conversations to train on, {len(data.validation)} to validate;"
+        f" {len(data.quarantined)} records quarantined, {data.shortened} shortened"
+    )
     filled = sum(data.train.lengths)
     rows = len(plans[0])
-    print(f"rows: {rows} of {row_tokens} tokens an epoch, padding"
-          f" {100 * (1 - filled / (rows * row_tokens)):.1f} %; {total_steps} steps of"
-          f" {config.batch_size} x {config.accumulation} rows")
+    print(
+        f"rows: {rows} of {row_tokens} tokens an epoch, padding"
+        f" {100 * (1 - filled / (rows * row_tokens)):.1f} %; {total_steps} steps of"
+        f" {config.batch_size} x {config.accumulation} rows"
+    )
     for owner, parameters in parts.model.owners().items():
         trained = any(p.requires_grad for _, p in parameters)
         count = sum(logical_size(p) for _, p in parameters)
-        print(f"  {'TRAINED' if trained else 'FROZEN ':8} {owner:10} {len(parameters):4} tensors"
-              f" {count:>14,} weights")
+        print(
+            f"  {'TRAINED' if trained else 'FROZEN ':8} {owner:10} {len(parameters):4} tensors"
+            f" {count:>14,} weights"
+        )
         if owner != "base" and not trained and (config.train_lora or owner != "lora"):
             print(f"warning: the weights of {owner!r} are frozen and will not be trained")
     if data.quarantined:
-        print(f"warning: {len(data.quarantined)} records quarantined, reasons in"
-              f" {Path(config.run) / 'quarantine.jsonl'}")
+        print(
+            f"warning: {len(data.quarantined)} records quarantined, reasons in"
+            f" {Path(config.run) / 'quarantine.jsonl'}"
+        )
     if started := run.facts["started_from"]:
-        print(f"weights of {config.start_from} at step {started['step']}"
-              f" ({started['finished'] or 'not finished'}) to begin with")
+        print(
+            f"weights of {config.start_from} at step {started['step']}"
+            f" ({started['finished'] or 'not finished'}) to begin with"
+        )
     if run.progress.step:
         print(f"resumed at step {run.progress.step} of {total_steps}")
 
@@ -573,8 +682,10 @@ def tell_end(run: Run, reason: str, ranks: Ranks) -> None:
     """How the run ended, and what to type next."""
     step, folder = run.progress.step, Path(run.config.run)
     if not run.progress.finished:
-        print(f"stopped at step {step} of {run.total_steps}{reason and f': {reason}'}, saved; go on"
-              f" with: {resume_command(run.config, ranks)}")
+        print(
+            f"stopped at step {step} of {run.total_steps}{reason and f': {reason}'}, saved; go on"
+            f" with: {resume_command(run.config, ranks)}"
+        )
         return
     draw_curves(folder / checkpoints.METRICS, folder / "curves.png")
     print(f"finished at step {step}: {run.progress.finished}; curves in {folder / 'curves.png'}")
@@ -615,13 +726,20 @@ def close_window(run: Run, rate: float, result: StepResult) -> dict[str, object]
     loss = window["loss_sum"] / window["supervised_tokens"]
     progress.recent_losses = [*progress.recent_losses, loss][-5:]
     return {
-        "kind": "train", "step": progress.step, "epoch": progress.epoch, "row": progress.row,
-        "loss": loss, "lr": rate,
-        "gradient_norm": result.gradient_norm, "gradient_norms": result.gradient_norms,
+        "kind": "train",
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "row": progress.row,
+        "loss": loss,
+        "lr": rate,
+        "gradient_norm": result.gradient_norm,
+        "gradient_norms": result.gradient_norms,
         "update_norms": result.update_norms,
         "padding_share": 1 - window["tokens"] / window["places"],
-        "supervised_tokens": window["supervised_tokens"], "tokens": window["tokens"],
-        "skipped_steps": window["skipped_steps"], "steps_digest": progress.steps_digest,
+        "supervised_tokens": window["supervised_tokens"],
+        "tokens": window["tokens"],
+        "skipped_steps": window["skipped_steps"],
+        "steps_digest": progress.steps_digest,
         "weights_digest": checkpoints.weights_digest(model_state(run.parts.model)),
         "timing": {
             "seconds": round(window["seconds"], 3),
@@ -636,28 +754,43 @@ def warn_of_still_owners(result: StepResult) -> None:
     """A frozen projector trains without an error and answers without the picture: say it aloud."""
     for owner, moved in (result.update_norms or {}).items():
         if moved == 0 and not result.skipped:
-            print(f"warning: the weights of {owner!r} did not move in this step (gradient norm"
-                  f" {result.gradient_norms[owner]:.3g})")
+            print(
+                f"warning: the weights of {owner!r} did not move in this step (gradient norm"
+                f" {result.gradient_norms[owner]:.3g})"
+            )
 
 
 def evaluate(run: Run, ranks: Ranks, bar: tqdm) -> None:
     """Validation loss and alignment meter into the log; early stopping decides here. The first
     process evaluates, all of them hear of it."""
     config, data, progress, clock = run.config, run.data, run.progress, time.perf_counter()
-    found = ranks.from_first(lambda: meter.evaluate(
-        run.parts.model, data.validation, data.first_exchanges, run.store,
-        max(run.row_tokens, *(len(s.input_ids) for s in
-                              [*data.validation, *data.first_exchanges])),
-        run.parts.chat_format.end_of_text_id, run.parts.device,
-    ))
-    record = {"kind": "evaluation", "step": progress.step, **found,
-              "timing": {"seconds": round(time.perf_counter() - clock, 3)}}
+    found = ranks.from_first(
+        lambda: meter.evaluate(
+            run.parts.model,
+            data.validation,
+            data.first_exchanges,
+            run.store,
+            max(
+                run.row_tokens,
+                *(len(s.input_ids) for s in [*data.validation, *data.first_exchanges]),
+            ),
+            run.parts.chat_format.end_of_text_id,
+            run.parts.device,
+        )
+    )
+    record = {
+        "kind": "evaluation",
+        "step": progress.step,
+        **found,
+        "timing": {"seconds": round(time.perf_counter() - clock, 3)},
+    }
     if run.log:
         run.log.write(record)
         bar.write(console_line(record))
     # A loss that is not finite is never the best: nothing would be better than a first NaN.
-    if found["validation_loss"] < (float("inf") if progress.best_loss is None
-                                   else progress.best_loss):
+    if found["validation_loss"] < (
+        float("inf") if progress.best_loss is None else progress.best_loss
+    ):
         progress.best_loss, progress.evaluations_without_better = found["validation_loss"], 0
         return
     progress.evaluations_without_better += 1
@@ -687,26 +820,47 @@ class RunOptions:
 def parse(arguments: list[str] | None) -> tuple[Config, RunOptions]:
     parser = configs.Parser(prog="train.py", description=__doc__.splitlines()[0])
     configs.add_config_flags(parser)
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from the run's newest valid checkpoint")
-    parser.add_argument("--resume-if-any", action="store_true",
-                        help="--resume where the run has a checkpoint, else start")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="start anew in a run folder that has checkpoints, and remove them")
-    parser.add_argument("--allow-changes", action="store_true",
-                        help="resume although the result will not be exact")
-    parser.add_argument("--stop-at-step", type=int, default=0,
-                        help="save and stop after this step; --resume goes on")
-    parser.add_argument("--max-minutes", type=float, default=0.0,
-                        help="save and stop after so many minutes; 0 for never")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run's newest valid checkpoint"
+    )
+    parser.add_argument(
+        "--resume-if-any",
+        action="store_true",
+        help="--resume where the run has a checkpoint, else start",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew in a run folder that has checkpoints, and remove them",
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="resume although the result will not be exact"
+    )
+    parser.add_argument(
+        "--stop-at-step",
+        type=int,
+        default=0,
+        help="save and stop after this step; --resume goes on",
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=0.0,
+        help="save and stop after so many minutes; 0 for never",
+    )
     options = parser.parse_args(arguments)
     if options.stop_at_step < 0:
         raise PhiSightError(f"--stop-at-step {options.stop_at_step}: must be 0 (never) or more")
     if not 0 <= options.max_minutes < float("inf"):
         raise PhiSightError(f"--max-minutes {options.max_minutes}: must be 0 (never) or more")
     return configs.config_from_options(options), RunOptions(
-        options.resume, options.resume_if_any, options.overwrite, options.allow_changes,
-        options.stop_at_step, options.max_minutes, configs.given_fields(options),
+        options.resume,
+        options.resume_if_any,
+        options.overwrite,
+        options.allow_changes,
+        options.stop_at_step,
+        options.max_minutes,
+        configs.given_fields(options),
     )
 
 
@@ -714,8 +868,12 @@ def starting_point(
     config: Config, options: RunOptions, ranks: Ranks
 ) -> tuple[Config, checkpoints.Checkpoint | None]:
     """The config to train with, and the checkpoint to go on from, if any."""
-    existing = [Path(path) for path in ranks.from_first(
-        lambda: [str(path) for path in checkpoints.checkpoints_in(config.run)])]
+    existing = [
+        Path(path)
+        for path in ranks.from_first(
+            lambda: [str(path) for path in checkpoints.checkpoints_in(config.run)]
+        )
+    ]
     if options.resume and options.overwrite:
         raise PhiSightError("--resume --overwrite: go on, or start anew? give one of them")
     if options.resume or (options.resume_if_any and existing):
@@ -742,8 +900,9 @@ def is_over(config: Config, checkpoint: checkpoints.Checkpoint) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     config, options = parse(arguments)
-    with joined(config.device) as ranks, (
-        RunLock(config.run) if ranks.is_first else contextlib.nullcontext()
+    with (
+        joined(config.device) as ranks,
+        RunLock(config.run) if ranks.is_first else contextlib.nullcontext(),
     ):
         config, checkpoint = starting_point(config, options, ranks)
         if checkpoint is None or not is_over(config, checkpoint):
@@ -753,8 +912,10 @@ def main(arguments: list[str] | None = None) -> int:
             log = Path(config.run) / checkpoints.METRICS
             if log.is_file():  # a run that was imported has none
                 draw_curves(log, Path(config.run) / "curves.png")
-            print(f"{config.run}: finished at step {checkpoint.step}"
-                  f" ({checkpoint.trainer_state['finished']}); ask it with: python infer.py")
+            print(
+                f"{config.run}: finished at step {checkpoint.step}"
+                f" ({checkpoint.trainer_state['finished']}); ask it with: python infer.py"
+            )
     return 0
 
 

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import config as configs
+from assistant.assistant import Assistant
+from assistant.messages import answer_message, user_message
 from data.dataset import Message
 from errors import PhiSightError, run_main
-from infer import Assistant
-from interface.batch import answer_file
-from interface.messages import answer_message, user_message
+from terminal.batch import answer_file
 
 REPEATS = 5
 
@@ -35,9 +35,12 @@ def batched(run: str, rows: list[int], questions: int) -> dict[int, list[float]]
         images = Path(configs.default_config("tiny").images)
         lines = held_out.read_text().splitlines()[:questions]
         records = [json.loads(line) for line in lines]
-        source.write_text("".join(
-            json.dumps({"prompt": r["text"], "image": str(images / r["image"])}) + "\n"
-            for r in records))
+        source.write_text(
+            "".join(
+                json.dumps({"prompt": r["text"], "image": str(images / r["image"])}) + "\n"
+                for r in records
+            )
+        )
         rates: dict[int, list[float]] = {n: [] for n in rows}
         answers: dict[int, list[str]] = {}
         for repeat in range(REPEATS):
@@ -46,7 +49,8 @@ def batched(run: str, rows: list[int], questions: int) -> dict[int, list[float]]
                 out = Path(folder) / f"answers-{n}-{repeat}.jsonl"
                 started = time.perf_counter()
                 answered, failed = answer_file(
-                    source, out, lambda message, _: assistant.reply([message]), 2 * n)
+                    source, out, lambda message, _: assistant.reply([message]), 2 * n
+                )
                 rates[n].append(answered / (time.perf_counter() - started))
                 assistant.close()
                 answers[n] = [json.loads(line).get("answer") for line in out.open()]
@@ -84,8 +88,10 @@ def main() -> int:
     kept, fresh = Assistant.load(options.run), Assistant.load(options.run, cache=False)
     print(f"{'words in the first turn':>24}{'kept, ms':>10}{'not kept, ms':>14}")
     for words in (8, 64, 256, 512):
-        times = [(first_tokens(kept, words + 8 * n), first_tokens(fresh, words + 8 * n))
-                 for n in range(REPEATS)]  # another first turn each time: nothing is remembered
+        times = [
+            (first_tokens(kept, words + 8 * n), first_tokens(fresh, words + 8 * n))
+            for n in range(REPEATS)
+        ]  # another first turn each time: nothing is remembered
         with_cache, without = (statistics.median(column) * 1000 for column in zip(*times))
         print(f"{words:>24}{with_cache:>10.1f}{without:>14.1f}")
     kept.close()

@@ -43,14 +43,30 @@ LONG_FACTORS = [round(1 + 63 * (i / (HEAD // 2)) ** 1.5, 4) for i in range(HEAD 
 
 def phi_config(layers: int) -> dict:
     return {
-        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "vocab_size": 32064,
-        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": layers,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 131072,
-        "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000,
-        "rope_scaling": {"type": "longrope", "short_factor": SHORT_FACTORS,
-                         "long_factor": LONG_FACTORS},
-        "sliding_window": 262144, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+        "pad_token_id": 32000,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": SHORT_FACTORS,
+            "long_factor": LONG_FACTORS,
+        },
+        "sliding_window": 262144,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
     }
 
 
@@ -63,9 +79,7 @@ def random_weight(shape: tuple[int, ...], generator: torch.Generator) -> torch.T
     return block.repeat(-(-count // len(block)))[:count].view(shape).to(torch.bfloat16)
 
 
-def write_base(
-    folder: Path, layers: int, shard_bytes: int = SHARD_BYTES, **changes: object
-) -> int:
+def write_base(folder: Path, layers: int, shard_bytes: int = SHARD_BYTES, **changes: object) -> int:
     """Sharded safetensors with their index; returns the bytes of the largest shard. `changes`
     replace entries of the config."""
     folder.mkdir(parents=True)
@@ -98,8 +112,11 @@ def write_base(
     weight_map, largest = {}, 0
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({key: random_weight(shape, generator) for key, shape in shard.items()},
-                  folder / name, {"format": "pt"})
+        save_file(
+            {key: random_weight(shape, generator) for key, shape in shard.items()},
+            folder / name,
+            {"format": "pt"},
+        )
         weight_map |= dict.fromkeys(shard, name)
         largest = max(largest, (folder / name).stat().st_size)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -111,13 +128,21 @@ def write_clip(folder: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-        image_size=336, patch_size=14, projection_dim=768,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
     )
     folder.mkdir(parents=True)
     model = CLIPVisionModel(config).half()
-    state = {name if name.startswith("vision_model.") else f"vision_model.{name}": tensor
-             for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
+    state = {
+        name if name.startswith("vision_model.") else f"vision_model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("position_ids")
+    }
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
     preprocessor = json.loads((ROOT / "assets/tiny/clip/preprocessor_config.json").read_text())
@@ -148,16 +173,19 @@ def measure_starts(base: Path, cache: Path) -> dict[str, dict[str, float]]:
 def run(*arguments: object) -> tuple[str, dict[str, float]]:
     """A command of the project to its end: what it said, its seconds and peak memory."""
     clock = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    )
     said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise PhiSightError(f"{arguments[0]}: ended with status {status}; see what it said above")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return said, {"seconds": round(time.perf_counter() - clock, 1),
-                  "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-                  "peak_memory_gb": round(peak / 1e9, 2)}
+    return said, {
+        "seconds": round(time.perf_counter() - clock, 1),
+        "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_memory_gb": round(peak / 1e9, 2),
+    }
 
 
 def main() -> None:
@@ -174,27 +202,66 @@ def main() -> None:
             largest = writer.submit(write_base, folder / "phi", options.layers).result()
             writer.submit(write_clip, folder / "clip").result()
         four_bit = sum(p.stat().st_size for p in (folder / "phi").glob("*.safetensors")) / 4
-        facts = {"layers": options.layers, "largest_shard_gb": round(largest / 1e9, 2),
-                 "memory_limit_gb": round((1.5 * largest + four_bit) / 1e9, 2),
-                 "starts": measure_starts(folder / "phi", folder / "cache")}
+        facts = {
+            "layers": options.layers,
+            "largest_shard_gb": round(largest / 1e9, 2),
+            "memory_limit_gb": round((1.5 * largest + four_bit) / 1e9, 2),
+            "starts": measure_starts(folder / "phi", folder / "cache"),
+        }
         print(json.dumps(facts, indent=1), flush=True)
         if options.starts_only:
             return
         write_world(folder / "world", pictures=8, held_out=1, turns=3)
-        flags = ["--preset", "phi35", "--base", folder / "phi", "--vision", folder / "clip",
-                 "--data", folder / "world/train.json", "--images", folder / "world/images",
-                 "--features", folder / "features", "--base-cache", folder / "cache",
-                 "--run", folder / "run", "--validation-fraction", 0.3, "--batch-size", 1,
-                 "--accumulation", 1, "--max-steps", 1, "--log-steps", 1, "--evaluate-steps", 0]
+        flags = [
+            "--preset",
+            "phi35",
+            "--base",
+            folder / "phi",
+            "--vision",
+            folder / "clip",
+            "--data",
+            folder / "world/train.json",
+            "--images",
+            folder / "world/images",
+            "--features",
+            folder / "features",
+            "--base-cache",
+            folder / "cache",
+            "--run",
+            folder / "run",
+            "--validation-fraction",
+            0.3,
+            "--batch-size",
+            1,
+            "--accumulation",
+            1,
+            "--max-steps",
+            1,
+            "--log-steps",
+            1,
+            "--evaluate-steps",
+            0,
+        ]
         said, training = run("train.py", *flags)
         print(said)
         answer, answering = run(
-            "infer.py", "--run", folder / "run", "--image",
-            folder / "world/images/held_out_000000.png", "--prompt", "What is there?",
-            "--max-new-tokens", options.tokens, "--json",
+            "infer.py",
+            "--run",
+            folder / "run",
+            "--image",
+            folder / "world/images/held_out_000000.png",
+            "--prompt",
+            "What is there?",
+            "--max-new-tokens",
+            options.tokens,
+            "--json",
         )
-        print(json.dumps({"training": training, "answering": answering,
-                          "answer": json.loads(answer)}, indent=1))
+        print(
+            json.dumps(
+                {"training": training, "answering": answering, "answer": json.loads(answer)},
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

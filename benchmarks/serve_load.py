@@ -41,7 +41,12 @@ from errors import PhiSightError, run_main  # noqa: E402
 # Of every twenty requests so many: read slowly, leave in the middle, send what is no request.
 SLOW, GONE, BAD, TWENTY = 3, 3, 2, 20
 BAD_BODIES = (
-    b"", b"{", b"[" * 10_000, b"\xff\xfe", b'{"messages": 1}', b'{"messages": NaN}',
+    b"",
+    b"{",
+    b"[" * 10_000,
+    b"\xff\xfe",
+    b'{"messages": 1}',
+    b'{"messages": NaN}',
     b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":'
     b' "file:///etc/passwd"}}]}]}',
     b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":'
@@ -66,8 +71,10 @@ class Server:
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
-        return {name: float(value) for name, value in
-                (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+        return {
+            name: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        }
 
     def resident_mb(self) -> float:
         return self.measures()["process_resident_memory_bytes"] / 2**20
@@ -77,8 +84,12 @@ class Server:
 def serving(run: Path, *flags: str) -> Iterator[Server]:
     """serve.py on a free port, ended by SIGTERM."""
     process = subprocess.Popen(
-        [sys.executable, "serve.py", "--port", "0", "--run", str(run), *flags], cwd=ROOT,
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        [sys.executable, "serve.py", "--port", "0", "--run", str(run), *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
     try:
         line = process.stdout.readline()
         if "http://" not in line:
@@ -109,16 +120,30 @@ def question_bodies(questions: Path, images: Path, count: int) -> list[dict[str,
     """Requests about pictures: the file's own questions, and a description of every picture."""
     asked = load_questions(questions)
     pairs = [(q.image, q.text) for q in asked]
-    pairs += [(image, prompt) for image in dict.fromkeys(q.image for q in asked)
-              for prompt in PROMPTS]
+    pairs += [
+        (image, prompt) for image in dict.fromkeys(q.image for q in asked) for prompt in PROMPTS
+    ]
     random.Random(0).shuffle(pairs)
     bodies = []
     for image, text in pairs[:count]:
         data = base64.b64encode((images / image).read_bytes()).decode()
-        bodies.append({"messages": [{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
-            {"type": "text", "text": text},
-        ]}], "max_tokens": 100})
+        bodies.append(
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {
+                                "type": "image_url",
+                                "image_url": {"url": f"data:image/png;base64,{data}"},
+                            },
+                            {"type": "text", "text": text},
+                        ],
+                    }
+                ],
+                "max_tokens": 100,
+            }
+        )
     return bodies
 
 
@@ -134,8 +159,9 @@ def mixture(bodies: Sequence[dict[str, object]], count: int, seed: int) -> list[
             continue
         manner = "gone" if kind < BAD + GONE else "slow" if kind < BAD + GONE + SLOW else "good"
         stream = manner == "slow" or chance.random() < 0.5
-        jobs.append(Job(json.dumps(bodies[number] | {"stream": stream}).encode(), number, manner,
-                        stream))
+        jobs.append(
+            Job(json.dumps(bodies[number] | {"stream": stream}).encode(), number, manner, stream)
+        )
     chance.shuffle(jobs)
     return jobs
 
@@ -153,8 +179,9 @@ def ask(server: Server, job: Job) -> tuple[str, str | None]:
         if job.manner == "slow":
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         while True:
-            connection.request("POST", "/v1/chat/completions", job.body,
-                               {"Content-Type": "application/json"})
+            connection.request(
+                "POST", "/v1/chat/completions", job.body, {"Content-Type": "application/json"}
+            )
             response = connection.getresponse()
             if response.status != 503:
                 break
@@ -197,9 +224,12 @@ def leave(server: Server, job: Job) -> tuple[str, str | None]:
     """Send a request, all or a part of it, and close the connection before the answer is there."""
     cut = len(job.body) if job.question % 3 else len(job.body) // 2
     with socket.create_connection(server.address, timeout=300) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
-                           b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-                           % len(job.body) + job.body[:cut])
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            % len(job.body)
+            + job.body[:cut]
+        )
         time.sleep(0.01 * (job.question % 5))
     return "left", None
 
@@ -217,9 +247,7 @@ class Outcome:
         return f"{what} in {self.seconds:.1f} s"
 
 
-def send_all(
-    server: Server, jobs: Sequence[Job], clients: int, expected: Sequence[str]
-) -> Outcome:
+def send_all(server: Server, jobs: Sequence[Job], clients: int, expected: Sequence[str]) -> Outcome:
     """Send every job by `clients` clients at once, and compare what is answered."""
     counts: Counter[str] = Counter()
     wrong: list[str] = []
@@ -255,7 +283,10 @@ def ask_alone(server: Server, bodies: Sequence[dict[str, object]]) -> tuple[list
 
 
 def measure_memory(
-    server: Server, bodies: Sequence[dict[str, object]], count: int, clients: int,
+    server: Server,
+    bodies: Sequence[dict[str, object]],
+    count: int,
+    clients: int,
     expected: Sequence[str],
 ) -> tuple[list[float], Outcome]:
     """Resident MB before and after every 50 requests of `count` more, and what came of them."""
@@ -303,29 +334,37 @@ def main(arguments: list[str] | None = None) -> int:
     bodies = question_bodies(options.questions, options.images, options.requests)
     flags = () if options.cache else ("--no-cache",)
     with serving(options.run, *flags, "--max-rows", str(options.clients)) as server:
-        print(f"{options.requests} requests, {options.clients} clients, "
-              f"serve.py {' '.join(flags)}")
+        print(f"{options.requests} requests, {options.clients} clients, serve.py {' '.join(flags)}")
         expected, alone, tokens = ask_alone(server, bodies)
-        print(f"one at a time: {len(bodies)} answered in {alone:.1f} s, "
-              f"{len(bodies) / alone:.1f} requests/s, {tokens / alone:.0f} tokens/s")
-        mixed = send_all(server, mixture(bodies, options.requests, seed=0), options.clients,
-                         expected)
+        print(
+            f"one at a time: {len(bodies)} answered in {alone:.1f} s, "
+            f"{len(bodies) / alone:.1f} requests/s, {tokens / alone:.0f} tokens/s"
+        )
+        mixed = send_all(
+            server, mixture(bodies, options.requests, seed=0), options.clients, expected
+        )
         print(f"mixed: {mixed.line()}")
         jobs = [Job(json.dumps(body).encode(), number) for number, body in enumerate(bodies)]
         with watched(server) as running:
             together = send_all(server, jobs, options.clients, expected)
         print(f"at once: {together.line()}, {len(jobs) / together.seconds:.1f} requests/s")
         if not options.cache:
-            print(f"together: {alone / together.seconds:.2f} times the throughput of one at a time,"
-                  f" {tokens / together.seconds:.0f} tokens/s; {statistics.mean(running):.1f}"
-                  f" answers decoded at once, at most {max(running):.0f}")
+            print(
+                f"together: {alone / together.seconds:.2f} times the throughput of one at a time,"
+                f" {tokens / together.seconds:.0f} tokens/s; {statistics.mean(running):.1f}"
+                f" answers decoded at once, at most {max(running):.0f}"
+            )
         series, more = measure_memory(server, bodies, options.more, options.clients, expected)
         print(f"more: {more.line()}")
-        print(f"resident MB every 50 requests: {' '.join(f'{mb:.0f}' for mb in series)}; "
-              f"start {series[0]:.1f}, end {series[-1]:.1f}")
+        print(
+            f"resident MB every 50 requests: {' '.join(f'{mb:.0f}' for mb in series)}; "
+            f"start {series[0]:.1f}, end {series[-1]:.1f}"
+        )
         measures = server.measures()
-        print(f"threads {measures['process_threads']:.0f}, requests in flight "
-              f"{measures['phisight_requests_in_flight']:.0f}")
+        print(
+            f"threads {measures['process_threads']:.0f}, requests in flight "
+            f"{measures['phisight_requests_in_flight']:.0f}"
+        )
     wrong = mixed.wrong + together.wrong + more.wrong
     for text in wrong[:10]:
         print(f"wrong: {text}")

@@ -19,7 +19,6 @@ shares of LLaVA-Instruct-150K, with lognormal lengths fitted to 90 real question
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -42,8 +41,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import config as configs  # noqa: E402
 import lora.fused  # noqa: E402
+
+import config as configs  # noqa: E402
 import model.vlm  # noqa: E402
 import train  # noqa: E402
 from config import Config, Parser  # noqa: E402
@@ -53,8 +53,8 @@ from data.world import write_world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
 from lora.dropout import key_of, set_row_keys  # noqa: E402
 from lora.layer import LoRALinear  # noqa: E402
-from optim import lr_at  # noqa: E402
-from resume.ranks import Ranks  # noqa: E402
+from training.optim import lr_at  # noqa: E402
+from training.ranks import Ranks  # noqa: E402
 
 SIDES = {
     "ours": "ours, packed rows",
@@ -87,9 +87,12 @@ def tiny_config(folder: Path, steps: int) -> Config:
     """The tiny preset on enough pictures for `steps` steps."""
     write_world(folder / "world", pictures=30 + 10 * steps, held_out=1)
     return configs.replace(
-        configs.default_config("tiny"), base=str(ROOT / "assets/tiny/phi3"),
-        vision=str(ROOT / "assets/tiny/clip"), data=str(folder / "world/train.json"),
-        images=str(folder / "world/images"), features=str(folder / "features"),
+        configs.default_config("tiny"),
+        base=str(ROOT / "assets/tiny/phi3"),
+        vision=str(ROOT / "assets/tiny/clip"),
+        data=str(folder / "world/train.json"),
+        images=str(folder / "world/images"),
+        features=str(folder / "features"),
         run=str(folder / "run"),
     )
 
@@ -102,10 +105,18 @@ def mid_config(folder: Path, steps: int, picture_tokens: int) -> Config:
     records = list(llava_like(pictures, 8 * steps + 40))
     (folder / "data.json").write_text(json.dumps(records))
     return configs.replace(
-        configs.default_config("phi35"), base=str(folder / "base"), vision=str(folder / "clip"),
-        data=str(folder / "data.json"), images=str(folder / "world/images"),
-        features=str(folder / "features"), run=str(folder / "run"), max_text_tokens=480,
-        row_tokens=1024, batch_size=2, accumulation=1, gradient_checkpointing=False,
+        configs.default_config("phi35"),
+        base=str(folder / "base"),
+        vision=str(folder / "clip"),
+        data=str(folder / "data.json"),
+        images=str(folder / "world/images"),
+        features=str(folder / "features"),
+        run=str(folder / "run"),
+        max_text_tokens=480,
+        row_tokens=1024,
+        batch_size=2,
+        accumulation=1,
+        gradient_checkpointing=False,
     )
 
 
@@ -114,23 +125,46 @@ def write_models(folder: Path, side: int) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(0)
-    Phi3ForCausalLM(Phi3Config(
-        vocab_size=32064, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4,
-        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=4096,
-        original_max_position_embeddings=4096, tie_word_embeddings=False,
-    )).save_pretrained(folder / "base")
+    Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=32064,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=4,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            max_position_embeddings=4096,
+            original_max_position_embeddings=4096,
+            tie_word_embeddings=False,
+        )
+    ).save_pretrained(folder / "base")
     for file in (ROOT / "assets/tiny/phi3").glob("tokenizer*"):
         shutil.copy(file, folder / "base")
-    clip = CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16,
-        image_size=8 * side, patch_size=8, projection_dim=64,
-    ))
+    clip = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=16,
+            image_size=8 * side,
+            patch_size=8,
+            projection_dim=64,
+        )
+    )
     clip.config.save_pretrained(folder / "clip")
-    save_file({f"vision_model.{name}": tensor for name, tensor in clip.state_dict().items()
-               if not name.endswith("position_ids")}, folder / "clip/model.safetensors")
+    save_file(
+        {
+            f"vision_model.{name}": tensor
+            for name, tensor in clip.state_dict().items()
+            if not name.endswith("position_ids")
+        },
+        folder / "clip/model.safetensors",
+    )
     preprocessor = json.loads((ROOT / "assets/tiny/clip/preprocessor_config.json").read_text())
-    preprocessor |= {"crop_size": {"height": 8 * side, "width": 8 * side},
-                     "size": {"shortest_edge": 8 * side}}
+    preprocessor |= {
+        "crop_size": {"height": 8 * side, "width": 8 * side},
+        "size": {"shortest_edge": 8 * side},
+    }
     (folder / "clip/preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 
@@ -138,8 +172,11 @@ def llava_like(pictures: Sequence[str], count: int) -> Iterator[dict]:
     """Records in LLaVA's form whose texts are as long as its own; nothing to learn from."""
     rng = random.Random(0)
     tokenizer = load_tokenizer(ROOT / "assets/tiny/phi3")
-    words = [token.removeprefix("▁") for token in sorted(tokenizer.get_vocab())
-             if token.startswith("▁") and token[1:].isalpha()]
+    words = [
+        token.removeprefix("▁")
+        for token in sorted(tokenizer.get_vocab())
+        if token.startswith("▁") and token[1:].isalpha()
+    ]
 
     def text(shape: tuple[float, float]) -> str:
         return " ".join(rng.choices(words, k=max(1, round(rng.lognormvariate(*shape)))))
@@ -162,8 +199,9 @@ def samples_of_steps(run: train.Run, steps: int) -> list[list[list[int]]]:
     """step -> micro-batch -> samples, for the first steps of training."""
     found: list[list[list[int]]] = []
     for rows in run.plans:
-        micro = [[i for row in chunk for i in row]
-                 for chunk in train.chunks(rows, run.config.batch_size)]
+        micro = [
+            [i for row in chunk for i in row] for chunk in train.chunks(rows, run.config.batch_size)
+        ]
         found += train.chunks(micro, run.config.accumulation)
     return found[:steps]
 
@@ -178,12 +216,17 @@ def train_ours(run: train.Run, steps: int, packed: bool = True) -> Iterator[floa
     for step in range(steps):
         rows = len(run.plans[progress.epoch])
         end = min(progress.row + config.batch_size * config.accumulation, rows)
-        batches = (train.load_batches(run, list(range(progress.row, end))) if packed
-                   else [a_row_a_sample(run, micro) for micro in chosen[step]])
-        rate = lr_at(step, run.total_steps, config.warmup_fraction, config.learning_rate,
-                     config.schedule)
-        result = train.train_step(run.parts.model, run.optimizer, run.scaler, batches, rate,
-                                  config.max_gradient_norm)
+        batches = (
+            train.load_batches(run, list(range(progress.row, end)))
+            if packed
+            else [a_row_a_sample(run, micro) for micro in chosen[step]]
+        )
+        rate = lr_at(
+            step, run.total_steps, config.warmup_fraction, config.learning_rate, config.schedule
+        )
+        result = train.train_step(
+            run.parts.model, run.optimizer, run.scaler, batches, rate, config.max_gradient_norm
+        )
         progress.row = end % rows
         progress.epoch += end == rows
         yield result.loss_sum / result.supervised_tokens
@@ -192,8 +235,10 @@ def train_ours(run: train.Run, steps: int, packed: bool = True) -> Iterator[floa
 def a_row_a_sample(run: train.Run, samples: Sequence[int]) -> Batch:
     """Rows of one sample each, padded to the longest."""
     return collate(
-        [[run.data.train[i]] for i in samples], run.store.features_of,
-        run.parts.chat_format.end_of_text_id, run.store.shape,
+        [[run.data.train[i]] for i in samples],
+        run.store.features_of,
+        run.parts.chat_format.end_of_text_id,
+        run.store.shape,
         row_keys=[key_of(run.config.seed, 0, i) for i in samples],
     )
 
@@ -204,7 +249,8 @@ def take_away(side: str) -> None:
         lora.fused.onednn_is_faster = lambda: False
     elif side == "ours-separate":
         LoRALinear.trained_in_float32 = lambda self, x: (
-            self.base(x) + self.dropout(x) @ self.lora_A.T @ self.lora_B.T * self.scaling)
+            self.base(x) + self.dropout(x) @ self.lora_A.T @ self.lora_B.T * self.scaling
+        )
     elif side == "ours-row-mask":
         model.vlm.segment_lengths = lambda segment_ids: None
     elif side == "ours-filled":
@@ -233,14 +279,22 @@ class PeftWithPictures(nn.Module):
         self.language_model, self.projector = language_model, projector
         self.placeholder = placeholder
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
-                image_features: Tensor, **loss_settings: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        image_features: Tensor,
+        **loss_settings: Any,
+    ) -> Any:
         embeddings = self.language_model.get_input_embeddings()(input_ids)
         pictures = self.projector(image_features).flatten(0, 1)  # (places, dim)
         places = (input_ids == self.placeholder)[..., None]
         return self.language_model(
             inputs_embeds=embeddings.masked_scatter(places, pictures),
-            attention_mask=attention_mask, labels=labels, **loss_settings,
+            attention_mask=attention_mask,
+            labels=labels,
+            **loss_settings,
         )
 
 
@@ -252,15 +306,20 @@ def peft_model(run: train.Run) -> PeftWithPictures:
     import peft
 
     base, config = run.parts.base.model, run.config
-    ours = {name: module for name, module in base.named_modules()
-            if isinstance(module, LoRALinear)}
+    ours = {name: module for name, module in base.named_modules() if isinstance(module, LoRALinear)}
     for name, layer in ours.items():
         base.set_submodule(name, layer.base)
     base.is_loaded_in_4bit = config.quantization != "none"  # PEFT chooses its layer class by it
-    adapted = peft.get_peft_model(base, peft.LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_targets), task_type="CAUSAL_LM",
-    ))
+    adapted = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.lora_targets),
+            task_type="CAUSAL_LM",
+        ),
+    )
     with torch.no_grad():
         for name, layer in ours.items():
             theirs = base.get_submodule(name)
@@ -280,11 +339,16 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
-        labels = [token if supervised else IGNORED
-                  for token, supervised in zip(sample.input_ids, sample.supervised, strict=True)]
-        return {"input_ids": sample.input_ids, "labels": labels,
-                "attention_mask": [1] * len(labels),
-                "image_features": [self.store.features_of(name) for name in sample.images]}
+        labels = [
+            token if supervised else IGNORED
+            for token, supervised in zip(sample.input_ids, sample.supervised, strict=True)
+        ]
+        return {
+            "input_ids": sample.input_ids,
+            "labels": labels,
+            "attention_mask": [1] * len(labels),
+            "image_features": [self.store.features_of(name) for name in sample.images],
+        }
 
 
 def trainer_of(run: train.Run, model: nn.Module, batches: list[list[int]], total: int) -> Any:
@@ -302,22 +366,35 @@ def trainer_of(run: train.Run, model: nn.Module, batches: list[list[int]], total
 
     class InThisOrder(Trainer):
         def get_train_dataloader(self) -> DataLoader:
-            return DataLoader(self.train_dataset, batch_sampler=batches,
-                              collate_fn=self.data_collator)
+            return DataLoader(
+                self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator
+            )
 
     arguments = TrainingArguments(
-        output_dir=str(Path(config.run) / "trainer"), use_cpu=True, report_to="none",
-        max_steps=total, gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate, lr_scheduler_type=config.schedule,
-        warmup_steps=math.ceil(total * config.warmup_fraction), weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon, max_grad_norm=config.max_gradient_norm,
-        logging_strategy="no", save_strategy="no", disable_tqdm=True,
-        dataloader_num_workers=0, dataloader_pin_memory=False, remove_unused_columns=False,
+        output_dir=str(Path(config.run) / "trainer"),
+        use_cpu=True,
+        report_to="none",
+        max_steps=total,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=math.ceil(total * config.warmup_fraction),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_gradient_norm,
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
         seed=config.seed,
     )
-    return InThisOrder(model=model, args=arguments, train_dataset=Samples(run),
-                       data_collator=collator)
+    return InThisOrder(
+        model=model, args=arguments, train_dataset=Samples(run), data_collator=collator
+    )
 
 
 def train_theirs(
@@ -327,8 +404,10 @@ def train_theirs(
     from transformers import TrainerCallback
 
     if any(len(step) != run.config.accumulation for step in steps):
-        raise PhiSightError("accumulation: the last step of an epoch has fewer rows, which the"
-                            " Trainer is not told; choose a number of steps within whole ones")
+        raise PhiSightError(
+            "accumulation: the last step of an epoch has fewer rows, which the"
+            " Trainer is not told; choose a number of steps within whole ones"
+        )
     losses: list[float] = []
     batches = [micro for step in steps for micro in step]
     trainer = trainer_of(run, peft_model(run), batches, run.total_steps)
@@ -359,7 +438,8 @@ def grouped(run: train.Run, steps: list[list[list[int]]]) -> list[list[list[int]
     samples = [i for step in steps for micro in step for i in micro]
     size = math.ceil(len(samples) / len(steps))
     order = LengthGroupedSampler(
-        size, lengths=[len(run.data.train[i].input_ids) for i in samples],
+        size,
+        lengths=[len(run.data.train[i].input_ids) for i in samples],
         generator=torch.Generator().manual_seed(run.config.seed),
     )
     return [[batch] for batch in train.chunks([samples[place] for place in order], size)]
@@ -392,11 +472,13 @@ def measure(side: str, config: Config, steps: int) -> dict[str, Any]:
         losses = train_theirs(run, chosen, after_step)
     timed = [run.data.train[i] for step in chosen[WARM_UP:] for micro in step for i in micro]
     return {
-        "side": side, "samples": len(timed),
+        "side": side,
+        "samples": len(timed),
         "seconds": clocks[-1][0] - clocks[WARM_UP - 1][0],
         "processor_seconds": clocks[-1][1] - clocks[WARM_UP - 1][1],
         "tokens": sum(len(sample.input_ids) for sample in timed),
-        "memory_mb": resident("VmHWM") / 1e6, "losses": losses,
+        "memory_mb": resident("VmHWM") / 1e6,
+        "losses": losses,
     }
 
 
@@ -410,11 +492,18 @@ def resident(field: str) -> int:
 
 def in_a_process(*arguments: object) -> dict[str, Any]:
     """This file with these arguments in a process of its own; the JSON that it prints last."""
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     if done.returncode:
-        raise PhiSightError(f"{' '.join(map(str, arguments))}: ended with status"
-                            f" {done.returncode}: {done.stderr.strip()[-2000:]}")
+        raise PhiSightError(
+            f"{' '.join(map(str, arguments))}: ended with status"
+            f" {done.returncode}: {done.stderr.strip()[-2000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -428,15 +517,20 @@ def compare(shape: str, config_file: Path, options: Any) -> None:
     bar = tqdm(total=options.repeats * len(found), desc=shape, disable=None)
     for _ in range(options.repeats):
         for side, results in found.items():
-            results.append(in_a_process("--side", side, "--config", config_file,
-                                        "--steps", options.steps))
+            results.append(
+                in_a_process("--side", side, "--config", config_file, "--steps", options.steps)
+            )
             bar.write(f"{side}: {results[-1]['seconds']:.2f} s")
             bar.update()
     first = found["theirs"][0]
-    print(f"\n{shape}: {options.repeats} x {options.steps} steps, {options.threads} threads,"
-          f" {first['samples']} samples of {first['tokens']:,} tokens")
-    print(f"{'':38}{'samples/s':>10}{'tokens/s':>10}{'wall s':>8}{'spread':>16}{'CPU s':>8}"
-          f"{'peak MB':>9}{'speed':>8}{'by CPU s':>10}{'memory':>8}")
+    print(
+        f"\n{shape}: {options.repeats} x {options.steps} steps, {options.threads} threads,"
+        f" {first['samples']} samples of {first['tokens']:,} tokens"
+    )
+    print(
+        f"{'':38}{'samples/s':>10}{'tokens/s':>10}{'wall s':>8}{'spread':>16}{'CPU s':>8}"
+        f"{'peak MB':>9}{'speed':>8}{'by CPU s':>10}{'memory':>8}"
+    )
     for side, results in found.items():
         print(line_of(side, results, found["theirs"]), flush=True)
 
@@ -446,6 +540,7 @@ def line_of(side: str, mine: list[dict], theirs: list[dict]) -> str:
 
     A ratio is taken in each turn, and then the median: what slows the machine slows both sides.
     """
+
     def median(name: str) -> float:
         return statistics.median(result[name] for result in mine)
 
@@ -458,17 +553,26 @@ def line_of(side: str, mine: list[dict], theirs: list[dict]) -> str:
     seconds, samples, tokens = median("seconds"), mine[0]["samples"], mine[0]["tokens"]
     spread = sorted(result["seconds"] for result in mine)
     memory = statistics.median(result["memory_mb"] for result in theirs)
-    return (f"{(SIDES | LESS)[side]:38}{samples / seconds:>10.2f}{tokens / seconds:>10,.0f}"
-            f"{seconds:>8.2f}{f'{spread[0]:.2f} to {spread[-1]:.2f}':>16}"
-            f"{median('processor_seconds'):>8.2f}{median('memory_mb'):>9,.0f}"
-            f"{ratio('seconds'):>7.2f}x{ratio('processor_seconds'):>9.2f}x"
-            f"{median('memory_mb') / memory:>7.2f}x")
+    return (
+        f"{(SIDES | LESS)[side]:38}{samples / seconds:>10.2f}{tokens / seconds:>10,.0f}"
+        f"{seconds:>8.2f}{f'{spread[0]:.2f} to {spread[-1]:.2f}':>16}"
+        f"{median('processor_seconds'):>8.2f}{median('memory_mb'):>9,.0f}"
+        f"{ratio('seconds'):>7.2f}x{ratio('processor_seconds'):>9.2f}x"
+        f"{median('memory_mb') / memory:>7.2f}x"
+    )
 
 
 def parity(config: Config, steps: int, folder: Path) -> list[float]:
     """Differences of the losses of `steps` steps, dropout 0: `train.py` itself, and the Trainer."""
-    config = configs.replace(config, lora_dropout=0.0, max_steps=steps, log_steps=1,
-                             evaluate_steps=0, save_steps=steps, run=str(folder / "ours"))
+    config = configs.replace(
+        config,
+        lora_dropout=0.0,
+        max_steps=steps,
+        log_steps=1,
+        evaluate_steps=0,
+        save_steps=steps,
+        run=str(folder / "ours"),
+    )
     train.train(config, None, train.RunOptions(overwrite=True))
     log = [json.loads(line) for line in (folder / "ours/metrics.jsonl").read_text().splitlines()]
     ours = [record["loss"] for record in log if record["kind"] == "train"]
@@ -480,16 +584,18 @@ def parity(config: Config, steps: int, folder: Path) -> list[float]:
 def main() -> None:
     parser = Parser(prog="vs_peft_trainer.py", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="tiny,mid")
-    parser.add_argument("--sides", default=",".join(SIDES),
-                        help="which of the four; theirs among them")
+    parser.add_argument(
+        "--sides", default=",".join(SIDES), help="which of the four; theirs among them"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps that count, after the warm-up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--picture-tokens", type=int, default=144, help="of mid; a square number")
     parser.add_argument("--parity", action="store_true", help="compare losses instead of speed")
     parser.add_argument("--ablation", action="store_true", help="ours with one thing less each")
-    parser.add_argument("--side", choices=SIDES | LESS,
-                        help="one measurement; for this program itself")
+    parser.add_argument(
+        "--side", choices=SIDES | LESS, help="one measurement; for this program itself"
+    )
     parser.add_argument("--config", type=Path, help="the run to measure; goes with --side")
     options = parser.parse_args()
     if options.side:
@@ -501,14 +607,20 @@ def main() -> None:
     for shape in options.shapes.split(","):
         with tempfile.TemporaryDirectory() as name:
             folder, steps = Path(name), 50 if options.parity else WARM_UP + options.steps
-            config = (tiny_config(folder, steps) if shape == "tiny"
-                      else mid_config(folder, steps, options.picture_tokens))
-            config = configs.replace(config, threads=options.threads, device="cpu",
-                                     evaluate_steps=0)
+            config = (
+                tiny_config(folder, steps)
+                if shape == "tiny"
+                else mid_config(folder, steps, options.picture_tokens)
+            )
+            config = configs.replace(
+                config, threads=options.threads, device="cpu", evaluate_steps=0
+            )
             if options.parity:
                 differences = parity(config, steps, folder)
-                print(f"{shape}: losses of {steps} steps differ by at most"
-                      f" {max(map(abs, differences)):.2g}")
+                print(
+                    f"{shape}: losses of {steps} steps differ by at most"
+                    f" {max(map(abs, differences)):.2g}"
+                )
                 continue
             prepared(config)  # the features, once
             (folder / "config.json").write_text(json.dumps(configs.to_dict(config)))

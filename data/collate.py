@@ -39,8 +39,14 @@ class Batch:
         return int((self.segment_ids > 0).sum())
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items()
-                                if isinstance(value, Tensor)})
+        return replace(
+            self,
+            **{
+                name: value.to(device)
+                for name, value in vars(self).items()
+                if isinstance(value, Tensor)
+            },
+        )
 
 
 def collate(

@@ -174,9 +174,7 @@ def _parse_record(record: object) -> Conversation:
             f"{len(images)} picture(s) but {tags} {IMAGE_TAG} in the text", UNLIKE_PICTURES
         )
     remaining = iter(images)
-    messages = tuple(
-        Message(role, _parse_content(role, text, remaining)) for role, text in turns
-    )
+    messages = tuple(Message(role, _parse_content(role, text, remaining)) for role, text in turns)
     return Conversation(_parse_id(record, images, turns), messages)
 
 
@@ -460,9 +458,7 @@ def split_by_image(
     return train, validation
 
 
-def take_fraction(
-    conversations: Sequence[Pictured], fraction: float, seed: int
-) -> list[Pictured]:
+def take_fraction(conversations: Sequence[Pictured], fraction: float, seed: int) -> list[Pictured]:
     """Keep about `fraction` of the picture groups (see `split_by_image`), at least one.
 
     A smaller fraction keeps a subset of what a larger one keeps. The choice is independent of the

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data.images import load_image
 from data.storage import STORAGES, StoragePlan, bytes_per_picture
 from errors import PhiSightError
-from fingerprint import RememberedHashes
+from files import RememberedHashes
 
 SHARD_PICTURES = 1024
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory twice while it is written
@@ -96,8 +96,10 @@ class StorageError:
         return (self.squared / self.total) ** 0.5 if self.total else 0.0
 
     def __str__(self) -> str:
-        return (f"relative RMS error {100 * self.relative_rms:.3g} %, worst token"
-                f" {100 * self.worst:.3g} %")
+        return (
+            f"relative RMS error {100 * self.relative_rms:.3g} %, worst token"
+            f" {100 * self.worst:.3g} %"
+        )
 
 
 def check_sums(stored: dict[str, Tensor]) -> list[int]:
@@ -176,8 +178,9 @@ class FeatureStore:
             header = shard.metadata() or {}
             hashes, checks = json.loads(header["hashes"]), json.loads(header["checks"])
             slices = {name: shard.get_slice(name) for name in shard.keys()}
-            found = {name: (tuple(part.get_shape()), part.get_dtype())
-                     for name, part in slices.items()}
+            found = {
+                name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            }
             count = len(hashes)
             if len(checks) != count or not all(type(check) is int for check in checks):
                 raise ValueError("its check sums do not fit its pictures")
@@ -200,8 +203,9 @@ class FeatureStore:
         """(tokens, dim) float32. Raises PhiSightError if the stored bytes were damaged."""
         number, row = self._where[picture_hash]
         shard = self._shards[number]
-        stored = {name: shard.tensors.get_slice(name)[row : row + 1]
-                  for name in DTYPES[self.storage]}
+        stored = {
+            name: shard.tensors.get_slice(name)[row : row + 1] for name in DTYPES[self.storage]
+        }
         if check_sums(stored) != [shard.checks[row]]:
             raise PhiSightError(
                 f"{shard.path}: the features of picture {row} do not have their check sum, the file"
@@ -222,7 +226,10 @@ class FeatureStore:
         return self._shards[number].checks[row]
 
     def add(
-        self, names: Sequence[str], folder: Path, extract: Callable[[], Extract],
+        self,
+        names: Sequence[str],
+        folder: Path,
+        extract: Callable[[], Extract],
         batch_size: int = 64,
     ) -> dict[str, str]:
         """Register pictures by name, computing what is not stored yet.
@@ -235,8 +242,9 @@ class FeatureStore:
         missing: dict[str, Path] = {}
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         hashes = RememberedHashes(self._hashes / f"{place}.json")
-        for name in tqdm(dict.fromkeys(names), desc="looking for pictures", unit="picture",
-                         delay=5, disable=None):
+        for name in tqdm(
+            dict.fromkeys(names), desc="looking for pictures", unit="picture", delay=5, disable=None
+        ):
             path = folder / name
             try:
                 self._hash_of[name] = hashes.of(name, path, file_hash)
@@ -248,8 +256,9 @@ class FeatureStore:
         hashes.save()
         if BLANK not in self or missing:
             self.refresh()  # another process may have computed them meanwhile
-            missing = {name: path for name, path in missing.items()
-                       if self._hash_of[name] not in self}
+            missing = {
+                name: path for name, path in missing.items() if self._hash_of[name] not in self
+            }
         if BLANK not in self or missing:
             self._sweep()
             count = len({self._hash_of[name] for name in missing}) + (BLANK not in self)
@@ -259,8 +268,10 @@ class FeatureStore:
             tower = extract()
             self._compute(missing, tower, batch_size, bad)
             notes = getattr(tower, "notes", str)()
-            print(f"picture features stored as {self.storage}: {self.error}"
-                  f"{notes and '; ' + notes}", file=sys.stderr)
+            print(
+                f"picture features stored as {self.storage}: {self.error}{notes and '; ' + notes}",
+                file=sys.stderr,
+            )
         return bad
 
     def _sweep(self) -> None:
@@ -292,8 +303,9 @@ class FeatureStore:
                 if reason := failed[picture_hash]:
                     bad[name] = reason
 
-        in_a_shard = max(1, min(SHARD_PICTURES,
-                                SHARD_BYTES // bytes_per_picture(self.shape, self.storage)))
+        in_a_shard = max(
+            1, min(SHARD_PICTURES, SHARD_BYTES // bytes_per_picture(self.shape, self.storage))
+        )
         hashes: list[str] = []
         waiting: list[Image.Image] = []
         computed: list[dict[str, Tensor]] = []
@@ -327,15 +339,22 @@ class FeatureStore:
             self._write(hashes, computed)
 
     def _write(self, hashes: list[str], computed: list[dict[str, Tensor]]) -> None:
-        stored = {name: torch.cat([part[name] for part in computed]).contiguous()
-                  for name in DTYPES[self.storage]}
+        stored = {
+            name: torch.cat([part[name] for part in computed]).contiguous()
+            for name in DTYPES[self.storage]
+        }
         number = len(self._shards)
         partial = self.folder / f"shard-{number:05d}.partial-{os.getpid()}"
         try:
-            save_file(stored, partial, {
-                "hashes": json.dumps(hashes), "checks": json.dumps(check_sums(stored)),
-                "error": str(self.error),
-            })
+            save_file(
+                stored,
+                partial,
+                {
+                    "hashes": json.dumps(hashes),
+                    "checks": json.dumps(check_sums(stored)),
+                    "error": str(self.error),
+                },
+            )
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             path = _put_in_place(partial, number)

@@ -74,10 +74,20 @@ def words_are_independent(encoder: Tokenizer) -> bool:
     description = json.loads(encoder.to_str())
     model, normalizer = description["model"], description.get("normalizer") or {}
     return (
-        normalizer.get("type") == "Sequence" and normalizer.get("normalizers") == NORMALIZERS
-        and description.get("pre_tokenizer") is None and not description.get("added_tokens")
-        and model.get("type") == "BPE" and SPACE in model["vocab"]
-        and not any(model.get(name) for name in (
-            "dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))
+        normalizer.get("type") == "Sequence"
+        and normalizer.get("normalizers") == NORMALIZERS
+        and description.get("pre_tokenizer") is None
+        and not description.get("added_tokens")
+        and model.get("type") == "BPE"
+        and SPACE in model["vocab"]
+        and not any(
+            model.get(name)
+            for name in (
+                "dropout",
+                "continuing_subword_prefix",
+                "end_of_word_suffix",
+                "ignore_merges",
+            )
+        )
         and not any(CROSSING.search(token) for token in model["vocab"])
     )

@@ -1,6 +1,6 @@
 """Check a whole data set before a run, and say what is in it.
 
-    python -m data.preflight --data llava_instruct_150k.json --images train2017
+python -m data.preflight --data llava_instruct_150k.json --images train2017
 """
 
 from __future__ import annotations
@@ -74,12 +74,16 @@ class Report:
             ("tokens", tokens, ""),
             ("supervised tokens", tally.supervised_tokens, f"{share:.1%}"),
             ("  conversations with none", tally.unsupervised, ""),
-            (f"over {self.max_text_tokens} text tokens", over,
-             "training drops their last turns, or sets them aside"),
+            (
+                f"over {self.max_text_tokens} text tokens",
+                over,
+                "training drops their last turns, or sets them aside",
+            ),
         ]
         return [
             *(f"{label:31}{number:>12,}{note and f'  ({note})'}" for label, number, note in lines),
-            *histogram(tally.lengths), *self.features_lines(),
+            *histogram(tally.lengths),
+            *self.features_lines(),
         ]
 
     def features_lines(self) -> list[str]:
@@ -93,8 +97,11 @@ class Report:
         if self.tower.rate is None:
             return [*lines, "  time: unknown; give --vision FOLDER to measure the tower here"]
         time_taken = duration(self.plan.pictures / self.tower.rate)
-        return [*lines, f"  time: about {time_taken} at {self.tower.rate:.3g} pictures a second"
-                        f" (measured on {self.tower.where})"]
+        return [
+            *lines,
+            f"  time: about {time_taken} at {self.tower.rate:.3g} pictures a second"
+            f" (measured on {self.tower.where})",
+        ]
 
 
 def histogram(lengths: Counter[int]) -> list[str]:
@@ -128,12 +135,23 @@ def measure_tower(vision: str, pooling: int) -> Tower:
     This room knows nothing of models; the tower's own command measures it. Raises PhiSightError
     with what that command says if it cannot.
     """
-    command = [sys.executable, "-m", "model.vision", "--vision", vision,
-               "--feature-pooling", str(pooling), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "model.vision",
+        "--vision",
+        vision,
+        "--feature-pooling",
+        str(pooling),
+        "--json",
+    ]
     # The modules are found from this file's place, whatever folder the person stands in.
     places = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False,
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))},
     )
     if done.returncode:
@@ -149,24 +167,43 @@ def parse(arguments: list[str] | None) -> object:
     parser.add_argument("--data", default="", help="JSON list or JSONL of conversations")
     parser.add_argument("--images", help="the folder that the pictures' names are relative to")
     parser.add_argument("--tokenizer", default="assets/tiny/phi3", help="folder or hub id")
-    parser.add_argument("--pictures", choices=("auto", *PICTURE_CHECKS), default="auto",
-                        help="how to check pictures; auto decodes up to 5,000, else quick")
+    parser.add_argument(
+        "--pictures",
+        choices=("auto", *PICTURE_CHECKS),
+        default="auto",
+        help="how to check pictures; auto decodes up to 5,000, else quick",
+    )
     parser.add_argument("--quarantine", help="write the records set aside to this JSONL file")
-    parser.add_argument("--max-text-tokens", type=int, default=fields["max_text_tokens"].default,
-                        help="training's limit, to count what is over it")
+    parser.add_argument(
+        "--max-text-tokens",
+        type=int,
+        default=fields["max_text_tokens"].default,
+        help="training's limit, to count what is over it",
+    )
     parser.add_argument("--vision", help="CLIP folder: take its sizes and measure its speed here")
-    parser.add_argument("--tokens-per-image", type=int, default=576,
-                        help="576: CLIP L/14 at 336; --vision knows it")
-    parser.add_argument("--feature-dim", type=int, default=1024,
-                        help="numbers a token; --vision knows it")
-    parser.add_argument("--feature-pooling", type=int, default=1,
-                        help="average N x N patches into one token")
-    parser.add_argument("--feature-storage", choices=STORAGES, default="float16",
-                        help="how a feature is kept")
-    parser.add_argument("--features", default=fields["features"].default,
-                        help="folder of the feature store, for the room on its disk")
-    parser.add_argument("--workers", type=int, default=None,
-                        help="processes; 0 for none beside this one (default: one a core)")
+    parser.add_argument(
+        "--tokens-per-image", type=int, default=576, help="576: CLIP L/14 at 336; --vision knows it"
+    )
+    parser.add_argument(
+        "--feature-dim", type=int, default=1024, help="numbers a token; --vision knows it"
+    )
+    parser.add_argument(
+        "--feature-pooling", type=int, default=1, help="average N x N patches into one token"
+    )
+    parser.add_argument(
+        "--feature-storage", choices=STORAGES, default="float16", help="how a feature is kept"
+    )
+    parser.add_argument(
+        "--features",
+        default=fields["features"].default,
+        help="folder of the feature store, for the room on its disk",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        help="processes; 0 for none beside this one (default: one a core)",
+    )
     options = parser.parse_args(arguments)
     for name in ("tokens_per_image", "feature_dim", "feature_pooling", "max_text_tokens"):
         if getattr(options, name) < 1:
@@ -191,19 +228,24 @@ def main(arguments: list[str] | None = None) -> int:
     workers = options.workers
     if workers is None:
         workers = 0 if bytes_read < SMALL_FILE else os.cpu_count() or 1
-    found = survey(path, Path(options.images) if options.images else None, chat_format,
-                   options.pictures, workers)
+    found = survey(
+        path,
+        Path(options.images) if options.images else None,
+        chat_format,
+        options.pictures,
+        workers,
+    )
     tally = found.tally
     usable = tally.distinct("pictures") - len(found.bad_pictures)
-    plan = StoragePlan(Path(options.features), max(0, usable), tower.shape,
-                       options.feature_storage)
+    plan = StoragePlan(Path(options.features), max(0, usable), tower.shape, options.feature_storage)
     print(f"{path}: {size(bytes_read)}")
     print("\n".join(Report(found, tower, plan, options.max_text_tokens).lines()))
     for entry in tally.set_aside[:SHOWN]:
         print(f"set aside: {entry.where} (id {entry.id or '-'}): {entry.reason}")
     if len(tally.set_aside) > SHOWN:
-        print(f"... and {len(tally.set_aside) - SHOWN:,} more; --quarantine FILE writes all of"
-              " them")
+        print(
+            f"... and {len(tally.set_aside) - SHOWN:,} more; --quarantine FILE writes all of them"
+        )
     if options.quarantine:
         write_quarantine(options.quarantine, tally.set_aside)
     print(cost(time.monotonic() - started, found))

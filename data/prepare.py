@@ -71,8 +71,9 @@ def prepare(
     asked = evenly_spaced(validation, config.evaluation_conversations)
 
     parts = [_Rendered(PackedSamples(chat_format)), _Rendered(PackedSamples(chat_format))]
-    part_of = {outline.number: part
-               for part, side in zip(parts, (train, validation)) for outline in side}
+    part_of = {
+        outline.number: part for part, side in zip(parts, (train, validation)) for outline in side
+    }
     exchanges: dict[int, RenderedSample] = {}
     numbers = {outline.number for outline in asked}
     for number, conversation in _again(path, everything):
@@ -134,7 +135,8 @@ def _again(path: Path, everything: Sequence[Outline]) -> Iterator[tuple[int, Con
     number = -1
     for number, conversation in enumerate(read_conversations(path, [])):
         if number >= len(everything) or (conversation.id, conversation.images) != (
-            everything[number].id, everything[number].images
+            everything[number].id,
+            everything[number].images,
         ):
             raise PhiSightError(f"{path}: was changed while it was in use; run again")
         yield number, conversation

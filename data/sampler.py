@@ -17,6 +17,7 @@ PACKING_WINDOW = 1024  # conversations packed together: large fills rows better,
 
 def shuffled(count: int, seed: int, epoch: int, purpose: str) -> list[int]:
     """0..count-1 in an order that depends on nothing but the arguments (no library's generator)."""
+
     def key(index: int) -> bytes:
         return hashlib.sha256(f"{seed}/{epoch}/{purpose}/{index}".encode()).digest()
 

@@ -46,8 +46,10 @@ class StoragePlan:
 
     def __str__(self) -> str:
         tokens, dim = self.shape
-        return (f"{self.pictures:,} pictures x {tokens:,} tokens x {dim:,} {self.storage}:"
-                f" {size(self.bytes)}; {size(self.free)} free")
+        return (
+            f"{self.pictures:,} pictures x {tokens:,} tokens x {dim:,} {self.storage}:"
+            f" {size(self.bytes)}; {size(self.free)} free"
+        )
 
     def smaller(self) -> str:
         """The ways to need less, each with what it would need."""

@@ -274,9 +274,7 @@ def _refuse(window: _Window, limit: int) -> NoReturn:
         window.slide(0)
     value = decode(window.text) if window.at_end else NotJson("it begins with neither [ nor {")
     if isinstance(value, NotJson):
-        raise PhiSightError(
-            f"{window.path}: not JSON ({value.reason}); fetch or export it again"
-        )
+        raise PhiSightError(f"{window.path}: not JSON ({value.reason}); fetch or export it again")
     raise PhiSightError(
         f"{window.path}: holds {kind_of(value)}, not a list; give a list of records"
     )

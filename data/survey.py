@@ -103,7 +103,10 @@ class Survey:
 
 
 def survey(
-    path: Path, folder: Path | None, chat_format: ChatFormat, picture_check: str = "auto",
+    path: Path,
+    folder: Path | None,
+    chat_format: ChatFormat,
+    picture_check: str = "auto",
     workers: int = 0,
 ) -> Survey:
     """Count what is in the data file `path`, its pictures being in `folder` (None: not looked at).
@@ -123,9 +126,10 @@ def survey(
         if folder is not None:
             first: dict[int, str] = {}  # mark -> the first picture of it
             alike: dict[int, list[str]] = {}
-            for found, absent, marks in pool.map(check_pictures, (
-                (names, folder, picture_check) for names in batches(distinct_names(path))
-            )):
+            for found, absent, marks in pool.map(
+                check_pictures,
+                ((names, folder, picture_check) for names in batches(distinct_names(path))),
+            ):
                 bad |= found
                 missing += absent
                 for name, mark in marks.items():
@@ -133,14 +137,14 @@ def survey(
                         alike.setdefault(mark, [first[mark]]).append(name)
             copies = sum(pool.map(count_copies, ((names, folder) for names in alike.values())))
         total = Tally()
-        for tally in pool.map(tally_records, (
-            (batch, reasons_for(batch, bad)) for batch in batches(read_records(path))
-        )):
+        for tally in pool.map(
+            tally_records,
+            ((batch, reasons_for(batch, bad)) for batch in batches(read_records(path))),
+        ):
             total.add(tally)
     if not total.records:
         raise PhiSightError(f"{path}: holds no record; give a LLaVA-Instruct JSON file")
-    return Survey(total, bad, missing, "" if folder is None else picture_check, workers,
-                  copies)
+    return Survey(total, bad, missing, "" if folder is None else picture_check, workers, copies)
 
 
 def distinct_names(path: Path) -> Iterator[str]:
@@ -180,8 +184,9 @@ def check_pictures(
         try:
             if picture_check == "exists":
                 if not path.is_file():
-                    raise PhiSightError(f"{path}: no such file; check the name and the image"
-                                        " folder")
+                    raise PhiSightError(
+                        f"{path}: no such file; check the name and the image folder"
+                    )
                 continue
             if picture_check == "decode" or not looks_whole(path):
                 load_image(path)
@@ -237,10 +242,15 @@ def _count(
     tally.text_only += not images
     tally.several_pictures += len(images) > 1
     tally.ids.append(_hash64(conversation.id))
-    tally.contents.append(_hash64("\0".join(
-        f"{message.role}\0{part.kind}\0{part.value}"
-        for message in conversation.messages for part in message.parts
-    )))
+    tally.contents.append(
+        _hash64(
+            "\0".join(
+                f"{message.role}\0{part.kind}\0{part.value}"
+                for message in conversation.messages
+                for part in message.parts
+            )
+        )
+    )
     tally.pictures.extend(map(_hash64, images))
     broken = next((name for name in images if name in bad), None)
     if broken is not None:

@@ -52,7 +52,14 @@ CELL = PIXELS / 3
 SUPERSAMPLING = 3
 
 KINDS = (
-    "colour", "shape", "size", "count", "count_by_property", "existence", "position", "left_of",
+    "colour",
+    "shape",
+    "size",
+    "count",
+    "count_by_property",
+    "existence",
+    "position",
+    "left_of",
     "above",
 )
 TWO_STEP = "two_step"
@@ -103,7 +110,8 @@ class Scene:
     def where(self, **wanted: str) -> list[Thing]:
         """The things whose named attributes all have the wanted values."""
         return [
-            thing for thing in self.things
+            thing
+            for thing in self.things
             if all(getattr(thing, name) == value for name, value in wanted.items())
         ]
 
@@ -240,8 +248,18 @@ OUTLINES = {
     "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],
     "star": _star_outline(),
     "cross": [
-        (-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM),
-        (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM),
+        (-_ARM, -1),
+        (_ARM, -1),
+        (_ARM, -_ARM),
+        (1, -_ARM),
+        (1, _ARM),
+        (_ARM, _ARM),
+        (_ARM, 1),
+        (-_ARM, 1),
+        (-_ARM, _ARM),
+        (-1, _ARM),
+        (-1, -_ARM),
+        (-_ARM, -_ARM),
     ],
 }
 
@@ -263,8 +281,11 @@ def describe(scene: Scene) -> str:
 
 def detail(scene: Scene, rng: random.Random) -> Exchange:
     question = rng.choice(
-        ("Describe the picture in detail.", "What does the picture show?",
-         "Give a detailed description of the picture.")
+        (
+            "Describe the picture in detail.",
+            "What does the picture show?",
+            "Give a detailed description of the picture.",
+        )
     )
     return DETAIL, question, describe(scene)
 
@@ -316,11 +337,13 @@ def _ask_colour(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
 def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     options = [
         (f"What shape is the {t.colour} object?", t.shape)
-        for t in scene.things if len(scene.where(colour=t.colour)) == 1
+        for t in scene.things
+        if len(scene.where(colour=t.colour)) == 1
     ]
     options += [
         (f"What shape is in the {t.place}?", t.shape)
-        for t in scene.things if len(scene.where(place=t.place)) == 1
+        for t in scene.things
+        if len(scene.where(place=t.place)) == 1
     ]
     return _pick(rng, options)
 
@@ -375,7 +398,9 @@ def _ask_position(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
 def _ask_relation(scene: Scene, rng: random.Random, word: str, axis: str) -> tuple[str, str] | None:
     names = _names(scene)
     options = [
-        (first, second) for first in names for second in names
+        (first, second)
+        for first in names
+        for second in names
         if getattr(first[1], axis) != getattr(second[1], axis)
         and first[0].endswith("object") == second[0].endswith("object")
     ]
@@ -399,15 +424,16 @@ def _ask_two_step(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     """ "What colour is the shape left of the star?": find one thing by another, then its colour."""
     options = []
     for word, axis, sign in (
-        ("left of", "column", -1), ("right of", "column", 1), ("above", "row", -1),
+        ("left of", "column", -1),
+        ("right of", "column", 1),
+        ("above", "row", -1),
         ("below", "row", 1),
     ):
         for name, anchor in _names(scene):
             if name.endswith("object"):
                 continue
             beside = [
-                t for t in scene.things
-                if (getattr(t, axis) - getattr(anchor, axis)) * sign > 0
+                t for t in scene.things if (getattr(t, axis) - getattr(anchor, axis)) * sign > 0
             ]
             if len(beside) == 1:
                 options.append((f"What colour is the shape {word} {name}?", beside[0].colour))
@@ -458,7 +484,11 @@ def questions_of(scene: Scene, name: str, rng: random.Random) -> list[dict]:
 
 
 def write_world(
-    out: Path, pictures: int = 8000, held_out: int = 100, seed: int = 0, turns: int = 9,
+    out: Path,
+    pictures: int = 8000,
+    held_out: int = 100,
+    seed: int = 0,
+    turns: int = 9,
     hard: bool = False,
 ) -> None:
     """Write `train.json`, `held_out.jsonl`, `novel_pairs.jsonl`, `world.json` and `images/`.
@@ -466,8 +496,13 @@ def write_world(
     `world.json` says what was asked for and is written last: a folder without it is unfinished.
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
-    settings = {"pictures": pictures, "held_out": held_out, "seed": seed, "turns": turns,
-                "hard": hard}
+    settings = {
+        "pictures": pictures,
+        "held_out": held_out,
+        "seed": seed,
+        "turns": turns,
+        "hard": hard,
+    }
     done = out / "world.json"
     if done.exists() and json.loads(done.read_text()) == settings:
         print(f"{out}: already there ({pictures} pictures)")
@@ -483,13 +518,15 @@ def write_world(
             yield scene, name, rng
 
     records = [
-        record for scene, name, rng in scenes("train", pictures, "seen")
+        record
+        for scene, name, rng in scenes("train", pictures, "seen")
         for record in records_of(scene, name, rng, turns)
     ]
     _write(out / "train.json", json.dumps(records, indent=1))
     for split, pairs in (("held_out", "seen"), ("novel_pairs", "novel")):
         rows = [
-            row for scene, name, rng in scenes(split, held_out, pairs)
+            row
+            for scene, name, rng in scenes(split, held_out, pairs)
             for row in questions_of(scene, name, rng)
         ]
         lines = [json.dumps({"question_id": i, **row}) for i, row in enumerate(rows)]
@@ -516,7 +553,11 @@ def main() -> None:
         raise PhiSightError("--pictures, --held-out and --turns: must be at least 1; ask for more")
     try:
         write_world(
-            options.out, options.pictures, options.held_out, options.seed, options.turns,
+            options.out,
+            options.pictures,
+            options.held_out,
+            options.seed,
+            options.turns,
             options.hard,
         )
     except OSError as error:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import PhiSightError
+from kernels.fused import AdaptedProduct
 from lora.dropout import RowDropout
-from lora.fused import AdaptedProduct
 
 
 def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
@@ -88,8 +88,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features), in the dtype that the base returns."""
-        if self.training and torch.is_grad_enabled() and x.device.type == "cpu" and (
-            x.dtype == torch.float32
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and x.device.type == "cpu"
+            and (x.dtype == torch.float32)
         ):
             return self.trained_in_float32(x)
         result = self.base(x)
@@ -101,7 +104,11 @@ class LoRALinear(nn.Module):
         """What `forward` says, but for rounding: faster on a CPU, and with less to remember."""
         kept, scale = self.dropout.kept(x)
         result = AdaptedProduct.apply(
-            x.flatten(0, -2), self.lora_A, self.lora_B, self.base, self.scaling.item() * scale,
+            x.flatten(0, -2),
+            self.lora_A,
+            self.lora_B,
+            self.base,
+            self.scaling.item() * scale,
             None if kept is None else kept.flatten(0, -2),
         )
         return result.unflatten(0, x.shape[:-1])

@@ -21,13 +21,18 @@ class PackedAttention(Phi3Attention):
     padding too, in the order of the flattened rows. Without them nothing is different."""
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None, past_key_values: Any = None,
-        segment_lengths: Sequence[int] | None = None, **settings: Any,
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        segment_lengths: Sequence[int] | None = None,
+        **settings: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if segment_lengths is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask,
-                                   past_key_values, **settings)
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **settings
+            )
         heads, keys = self.config.num_attention_heads, self.config.num_key_value_heads
         projected = self.qkv_proj(hidden_states)
         projected = projected.view(-1, heads + 2 * keys, self.head_dim)  # (tokens, heads, dim)
@@ -36,7 +41,9 @@ class PackedAttention(Phi3Attention):
         mixed = [
             scaled_dot_product_attention(
                 *(part[None].transpose(1, 2) for part in segment.split([heads, keys, keys], 1)),
-                is_causal=True, scale=self.scaling, enable_gqa=heads != keys,
+                is_causal=True,
+                scale=self.scaling,
+                enable_gqa=heads != keys,
             )[0].transpose(0, 1)  # (tokens of the segment, heads, dim)
             for segment in turned.split(list(segment_lengths))
         ]

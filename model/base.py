@@ -20,7 +20,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 import hub
 from errors import PhiSightError
-from fingerprint import byte_bar, hash_files
+from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
 from model import base_cache
 from model.rope import SegmentLongRope, rope_crossing
@@ -90,8 +90,13 @@ def load_base(
         fill(model, sources, compute_dtype, device)
     else:
         swap_linear_layers(model, compute_dtype, nested=quantization == "nf4-nested")
-        fill_quantised(model, sources, compute_dtype, device, cache and (
-            Path(cache) / base_cache.key_of(fingerprint, quantization, device)))
+        fill_quantised(
+            model,
+            sources,
+            compute_dtype,
+            device,
+            cache and (Path(cache) / base_cache.key_of(fingerprint, quantization, device)),
+        )
     finish(model, device)
     return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype)
 
@@ -275,7 +280,10 @@ def swap_linear_layers(model: nn.Module, compute_dtype: torch.dtype, nested: boo
 
 
 def fill_quantised(
-    model: nn.Module, sources: dict[str, Path], compute_dtype: torch.dtype, device: torch.device,
+    model: nn.Module,
+    sources: dict[str, Path],
+    compute_dtype: torch.dtype,
+    device: torch.device,
     kept: Path | str,
 ) -> None:
     """Read the weights from the cache entry `kept`, or quantise them, and keep them there if it has
@@ -287,8 +295,11 @@ def fill_quantised(
         return
     # Half a byte a weight and a scale for 32 or 64 of them are under a third of the 16-bit files;
     # what is not quantised is kept as it is.
-    plain = sum(parameter.numel() * 2 for name, parameter in model.named_parameters()
-                if not isinstance(parameter, bnb.nn.Params4bit))
+    plain = sum(
+        parameter.numel() * 2
+        for name, parameter in model.named_parameters()
+        if not isinstance(parameter, bnb.nn.Params4bit)
+    )
     stored = sum(path.stat().st_size for path in set(sources.values()))
     writer = base_cache.Writer(kept, plain + stored // 3)
     try:
@@ -299,7 +310,10 @@ def fill_quantised(
 
 
 def fill(
-    model: nn.Module, sources: dict[str, Path], compute_dtype: torch.dtype, device: torch.device,
+    model: nn.Module,
+    sources: dict[str, Path],
+    compute_dtype: torch.dtype,
+    device: torch.device,
     writer: base_cache.Writer | None = None,
 ) -> None:
     """Read every tensor of `sources` into `model`, file by file, one tensor at a time; each is
@@ -356,8 +370,11 @@ def finish(model: Phi3ForCausalLM, device: torch.device) -> None:
     longrope = rope_crossing(model.config) is not None
     rotary = SegmentLongRope if longrope else type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(config=model.config).to(device)
-    empty = [name for name, tensor in list(model.named_parameters()) + list(model.named_buffers())
-             if tensor.is_meta]
+    empty = [
+        name
+        for name, tensor in list(model.named_parameters()) + list(model.named_buffers())
+        if tensor.is_meta
+    ]
     if empty:
         raise PhiSightError(
             f"base model: {', '.join(empty)} has no value after loading; "

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fingerprint import byte_bar
+from files import byte_bar
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -49,8 +49,13 @@ class _Damaged(Exception):
 
 def key_of(fingerprint: str, quantization: str, device: torch.device) -> str:
     """The name of the entry of a base."""
-    said = [FORMAT, fingerprint, quantization, device.type,
-            importlib.metadata.version("bitsandbytes")]
+    said = [
+        FORMAT,
+        fingerprint,
+        quantization,
+        device.type,
+        importlib.metadata.version("bitsandbytes"),
+    ]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
@@ -95,8 +100,10 @@ class Writer:
             _sweep(self.folder.parent)
             free = shutil.disk_usage(self.folder.parent).free
             if self.expected_bytes + RESERVE > free:
-                raise OSError(f"it takes {self.expected_bytes / 1e9:.1f} GB of"
-                              f" {free / 1e9:.1f} GB that are free")
+                raise OSError(
+                    f"it takes {self.expected_bytes / 1e9:.1f} GB of"
+                    f" {free / 1e9:.1f} GB that are free"
+                )
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary.mkdir()
         except OSError as error:
@@ -110,8 +117,10 @@ class Writer:
         if state := getattr(parameter, "quant_state", None):
             tensors |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
         # Copies: neither a view into a file that is read, nor memory that others share.
-        self._part[name] = {key: torch.empty(value.shape, dtype=value.dtype).copy_(value)
-                            for key, value in tensors.items()}
+        self._part[name] = {
+            key: torch.empty(value.shape, dtype=value.dtype).copy_(value)
+            for key, value in tensors.items()
+        }
         if sum(t.nbytes for group in self._part.values() for t in group.values()) >= PART_BYTES:
             self._write_part()
 
@@ -119,15 +128,20 @@ class Writer:
         self._parts += 1
         path = self._temporary / f"part-{self._parts:05d}.safetensors"
         try:
-            save_file({key: tensor for group in self._part.values()
-                       for key, tensor in group.items()}, path)
+            save_file(
+                {key: tensor for group in self._part.values() for key, tensor in group.items()},
+                path,
+            )
             _sync(path)
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             self._give_up(error)
             return
         self._rows += [
-            {"name": name, "file": path.name,
-             "tensors": {key: _describe(tensor) for key, tensor in group.items()}}
+            {
+                "name": name,
+                "file": path.name,
+                "tensors": {key: _describe(tensor) for key, tensor in group.items()},
+            }
             for name, group in self._part.items()
         ]
         self._part = {}
@@ -160,8 +174,10 @@ class Writer:
     def _give_up(self, error: Exception) -> None:
         self.failed, self._part = True, {}
         self.discard()
-        warn(f"--base-cache {self.folder.parent}: the quantised base is not kept"
-             f" ({getattr(error, 'strerror', None) or error}); make room, or give another folder")
+        warn(
+            f"--base-cache {self.folder.parent}: the quantised base is not kept"
+            f" ({getattr(error, 'strerror', None) or error}); make room, or give another folder"
+        )
 
 
 def _sync(path: Path) -> None:
@@ -187,7 +203,10 @@ def _sweep(folder: Path) -> None:
 
 
 def read_into(
-    model: nn.Module, folder: Path, expected: set[str], compute_dtype: torch.dtype,
+    model: nn.Module,
+    folder: Path,
+    expected: set[str],
+    compute_dtype: torch.dtype,
     device: torch.device,
 ) -> bool:
     """Fill `model`, whose linear layers are empty 4-bit ones, from the entry `folder`.
@@ -227,8 +246,11 @@ def _read_manifest(folder: Path, expected: set[str]) -> list[dict]:
 
 
 def _size(rows: list[dict]) -> int:
-    return sum(math.prod(shape) * getattr(torch, dtype).itemsize
-               for row in rows for shape, dtype, _ in row["tensors"].values())
+    return sum(
+        math.prod(shape) * getattr(torch, dtype).itemsize
+        for row in rows
+        for shape, dtype, _ in row["tensors"].values()
+    )
 
 
 def _read_parameters(folder: Path, rows: list[dict]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -251,14 +273,18 @@ def _read_parameters(folder: Path, rows: list[dict]) -> Iterator[tuple[str, dict
 
 
 def _put(
-    model: nn.Module, name: str, tensors: dict[str, Tensor], compute_dtype: torch.dtype,
+    model: nn.Module,
+    name: str,
+    tensors: dict[str, Tensor],
+    compute_dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     if not (isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight"):
-        parameter = nn.Parameter(tensors[""].to(device=device, dtype=compute_dtype),
-                                 requires_grad=False)
+        parameter = nn.Parameter(
+            tensors[""].to(device=device, dtype=compute_dtype), requires_grad=False
+        )
         if parameter.shape != getattr(module, parameter_name).shape:
             raise _Damaged(f"{name} has shape {tuple(parameter.shape)}")
         setattr(module, parameter_name, parameter)
@@ -274,7 +300,8 @@ def _put(
             (parameter.numel(), parameter.dtype) == (count // 2, torch.uint8)
             and tuple(state.shape) == (module.out_features, module.in_features)
             and (state.blocksize, state.nested) == (empty.blocksize, empty.compress_statistics)
-            and state.absmax.numel() * state.blocksize == count and state.quant_type == "nf4"
+            and state.absmax.numel() * state.blocksize == count
+            and state.quant_type == "nf4"
         )
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError):
         fits = False

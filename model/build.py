@@ -47,17 +47,33 @@ def assemble(config: Config) -> Assembled:
     dtype, reason = choose_compute_dtype(device)
     if config.compute_type != "auto":
         dtype, reason = DTYPES[config.compute_type], "asked for by --compute-type"
-    base = load_base(config.base, config.base_revision or None, dtype, device, config.quantization,
-                     config.base_cache)
+    base = load_base(
+        config.base,
+        config.base_revision or None,
+        dtype,
+        device,
+        config.quantization,
+        config.base_cache,
+    )
     vision = read_vision_spec(
-        config.vision, config.vision_revision, config.vision_features, config.vision_layer,
-        config.feature_pooling, config.base_cache,
+        config.vision,
+        config.vision_revision,
+        config.vision_features,
+        config.vision_layer,
+        config.feature_pooling,
+        config.base_cache,
     )
     chat_format = ChatFormat.from_tokenizer(base.tokenizer, vision.shape[0])
 
     generator = torch.Generator().manual_seed(config.seed)
-    inject(base.model, config.lora_targets, config.lora_rank, config.lora_alpha,
-           config.lora_dropout, generator)
+    inject(
+        base.model,
+        config.lora_targets,
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_dropout,
+        generator,
+    )
     projector = ImageProjector(vision.shape[1], base.model.config.hidden_size)
     projector.reset_parameters(generator)
     model = VisionLanguageModel(base.model, projector, chat_format.image_id).to(device)
@@ -74,9 +90,7 @@ def model_state(model: VisionLanguageModel) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def load_model_state(
-    model: VisionLanguageModel, state: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def load_model_state(model: VisionLanguageModel, state: Mapping[str, Mapping[str, Tensor]]) -> None:
     """The inverse of `model_state`, strict both ways."""
     projector = state["image_projector"]
     wanted = {name: (t.shape, t.dtype) for name, t in model.projector.state_dict().items()}

@@ -27,8 +27,12 @@ def prepare_layers(language_model: nn.Module) -> None:
 
 def trains_in_float32(module: nn.Module, x: Tensor) -> bool:
     """Whether this call is one that is made faster here; evaluation stays transformers' own."""
-    return (module.training and torch.is_grad_enabled() and x.device.type == "cpu"
-            and x.dtype == torch.float32)
+    return (
+        module.training
+        and torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+    )
 
 
 class FrozenNorm(Phi3RMSNorm):

@@ -57,5 +57,7 @@ class SegmentLongRope(nn.Module):
         angles = position_ids[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         cosines, sines = angles.cos(), angles.sin()
-        return ((cosines * self.attention_scaling).to(states.dtype),
-                (sines * self.attention_scaling).to(states.dtype))
+        return (
+            (cosines * self.attention_scaling).to(states.dtype),
+            (sines * self.attention_scaling).to(states.dtype),
+        )

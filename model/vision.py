@@ -1,6 +1,6 @@
 """The eyes: a frozen CLIP vision tower, pictures -> (pictures, tokens, dim).
 
-    python -m model.vision --vision assets/tiny/clip        # its sizes, and its speed here
+python -m model.vision --vision assets/tiny/clip        # its sizes, and its speed here
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 import hub
 from config import Config, Parser
 from errors import PhiSightError, run_main
-from fingerprint import hash_files
+from files import hash_files
 from model.base import DOWNLOADED, find_weight_files
 
 FILES = "config.json, preprocessor_config.json and model.safetensors (or pytorch_model.bin)"
@@ -52,8 +52,12 @@ class VisionSpec:
 
 
 def read_vision_spec(
-    id_or_folder: str, revision: str = "", features: str = "patches", layer: int = -2,
-    pooling: int = 1, cache: str | Path = "",
+    id_or_folder: str,
+    revision: str = "",
+    features: str = "patches",
+    layer: int = -2,
+    pooling: int = 1,
+    cache: str | Path = "",
 ) -> VisionSpec:
     """Find the CLIP, check its config and fingerprint its files, without loading the weights.
 
@@ -65,8 +69,15 @@ def read_vision_spec(
     try:
         config = CLIPVisionConfig.from_pretrained(folder)
         side = config.image_size // config.patch_size  # of the grid of patches
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
-            StrictDataclassError) as error:  # a config.json of any content
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:  # a config.json of any content
         raise PhiSightError(f"{folder}: not a CLIP folder ({error}); {LAYOUT}") from None
     layers = config.num_hidden_layers
     if not -layers - 1 <= layer <= layers:
@@ -138,8 +149,10 @@ class VisionTower:
         if not sizes:
             return ""
         pooling = self.spec.pooling
-        return (f"{pooling} x {pooling} patches a token: relative RMS error"
-                f" {100 * (errors / sizes) ** 0.5:.3g} %, worst patch {100 * worst**0.5:.3g} %")
+        return (
+            f"{pooling} x {pooling} patches a token: relative RMS error"
+            f" {100 * (errors / sizes) ** 0.5:.3g} %, worst patch {100 * worst**0.5:.3g} %"
+        )
 
 
 def pool_patches(patches: Tensor, pooling: int) -> tuple[Tensor, Tensor]:
@@ -236,11 +249,19 @@ def main(arguments: list[str] | None = None) -> int:
     fields = Config.__dataclass_fields__
     parser = Parser(prog="model.vision", description=__doc__.splitlines()[0])
     parser.add_argument("--vision", required=True, help="CLIP: hub id or local folder")
-    for name, kind in (("vision_revision", str), ("vision_features", str), ("vision_layer", int),
-                       ("feature_pooling", int)):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=fields[name].default,
-                            help=fields[name].metadata["help"],
-                            choices=fields[name].metadata["choices"])
+    for name, kind in (
+        ("vision_revision", str),
+        ("vision_features", str),
+        ("vision_layer", int),
+        ("feature_pooling", int),
+    ):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=fields[name].default,
+            help=fields[name].metadata["help"],
+            choices=fields[name].metadata["choices"],
+        )
     parser.add_argument("--seconds", type=float, default=2.0, help="measure for so long")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(arguments)
@@ -249,16 +270,26 @@ def main(arguments: list[str] | None = None) -> int:
     if not 0 < options.seconds < 3600:
         raise PhiSightError("--seconds: must be over 0 and under 3600")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    spec = read_vision_spec(options.vision, options.vision_revision, options.vision_features,
-                            options.vision_layer, options.feature_pooling)
+    spec = read_vision_spec(
+        options.vision,
+        options.vision_revision,
+        options.vision_features,
+        options.vision_layer,
+        options.feature_pooling,
+    )
     rate = pictures_per_second(VisionTower(spec, device), options.seconds)
     tokens, dim = spec.shape
     if options.json:
-        print(json.dumps({"tokens": tokens, "dim": dim, "pictures_per_second": rate,
-                          "device": device}))
+        print(
+            json.dumps(
+                {"tokens": tokens, "dim": dim, "pictures_per_second": rate, "device": device}
+            )
+        )
     else:
-        print(f"{options.vision}: {tokens} tokens of {dim} numbers a picture;"
-              f" {rate:.3g} pictures a second on {device}")
+        print(
+            f"{options.vision}: {tokens} tokens of {dim} numbers a picture;"
+            f" {rate:.3g} pictures a second on {device}"
+        )
     return 0
 
 

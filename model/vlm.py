@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import PhiSightError
+from kernels.head import SummedCrossEntropy
 from lora.dropout import set_row_keys
-from model.head import SummedCrossEntropy
 from model.layers import prepare_layers
 from model.projector import ImageProjector
 
@@ -72,8 +72,13 @@ class VisionLanguageModel(nn.Module):
         ).last_hidden_state
 
     def supervised_states(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, segment_ids: Tensor,
-        image_features: Tensor, row_keys: Sequence[int] | None = None,
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        image_features: Tensor,
+        row_keys: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """States (supervised, dim) from which a token is predicted that counts, and the tokens."""
         set_row_keys(self.language_model, row_keys)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import openai
 import runs
-from infer import Assistant
-from serving.api import Api
-from serving.server import Server, address_of, listening_socket
+
+from api.api import Api
+from api.server import Server, address_of, listening_socket
+from assistant.assistant import Assistant
 
 
 @dataclass
@@ -105,8 +106,9 @@ def get(path: str, *headers: str, method: str = "GET") -> bytes:
 def parsed_response(answer: bytes) -> tuple[int, dict[str, str], bytes]:
     head, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = head.decode("latin-1").split("\r\n")
-    headers = {name.lower(): value.strip()
-               for name, _, value in (line.partition(":") for line in lines)}
+    headers = {
+        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }
     return int(status.split()[1]), headers, body
 
 

@@ -15,15 +15,21 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-import app
-from infer import Assistant
-from serving.server import listening_socket
+from api.server import listening_socket
+from assistant.assistant import Assistant
+from web.app import build_app, mount
 
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--no-first-run",
-    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 ]
 WAIT = 60_000  # milliseconds; nothing takes so long, but a test must not fail by load
 
@@ -42,11 +48,12 @@ class Site:
 @contextmanager
 def served(assistant: Assistant, conversations: Path, runs: Path, **more: Any) -> Iterator[Site]:
     """The app on a free port, until the block is left."""
-    blocks = app.build_app(assistant, conversations=conversations, runs=runs, **more)
-    application = app.mount(FastAPI(), blocks)
+    blocks = build_app(assistant, conversations=conversations, runs=runs, **more)
+    application = mount(FastAPI(), blocks)
     bound = listening_socket("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(application, log_level="warning",
-                                           timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     site = Site(f"http://127.0.0.1:{bound.getsockname()[1]}", assistant, conversations)
     _watch(site.reached)
@@ -62,6 +69,7 @@ def served(assistant: Assistant, conversations: Path, runs: Path, **more: Any) -
 
 def _watch(reached: list[str]) -> None:
     """Note every address outside this machine that this process asks for or connects to."""
+
     def hook(event: str, arguments: tuple) -> None:
         host = None
         if event == "socket.getaddrinfo":
@@ -89,6 +97,7 @@ def chromium() -> Iterator[Callable[..., Any]]:
     if not Path(CHROMIUM).exists():
         pytest.skip(f"{CHROMIUM} is not there: apt-get install chromium")
     with playwright.sync_playwright() as driver, ExitStack() as started:
+
         def start(*more: str) -> Any:
             browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS, *more])
             started.callback(browser.close)
@@ -103,8 +112,10 @@ class User:
     def __init__(self, browser: Any, site: Site, **settings: Any) -> None:
         self.site, self.faults = site, []
         self.context = browser.new_context(
-            permissions=["microphone"], locale="en-GB",
-            **({"viewport": {"width": 1280, "height": 860}} | settings))
+            permissions=["microphone"],
+            locale="en-GB",
+            **({"viewport": {"width": 1280, "height": 860}} | settings),
+        )
         self.context.set_default_timeout(WAIT)
         self.page = self.context.new_page()
         self.page.on("console", lambda m: m.type == "error" and self.faults.append(m.text))
@@ -181,7 +192,8 @@ class User:
     def said(self) -> list[tuple[str, str]]:
         """(who, text) of every bubble with words."""
         found = self.page.locator("#chat [data-testid=user], #chat [data-testid=bot]").evaluate_all(
-            "all => all.map(one => [one.dataset.testid, one.innerText.trim()])")
+            "all => all.map(one => [one.dataset.testid, one.innerText.trim()])"
+        )
         return [(who, text) for who, text in found if text]
 
     def pictures(self) -> int:
@@ -192,14 +204,20 @@ class User:
 
     def answers(self, count: int) -> list[tuple[str, str]]:
         """Wait until so many answers are finished; returns the whole conversation."""
-        wait_with(self.page, lambda: self.is_idle() and self.page.locator(
-            "#chat [data-testid=bot]").count() == count
-            and self.page.locator("#note").inner_text().strip() != "")
+        wait_with(
+            self.page,
+            lambda: (
+                self.is_idle()
+                and self.page.locator("#chat [data-testid=bot]").count() == count
+                and self.page.locator("#note").inner_text().strip() != ""
+            ),
+        )
         return self.said()
 
     def conversations(self) -> list[str]:
-        return [text.strip() for text in
-                self.page.locator("#conversations label").all_inner_texts()]
+        return [
+            text.strip() for text in self.page.locator("#conversations label").all_inner_texts()
+        ]
 
     def told(self) -> list[str]:
         """The lines of the messages that are shown, without their headings."""

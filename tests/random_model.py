@@ -18,12 +18,22 @@ def phi(crossing: int, ours: bool = True) -> VisionLanguageModel:
     transformers' own rotary module."""
     torch.manual_seed(0)
     config = Phi3Config(
-        vocab_size=VOCABULARY, hidden_size=DIM, intermediate_size=DIM, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4 * crossing,
-        original_max_position_embeddings=crossing, pad_token_id=0, sliding_window=None,
+        vocab_size=VOCABULARY,
+        hidden_size=DIM,
+        intermediate_size=DIM,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4 * crossing,
+        original_max_position_embeddings=crossing,
+        pad_token_id=0,
+        sliding_window=None,
         rope_parameters={
-            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8,
-            "long_factor": [40.0] * 8, "original_max_position_embeddings": crossing,
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [40.0] * 8,
+            "original_max_position_embeddings": crossing,
         },
     )
     model = Phi3ForCausalLM(config).eval()

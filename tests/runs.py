@@ -19,23 +19,39 @@ from pathlib import Path
 import checkpoints
 import config as configs
 import train
+from assistant.assistant import Assistant
 from data.world import write_world
-from infer import Assistant
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, VISION = ROOT / "assets/tiny/phi3", ROOT / "assets/tiny/clip"
 
 # Two epochs of a few steps each; the logging, evaluating and saving steps do not fall together.
 RECIPE: dict[str, object] = {
-    "base": BASE, "vision": VISION, "quantization": "nf4", "data_fraction": 0.4,
-    "validation_fraction": 0.15, "row_tokens": configs.default_config("tiny").row_tokens,
-    "batch_size": 1, "accumulation": 2, "epochs": 2,
-    "learning_rate": 1e-3, "lora_dropout": 0.05, "gradient_checkpointing": True,
-    "evaluate_steps": 5, "evaluation_conversations": 4, "save_steps": 3, "keep_checkpoints": 2,
-    "log_steps": 4, "threads": 1, "device": "cpu",
+    "base": BASE,
+    "vision": VISION,
+    "quantization": "nf4",
+    "data_fraction": 0.4,
+    "validation_fraction": 0.15,
+    "row_tokens": configs.default_config("tiny").row_tokens,
+    "batch_size": 1,
+    "accumulation": 2,
+    "epochs": 2,
+    "learning_rate": 1e-3,
+    "lora_dropout": 0.05,
+    "gradient_checkpointing": True,
+    "evaluate_steps": 5,
+    "evaluation_conversations": 4,
+    "save_steps": 3,
+    "keep_checkpoints": 2,
+    "log_steps": 4,
+    "threads": 1,
+    "device": "cpu",
 }
 SHORT: dict[str, object] = {  # for what needs steps, but not many
-    "data_fraction": 0.3, "accumulation": 1, "evaluate_steps": 0, "max_steps": 2,
+    "data_fraction": 0.3,
+    "accumulation": 1,
+    "evaluate_steps": 0,
+    "max_steps": 2,
     "gradient_checkpointing": False,
 }
 
@@ -58,12 +74,18 @@ def world() -> Path:
 
 def flags(run: Path, **fields: object) -> list[str]:
     """What to type after `train.py` for the recipe with some fields replaced."""
-    values = RECIPE | {
-        "data": world() / "train.json", "images": world() / "images",
-        "held_out_questions": world() / "held_out.jsonl",
-        "novel_pair_questions": world() / "novel_pairs.jsonl",
-        "features": shared() / "features", "run": run,
-    } | fields
+    values = (
+        RECIPE
+        | {
+            "data": world() / "train.json",
+            "images": world() / "images",
+            "held_out_questions": world() / "held_out.jsonl",
+            "novel_pair_questions": world() / "novel_pairs.jsonl",
+            "features": shared() / "features",
+            "run": run,
+        }
+        | fields
+    )
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
@@ -107,8 +129,11 @@ def newest_step(run: Path) -> int:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder and what is in it."""
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # -- the commands as a person runs them -----------------------------------------------------------
@@ -120,14 +145,27 @@ def environment() -> dict[str, str]:
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
     """`python ARGUMENTS` in the project's folder, until it ends."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(),
-                          capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def started(*arguments: object) -> subprocess.Popen:
     """`python ARGUMENTS` in the project's folder, left running; end it with `communicate`."""
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:

@@ -13,27 +13,27 @@ from pathlib import Path
 import httpx
 import numpy
 import pytest
+import runs
 import soundfile
 from hypothesis import given
+from pages import WAIT, Site, User, chromium, served, wait_for, wait_with
 from PIL import Image
-
-import app
-import runs
-from data.images import MAX_BYTES
-from errors import PhiSightError
-from infer import Assistant
-from interface.batch_page import write_csv
-from interface.chat_page import Session, seed_of, settings_of
-from interface.conversations import ID, KEY, new_conversation
-from interface.messages import user_message
-from interface.page import Browser
-from interface.spoken import loaded_once
-from interface.talk import Unready
-from interface.texts import LANGUAGES
-from serving.page_guard import MAX_JSON, names_an_address, reaches_out
 from test_conversations import json_values
 
-from pages import WAIT, Site, User, chromium, served, wait_for, wait_with
+import app
+from api.page_guard import MAX_JSON, names_an_address, reaches_out
+from assistant.assistant import Assistant
+from assistant.messages import user_message
+from data.images import MAX_BYTES
+from errors import PhiSightError
+from speech.spoken import loaded_once
+from web.app import load_voice
+from web.batch_page import write_csv
+from web.chat_page import Session, seed_of, settings_of
+from web.conversations import ID, KEY, new_conversation
+from web.page import Browser
+from web.talk import Unready
+from web.texts import LANGUAGES
 
 LONG_ANSWER = "Describe the picture in detail."
 
@@ -111,8 +111,11 @@ def test_several_pictures_in_any_turn_and_questions_without_any(user, site):
     conversation = user.answers(3)
     assert [who for who, _ in conversation] == ["user", "bot", "user", "bot", "bot"]
     assert user.pictures() == 3
-    saved = json.loads(next(p for p in site.conversations.rglob("conversation.json")
-                            if "Which?" in p.read_text()).read_text())
+    saved = json.loads(
+        next(
+            p for p in site.conversations.rglob("conversation.json") if "Which?" in p.read_text()
+        ).read_text()
+    )
     kinds = [[part["kind"] for part in m["parts"]] for m in saved["messages"][::2]]
     assert kinds == [["text"], ["image", "image", "text"], ["image"]]
 
@@ -206,14 +209,15 @@ def talking_site(site, tmp_path_factory) -> Site:
     if shutil.which("espeak-ng") is None:
         pytest.skip("espeak-ng is not there: apt-get install espeak-ng")
     folder = tmp_path_factory.mktemp("talked")
-    with served(site.assistant, folder, folder, speech=loaded_once(str(ears)),
-                voice=app.load_voice("espeak-ng")) as talking:
+    with served(
+        site.assistant, folder, folder, speech=loaded_once(str(ears)), voice=load_voice("espeak-ng")
+    ) as talking:
         yield talking
 
 
 def spoken(question: str, path: Path) -> Path:
     """A recording of a question, with a second of silence before and after."""
-    from model.voice import Voice, write_wav
+    from speech.voice import Voice, write_wav
 
     samples, rate = Voice.load("espeak-ng", "en").speak(question)
     write_wav(path, numpy.pad(samples, rate), rate)
@@ -374,7 +378,7 @@ def test_a_batch_becomes_a_table_and_a_csv(user, site, tmp_path):
 def test_the_training_tab_shows_a_run_as_it_grows_and_survives_a_damaged_log(
     browser, site, tmp_path_factory, monkeypatch
 ):
-    monkeypatch.setattr("interface.training_page.REFRESH_SECONDS", 0.3)
+    monkeypatch.setattr("web.training_page.REFRESH_SECONDS", 0.3)
     logs = tmp_path_factory.mktemp("logs")
     (logs / "mine").mkdir()
     whole = (runs.finished_run() / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -466,13 +470,19 @@ class Program:
 
     def send(self, function: str, data: list) -> tuple[str, str]:
         """("done", "failed" or the status of a refusal, all that was heard)."""
-        sent = httpx.post(f"{self.site.url}/gradio_api/queue/join", json={
-            "data": data, "fn_index": self.numbers[function], "session_hash": self.session})
+        sent = httpx.post(
+            f"{self.site.url}/gradio_api/queue/join",
+            json={"data": data, "fn_index": self.numbers[function], "session_hash": self.session},
+        )
         if sent.status_code != 200:
             return str(sent.status_code), sent.text
         heard = ""
-        with httpx.stream("GET", f"{self.site.url}/gradio_api/queue/data", timeout=60,
-                          params={"session_hash": self.session}) as stream:
+        with httpx.stream(
+            "GET",
+            f"{self.site.url}/gradio_api/queue/data",
+            timeout=60,
+            params={"session_hash": self.session},
+        ) as stream:
             for line in stream.iter_lines():
                 heard += line + "\n"
                 if "process_completed" in line:
@@ -482,7 +492,8 @@ class Program:
     def ask(self, path: str) -> tuple[str, str]:
         """Send a question about a file of the server."""
         return self.send(
-            "on_text", [None, {"text": "What?", "files": [file_data(path)]}, *SETTINGS])
+            "on_text", [None, {"text": "What?", "files": [file_data(path)]}, *SETTINGS]
+        )
 
     def upload(self, file: Path) -> str:
         with file.open("rb") as stream:
@@ -491,8 +502,12 @@ class Program:
 
 
 def file_data(path: str) -> dict:
-    return {"path": path, "orig_name": "x.png", "mime_type": "image/png",
-            "meta": {"_type": "gradio.FileData"}}
+    return {
+        "path": path,
+        "orig_name": "x.png",
+        "mime_type": "image/png",
+        "meta": {"_type": "gradio.FileData"},
+    }
 
 
 SETTINGS = [0, 1, 0, 1, 8, "", "", False, False, False]
@@ -505,8 +520,15 @@ def test_no_file_of_the_server_can_be_read(site, tmp_path):
     uploaded = program.upload(secret)
     assert program.ask(uploaded)[0] == "done"
     kept = next(site.conversations.rglob("*.png"))
-    for path in ("/etc/passwd", secret, kept, kept.with_name("conversation.json"),
-                 runs.ROOT / "config.py", runs.ROOT / "app.py", "../../etc/passwd"):
+    for path in (
+        "/etc/passwd",
+        secret,
+        kept,
+        kept.with_name("conversation.json"),
+        runs.ROOT / "config.py",
+        runs.ROOT / "app.py",
+        "../../etc/passwd",
+    ):
         got = httpx.get(f"{site.url}/gradio_api/file={path}")
         assert got.status_code in (403, 404), path
     assert httpx.get(f"{site.url}/gradio_api/file={uploaded}").content == secret.read_bytes()
@@ -554,24 +576,37 @@ def test_the_page_may_reach_no_other_machine(site, browser):
 
 
 def test_an_event_that_is_too_large_is_refused(site):
-    sent = httpx.post(f"{site.url}/gradio_api/queue/join",
-                      content=b"[" + b" " * MAX_JSON + b"]",
-                      headers={"content-type": "application/json"})
+    sent = httpx.post(
+        f"{site.url}/gradio_api/queue/join",
+        content=b"[" + b" " * MAX_JSON + b"]",
+        headers={"content-type": "application/json"},
+    )
     assert sent.status_code == 413
 
 
-@pytest.mark.parametrize("body", [
-    {"data": [{"files": [{"path": "https://x.org/a.png"}]}]}, [[{"path": " HTTP://x.org"}]],
-    {"a": {"b": [{"path": "//x.org/a"}]}},
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"data": [{"files": [{"path": "https://x.org/a.png"}]}]},
+        [[{"path": " HTTP://x.org"}]],
+        {"a": {"b": [{"path": "//x.org/a"}]}},
+    ],
+)
 def test_an_address_is_found_wherever_it_stands(body):
     assert names_an_address(json.dumps(body).encode())
 
 
-@pytest.mark.parametrize("body", [
-    b"", b"{", b"[" * 100_000, b'{"path": "/tmp/a.png", "url": "http://127.0.0.1/file=/tmp/a"}',
-    b'{"data": ["http://x.org is a place"]}', b'{"path": 3}',
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[" * 100_000,
+        b'{"path": "/tmp/a.png", "url": "http://127.0.0.1/file=/tmp/a"}',
+        b'{"data": ["http://x.org is a place"]}',
+        b'{"path": 3}',
+    ],
+)
 def test_what_is_no_address_passes(body):
     assert not names_an_address(body)
 
@@ -597,12 +632,12 @@ def test_whatever_a_browser_has_stored_is_sound_or_forgotten(stored):
 def test_no_cell_of_a_csv_is_a_formula():
     path = write_csv([["=1+1", "-2"], ["a,b", 'say "yes"'], ["ü", "@x\ny"]], "en")
     rows = list(csv.reader(open(path, encoding="utf-8-sig", newline="")))
-    assert rows == [["Picture", "Answer"], ["'=1+1", "'-2"], ["a,b", 'say "yes"'],
-                    ["ü", "'@x\ny"]]
+    assert rows == [["Picture", "Answer"], ["'=1+1", "'-2"], ["a,b", 'say "yes"'], ["ü", "'@x\ny"]]
 
 
-@pytest.mark.parametrize(("typed", "seed"), [
-    ("", None), (" 7 ", 7), ("0", 0), (str(2**64 - 1), 2**64 - 1)])
+@pytest.mark.parametrize(
+    ("typed", "seed"), [("", None), (" 7 ", 7), ("0", 0), (str(2**64 - 1), 2**64 - 1)]
+)
 def test_a_seed(typed, seed):
     assert seed_of(typed) == seed
 
@@ -613,10 +648,18 @@ def test_what_is_no_seed(typed):
         seed_of(typed)
 
 
-@pytest.mark.parametrize("values", [
-    [float("nan"), 1, 0, 1, 8], [0, 0, 0, 1, 8], [None, 1, 0, 1, 8], [0, 1, float("inf"), 1, 8],
-    [0, 1, 0, "x", 8], [0, 1, -1, 1, 8], [0, 1, 0, 0, 8],
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [float("nan"), 1, 0, 1, 8],
+        [0, 0, 0, 1, 8],
+        [None, 1, 0, 1, 8],
+        [0, 1, float("inf"), 1, 8],
+        [0, 1, 0, "x", 8],
+        [0, 1, -1, 1, 8],
+        [0, 1, 0, 0, 8],
+    ],
+)
 def test_settings_that_no_slider_gives_are_one_line(values):
     session = Session("0" * 32, new_conversation(), "en")
     with pytest.raises(PhiSightError):
@@ -624,12 +667,22 @@ def test_settings_that_no_slider_gives_are_one_line(values):
 
 
 def test_the_command_serves_until_it_is_ended(tmp_path):
-    process = runs.started("app.py", "--run", runs.finished_run(), "--port", 0, "--conversations",
-                           tmp_path, "--runs", tmp_path)
+    process = runs.started(
+        "app.py",
+        "--run",
+        runs.finished_run(),
+        "--port",
+        0,
+        "--conversations",
+        tmp_path,
+        "--runs",
+        tmp_path,
+    )
     try:
         line = process.stdout.readline()
         assert line.startswith("PhiSight with ") and "http://127.0.0.1:" in line, (
-            line or process.communicate())
+            line or process.communicate()
+        )
         address = line.split(": ", 1)[1].split()[0]
         assert "PhiSight" in httpx.get(address).text
     finally:

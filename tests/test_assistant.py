@@ -11,23 +11,23 @@ from pathlib import Path
 
 import numpy
 import pytest
+import runs
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import infer
-import runs
+from assistant.assistant import Assistant, Blocked
+from assistant.caches import LeastRecentlyUsed
+from assistant.filter import WordFilter
+from assistant.messages import answer_message, user_message
+from assistant.sampling import Sampling
 from data.dataset import load_conversations
 from errors import PhiSightError
-from infer import Assistant, Blocked
-from interface.batch import answer_file, parse_line
-from interface.cache import LeastRecentlyUsed
-from interface.filter import WordFilter
-from interface.messages import answer_message, user_message
-from interface.terminal import Terminal
-from model.generate import Sampling
-from model.speech import read_audio
-from model.voice import Voice, write_wav
+from speech.voice import Voice, write_wav
+from speech.whisper import read_audio
+from terminal.batch import answer_file, parse_line
+from terminal.chat import Terminal
 
 LIMIT = 8
 
@@ -74,8 +74,9 @@ def test_a_picture_in_memory_is_the_picture_in_its_file(assistant):
         decoded = opened.convert("RGB")
     expected = say(assistant, "Describe the picture.", images=[path])
     for given_picture in (data, decoded):
-        reply = assistant.reply([user_message("Describe the picture.", ["x"])], LIMIT,
-                                pictures={"x": given_picture})
+        reply = assistant.reply(
+            [user_message("Describe the picture.", ["x"])], LIMIT, pictures={"x": given_picture}
+        )
         assert "".join(reply) == expected
 
 
@@ -94,8 +95,10 @@ def test_the_same_greedy_question_is_answered_from_memory(assistant):
     assert again.completion_tokens == first.completion_tokens
     assert assistant.statistics()["tokens_generated"] == generated
     for other in ({"max_new_tokens": 3}, {"sampling": Sampling(1.0), "seed": 1}, {"stop": ["zz"]}):
-        reply = assistant.reply([user_message("How many are there?", pictures()[:1])],
-                                **{"max_new_tokens": LIMIT} | other)
+        reply = assistant.reply(
+            [user_message("How many are there?", pictures()[:1])],
+            **{"max_new_tokens": LIMIT} | other,
+        )
         "".join(reply)
         assert not reply.cached, other
 
@@ -112,7 +115,8 @@ def test_without_caches_the_answers_are_the_same_and_nothing_is_kept(assistant):
     plain = Assistant.load(runs.finished_run(), cache=False)
     for _ in range(2):
         assert say(plain, "What is it?", "one", "And where?") == say(
-            assistant, "What is it?", "one", "And where?")
+            assistant, "What is it?", "one", "And where?"
+        )
     kept = {name: value for name, value in plain.statistics().items() if "cache" in name}
     assert all(not value for name, value in kept.items() if "misses" not in name)
     plain.close()
@@ -149,8 +153,9 @@ def test_stop_strings_end_an_answer(assistant):
     whole = say(assistant, "Describe the picture.", max_new_tokens=12)
     mark = whole[len(whole) // 2 :][:2]
     assert whole.strip() and mark
-    reply = assistant.reply([user_message("Describe the picture.", pictures()[:1])], 12,
-                            stop=[mark])
+    reply = assistant.reply(
+        [user_message("Describe the picture.", pictures()[:1])], 12, stop=[mark]
+    )
     assert "".join(reply) == whole[: whole.index(mark)] and reply.finish_reason == "stop"
 
 
@@ -172,8 +177,10 @@ def test_many_threads_get_the_answers_of_one(assistant):
     plain = Assistant.load(runs.finished_run(), cache=False, max_rows=5)
     expected = [say(plain, question) for question in questions]
     answers: dict[int, str] = {}
-    threads = [threading.Thread(target=lambda n=n: answers.update({n: say(plain, questions[n])}))
-               for n in range(len(questions))]
+    threads = [
+        threading.Thread(target=lambda n=n: answers.update({n: say(plain, questions[n])}))
+        for n in range(len(questions))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -197,7 +204,8 @@ class Typed:
     def __init__(self, assistant: Assistant, *lines: object, listen=None) -> None:
         self.lines, self.out = iter(lines), ""
         self.terminal = Terminal(
-            lambda messages: assistant.reply(messages, LIMIT), listen, self.read, self.write)
+            lambda messages: assistant.reply(messages, LIMIT), listen, self.read, self.write
+        )
 
     def read(self, prompt: str) -> str:
         line = next(self.lines, EOFError())
@@ -229,11 +237,29 @@ def test_a_chat_remembers_what_was_said_and_shown(assistant, tmp_path, monkeypat
 def test_a_chat_goes_on_after_mistakes(assistant, tmp_path):
     there = tmp_path / "there.json"
     there.write_text("mine")
-    out = Typed(assistant, "/image nope.png", "/nonsense", "", "/save", KeyboardInterrupt(),
-                "/audio x.wav", "How many?", f"/save {there}", "/clear", "/help").run()
-    for told in ("nope.png: no such file", "/nonsense: no such command", "nothing was said",
-                 "/quit or Ctrl-D leaves", "no speech model", "exists already",
-                 "a new conversation", "/image PATH"):
+    out = Typed(
+        assistant,
+        "/image nope.png",
+        "/nonsense",
+        "",
+        "/save",
+        KeyboardInterrupt(),
+        "/audio x.wav",
+        "How many?",
+        f"/save {there}",
+        "/clear",
+        "/help",
+    ).run()
+    for told in (
+        "nope.png: no such file",
+        "/nonsense: no such command",
+        "nothing was said",
+        "/quit or Ctrl-D leaves",
+        "no speech model",
+        "exists already",
+        "a new conversation",
+        "/image PATH",
+    ):
         assert told in out
     assert say(assistant, "How many?", images=[]) in out and there.read_text() == "mine"
 
@@ -271,8 +297,16 @@ def test_a_question_may_be_spoken(assistant):
 def test_a_recording_is_asked_and_the_answer_is_spoken(tmp_path, capsys):
     question, answer = tmp_path / "question.wav", tmp_path / "answer.wav"
     write_wav(question, *Voice.load().speak("How many objects are there?"))
-    asked = ["--run", str(runs.finished_run()), "--image", pictures()[0], "--max-new-tokens", "8",
-             "--speech", str(runs.ROOT / "assets/tiny/whisper/tiny.pt")]
+    asked = [
+        "--run",
+        str(runs.finished_run()),
+        "--image",
+        pictures()[0],
+        "--max-new-tokens",
+        "8",
+        "--speech",
+        str(runs.ROOT / "assets/tiny/whisper/tiny.pt"),
+    ]
     assert infer.main([*asked, "--audio", str(question), "--speak", str(answer), "--json"]) == 0
     told = capsys.readouterr()
     assert "heard: How many objects are there?" in told.err
@@ -287,9 +321,23 @@ def test_a_recording_is_asked_and_the_answer_is_spoken(tmp_path, capsys):
 
 def test_chat_as_a_program(tmp_path):
     done = subprocess.run(
-        [sys.executable, "infer.py", "--run", str(runs.finished_run()), "--chat",
-         "--max-new-tokens", "4"], cwd=runs.ROOT, env=runs.environment(), input="How many?\n",
-        capture_output=True, text=True, timeout=120, check=False)
+        [
+            sys.executable,
+            "infer.py",
+            "--run",
+            str(runs.finished_run()),
+            "--chat",
+            "--max-new-tokens",
+            "4",
+        ],
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        input="How many?\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0 and done.stderr == "", done
     assert done.stdout.startswith("Ask a question") and len(done.stdout.splitlines()) >= 2
 
@@ -303,8 +351,19 @@ def write_lines(path: Path, records: list[object]) -> Path:
 
 
 def batch(source: Path, out: Path, *more: object) -> int:
-    return infer.main(["--run", str(runs.finished_run()), "--batch", str(source), "--out",
-                       str(out), "--max-new-tokens", str(LIMIT), *map(str, more)])
+    return infer.main(
+        [
+            "--run",
+            str(runs.finished_run()),
+            "--batch",
+            str(source),
+            "--out",
+            str(out),
+            "--max-new-tokens",
+            str(LIMIT),
+            *map(str, more),
+        ]
+    )
 
 
 def records_of(path: Path) -> list[dict]:
@@ -313,12 +372,21 @@ def records_of(path: Path) -> list[dict]:
 
 def test_a_bad_line_does_not_stop_the_rest(tmp_path, capsys):
     path = pictures()[0]
-    source = write_lines(tmp_path / "in.jsonl", [
-        {"id": "a", "prompt": "What is it?", "image": path}, "no JSON", "",
-        {"prompt": "What is it?", "image": "nope.png"}, {"prompt": 3}, "[1]", "[" * 10_000,
-        {"prompt": "<image> and <image>: same?", "images": [path, pictures()[1]]},
-        {"prompt": "<image> What?", "images": []}, {"prompt": "How many?"},
-    ])
+    source = write_lines(
+        tmp_path / "in.jsonl",
+        [
+            {"id": "a", "prompt": "What is it?", "image": path},
+            "no JSON",
+            "",
+            {"prompt": "What is it?", "image": "nope.png"},
+            {"prompt": 3},
+            "[1]",
+            "[" * 10_000,
+            {"prompt": "<image> and <image>: same?", "images": [path, pictures()[1]]},
+            {"prompt": "<image> What?", "images": []},
+            {"prompt": "How many?"},
+        ],
+    )
     out = tmp_path / "out.jsonl"
     assert batch(source, out) == 1
     assert "3 answered, 6 failed" in capsys.readouterr().out
@@ -328,16 +396,24 @@ def test_a_bad_line_does_not_stop_the_rest(tmp_path, capsys):
     assert found[0]["id"] == "a"
     assert found[0]["answer"] == say(runs.assistant(), "What is it?", images=[path])
     reasons = {r["line"]: r["error"] for r in found if "error" in r}
-    for line, reason in ((2, "no JSON"), (4, "nope.png: no such file"), (5, "no text"),
-                         (6, "no JSON object"), (7, "no JSON"), (9, "1 <image> places and 0")):
+    for line, reason in (
+        (2, "no JSON"),
+        (4, "nope.png: no such file"),
+        (5, "no text"),
+        (6, "no JSON object"),
+        (7, "no JSON"),
+        (9, "1 <image> places and 0"),
+    ):
         assert reason in reasons[line]
     assert batch(source, out) == 0 and records_of(out) == found  # nothing is asked twice
 
 
 @pytest.mark.parametrize("cut", ["whole lines", "half a line"])
 def test_a_batch_goes_on_where_it_was(tmp_path, cut):
-    source = write_lines(tmp_path / "in.jsonl", [
-        {"prompt": f"What is number {n}?", "image": pictures()[n]} for n in range(6)])
+    source = write_lines(
+        tmp_path / "in.jsonl",
+        [{"prompt": f"What is number {n}?", "image": pictures()[n]} for n in range(6)],
+    )
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     sampling = ("--temperature", 2, "--seed", 5)
     assert batch(source, whole, *sampling) == 0
@@ -382,18 +458,21 @@ def test_any_line_is_asked_or_has_its_error(line):
     assert asked.error is None or asked.error.startswith("line 3: ")
 
 
-@pytest.mark.parametrize(("arguments", "reason"), [
-    (["--batch", "a.jsonl"], "--batch and --out belong together"),
-    (["--prompt", "a", "--chat"], "give one of"),
-    (["--chat", "--image", "a.png"], "belong to one question"),
-    (["--prompt", "a", "--stop", ""], "--stop: is empty"),
-    (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
-    (["--prompt", "a", "--content-filter", "nope.txt"], "nope.txt"),
-    (["--audio", "nope.wav"], "nope.wav"),
-    (["--chat", "--speak", "a.wav"], "belong to one question"),
-    (["--prompt", "a", "--speak", "no/folder/a.wav"], "its folder does not exist"),
-    (["--batch", "nope.jsonl", "--out", "x.jsonl"], "nope.jsonl: No such file"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--batch", "a.jsonl"], "--batch and --out belong together"),
+        (["--prompt", "a", "--chat"], "give one of"),
+        (["--chat", "--image", "a.png"], "belong to one question"),
+        (["--prompt", "a", "--stop", ""], "--stop: is empty"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
+        (["--prompt", "a", "--content-filter", "nope.txt"], "nope.txt"),
+        (["--audio", "nope.wav"], "nope.wav"),
+        (["--chat", "--speak", "a.wav"], "belong to one question"),
+        (["--prompt", "a", "--speak", "no/folder/a.wav"], "its folder does not exist"),
+        (["--batch", "nope.jsonl", "--out", "x.jsonl"], "nope.jsonl: No such file"),
+    ],
+)
 def test_what_the_assistant_refuses(arguments, reason, tmp_path, monkeypatch):
     run = str(runs.finished_run())
     monkeypatch.chdir(tmp_path)

@@ -29,9 +29,17 @@ LONGROPE = {
 
 def tiny_config(**changes) -> Phi3Config:
     fields = dict(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        original_max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return Phi3Config(**(fields | changes))
 
@@ -103,7 +111,10 @@ def test_nf4_logits_are_those_of_the_dequantised_weights(saved, quantization):
         name: m for name, m in quantised.named_modules() if isinstance(m, bnb.nn.Linear4bit)
     }
     assert {name.rpartition(".")[2] for name in four_bit} == {
-        "qkv_proj", "o_proj", "gate_up_proj", "down_proj"
+        "qkv_proj",
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
     } and len(four_bit) == 8
     assert type(quantised.lm_head) is nn.Linear
     for name, module in four_bit.items():
@@ -205,17 +216,20 @@ BREAKS = {
     ),
     "missing shard": (lambda f: to_index(f, '{"weight_map": {"a": "b.safetensors"}}'), "b.safet"),
     "escaping shard": (
-        lambda f: to_index(f, '{"weight_map": {"a": "../b.safetensors"}}'), "no plain file name"
+        lambda f: to_index(f, '{"weight_map": {"a": "../b.safetensors"}}'),
+        "no plain file name",
     ),
     "empty index": (lambda f: to_index(f, "{}"), "it has no weight_map"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "large tokenizer": (lambda f: edit_config(f, vocab_size=90), "100 tokens and the model 90"),
     "misshapen": (lambda f: edit_config(f, vocab_size=101), r"shape \(100, 64\), not \(101, 64\)"),
     "missing tensor": (
-        lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), "missing model.norm.weight"
+        lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")),
+        "missing model.norm.weight",
     ),
     "unexpected tensor": (
-        lambda f: edit_weights(f, lambda w: w.update(extra=torch.zeros(2))), "unexpected extra"
+        lambda f: edit_weights(f, lambda w: w.update(extra=torch.zeros(2))),
+        "unexpected extra",
     ),
     "integer tensor": (
         lambda f: edit_weights(
@@ -275,7 +289,10 @@ def test_compute_dtype_follows_the_device(monkeypatch):
 def test_projector_is_linear_gelu_linear_and_seeded():
     projector = ImageProjector(6, 8)
     assert [n for n, _ in projector.named_parameters()] == [
-        "linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"
+        "linear_1.weight",
+        "linear_1.bias",
+        "linear_2.weight",
+        "linear_2.bias",
     ]
     projector.reset_parameters(torch.Generator().manual_seed(3))
     reference = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8))

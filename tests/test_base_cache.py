@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_base import logits, save_model
 
-import fingerprint
-from fingerprint import hash_files
+import files as file_hashes
+from files import hash_files
 from model import base_cache
 from model.base import load_base
 
@@ -27,7 +27,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A folder to keep in; files of a moment ago may be remembered, and parts are small."""
-    monkeypatch.setattr(fingerprint, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(file_hashes, "YOUNG_SECONDS", 0.0)
     monkeypatch.setattr(base_cache, "PART_BYTES", 40_000)
     return tmp_path / "cache"
 
@@ -37,8 +37,9 @@ def quantised(monkeypatch):
     """Counts the weights that are quantised."""
     count = []
     real = bnb.functional.quantize_4bit
-    monkeypatch.setattr(bnb.functional, "quantize_4bit",
-                        lambda *a, **k: count.append(1) or real(*a, **k))
+    monkeypatch.setattr(
+        bnb.functional, "quantize_4bit", lambda *a, **k: count.append(1) or real(*a, **k)
+    )
     return count
 
 
@@ -46,9 +47,10 @@ def quantised(monkeypatch):
 def read(monkeypatch):
     """Names the files that are hashed."""
     names = []
-    real = fingerprint._read
-    monkeypatch.setattr(fingerprint, "_read",
-                        lambda paths: names.extend(p.name for p in paths) or real(paths))
+    real = file_hashes._read
+    monkeypatch.setattr(
+        file_hashes, "_read", lambda paths: names.extend(p.name for p in paths) or real(paths)
+    )
     return names
 
 
@@ -57,15 +59,18 @@ def load(folder, cache="", quantization="nf4", dtype=torch.float32):
 
 
 def entry(cache):
-    [found] = [path for path in cache.iterdir() if path.name != fingerprint.MEMORY]
+    [found] = [path for path in cache.iterdir() if path.name != file_hashes.MEMORY]
     return found
 
 
 def contents_of(value):
     """Everything that a parameter or a quantisation state is made of, by path."""
     if isinstance(value, bnb.functional.QuantState):
-        return {f"{name}.{key}": leaf for name, inner in vars(value).items()
-                for key, leaf in contents_of(inner).items()}
+        return {
+            f"{name}.{key}": leaf
+            for name, inner in vars(value).items()
+            for key, leaf in contents_of(inner).items()
+        }
     return {"": value}
 
 
@@ -79,8 +84,13 @@ def assert_same(found, expected):
         assert torch.equal(mine.data, other.data) and mine.requires_grad == other.requires_grad
         if not isinstance(other, bnb.nn.Params4bit):
             continue
-        for attribute in ("blocksize", "compress_statistics", "quant_type", "quant_storage",
-                          "bnb_quantized"):
+        for attribute in (
+            "blocksize",
+            "compress_statistics",
+            "quant_type",
+            "quant_storage",
+            "bnb_quantized",
+        ):
             assert getattr(mine, attribute) == getattr(other, attribute), attribute
         state, wanted = contents_of(mine.quant_state), contents_of(other.quant_state)
         for key, value in wanted.items():
@@ -146,7 +156,7 @@ def test_another_base_or_quantisation_has_an_entry_of_its_own(tmp_path, saved, c
     assert changed.fingerprint != first.fingerprint and len(quantised) == 16
     assert_same(changed.model, load(folder).model)
     load(folder, cache, "nf4-nested")
-    assert len([path for path in cache.iterdir() if path.name != fingerprint.MEMORY]) == 3
+    assert len([path for path in cache.iterdir() if path.name != file_hashes.MEMORY]) == 3
     plain = load(folder, cache, "none")  # has nothing to keep
     assert len(list(cache.iterdir())) == 4 and plain.fingerprint == changed.fingerprint
 
@@ -199,8 +209,12 @@ def other_tensor(folder) -> None:
 DAMAGES = {
     "a bit of a tensor": (lambda f: flip(f / "part-00001.safetensors", -1), "its sha256"),
     "a header": (lambda f: flip(f / "part-00002.safetensors", 3), "part-00002"),
-    "cut": (lambda f: (f / "part-00001.safetensors").write_bytes(
-        (f / "part-00001.safetensors").read_bytes()[:-10]), "part-00001"),
+    "cut": (
+        lambda f: (f / "part-00001.safetensors").write_bytes(
+            (f / "part-00001.safetensors").read_bytes()[:-10]
+        ),
+        "part-00001",
+    ),
     "a part missing": (lambda f: (f / "part-00002.safetensors").unlink(), "part-00002"),
     "no manifest": (lambda f: (f / "MANIFEST.json").unlink(), "MANIFEST"),
     "a bit of the manifest": (lambda f: flip(f / "MANIFEST.json", 300), "MANIFEST"),
@@ -245,7 +259,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(saved, cache, monkeypatch, 
     assert told.count("warning: ") == 1 and "No space left on device" in told
     assert_same(loaded.model, load(saved).model)
     left = [path.name for path in cache.iterdir()] if cache.exists() else []
-    assert set(left) <= {fingerprint.MEMORY}
+    assert set(left) <= {file_hashes.MEMORY}
 
 
 def test_too_little_room_is_found_before_anything_is_written(saved, cache, monkeypatch, capsys):
@@ -322,7 +336,7 @@ def test_a_change_of_a_file_is_noticed(saved, tmp_path, cache, read, change):
 
 
 def test_a_file_of_a_moment_ago_is_not_believed(saved, tmp_path, cache, read, monkeypatch):
-    monkeypatch.setattr(fingerprint, "YOUNG_SECONDS", 3600.0)
+    monkeypatch.setattr(file_hashes, "YOUNG_SECONDS", 3600.0)
     path = tmp_path / "new.json"
     path.write_text("{}")
     for _ in range(2):
@@ -334,7 +348,7 @@ def test_a_file_of_a_moment_ago_is_not_believed(saved, tmp_path, cache, read, mo
 def test_what_was_remembered_may_be_damaged(saved, cache, read, content):
     files = [saved / "config.json"]
     expected = hash_files(files, cache)
-    [place] = (cache / fingerprint.MEMORY).iterdir()
+    [place] = (cache / file_hashes.MEMORY).iterdir()
     for changed in (content, place.read_text().replace(expected, expected[::-1])):
         place.write_text(changed, encoding="latin-1")
         assert hash_files(files, cache) == expected
@@ -351,13 +365,11 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("large", "terminal"), [(True, True), (False, True), (True, False)])
-def test_a_bar_is_shown_on_a_terminal_for_a_large_base(
-    saved, cache, monkeypatch, large, terminal
-):
+def test_a_bar_is_shown_on_a_terminal_for_a_large_base(saved, cache, monkeypatch, large, terminal):
     said = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
     if large:
-        monkeypatch.setattr(fingerprint, "BAR_BYTES", 1000)
+        monkeypatch.setattr(file_hashes, "BAR_BYTES", 1000)
     load(saved, cache)
     load(saved, cache)
     for what in ("reading the weights", "loading the base", "loading the quantised base"):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import checkpoints
 from errors import PhiSightError, run_main
-from resume import rng
+from training import rng
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"name": "demo", "rank": 4, "versions": {"torch": torch.__version__}}
@@ -30,21 +30,36 @@ CONFIG = {"name": "demo", "rank": 4, "versions": {"torch": torch.__version__}}
 def make_state(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        "lora_weights": {"layers.0.qkv_proj.lora_A": torch.randn(2, 8, generator=generator),
-                         "layers.0.qkv_proj.lora_B": torch.randn(8, 2, generator=generator),
-                         "layers.0.qkv_proj.scaling": torch.tensor(2.0)},
+        "lora_weights": {
+            "layers.0.qkv_proj.lora_A": torch.randn(2, 8, generator=generator),
+            "layers.0.qkv_proj.lora_B": torch.randn(8, 2, generator=generator),
+            "layers.0.qkv_proj.scaling": torch.tensor(2.0),
+        },
         "image_projector": {"first.weight": torch.ones(3, 5, dtype=torch.bfloat16)},
-        "optimizer": {"layers.0.qkv_proj.lora_A.exp_avg": torch.randn(2, 8, generator=generator),
-                      "layers.0.qkv_proj.lora_A.step": torch.tensor(seed, dtype=torch.int64)},
+        "optimizer": {
+            "layers.0.qkv_proj.lora_A.exp_avg": torch.randn(2, 8, generator=generator),
+            "layers.0.qkv_proj.lora_A.step": torch.tensor(seed, dtype=torch.int64),
+        },
         "rng": {"torch.cpu": generator.get_state()},
     }
 
 
 def save(run: Path, step: int, seed: int | None = None, **more) -> Path:
-    trainer_state = {"step": step, "position": {"epoch": 0, "row": step}, "saved_at": "noon",
-                     "best": float("inf"), "recent_losses": [1.5, 1.25]}
-    return checkpoints.save(run, step, make_state(step if seed is None else seed), CONFIG,
-                            trainer_state | more.pop("trainer_state", {}), **more)
+    trainer_state = {
+        "step": step,
+        "position": {"epoch": 0, "row": step},
+        "saved_at": "noon",
+        "best": float("inf"),
+        "recent_losses": [1.5, 1.25],
+    }
+    return checkpoints.save(
+        run,
+        step,
+        make_state(step if seed is None else seed),
+        CONFIG,
+        trainer_state | more.pop("trainer_state", {}),
+        **more,
+    )
 
 
 def folders(run: Path) -> list[str]:
@@ -72,37 +87,63 @@ class FakeTokenizer:
 
 # ---- round trips ---------------------------------------------------------------------------------
 
+
 def test_round_trip(tmp_path: Path) -> None:
     state = make_state(7)
-    state["image_projector"] |= {"a view": torch.arange(12.0).reshape(3, 4).t(),
-                                 "empty": torch.zeros(0, 3), "mask": torch.tensor([True, False]),
-                                 "nan": torch.tensor([float("nan"), -0.0]),
-                                 "expanded": torch.ones(1).expand(4),
-                                 "grown": torch.ones(2, requires_grad=True)}
+    state["image_projector"] |= {
+        "a view": torch.arange(12.0).reshape(3, 4).t(),
+        "empty": torch.zeros(0, 3),
+        "mask": torch.tensor([True, False]),
+        "nan": torch.tensor([float("nan"), -0.0]),
+        "expanded": torch.ones(1).expand(4),
+        "grown": torch.ones(2, requires_grad=True),
+    }
     shared = torch.zeros(4)
     state["image_projector"] |= {"tied.0": shared, "tied.1": shared[:2]}
-    path = checkpoints.save(tmp_path, 7, state, CONFIG, {"step": 7, "best": float("inf")},
-                            FakeTokenizer())
+    path = checkpoints.save(
+        tmp_path, 7, state, CONFIG, {"step": 7, "best": float("inf")}, FakeTokenizer()
+    )
     loaded = checkpoints.load(path)
     assert path.name == "checkpoint-000007" and checkpoints.verify(path) == []
     assert (loaded.step, loaded.config) == (7, CONFIG)
     assert loaded.trainer_state == {"step": 7, "best": float("inf")}
-    assert_same(loaded.state, {stem: {name: tensor.detach() for name, tensor in tensors.items()}
-                               for stem, tensors in state.items()})
+    assert_same(
+        loaded.state,
+        {
+            stem: {name: tensor.detach() for name, tensor in tensors.items()}
+            for stem, tensors in state.items()
+        },
+    )
     assert torch.equal(loaded.state["rng"]["torch.cpu"], state["rng"]["torch.cpu"])
     assert (path / "tokenizer" / "deeper" / "chat_template.jinja").exists()
     assert (tmp_path / "LATEST").read_text() == "checkpoint-000007\n"
     rows = {row["name"]: row for row in loaded.manifest["tensors"]}
     assert rows["layers.0.qkv_proj.scaling"] | {"sha256": ""} == {
-        "file": "lora_weights.safetensors", "owner": "lora", "name": "layers.0.qkv_proj.scaling",
-        "shape": [], "dtype": "float32", "mean": 2.0, "std": 0.0, "sha256": ""}
+        "file": "lora_weights.safetensors",
+        "owner": "lora",
+        "name": "layers.0.qkv_proj.scaling",
+        "shape": [],
+        "dtype": "float32",
+        "mean": 2.0,
+        "std": 0.0,
+        "sha256": "",
+    }
     assert rows["nan"]["mean"] is None and rows["empty"]["std"] is None
     assert {row["owner"] for row in rows.values()} == {"lora", "projector", "optimizer", "rng"}
     assert len({path.stat().st_mode for path in path.iterdir() if path.is_file()}) == 1
 
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32,
-          torch.uint8, torch.int8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.int8,
+    torch.bool,
+)
 
 
 @st.composite
@@ -130,16 +171,22 @@ def test_any_tensors_come_back_to_the_bit(first: dict, second: dict) -> None:
         assert_same(checkpoints.load(path).state, state)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda given: given["state"].pop("rng"), "state has"),
-    (lambda given: given["state"].update(ears={}), "state has"),
-    (lambda given: given.update(step=-1), "not a count"),
-    (lambda given: given.update(trainer_state={"step": 4}), "not the step"),
-    (lambda given: given.update(trainer_state={"plan": [{1: 2}]}), "key 1 in plan"),
-    (lambda given: given.update(config={"a": torch.ones(1)}), "config.json"),
-    (lambda given: given.update(keep=0), "at least 1"),
-    (lambda given: given["state"]["rng"].update(__metadata__=torch.ones(1)), "read back|not saved"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda given: given["state"].pop("rng"), "state has"),
+        (lambda given: given["state"].update(ears={}), "state has"),
+        (lambda given: given.update(step=-1), "not a count"),
+        (lambda given: given.update(trainer_state={"step": 4}), "not the step"),
+        (lambda given: given.update(trainer_state={"plan": [{1: 2}]}), "key 1 in plan"),
+        (lambda given: given.update(config={"a": torch.ones(1)}), "config.json"),
+        (lambda given: given.update(keep=0), "at least 1"),
+        (
+            lambda given: given["state"]["rng"].update(__metadata__=torch.ones(1)),
+            "read back|not saved",
+        ),
+    ],
+)
 def test_what_cannot_be_saved_is_refused(tmp_path: Path, change: Callable, words: str) -> None:
     given_ = {"state": make_state(), "config": {}, "trainer_state": {}, "step": 3, "keep": 1}
     change(given_)
@@ -149,6 +196,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path, change: Callable, words
 
 
 # ---- damage --------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -160,9 +208,17 @@ def damaged(intact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(intact, tmp_path / "run" / intact.name))
 
 
-FILES = ("MANIFEST.json", "config.json", "trainer_state.json", "lora_weights.safetensors",
-         "image_projector.safetensors", "optimizer.safetensors", "rng.safetensors",
-         "tokenizer/tokenizer.json", "tokenizer/deeper/chat_template.jinja")
+FILES = (
+    "MANIFEST.json",
+    "config.json",
+    "trainer_state.json",
+    "lora_weights.safetensors",
+    "image_projector.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "tokenizer/tokenizer.json",
+    "tokenizer/deeper/chat_template.jinja",
+)
 
 
 def assert_refused(path: Path, *words: str) -> None:
@@ -238,20 +294,28 @@ def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
     (folder / "MANIFEST.json").write_bytes(checkpoints._manifest_bytes(manifest))
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda manifest: manifest["tensors"].pop(0), "lora_A is unexpected"),
-    (lambda manifest: manifest["tensors"].append(manifest["tensors"][0] | {"name": "new"}),
-     "tensor new is missing"),
-    (lambda manifest: manifest["tensors"][0].update(dtype="int32"), "another dtype"),
-    (lambda manifest: manifest["tensors"][0].update(shape=[8, 2]), "another shape"),
-    (lambda manifest: manifest["tensors"][0].update(sha256="0"), "lora_A has another sha256"),
-    (lambda manifest: manifest["tensors"][0].update(mean="x"), "not a manifest"),
-    (lambda manifest: manifest["files"].pop(0), "row for config.json is missing"),
-    (lambda manifest: manifest["files"].append({"file": "../a", "size": 1}), "../a is unexpected"),
-    (lambda manifest: manifest.update(format=1), "not a manifest of format 2"),
-    (lambda manifest: manifest.update(tensors=[3]), "not a manifest"),
-    (lambda manifest: manifest.update(step="5"), "not a manifest"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda manifest: manifest["tensors"].pop(0), "lora_A is unexpected"),
+        (
+            lambda manifest: manifest["tensors"].append(manifest["tensors"][0] | {"name": "new"}),
+            "tensor new is missing",
+        ),
+        (lambda manifest: manifest["tensors"][0].update(dtype="int32"), "another dtype"),
+        (lambda manifest: manifest["tensors"][0].update(shape=[8, 2]), "another shape"),
+        (lambda manifest: manifest["tensors"][0].update(sha256="0"), "lora_A has another sha256"),
+        (lambda manifest: manifest["tensors"][0].update(mean="x"), "not a manifest"),
+        (lambda manifest: manifest["files"].pop(0), "row for config.json is missing"),
+        (
+            lambda manifest: manifest["files"].append({"file": "../a", "size": 1}),
+            "../a is unexpected",
+        ),
+        (lambda manifest: manifest.update(format=1), "not a manifest of format 2"),
+        (lambda manifest: manifest.update(tensors=[3]), "not a manifest"),
+        (lambda manifest: manifest.update(step="5"), "not a manifest"),
+    ],
+)
 def test_a_sealed_manifest_that_lies(damaged: Path, change: Callable, words: str) -> None:
     rewrite(damaged, change)
     assert_refused(damaged, words)
@@ -270,6 +334,7 @@ def test_an_absurd_header_length(damaged: Path) -> None:
 
 
 # ---- which one, and which go ---------------------------------------------------------------------
+
 
 def test_newest_valid_tells_of_damaged_newer_ones(tmp_path: Path) -> None:
     paths = [save(tmp_path, step, keep=9) for step in (1, 20, 3)]
@@ -315,7 +380,8 @@ def test_remove_all(tmp_path: Path) -> None:
 
 
 def test_older_ones_stay_until_the_new_one_is_verified(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = save(tmp_path, 1)
     seen = []
 
@@ -353,8 +419,11 @@ def dead_process() -> int:
 def test_left_overs(tmp_path: Path) -> None:
     path, newer = save(tmp_path, 1), save(tmp_path, 6, keep=2)
     dead, live = dead_process(), os.getppid()
-    gone = [f".tmp-checkpoint-000001-{dead}", f".tmp-checkpoint-000003-{os.getpid()}",
-            f".old-{newer.name}-{dead}"]
+    gone = [
+        f".tmp-checkpoint-000001-{dead}",
+        f".tmp-checkpoint-000003-{os.getpid()}",
+        f".old-{newer.name}-{dead}",
+    ]
     stay = [f".tmp-checkpoint-000001-{live}", ".tmp-checkpoint-000001", ".tmp-mine-1"]
     for name in gone + stay:
         (tmp_path / name).mkdir()
@@ -368,12 +437,24 @@ def test_left_overs(tmp_path: Path) -> None:
 
 # ---- kills and failing disks ---------------------------------------------------------------------
 
-TARGETS = ((os, "fsync"), (os, "replace"), (shutil, "rmtree"), (os, "unlink"), (os, "mkdir"),
-           (checkpoints, "save_file"), (checkpoints, "_file_row"))
+TARGETS = (
+    (os, "fsync"),
+    (os, "replace"),
+    (shutil, "rmtree"),
+    (os, "unlink"),
+    (os, "mkdir"),
+    (checkpoints, "save_file"),
+    (checkpoints, "_file_row"),
+)
 
 
-def on_call(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None],
-            after: bool, forever: bool = False) -> list[int]:
+def on_call(
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    act: Callable[[], None],
+    after: bool,
+    forever: bool = False,
+) -> list[int]:
     """`act` at the `number`-th call of any TARGETS, before or after the call does its work."""
     count = [0]
 
@@ -391,6 +472,7 @@ def on_call(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None
             finally:
                 if now and after:
                     act()
+
         return wrapped
 
     for module, name in TARGETS:
@@ -413,11 +495,18 @@ def assert_alive(run: Path, before: dict, step: int) -> None:
     """The run goes on from the old content or the new one, and the next save tidies up."""
     path = checkpoints.find_newest_valid(run)[0]
     assert [checkpoints.verify(each) for each in checkpoints.checkpoints_in(run)] in (
-        [[]], [[], []])  # one or two, without a problem
+        [[]],
+        [[], []],
+    )  # one or two, without a problem
     loaded = checkpoints.load(path)
-    expected = before if torch.equal(loaded.state["optimizer"]["layers.0.qkv_proj.lora_A.step"],
-                                     before["optimizer"]["layers.0.qkv_proj.lora_A.step"]) \
+    expected = (
+        before
+        if torch.equal(
+            loaded.state["optimizer"]["layers.0.qkv_proj.lora_A.step"],
+            before["optimizer"]["layers.0.qkv_proj.lora_A.step"],
+        )
         else make_state(22)
+    )
     assert_same(loaded.state, expected)
     final = save(run, step, seed=22)
     assert checkpoints.verify(final) == []
@@ -426,8 +515,9 @@ def assert_alive(run: Path, before: dict, step: int) -> None:
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("forever", [False, True])
-def test_a_disk_that_fails_at_any_call(tmp_path: Path, one_saved: Path, again: bool,
-                                       forever: bool) -> None:
+def test_a_disk_that_fails_at_any_call(
+    tmp_path: Path, one_saved: Path, again: bool, forever: bool
+) -> None:
     step = 1 if again else 2  # other content at the same step, or the next one
     for number in range(1, 200):
         run = Path(shutil.copytree(one_saved, tmp_path / str(number)))
@@ -470,12 +560,14 @@ def test_a_kill_at_any_call(tmp_path: Path, one_saved: Path, again: bool, after:
 def test_a_really_full_disk(tmp_path: Path) -> None:
     """The kernel refuses to let any file grow beyond 8 KiB, in the middle of a tensor file."""
     save(tmp_path, 1)
-    program = ("import resource, signal, torch, checkpoints\n"
-               "from errors import run_main\n"
-               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
-               "state = {stem: {'a': torch.zeros(9999)} for stem in checkpoints.OWNERS}\n"
-               f"run_main(lambda: checkpoints.save({str(tmp_path)!r}, 2, state, {{}}, {{}}))\n")
+    program = (
+        "import resource, signal, torch, checkpoints\n"
+        "from errors import run_main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
+        "state = {stem: {'a': torch.zeros(9999)} for stem in checkpoints.OWNERS}\n"
+        f"run_main(lambda: checkpoints.save({str(tmp_path)!r}, 2, state, {{}}, {{}}))\n"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert "File too large" in done.stderr and "resume" in done.stderr
@@ -484,7 +576,8 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_leaves_nothing_behind(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -496,10 +589,17 @@ def test_an_interrupt_leaves_nothing_behind(
 
 # ---- random state --------------------------------------------------------------------------------
 
+
 def draw(generators: dict[str, torch.Generator]) -> list:
-    return [random.random(), random.gauss(0, 1), numpy.random.rand(3).tolist(),
-            numpy.random.randn(3).tolist(), torch.rand(3).tolist(), torch.randn(17).tolist(),
-            *(torch.randn(3, generator=generator).tolist() for generator in generators.values())]
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        numpy.random.rand(3).tolist(),
+        numpy.random.randn(3).tolist(),
+        torch.rand(3).tolist(),
+        torch.randn(17).tolist(),
+        *(torch.randn(3, generator=generator).tolist() for generator in generators.values()),
+    ]
 
 
 @settings(max_examples=25, deadline=None)
@@ -515,21 +615,31 @@ def test_draws_after_a_restore_are_equal(seed: int, odd: int, many: int) -> None
         torch.randn(1, generator=generators["data"])
     numpy.random.rand(many)
     with tempfile.TemporaryDirectory() as folder:
-        state = {"lora_weights": {}, "image_projector": {}, "optimizer": {},
-                 "rng": rng.rng_state(generators)}
+        state = {
+            "lora_weights": {},
+            "image_projector": {},
+            "optimizer": {},
+            "rng": rng.rng_state(generators),
+        }
         path = checkpoints.save(folder, 0, state, {}, {})
         expected = draw(generators)
         rng.set_rng_state(checkpoints.load(path).state["rng"], generators)
         assert draw(generators) == expected
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda state: state.pop("numpy.keys"), "numpy.keys is missing"),
-    (lambda state: state.update({"torch.other": state["torch.cpu"]}), "other is unexpected"),
-    (lambda state: state.update({"torch.cpu": state["torch.cpu"][:9]}), r"torch.cpu is .*\(9,\)"),
-    (lambda state: state.update({"python.words": state["python.words"].int()}), "int32"),
-    (lambda state: state.update({"python.words": -state["python.words"]}), "is not one"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda state: state.pop("numpy.keys"), "numpy.keys is missing"),
+        (lambda state: state.update({"torch.other": state["torch.cpu"]}), "other is unexpected"),
+        (
+            lambda state: state.update({"torch.cpu": state["torch.cpu"][:9]}),
+            r"torch.cpu is .*\(9,\)",
+        ),
+        (lambda state: state.update({"python.words": state["python.words"].int()}), "int32"),
+        (lambda state: state.update({"python.words": -state["python.words"]}), "is not one"),
+    ],
+)
 def test_random_state_is_strict(change: Callable, words: str) -> None:
     state = rng.rng_state()
     change(state)
@@ -541,18 +651,25 @@ def test_random_state_is_strict(change: Callable, words: str) -> None:
 
 # ---- comparing, and the command ------------------------------------------------------------------
 
+
 def process(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "checkpoints.py", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "checkpoints.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture) -> Callable[..., subprocess.CompletedProcess]:
     """What `process` does, without starting one."""
+
     def run(*arguments: object) -> subprocess.CompletedProcess:
         with pytest.raises(SystemExit) as done:
             run_main(lambda: checkpoints.main([str(argument) for argument in arguments]))
         return subprocess.CompletedProcess(arguments, done.value.code, *capsys.readouterr())
+
     return run
 
 
@@ -571,8 +688,9 @@ def test_diff_command(tmp_path: Path, command: Callable) -> None:
     first = save(run_b, 3, trainer_state={"saved_at": "evening", "timing": {"seconds": 3}})
     same = command("diff", run_a, first)
     assert same.returncode == 0, same.stderr
-    assert same.stdout == ("identical: 7 tensors (lora 3, projector 1, optimizer 2, rng 1), RNG, "
-                           "position, step 3\n")
+    assert same.stdout == (
+        "identical: 7 tensors (lora 3, projector 1, optimizer 2, rng 1), RNG, position, step 3\n"
+    )
     answer = json.loads(command("diff", run_a, run_b, "--json").stdout)
     assert (answer["identical"], answer["tensors"], answer["differences"]) == (True, 7, [])
     save(run_b, 3, seed=4)
@@ -580,8 +698,10 @@ def test_diff_command(tmp_path: Path, command: Callable) -> None:
     assert other.returncode == 1
     assert other.stdout.splitlines()[0].startswith("different: 5 differences")
     assert "lora layers.0.qkv_proj.lora_A: 16 of 16 elements differ, at most by " in other.stdout
-    assert "optimizer layers.0.qkv_proj.lora_A.step: 1 of 1 elements differ, at most by 1\n" in \
-        other.stdout
+    assert (
+        "optimizer layers.0.qkv_proj.lora_A.step: 1 of 1 elements differ, at most by 1\n"
+        in other.stdout
+    )
     assert command("diff", run_a, tmp_path / "none").returncode == 2
     assert command("compare", run_a).returncode == 2
 
@@ -592,9 +712,11 @@ def test_diff_sees_what_equality_does_not(tmp_path: Path) -> None:
         return checkpoints.save(tmp_path / name, 1, state, config or CONFIG, {"step": 1, **fields})
 
     zero = one("zero", torch.zeros(2))
-    for name, tensor, words in (("minus", torch.tensor([0.0, -0.0]), "1 of 2 elements differ"),
-                                ("half", torch.zeros(2).half(), "against float16 (2,)"),
-                                ("row", torch.zeros(1, 2), "float32 (2,) against float32 (1, 2)")):
+    for name, tensor, words in (
+        ("minus", torch.tensor([0.0, -0.0]), "1 of 2 elements differ"),
+        ("half", torch.zeros(2).half(), "against float16 (2,)"),
+        ("row", torch.zeros(1, 2), "float32 (2,) against float32 (1, 2)"),
+    ):
         (row,) = checkpoints.diff(zero, one(name, tensor)).differences
         assert row["owner"] == "projector" and words in row["message"]
     nan = torch.tensor([float("nan"), 1.0])
@@ -606,8 +728,11 @@ def test_diff_sees_what_equality_does_not(tmp_path: Path) -> None:
     (row,) = checkpoints.diff(zero, one("rank", torch.zeros(2), CONFIG | {"rank": 8})).differences
     assert row == {"owner": "config", "name": "rank", "message": "4 against 8"}
     (row,) = checkpoints.diff(zero, one("place", torch.zeros(2), position={"row": 1})).differences
-    assert row == {"owner": "trainer_state", "name": "position",
-                   "message": 'absent against {"row": 1}'}
+    assert row == {
+        "owner": "trainer_state",
+        "name": "position",
+        "message": 'absent against {"row": 1}',
+    }
 
 
 def test_show_and_verify_commands(tmp_path: Path, command: Callable) -> None:
@@ -617,8 +742,14 @@ def test_show_and_verify_commands(tmp_path: Path, command: Callable) -> None:
     assert "step 3, verified" in shown.stdout and "last losses: [1.5, 1.25]" in shown.stdout
     assert '"torch"' in shown.stdout and "position: " in shown.stdout
     answer = json.loads(command("show", tmp_path, "--json").stdout)
-    assert answer["owners"]["projector"] == {"tensors": 1, "parameters": 15, "bytes": 30,
-                                             "mean": 1.0, "std": 0.0, "change": None}
+    assert answer["owners"]["projector"] == {
+        "tensors": 1,
+        "parameters": 15,
+        "bytes": 30,
+        "mean": 1.0,
+        "std": 0.0,
+        "change": None,
+    }
     values = torch.cat([tensor.flatten() for tensor in make_state(3)["lora_weights"].values()])
     assert answer["owners"]["lora"]["mean"] == pytest.approx(values.mean().item())
     assert answer["owners"]["lora"]["std"] == pytest.approx(values.std(correction=0).item())
@@ -634,8 +765,9 @@ def test_show_and_verify_commands(tmp_path: Path, command: Callable) -> None:
     assert "step 3" in fallen_back.stdout and "warning: " in fallen_back.stderr
 
 
-def test_show_takes_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                   capsys: pytest.CaptureFixture) -> None:
+def test_show_takes_the_newest_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PhiSightError, match="no checkpoint in runs"):
         checkpoints.main(["show"])
@@ -646,15 +778,29 @@ def test_show_takes_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_compare_configs() -> None:
-    saved = {"batch_size": 8, "lora": {"rank": 4, "targets": ["a"]}, "name": "x", "old": 1,
-             "limit": float("nan")}
-    now = {"batch_size": 4, "lora": {"rank": 4, "targets": ("a",)}, "name": "y", "new": None,
-           "limit": float("nan")}
+    saved = {
+        "batch_size": 8,
+        "lora": {"rank": 4, "targets": ["a"]},
+        "name": "x",
+        "old": 1,
+        "limit": float("nan"),
+    }
+    now = {
+        "batch_size": 4,
+        "lora": {"rank": 4, "targets": ("a",)},
+        "name": "y",
+        "new": None,
+        "limit": float("nan"),
+    }
     assert checkpoints.compare_configs(saved, now, ("name",)) == [
-        "batch_size: 8 in the checkpoint, 4 now", "old: 1 in the checkpoint, absent now",
-        "new: absent in the checkpoint, null now"]
+        "batch_size: 8 in the checkpoint, 4 now",
+        "old: 1 in the checkpoint, absent now",
+        "new: absent in the checkpoint, null now",
+    ]
     now["lora"]["rank"] = 2
     ignored = ("name", "batch_size", "old", "new", "lora")
     assert checkpoints.compare_configs(saved, now, ignored) == []
-    assert checkpoints.compare_configs(saved, now, ("rank",))[1] == \
-        "lora.rank: 4 in the checkpoint, 2 now"
+    assert (
+        checkpoints.compare_configs(saved, now, ("rank",))[1]
+        == "lora.rank: 4 in the checkpoint, 2 now"
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import runs
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -18,14 +19,16 @@ import checkpoints
 import config as configs
 import evaluate
 import infer
-import runs
 import train
+from assistant.assistant import Assistant
+from assistant.flags import add_model_flags
+from assistant.messages import user_message
+from assistant.sampling import Sampling
 from data import world
 from data.dataset import load_questions
 from data.images import load_image
 from errors import PhiSightError, run_main
-from infer import Assistant, user_message
-from model.generate import Sampling
+from evaluation.questions import REPORTED_ONLY
 
 
 def picture() -> str:
@@ -53,8 +56,15 @@ def test_infer_streams_the_answer_that_json_gives_whole(capsys):
     streamed = capsys.readouterr().out
     assert ask(*question, "--json") == 0
     said = json.loads(capsys.readouterr().out)
-    assert said.keys() == {"answer", "prompt", "images", "checkpoint", "finish_reason", "tokens",
-                           "seconds"}
+    assert said.keys() == {
+        "answer",
+        "prompt",
+        "images",
+        "checkpoint",
+        "finish_reason",
+        "tokens",
+        "seconds",
+    }
     assert said["seconds"].keys() == {"load", "first_token", "total"}
     assert (said["prompt"], said["images"]) == ("What shape is it?", [picture()])
     assert said["checkpoint"] == str(checkpoints.checkpoints_in(runs.finished_run())[-1])
@@ -64,17 +74,35 @@ def test_infer_streams_the_answer_that_json_gives_whole(capsys):
 def test_infer_takes_several_pictures_and_a_checkpoint_folder(capsys):
     folder = checkpoints.checkpoints_in(runs.finished_run())[0]
     prompt = "<image> or <image>: which one has a star?"
-    assert infer.main(["--run", str(folder), "--image", picture(), "--image", picture(),
-                       "--prompt", prompt, "--max-new-tokens", "2", "--json"]) == 0
+    assert (
+        infer.main(
+            [
+                "--run",
+                str(folder),
+                "--image",
+                picture(),
+                "--image",
+                picture(),
+                "--prompt",
+                prompt,
+                "--max-new-tokens",
+                "2",
+                "--json",
+            ]
+        )
+        == 0
+    )
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(said["images"]) == 2 and said["checkpoint"] == str(folder)
 
 
 def test_a_seed_makes_sampling_repeatable():
     def answer(seed: int) -> str:
-        return "".join(runs.assistant().reply(
-            [user_message("Describe the picture.", [picture()])], 12, Sampling(100.0), seed
-        ))
+        return "".join(
+            runs.assistant().reply(
+                [user_message("Describe the picture.", [picture()])], 12, Sampling(100.0), seed
+            )
+        )
 
     assert answer(1) == answer(1)
     assert len({answer(seed) for seed in range(4)}) > 1
@@ -103,8 +131,10 @@ def test_where_pictures_stand_in_a_prompt(prompt, images, kinds):
     [
         (["--prompt", "<image> What?"], "1 <image> places and 0 pictures"),
         (["--prompt", "<image> <image>?", "--image", "a"], "2 <image> places and 1 pictures"),
-        (["--prompt", "<image>?", "--image", "a", "--image", "b"],
-         "1 <image> places and 2 pictures"),
+        (
+            ["--prompt", "<image>?", "--image", "a", "--image", "b"],
+            "1 <image> places and 2 pictures",
+        ),
         (["--prompt", "  "], "--prompt: is empty"),
         (["--prompt", "What?", "--imgae", "a"], "--imgae: no such flag; did you mean --image?"),
         (["--prompt", "What?", "--imgae=a"], "--imgae=a: no such flag; did you mean --image?"),
@@ -138,8 +168,9 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.norm.weight"] *= 1.5
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    message = error_of(infer.main, "--run", runs.finished_run(), "--prompt", "What?",
-                       "--base", tmp_path)
+    message = error_of(
+        infer.main, "--run", runs.finished_run(), "--prompt", "What?", "--base", tmp_path
+    )
     assert "another base" in message and "--base" in message
 
 
@@ -162,6 +193,7 @@ def test_a_damaged_checkpoint_folder_is_refused(tmp_path):
 
 def bomb() -> bytes:
     """The header of a PNG of 2.5 billion pixels, and no pixels."""
+
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + content))
         return struct.pack(">I", len(content)) + kind + content + checksum
@@ -223,8 +255,10 @@ def test_pictures_of_every_mode_simply_work(tmp_path, capsys):
 
 def test_a_rotated_picture_is_seen_upright(tmp_path):
     odd_pictures(tmp_path)
-    seen = [runs.assistant().features([load_image(path)])
-            for path in (picture(), tmp_path / "rotated.png")]
+    seen = [
+        runs.assistant().features([load_image(path)])
+        for path in (picture(), tmp_path / "rotated.png")
+    ]
     assert torch.equal(*seen)
 
 
@@ -243,8 +277,18 @@ TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A star."
         ("[1, 2", "not JSON"),
         ('"text"', "not a list"),
         (json.dumps([{"id": "a", "conversations": TURNS[:1]}]), "no assistant turn"),
-        (json.dumps([{"id": "a", "image": "gone.png", "conversations": [
-            {"from": "human", "value": "<image>"}, TURNS[1]]}]), "gone.png"),
+        (
+            json.dumps(
+                [
+                    {
+                        "id": "a",
+                        "image": "gone.png",
+                        "conversations": [{"from": "human", "value": "<image>"}, TURNS[1]],
+                    }
+                ]
+            ),
+            "gone.png",
+        ),
     ],
     ids=["empty", "no records", "open brace", "cut off", "no list", "malformed", "no picture"],
 )
@@ -291,27 +335,52 @@ def test_evaluate_as_json(capsys):
     assert evaluate.main(["--run", str(run), "--json", "--max-new-tokens", "8"]) == 0
     found = json.loads(capsys.readouterr().out)
     percentages = ("held_out", "novel_pairs", "swapped", "blank")
-    assert found.keys() == {*percentages, "questions", "by_kind", "novel_by_kind", "alignment",
-                            "checkpoint", "seconds"}
+    assert found.keys() == {
+        *percentages,
+        "questions",
+        "by_kind",
+        "novel_by_kind",
+        "alignment",
+        "checkpoint",
+        "seconds",
+    }
     assert all(0 <= found[name] <= 100 for name in percentages)
     assert found["alignment"] == pytest.approx(found["held_out"] - found["swapped"], abs=0.011)
     asked = load_questions(runs.world() / "held_out.jsonl")
     assert set(found["by_kind"]) == {question.kind for question in asked}
-    counted = [q for q in asked if q.kind not in evaluate.REPORTED_ONLY]
+    counted = [q for q in asked if q.kind not in REPORTED_ONLY]
     assert found["questions"] == len(counted) < len(asked)
     assert found["checkpoint"].startswith(str(run))
 
 
 def test_evaluate_prints_a_table_of_other_questions(tmp_path, capsys):
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(
-        json.dumps({"question_id": i, "image": name, "text": "Is there a star?", "label": "yes"})
-        + "\n" for i, name in enumerate(("held_out_000000.png", "held_out_000001.png"))
-    ))
+    questions.write_text(
+        "".join(
+            json.dumps(
+                {"question_id": i, "image": name, "text": "Is there a star?", "label": "yes"}
+            )
+            + "\n"
+            for i, name in enumerate(("held_out_000000.png", "held_out_000001.png"))
+        )
+    )
     run = runs.finished_run()
     capsys.readouterr()
-    assert evaluate.main(["--run", str(run), "--held-out-questions", str(questions),
-                          "--novel-pair-questions", str(questions), "--max-new-tokens", "4"]) == 0
+    assert (
+        evaluate.main(
+            [
+                "--run",
+                str(run),
+                "--held-out-questions",
+                str(questions),
+                "--novel-pair-questions",
+                str(questions),
+                "--max-new-tokens",
+                "4",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     for word in ("held_out", "swapped", "blank", "novel_pairs", "alignment: "):
         assert word in said
@@ -363,8 +432,22 @@ def test_show_verify_and_diff(tmp_path, capsys):
 
 def test_the_world_command_writes_what_training_reads(tmp_path, capsys, monkeypatch):
     out = tmp_path / "world"
-    monkeypatch.setattr("sys.argv", ["world", "--out", str(out), "--pictures", "3",
-                                     "--held-out", "2", "--turns", "2", "--seed", "5"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "world",
+            "--out",
+            str(out),
+            "--pictures",
+            "3",
+            "--held-out",
+            "2",
+            "--turns",
+            "2",
+            "--seed",
+            "5",
+        ],
+    )
     world.main()
     written = runs.contents(out)
     assert {"train.json", "held_out.jsonl", "novel_pairs.jsonl", "world.json"} <= written.keys()
@@ -382,8 +465,10 @@ def test_the_world_command_writes_what_training_reads(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["infer.py", "--image", "no-such-picture.png", "--prompt", "What?"],
-         "no-such-picture.png: no such file"),
+        (
+            ["infer.py", "--image", "no-such-picture.png", "--prompt", "What?"],
+            "no-such-picture.png: no such file",
+        ),
         (["evaluate.py", "--run", "no-such-run"], "no checkpoint in no-such-run"),
         (["checkpoints.py", "verify", "no-such-run"], "no-such-run: no such folder"),
         (["-m", "data.world", "--pictures", "0"], "--pictures"),
@@ -416,7 +501,7 @@ def test_the_exit_code_is_that_of_the_command():
 def test_the_default_run_is_the_one_that_training_writes():
     run = configs.default_config(configs.DEFAULT_PRESET).run
     parser = configs.Parser(prog="any")
-    infer.add_model_flags(parser)
+    add_model_flags(parser)
     assert parser.parse_args([]).run == run
     config = configs.default_config(configs.DEFAULT_PRESET)
     assert train.resume_command(config) == "python train.py --resume"

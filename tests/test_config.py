@@ -70,8 +70,17 @@ def test_an_unknown_preset_names_the_known_ones():
 
 @pytest.mark.parametrize(
     ("typed", "value"),
-    [((), True), (("true",), True), (("yes",), True), (("1",), True), (("On",), True),
-     (("false",), False), (("no",), False), (("0",), False), (("OFF",), False)],
+    [
+        ((), True),
+        (("true",), True),
+        (("yes",), True),
+        (("1",), True),
+        (("On",), True),
+        (("false",), False),
+        (("no",), False),
+        (("0",), False),
+        (("OFF",), False),
+    ],
 )
 def test_a_boolean_flag_may_stand_alone_or_take_a_word(typed, value):
     assert config_of("--gradient-checkpointing", *typed).gradient_checkpointing is value
@@ -113,11 +122,16 @@ NAMES = st.text("abcdefghijklmnopqrstuvwxyz_0123456789", min_size=1, max_size=10
 def values_of(field: dataclasses.Field) -> st.SearchStrategy:
     """Valid values of a field."""
     special = {
-        "lora_dropout": SHARES, "warmup_fraction": SHARES, "adam_beta1": SHARES,
-        "adam_beta2": SHARES, "data_fraction": st.floats(0, 1, exclude_min=True),
+        "lora_dropout": SHARES,
+        "warmup_fraction": SHARES,
+        "adam_beta1": SHARES,
+        "adam_beta2": SHARES,
+        "data_fraction": st.floats(0, 1, exclude_min=True),
         "validation_fraction": st.floats(0, 1, exclude_min=True, exclude_max=True),
-        "run": WORDS.filter(bool), "vision_layer": st.integers(-100, 100),
-        "seed": st.integers(0, 2**32 - 1), "threads": st.integers(0, 1024),
+        "run": WORDS.filter(bool),
+        "vision_layer": st.integers(-100, 100),
+        "seed": st.integers(0, 2**32 - 1),
+        "threads": st.integers(0, 1024),
         "lora_targets": st.tuples(NAMES, NAMES),
     }
     if field.name in special:
@@ -194,25 +208,61 @@ def test_values_from_a_file_are_validated_too():
 
 NAN, INFINITY = float("nan"), float("inf")
 BAD: dict[str, tuple] = {
-    "quantization": ("int8", ""), "vision_features": ("all",), "lora_rank": (0, -1),
-    "lora_alpha": (0.0, -1.0, NAN, INFINITY), "lora_dropout": (-0.1, 1.0, NAN),
-    "lora_targets": ((),), "data_fraction": (0.0, 1.1, NAN),
-    "validation_fraction": (0.0, 1.0, NAN), "max_text_tokens": (0,), "row_tokens": (-1,),
-    "epochs": (0,), "max_steps": (-1,), "batch_size": (0,), "accumulation": (0,),
-    "learning_rate": (0.0, -1.0, NAN, INFINITY), "schedule": ("step",),
-    "warmup_fraction": (-0.1, 1.0, NAN), "weight_decay": (-0.1, NAN, INFINITY),
+    "quantization": ("int8", ""),
+    "vision_features": ("all",),
+    "lora_rank": (0, -1),
+    "lora_alpha": (0.0, -1.0, NAN, INFINITY),
+    "lora_dropout": (-0.1, 1.0, NAN),
+    "lora_targets": ((),),
+    "data_fraction": (0.0, 1.1, NAN),
+    "validation_fraction": (0.0, 1.0, NAN),
+    "max_text_tokens": (0,),
+    "row_tokens": (-1,),
+    "epochs": (0,),
+    "max_steps": (-1,),
+    "batch_size": (0,),
+    "accumulation": (0,),
+    "learning_rate": (0.0, -1.0, NAN, INFINITY),
+    "schedule": ("step",),
+    "warmup_fraction": (-0.1, 1.0, NAN),
+    "weight_decay": (-0.1, NAN, INFINITY),
     "save_every_minutes": (-1.0, NAN, INFINITY),
-    "adam_beta1": (-0.1, 1.0), "adam_beta2": (-0.1, 1.0), "adam_epsilon": (0.0, NAN),
-    "max_gradient_norm": (0.0, NAN), "seed": (-1, 2**32), "evaluate_steps": (-1,),
-    "evaluation_conversations": (0,), "early_stopping": (-1,), "save_steps": (0,),
-    "keep_checkpoints": (0,), "log_steps": (0,), "run": ("",), "device": ("tpu",),
-    "compute_type": ("int4",), "threads": (-1, 1025), "save_every_minutes": (-1.0, NAN, INFINITY),
-    "feature_pooling": (0, -2), "feature_storage": ("int4", ""),
+    "adam_beta1": (-0.1, 1.0),
+    "adam_beta2": (-0.1, 1.0),
+    "adam_epsilon": (0.0, NAN),
+    "max_gradient_norm": (0.0, NAN),
+    "seed": (-1, 2**32),
+    "evaluate_steps": (-1,),
+    "evaluation_conversations": (0,),
+    "early_stopping": (-1,),
+    "save_steps": (0,),
+    "keep_checkpoints": (0,),
+    "log_steps": (0,),
+    "run": ("",),
+    "device": ("tpu",),
+    "compute_type": ("int4",),
+    "threads": (-1, 1025),
+    "feature_pooling": (0, -2),
+    "feature_storage": ("int4", ""),
 }
 FREE = {  # any value of the right type is one; whether it is there is found out on use
-    "base", "base_revision", "vision", "vision_revision", "vision_layer", "data", "images",
-    "held_out_questions", "novel_pair_questions", "strict", "gradient_checkpointing", "features",
-    "deterministic", "train_lora", "start_from", "base_cache", "speech",
+    "base",
+    "base_revision",
+    "vision",
+    "vision_revision",
+    "vision_layer",
+    "data",
+    "images",
+    "held_out_questions",
+    "novel_pair_questions",
+    "strict",
+    "gradient_checkpointing",
+    "features",
+    "deterministic",
+    "train_lora",
+    "start_from",
+    "base_cache",
+    "speech",
 }
 
 
@@ -249,9 +299,11 @@ def test_need_file(tmp_path):
     there = tmp_path / "data.json"
     there.write_text("[]")
     assert configs.need_file(str(there), "--data", "make it") == there
-    for path, said in (("", "--data: not given; make it"),
-                       (str(tmp_path), f"{tmp_path}: no such file; make it"),
-                       ("gone.json", "gone.json: no such file; make it")):
+    for path, said in (
+        ("", "--data: not given; make it"),
+        (str(tmp_path), f"{tmp_path}: no such file; make it"),
+        ("gone.json", "gone.json: no such file; make it"),
+    ):
         with pytest.raises(PhiSightError) as error:
             configs.need_file(path, "--data", "make it")
         assert str(error.value) == said

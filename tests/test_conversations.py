@@ -13,15 +13,17 @@ from PIL import Image
 
 from data.dataset import Message, Part
 from errors import PhiSightError
-from interface import conversations
-from interface.conversations import Saved, Shelf, from_json, new_conversation, new_key, to_json
-from interface.talk import Unready, before, grown, reworded, with_answer
+from web import conversations
+from web.conversations import Saved, Shelf, from_json, new_conversation, new_key, to_json
+from web.talk import Unready, before, grown, reworded, with_answer
 
 NAME = "a" * 64 + ".png"
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 questions = st.builds(
     lambda pictures, text: Message("user", (*[Part("image", NAME)] * pictures, Part("text", text))),
-    st.integers(0, 2), words)
+    st.integers(0, 2),
+    words,
+)
 answered = st.builds(lambda text: Message("assistant", (Part("text", text),)), words)
 
 
@@ -50,11 +52,19 @@ def test_what_is_written_is_read_back(saved):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=5)
     | st.sampled_from(["user", "assistant", "text", "image", NAME, "0" * 16]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.sampled_from(["id", "messages", "role", "parts", "kind", "value", "x"]), inner,
-        max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["id", "messages", "role", "parts", "kind", "value", "x"]),
+            inner,
+            max_size=5,
+        )
+    ),
     max_leaves=20,
 )
 
@@ -69,21 +79,33 @@ def test_whatever_is_in_a_file_is_a_conversation_or_one_line(data):
         assert from_json(to_json(saved), "x") == saved
 
 
-@pytest.mark.parametrize("change", [
-    lambda r: r.update(id="../../../etc"), lambda r: r.pop("messages"),
-    lambda r: r["messages"].reverse(), lambda r: r["messages"][0].update(role="assistant"),
-    lambda r: r["messages"][0]["parts"][0].update(value="/etc/passwd"),
-    lambda r: r["messages"][0]["parts"][0].update(value="../" + NAME),
-    lambda r: r["messages"][0]["parts"][1].update(value="\ud800"),
-    lambda r: r["messages"][0].update(parts=[]), lambda r: r["messages"][0].update(parts="text"),
-    lambda r: r["messages"][1]["parts"][0].update(kind="image", value=NAME),
-    lambda r: r.update(messages=r["messages"] * 501),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.update(id="../../../etc"),
+        lambda r: r.pop("messages"),
+        lambda r: r["messages"].reverse(),
+        lambda r: r["messages"][0].update(role="assistant"),
+        lambda r: r["messages"][0]["parts"][0].update(value="/etc/passwd"),
+        lambda r: r["messages"][0]["parts"][0].update(value="../" + NAME),
+        lambda r: r["messages"][0]["parts"][1].update(value="\ud800"),
+        lambda r: r["messages"][0].update(parts=[]),
+        lambda r: r["messages"][0].update(parts="text"),
+        lambda r: r["messages"][1]["parts"][0].update(kind="image", value=NAME),
+        lambda r: r.update(messages=r["messages"] * 501),
+    ],
+)
 def test_a_file_that_was_meddled_with_is_refused(change):
-    record = {"id": "0" * 16, "messages": [
-        {"role": "user", "parts": [{"kind": "image", "value": NAME},
-                                   {"kind": "text", "value": "What?"}]},
-        {"role": "assistant", "parts": [{"kind": "text", "value": "A star."}]}]}
+    record = {
+        "id": "0" * 16,
+        "messages": [
+            {
+                "role": "user",
+                "parts": [{"kind": "image", "value": NAME}, {"kind": "text", "value": "What?"}],
+            },
+            {"role": "assistant", "parts": [{"kind": "text", "value": "A star."}]},
+        ],
+    }
     from_json(json.dumps(record).encode(), "x")
     change(record)
     with pytest.raises(PhiSightError, match="delete the conversation"):
@@ -167,8 +189,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         conversations.prepare_root(tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [
-    ("PNG", ".png"), ("JPEG", ".jpg"), ("GIF", ".gif"), ("TIFF", ".png"), ("BMP", ".png")])
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("PNG", ".png"), ("JPEG", ".jpg"), ("GIF", ".gif"), ("TIFF", ".png"), ("BMP", ".png")],
+)
 def test_a_picture_is_kept_as_browsers_show_it(tmp_path, kind, suffix):
     shelf = Shelf(tmp_path, new_key())
     name = shelf.keep_picture("0" * 16, picture(kind=kind), "x")

@@ -71,9 +71,12 @@ def test_messages_form_and_id_from_content():
         "images": ["1.jpg"],
     }  # fmt: skip
     conversation = parse_record(form, "x")
-    assert conversation.messages == parse_record(
-        record(("human", "<image>\nWho?"), ("gpt", "Kane."), image="1.jpg"), "x"
-    ).messages
+    assert (
+        conversation.messages
+        == parse_record(
+            record(("human", "<image>\nWho?"), ("gpt", "Kane."), image="1.jpg"), "x"
+        ).messages
+    )
     assert conversation.id == parse_record(dict(reversed(form.items())), "y").id
     assert conversation.id != parse_record(form | {"images": ["2.jpg"]}, "x").id
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from errors import PhiSightError
-from model.decoding import Decoding, KeyValues, Row
-from model.engine import Busy, Engine, Generation, Request
-from model.generate import Sampling, generate
-from model.prefix import CONVERSATIONS, SHORTEST, PrefixCache, token_keys
 from random_model import FEATURES, NO_PICTURES, PLACEHOLDER, phi, tokens
+
+from assistant.decoding import Decoding, KeyValues, Row
+from assistant.engine import Busy, Engine, Generation, Request
+from assistant.prefix import CONVERSATIONS, SHORTEST, PrefixCache, token_keys
+from assistant.sampling import Sampling, generate
+from errors import PhiSightError
 
 LIMIT = 12
 NEVER = frozenset({0})  # a stop id: the pad token, which random weights seldom say
@@ -31,8 +31,12 @@ def model():
 @pytest.fixture
 def requests() -> list[Request]:
     """Prompts of different lengths with one, two and no pictures."""
-    return [ask(tokens(20, 1), ["a"]), ask(tokens(45, 2), ["b", "c"]), ask(tokens(60, 3), []),
-            ask(tokens(5, 4), ["a"])]
+    return [
+        ask(tokens(20, 1), ["a"]),
+        ask(tokens(45, 2), ["b", "c"]),
+        ask(tokens(60, 3), []),
+        ask(tokens(5, 4), ["a"]),
+    ]
 
 
 def picture(name: str) -> torch.Tensor:
@@ -48,17 +52,30 @@ def ask(text: list[int], names: list[str], limit: int = LIMIT, *more, **options)
 
 
 def alone(model, request: Request, stop_ids=NEVER) -> list[int]:
-    return [token for (token,) in generate(
-        model, [request.input_ids], request.image_features, stop_ids, request.max_new_tokens,
-        request.sampling,
-    )]
+    return [
+        token
+        for (token,) in generate(
+            model,
+            [request.input_ids],
+            request.image_features,
+            stop_ids,
+            request.max_new_tokens,
+            request.sampling,
+        )
+    ]
 
 
 def test_answers_here_depend_on_every_picture_and_token(model):
     """What gives the comparisons below their worth."""
     text = tokens(20, 1)
-    variants = [ask(text, ["a"], 30), ask(text, ["b"], 30), ask(text, ["a", "b"], 30),
-                ask(text, ["b", "a"], 30), ask(text, [], 30), ask([3, *text[1:]], ["a"], 30)]
+    variants = [
+        ask(text, ["a"], 30),
+        ask(text, ["b"], 30),
+        ask(text, ["a", "b"], 30),
+        ask(text, ["b", "a"], 30),
+        ask(text, [], 30),
+        ask([3, *text[1:]], ["a"], 30),
+    ]
     said = [tuple(alone(model, request)) for request in variants]
     assert len(set(said)) >= len(said) - 1 and all(len(set(tokens)) > 3 for tokens in said)
 
@@ -94,8 +111,8 @@ def test_requests_that_come_later_join_the_batch(engine, model, requests):
     for request in requests:
         generations.append(one.submit(request))
         next(iter(generations[-1]))  # the ones before are under way
-    for generation, tokens in zip(generations, expected):
-        assert tokens[:1] + list(generation) == tokens == generation.tokens
+    for generation, wanted in zip(generations, expected):
+        assert wanted[:1] + list(generation) == wanted == generation.tokens
 
 
 def test_a_stop_id_ends_one_row_and_not_its_neighbours(model, requests):
@@ -103,10 +120,10 @@ def test_a_stop_id_ends_one_row_and_not_its_neighbours(model, requests):
     stop = frozenset({whole[0][3]})
     one = Engine(model, stop, FEATURES[0])
     generations = [one.submit(request) for request in requests]
-    for generation, tokens in zip(generations, whole):
+    for generation, wanted in zip(generations, whole):
         said = list(generation)
-        cut = [token in stop for token in tokens]
-        assert said == (tokens[: cut.index(True)] if any(cut) else tokens)
+        cut = [token in stop for token in wanted]
+        assert said == (wanted[: cut.index(True)] if any(cut) else wanted)
         assert generation.finish_reason == ("stop" if any(cut) else "length")
     one.close()
 
@@ -188,9 +205,13 @@ def test_a_seed_means_the_same_among_others(engine, requests):
 def test_the_repetition_penalty_is_that_of_transformers(engine, model):
     request = ask(tokens(20, 1), [], LIMIT, Sampling(repetition_penalty=1.3))
     theirs = model.language_model.generate(
-        input_ids=torch.tensor([request.input_ids]), max_new_tokens=LIMIT, do_sample=False,
+        input_ids=torch.tensor([request.input_ids]),
+        max_new_tokens=LIMIT,
+        do_sample=False,
         attention_mask=torch.ones(1, len(request.input_ids), dtype=torch.long),
-        repetition_penalty=1.3, eos_token_id=sorted(NEVER), suppress_tokens=[PLACEHOLDER],
+        repetition_penalty=1.3,
+        eos_token_id=sorted(NEVER),
+        suppress_tokens=[PLACEHOLDER],
     )[0, len(request.input_ids) :].tolist()
     assert list(engine().submit(request)) == theirs == alone(model, request)
     assert theirs != alone(model, ask(tokens(20, 1), []))
@@ -233,14 +254,18 @@ def keys_values(length: int, value: float = 0.0) -> KeyValues:
     return KeyValues([(torch.full((1, 1, length, 2), value), torch.zeros(1, 1, length, 2))])
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=6),
-       st.lists(st.integers(0, 2), min_size=1, max_size=30))
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=6),
+    st.lists(st.integers(0, 2), min_size=1, max_size=30),
+)
 def test_the_longest_common_beginning_is_found(known, asked):
     cache = PrefixCache(2**20, crossing=None, whole=4)
     for ids in known:
         cache.put(numpy.array(ids), keys_values(len(ids)))
-    common = [next((i for i, (a, b) in enumerate(zip(ids, asked)) if a != b),
-                   min(len(ids), len(asked))) for ids in known]
+    common = [
+        next((i for i, (a, b) in enumerate(zip(ids, asked)) if a != b), min(len(ids), len(asked)))
+        for ids in known
+    ]
     best = min(max(common), len(asked) - 1)
     found = cache.longest(numpy.array(asked))
     assert (found.length if found else 0) == (best if best >= SHORTEST else 0)

@@ -7,17 +7,17 @@ import collections
 import itertools
 
 import pytest
+import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
-import meter
-import runs
+from assistant.assistant import Assistant
 from data.chat import RenderedSample, render
 from data.dataset import Message, Part, Question, load_questions
 from data.features import BLANK, FeatureStore
-from infer import Assistant
+from evaluation import meter
 
 LONGEST = 40  # tokens of an answer that is looked at here
 
@@ -45,8 +45,12 @@ def sample_of(assistant: Assistant, question: Question, answer: str) -> Rendered
 def exact(assistant: Assistant, samples: list[RenderedSample], store: FeatureStore) -> float:
     longest = max(len(sample.input_ids) for sample in samples)
     batches = meter.packed_batches(
-        samples, 3 * longest, store.features_of, assistant.parts.chat_format.end_of_text_id,
-        store.shape, torch.device("cpu"),
+        samples,
+        3 * longest,
+        store.features_of,
+        assistant.parts.chat_format.end_of_text_id,
+        store.shape,
+        torch.device("cpu"),
     )
     return meter.exact_answers(assistant.model, batches)
 
@@ -82,8 +86,11 @@ def test_one_wrong_token_makes_an_answer_wrong():
     store = store_of(assistant, [question.image for question in questions])
     answers = evaluate.answer_all(assistant, questions, store.features_of, LONGEST, "asking")
     encode = assistant.parts.chat_format.encode_text
-    question, answer = next((q, a) for q, a in zip(questions, answers, strict=True)
-                            if a.strip() and len(encode(a)) < LONGEST - 1)
+    question, answer = next(
+        (q, a)
+        for q, a in zip(questions, answers, strict=True)
+        if a.strip() and len(encode(a)) < LONGEST - 1
+    )
     assert exact(assistant, [sample_of(assistant, question, answer)], store) == 100.0
     for wrong in (f"{answer} zero", f"zero {answer}"):
         assert exact(assistant, [sample_of(assistant, question, wrong)], store) == 0.0
@@ -99,8 +106,9 @@ def test_answers_come_in_the_order_of_the_questions_whatever_the_batch(monkeypat
     together = answers()
     monkeypatch.setattr(evaluate, "BATCH", 2)
     assert answers() == together
-    assert evaluate.answer_all(assistant, questions[::-1], store.features_of, 6, "") == (
-        together[::-1]
+    assert (
+        evaluate.answer_all(assistant, questions[::-1], store.features_of, 6, "")
+        == (together[::-1])
     )
 
 
@@ -116,8 +124,12 @@ def test_an_evaluation_leaves_the_model_and_the_generators_as_they_were():
             model.train(training)
             modes = [module.training for module in model.modules()]
             generator = torch.get_rng_state()
-            found = [meter.evaluate(model, samples, samples, store, longest, padding,
-                                    torch.device("cpu")) for _ in range(2)]
+            found = [
+                meter.evaluate(
+                    model, samples, samples, store, longest, padding, torch.device("cpu")
+                )
+                for _ in range(2)
+            ]
             assert found[0] == found[1] and found[0]["validation_loss"] > 0
             assert found[0]["alignment"].keys() == {"right", "swapped", "blank"}
             assert torch.equal(torch.get_rng_state(), generator)
@@ -134,10 +146,18 @@ def test_the_validation_loss_is_a_mean_over_tokens_however_they_are_packed():
     samples = [sample_of(assistant, question, question.answer) for question in questions]
     longest = max(len(sample.input_ids) for sample in samples)
     losses = [
-        meter.validation_loss(assistant.model, meter.packed_batches(
-            samples, room, store.features_of, assistant.parts.chat_format.end_of_text_id,
-            store.shape, torch.device("cpu"),
-        )) for room in (longest, 4 * longest)
+        meter.validation_loss(
+            assistant.model,
+            meter.packed_batches(
+                samples,
+                room,
+                store.features_of,
+                assistant.parts.chat_format.end_of_text_id,
+                store.shape,
+                torch.device("cpu"),
+            ),
+        )
+        for room in (longest, 4 * longest)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -146,12 +166,18 @@ def test_conversations_without_a_picture_are_no_matter_of_alignment():
     assistant = runs.assistant()
     question = asked()[0]
     store = store_of(assistant, [question.image])
-    text_only = render((Message("user", (Part("text", "What?"),)),
-                        Message("assistant", (Part("text", "star"),))),
-                       assistant.parts.chat_format)
+    text_only = render(
+        (Message("user", (Part("text", "What?"),)), Message("assistant", (Part("text", "star"),))),
+        assistant.parts.chat_format,
+    )
     found = meter.evaluate(
-        assistant.model, [text_only], [text_only], store, len(text_only.input_ids),
-        assistant.parts.chat_format.end_of_text_id, torch.device("cpu"),
+        assistant.model,
+        [text_only],
+        [text_only],
+        store,
+        len(text_only.input_ids),
+        assistant.parts.chat_format.end_of_text_id,
+        torch.device("cpu"),
     )
     assert found["alignment"] == {} and found["validation_loss"] > 0
 
@@ -172,8 +198,10 @@ def test_the_three_conditions_show_three_pictures():
     store = store_of(runs.assistant(), names)
     swapped = meter.swapped_names(names)
     for name in names:
-        shown = {condition: meter.features_under(condition, store, swapped)(name)
-                 for condition in meter.CONDITIONS}
+        shown = {
+            condition: meter.features_under(condition, store, swapped)(name)
+            for condition in meter.CONDITIONS
+        }
         assert torch.equal(shown["right"], store.features_of(name))
         assert torch.equal(shown["swapped"], store.features_of(swapped[name]))
         assert torch.equal(shown["blank"], store.by_hash(BLANK))
@@ -186,8 +214,15 @@ def test_the_three_conditions_show_three_pictures():
 
 @pytest.mark.parametrize(
     ("answer", "label"),
-    [("yes", "yes"), ("Yes", "yes"), ("yes.", "yes"), (" yes \n", "Yes."), ("yes .", "yes"),
-     ("A big red star.", "a big red star"), ("STRASSE", "straße")],
+    [
+        ("yes", "yes"),
+        ("Yes", "yes"),
+        ("yes.", "yes"),
+        (" yes \n", "Yes."),
+        ("yes .", "yes"),
+        ("A big red star.", "a big red star"),
+        ("STRASSE", "straße"),
+    ],
 )
 def test_case_and_a_final_full_stop_do_not_count(answer, label):
     assert evaluate.normalise(answer) == evaluate.normalise(label)
@@ -206,11 +241,17 @@ def question(kind: str, answer: str) -> Question:
 
 
 def test_the_score_counts_by_kind_and_leaves_out_what_is_only_reported():
-    questions = [question("colour", "red"), question("colour", "blue"), question("shape", "star"),
-                 question("two_step", "red"), question("", "yes")]
+    questions = [
+        question("colour", "red"),
+        question("colour", "blue"),
+        question("shape", "star"),
+        question("two_step", "red"),
+        question("", "yes"),
+    ]
     found = evaluate.score(questions, ["Red.", "green", "star", "red", "no"])
     assert found == {
-        "exact": 50.0, "questions": 4,
+        "exact": 50.0,
+        "questions": 4,
         "by_kind": {"colour": 50.0, "shape": 100.0, "two_step": 100.0, "question": 0.0},
         "asked_by_kind": {"colour": 2, "shape": 1, "two_step": 1, "question": 1},
     }
@@ -229,8 +270,10 @@ def test_only_reported_questions_give_no_total():
 
 def test_the_table_names_every_kind_and_condition_once():
     counted = [question("shape", "star"), question("two_step", "red")]
-    results = {"held_out": evaluate.score(counted, ["star", "red"]),
-               "blank": evaluate.score(counted[:1], ["circle"])}
+    results = {
+        "held_out": evaluate.score(counted, ["star", "red"]),
+        "blank": evaluate.score(counted[:1], ["circle"]),
+    }
     lines = evaluate.table(results).splitlines()
     assert lines[0].split() == ["exact", "answers,", "%", "held_out", "blank"]
     rows = {line[:20].strip(): line[20:].split() for line in lines[1:]}

@@ -10,9 +10,15 @@ import shutil
 from pathlib import Path
 
 import bitsandbytes as bnb
+import doors.llava
+import doors.merge
+import doors.prune
+import doors.requantize
 import peft
 import pytest
+import runs
 import torch
+from doors import calibrate, measure, peft_adapter, seed
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -31,20 +37,14 @@ from transformers import (
 )
 
 import checkpoints
-import doors.llava
-import doors.merge
-import doors.prune
-import doors.requantize
 import export
-import runs
+from assistant.assistant import Assistant
 from config import default_config, replace
 from data.chat import ChatFormat, load_tokenizer, render
 from data.dataset import Message, Part
-from doors import calibrate, measure, peft_adapter, seed
-from doors.folder import new_folder
-from doors.measure import CERTIFICATE, Tolerance
 from errors import PhiSightError
-from infer import Assistant
+from exports.folder import new_folder
+from exports.measure import CERTIFICATE, Tolerance
 from lora.inject import inject
 from lora.layer import LoRALinear, secure_four_bit
 from lora.merge import base_weight, merged_state, merged_weight
@@ -73,28 +73,51 @@ def probe(assistant) -> measure.Probe:
 def merged(tmp_path_factory) -> Path:
     """What `--merge --dtype float32` writes: without rounding, so that equal means equal."""
     out = tmp_path_factory.mktemp("merged") / "model"
-    assert export.main(["--merge", f"--out={out}", f"--run={runs.finished_run()}",
-                        "--dtype=float32", ANSWERS]) == 0
+    assert (
+        export.main(
+            ["--merge", f"--out={out}", f"--run={runs.finished_run()}", "--dtype=float32", ANSWERS]
+        )
+        == 0
+    )
     return out
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("llava") / "model"
-    assert export.main([f"--llava={out}", f"--run={runs.finished_run()}", "--dtype=float32",
-                        ANSWERS]) == 0
+    assert (
+        export.main([f"--llava={out}", f"--run={runs.finished_run()}", "--dtype=float32", ANSWERS])
+        == 0
+    )
     return out
 
 
 def test_losses_are_measured_on_as_many_conversations_as_asked(tmp_path):
     out = tmp_path / "model"
-    assert export.main(["--merge", f"--out={out}", f"--run={runs.finished_run()}",
-                        "--dtype=float32", "--evaluation-conversations=2", ANSWERS]) == 0
+    assert (
+        export.main(
+            [
+                "--merge",
+                f"--out={out}",
+                f"--run={runs.finished_run()}",
+                "--dtype=float32",
+                "--evaluation-conversations=2",
+                ANSWERS,
+            ]
+        )
+        == 0
+    )
     [certificate] = out.glob("*certificate.json")
     assert json.loads(certificate.read_text())["measured_on"]["conversations"] == 2
     with pytest.raises(PhiSightError, match="--evaluation-conversations must be at least 1"):
-        export.main(["--merge", f"--out={tmp_path / 'no'}", f"--run={runs.finished_run()}",
-                     "--evaluation-conversations=0"])
+        export.main(
+            [
+                "--merge",
+                f"--out={tmp_path / 'no'}",
+                f"--run={runs.finished_run()}",
+                "--evaluation-conversations=0",
+            ]
+        )
     assert not (tmp_path / "no").exists()
 
 
@@ -111,12 +134,24 @@ def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def drawn_phi3(seed: int = 0, **fields: object) -> Phi3ForCausalLM:
     """A small Phi-3 with grouped keys and values; with full rotary it is Llama, fused."""
-    config = Phi3Config(**{
-        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-        "original_max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
-        "eos_token_id": 2, "tie_word_embeddings": False, "sliding_window": None,
-    } | fields)
+    config = Phi3Config(
+        **{
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": 64,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": False,
+            "sliding_window": None,
+        }
+        | fields
+    )
     torch.manual_seed(seed)
     model = Phi3ForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -126,10 +161,20 @@ def drawn_phi3(seed: int = 0, **fields: object) -> Phi3ForCausalLM:
 
 def as_llama(phi3: Phi3ForCausalLM) -> LlamaForCausalLM:
     """The same model with its projections apart."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
-             "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-    config = LlamaConfig(**{name: getattr(phi3.config, name) for name in names},
-                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+    )
+    config = LlamaConfig(
+        **{name: getattr(phi3.config, name) for name in names},
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
     rows, state = peft_adapter.part_sizes(phi3.config), {}
     for name, tensor in phi3.state_dict().items():
         kind = name.split(".")[-2]
@@ -160,7 +205,8 @@ def test_the_merged_folder_is_a_phi3_of_transformers_with_equal_logits(merged, a
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (merged / name).read_bytes() == (runs.BASE / name).read_bytes()
     assert load_tokenizer(merged)("a red star").input_ids == (
-        assistant.parts.base.tokenizer("a red star").input_ids)
+        assistant.parts.base.tokenizer("a red star").input_ids
+    )
 
 
 def test_the_certificate_says_what_was_measured_and_on_what(merged, assistant, probe):
@@ -181,15 +227,17 @@ def test_the_certificate_says_what_was_measured_and_on_what(merged, assistant, p
 
 
 def test_sixteen_bits_are_measured_as_they_were_written(tmp_path, assistant, probe):
-    found = doors.merge.export_merged(assistant, tmp_path / "half", torch.bfloat16, probe,
-                                      Tolerance(0.05, 0))
+    found = doors.merge.export_merged(
+        assistant, tmp_path / "half", torch.bfloat16, probe, Tolerance(0.05, 0)
+    )
     assert found["loss_difference"] != 0 and found["dtype"] == "bfloat16"
     state = load_file(tmp_path / "half/model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     for name, tensor in merged_state(assistant.parts.base.model):
         assert torch.equal(state[name], tensor.to(torch.bfloat16)), name
     assert (tmp_path / "half/model.safetensors").stat().st_mode & 0o777 == (
-        tmp_path / "half/config.json").stat().st_mode & 0o777
+        tmp_path / "half/config.json"
+    ).stat().st_mode & 0o777
 
 
 def original_weights(model: nn.Module):
@@ -215,8 +263,9 @@ def test_a_merge_into_the_original_weights_shows_in_the_certificate(
 ):
     right = json.loads((merged / CERTIFICATE).read_text())
     monkeypatch.setattr(doors.merge, "merged_state", original_weights)
-    wrong = doors.merge.export_merged(assistant, tmp_path / "wrong", torch.float32, probe,
-                                      Tolerance(1e9, 0))
+    wrong = doors.merge.export_merged(
+        assistant, tmp_path / "wrong", torch.float32, probe, Tolerance(1e9, 0)
+    )
     assert abs(wrong["loss_difference"]) > 100 * abs(right["loss_difference"])
 
 
@@ -229,15 +278,28 @@ def test_past_the_tolerance_nothing_is_written(tmp_path, monkeypatch, module, as
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("loss", "equal", "within"), [
-    (0.01, 99.0, True), (-0.01, 100.0, True), (0.011, 100.0, False), (-0.011, 100.0, False),
-    (0.0, 98.0, False), (float("nan"), 100.0, False),
-])
+@pytest.mark.parametrize(
+    ("loss", "equal", "within"),
+    [
+        (0.01, 99.0, True),
+        (-0.01, 100.0, True),
+        (0.011, 100.0, False),
+        (-0.011, 100.0, False),
+        (0.0, 98.0, False),
+        (float("nan"), 100.0, False),
+    ],
+)
 def test_tolerance_is_two_sided_and_no_number_is_within_none(assistant, probe, loss, equal, within):
     answers = [str(i) for i in range(100)]
-    other = ["another"] * int(100 - equal) + answers[int(100 - equal):]
-    found = measure.certificate("merge", assistant, probe, measure.Measured(0.0, answers),
-                                measure.Measured(loss, other), Tolerance())
+    other = ["another"] * int(100 - equal) + answers[int(100 - equal) :]
+    found = measure.certificate(
+        "merge",
+        assistant,
+        probe,
+        measure.Measured(0.0, answers),
+        measure.Measured(loss, other),
+        Tolerance(),
+    )
     assert found["within_tolerance"] is within and found["greedy_equal"] == equal
     if not within:
         with pytest.raises(PhiSightError, match="refused"):
@@ -269,15 +331,21 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--merge"], "--out: not given"), ([], "required"), (["--merge", "--peft=x"], "not allowed"),
-    (["--merge", "--out=x", "--split"], "--split: goes with --peft"),
-    (["--merge", "--out=x", "--max-loss-difference=nan"], "must be 0 or more"),
-    (["--merge", "--out=x", "--min-greedy-equal=101"], "0 to 100"),
-    (["--merge", "--out=x", "--greedy-answers=0"], "at least 1"),
-    (["--merge", "--out=x", "--run=nowhere"], "no checkpoint in nowhere"),
-    (["--import-seed=nowhere"], "--out: not given"), (["--merg", "--out=x"], "required"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--merge"], "--out: not given"),
+        ([], "required"),
+        (["--merge", "--peft=x"], "not allowed"),
+        (["--merge", "--out=x", "--split"], "--split: goes with --peft"),
+        (["--merge", "--out=x", "--max-loss-difference=nan"], "must be 0 or more"),
+        (["--merge", "--out=x", "--min-greedy-equal=101"], "0 to 100"),
+        (["--merge", "--out=x", "--greedy-answers=0"], "at least 1"),
+        (["--merge", "--out=x", "--run=nowhere"], "no checkpoint in nowhere"),
+        (["--import-seed=nowhere"], "--out: not given"),
+        (["--merg", "--out=x"], "required"),
+    ],
+)
 def test_bad_flags_are_told_in_words(arguments, message):
     if "--run=nowhere" not in arguments:
         arguments = [*arguments, f"--run={runs.finished_run()}"]
@@ -287,8 +355,19 @@ def test_bad_flags_are_told_in_words(arguments, message):
 
 def test_the_command_prints_one_line_and_exits_with_a_code(tmp_path):
     out = tmp_path / "out"
-    done = runs.command("export.py", "--merge", "--out", out, "--run", runs.finished_run(),
-                        ANSWERS, "--max-loss-difference", "0", "--min-greedy-equal", "100")
+    done = runs.command(
+        "export.py",
+        "--merge",
+        "--out",
+        out,
+        "--run",
+        runs.finished_run(),
+        ANSWERS,
+        "--max-loss-difference",
+        "0",
+        "--min-greedy-equal",
+        "100",
+    )
     assert "refused" in runs.assert_one_line_error(done) and not out.exists()
 
 
@@ -308,8 +387,11 @@ def test_a_run_without_held_out_questions_is_asked_about_its_validation(assistan
 
 def peft_logits(base: nn.Module, folder: Path, ids: torch.Tensor) -> torch.Tensor:
     model = peft.PeftModel.from_pretrained(base, folder)
-    assert any(parameter.abs().max() > 0 for name, parameter in model.named_parameters()
-               if "lora_B" in name)
+    assert any(
+        parameter.abs().max() > 0
+        for name, parameter in model.named_parameters()
+        if "lora_B" in name
+    )
     return logits_of(model, ids)
 
 
@@ -333,8 +415,13 @@ def test_peft_computes_the_same_over_the_dequantised_base(tmp_path, assistant):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_an_adapter_goes_out_and_comes_back_bit_for_bit(tmp_path, assistant, split):
-    export.main([f"--peft={tmp_path / 'adapter'}", f"--run={runs.finished_run()}",
-                 *(["--split"] if split else [])])
+    export.main(
+        [
+            f"--peft={tmp_path / 'adapter'}",
+            f"--run={runs.finished_run()}",
+            *(["--split"] if split else []),
+        ]
+    )
     adapter, out = tmp_path / "adapter", tmp_path / "run"
     export.main([f"--import-peft={adapter}", f"--out={out}", BASE, VISION])
     back = Assistant.load(tmp_path / "run")
@@ -358,10 +445,16 @@ def small() -> tuple[Phi3ForCausalLM, LlamaForCausalLM]:
 
 
 def test_a_split_adapter_does_in_llama_what_the_fused_one_does_in_phi3(tmp_path, small):
-    ours, (_, llama), ids = drawn_phi3(), small, torch.arange(20)[None]
+    ours, ids = drawn_phi3(), torch.arange(20)[None]
     bare = logits_of(ours, ids)
-    layers = inject(ours.requires_grad_(False), peft_adapter.PLACES, 4, 6.0, 0.0,
-                    torch.Generator().manual_seed(1))
+    layers = inject(
+        ours.requires_grad_(False),
+        peft_adapter.PLACES,
+        4,
+        6.0,
+        0.0,
+        torch.Generator().manual_seed(1),
+    )
     for number, layer in enumerate(layers.values()):
         layer.lora_B.data.copy_(draw(*layer.lora_B.shape, seed=number))
     expected = logits_of(ours, ids)
@@ -374,10 +467,14 @@ def test_a_split_adapter_does_in_llama_what_the_fused_one_does_in_phi3(tmp_path,
     torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("targets", [
-    ["q_proj", "v_proj"], ["k_proj", "up_proj", "down_proj"],
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "v_proj"],
+        ["k_proj", "up_proj", "down_proj"],
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    ],
+)
 def test_an_adapter_that_peft_trained_on_llama_names_becomes_a_fused_one(tmp_path, small, targets):
     ids = torch.arange(20)[None]
     settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
@@ -389,7 +486,10 @@ def test_an_adapter_that_peft_trained_on_llama_names_becomes_a_fused_one(tmp_pat
     theirs.save_pretrained(tmp_path)
     found = peft_adapter.read_peft_config(tmp_path)
     state, fused, rank = peft_adapter.lora_from_peft(
-        tmp_path, load_file(tmp_path / peft_adapter.WEIGHTS), small[0].config, found["r"],
+        tmp_path,
+        load_file(tmp_path / peft_adapter.WEIGHTS),
+        small[0].config,
+        found["r"],
         found["lora_alpha"] / found["r"],
     )
     ours = drawn_phi3()
@@ -404,16 +504,25 @@ def test_an_adapter_that_peft_trained_on_llama_names_becomes_a_fused_one(tmp_pat
     torch.testing.assert_close(logits_of(ours, ids), expected, atol=1e-5, rtol=1e-5)
 
 
-@given(st.sets(st.sampled_from(["q_proj", "k_proj", "v_proj"]), min_size=1), st.booleans(),
-       st.integers(1, 3))
+@given(
+    st.sets(st.sampled_from(["q_proj", "k_proj", "v_proj"]), min_size=1),
+    st.booleans(),
+    st.integers(1, 3),
+)
 def test_fused_parts_have_the_product_of_each(present, shared, rank):
     rows = {"q_proj": 5, "k_proj": 2, "v_proj": 3}
-    pairs = {part: {"A": draw(rank, 7, seed=0 if shared else place + 1),
-                    "B": draw(rows[part], rank, seed=place + 9)}
-             for place, part in enumerate(rows) if part in present}
+    pairs = {
+        part: {
+            "A": draw(rank, 7, seed=0 if shared else place + 1),
+            "B": draw(rows[part], rank, seed=place + 9),
+        }
+        for place, part in enumerate(rows)
+        if part in present
+    }
     down, up = peft_adapter.fuse(pairs, "qkv_proj", rows)
-    wanted = torch.cat([pairs[p]["B"] @ pairs[p]["A"] if p in pairs else torch.zeros(rows[p], 7)
-                        for p in rows])
+    wanted = torch.cat(
+        [pairs[p]["B"] @ pairs[p]["A"] if p in pairs else torch.zeros(rows[p], 7) for p in rows]
+    )
     torch.testing.assert_close(up @ down, wanted, atol=1e-6, rtol=1e-6)
     assert len(down) == (rank if shared else rank * len(pairs))
 
@@ -434,14 +543,23 @@ def first(tensors: dict, ending: str) -> str:
     return next(name for name in sorted(tensors) if name.endswith(ending))
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("use_dora", True, "use_dora True: not plain LoRA"), ("peft_type", "IA3", "peft_type 'IA3'"),
-    ("rank_pattern", {"o_proj": 2}, "rank_pattern"), ("use_rslora", True, "use_rslora"),
-    ("modules_to_save", ["lm_head"], "modules_to_save"), ("bias", "all", "bias 'all'"),
-    ("init_lora_weights", "pissa", "init_lora_weights 'pissa'"), ("r", True, "make no adapter"),
-    ("something_new", {"a": 1}, "something_new"), ("lora_alpha", "16", "make no adapter"),
-    ("lora_dropout", 1.5, "make no adapter"), ("r", 7, r"not a float tensor of 7x"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("use_dora", True, "use_dora True: not plain LoRA"),
+        ("peft_type", "IA3", "peft_type 'IA3'"),
+        ("rank_pattern", {"o_proj": 2}, "rank_pattern"),
+        ("use_rslora", True, "use_rslora"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("bias", "all", "bias 'all'"),
+        ("init_lora_weights", "pissa", "init_lora_weights 'pissa'"),
+        ("r", True, "make no adapter"),
+        ("something_new", {"a": 1}, "something_new"),
+        ("lora_alpha", "16", "make no adapter"),
+        ("lora_dropout", 1.5, "make no adapter"),
+        ("r", 7, r"not a float tensor of 7x"),
+    ],
+)
 def test_an_adapter_that_does_more_than_lora_is_refused(adapter, tmp_path, field, value, message):
     path = adapter / peft_adapter.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -450,17 +568,26 @@ def test_an_adapter_that_does_more_than_lora_is_refused(adapter, tmp_path, field
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda t: t.pop(first(t, "lora_B.weight")), "lacks its A or B"),
-    (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(1, 1)}),
-     "belongs to no layer"),
-    (lambda t: t.update({first(t, "A.weight").replace("layers.0", "layers.99"): torch.zeros(1)}),
-     "layers.99.* belongs to no layer"),
-    (lambda t: t[first(t, "A.weight")].fill_(float("nan")), "not finite"),
-    (lambda t: t.update({first(t, "A.weight"): torch.zeros(2, 2)}), "not a float tensor of"),
-    (lambda t: t.update({first(t, "A.weight"): torch.zeros(8, 8, dtype=torch.int8)}), "int8"),
-    (lambda t: t.clear() or t.update(x=torch.zeros(1)), "x belongs to no layer"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop(first(t, "lora_B.weight")), "lacks its A or B"),
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(1, 1)}),
+            "belongs to no layer",
+        ),
+        (
+            lambda t: t.update(
+                {first(t, "A.weight").replace("layers.0", "layers.99"): torch.zeros(1)}
+            ),
+            "layers.99.* belongs to no layer",
+        ),
+        (lambda t: t[first(t, "A.weight")].fill_(float("nan")), "not finite"),
+        (lambda t: t.update({first(t, "A.weight"): torch.zeros(2, 2)}), "not a float tensor of"),
+        (lambda t: t.update({first(t, "A.weight"): torch.zeros(8, 8, dtype=torch.int8)}), "int8"),
+        (lambda t: t.clear() or t.update(x=torch.zeros(1)), "x belongs to no layer"),
+    ],
+)
 def test_tensors_that_are_no_adapter_of_this_base_are_refused(adapter, tmp_path, damage, message):
     change_tensors(adapter / peft_adapter.WEIGHTS, damage)
     with pytest.raises(PhiSightError, match=message):
@@ -468,12 +595,17 @@ def test_tensors_that_are_no_adapter_of_this_base_are_refused(adapter, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    (peft_adapter.WEIGHTS, b"\xff" * 64, "not readable"), (peft_adapter.CONFIG, b"{", "download"),
-    (peft_adapter.CONFIG, None, "missing"), (peft_adapter.WEIGHTS, None, "not readable"),
-    (peft_adapter.PROJECTOR, None, "pictures mean nothing"),
-    (peft_adapter.PROJECTOR, b"", "not readable"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (peft_adapter.WEIGHTS, b"\xff" * 64, "not readable"),
+        (peft_adapter.CONFIG, b"{", "download"),
+        (peft_adapter.CONFIG, None, "missing"),
+        (peft_adapter.WEIGHTS, None, "not readable"),
+        (peft_adapter.PROJECTOR, None, "pictures mean nothing"),
+        (peft_adapter.PROJECTOR, b"", "not readable"),
+    ],
+)
 def test_files_that_are_damaged_or_missing_are_named(adapter, tmp_path, name, content, message):
     (adapter / name).unlink()
     if content is not None:
@@ -485,15 +617,28 @@ def test_files_that_are_damaged_or_missing_are_named(adapter, tmp_path, name, co
 # -- LLaVA -----------------------------------------------------------------------------------------
 
 
-ASKED = (Part("text", "Compare"), Part("image", "a"), Part("text", "with"), Part("image", "b"),
-         Part("text", "Then:"), Part("text", "which has a star?"))
+ASKED = (
+    Part("text", "Compare"),
+    Part("image", "a"),
+    Part("text", "with"),
+    Part("image", "b"),
+    Part("text", "Then:"),
+    Part("text", "which has a star?"),
+)
 
 
 def their_form(messages) -> list[dict]:
     """Messages as processors of transformers take them."""
-    return [{"role": m.role, "content": [
-        {"type": "image"} if part.kind == "image" else {"type": "text", "text": part.value}
-        for part in m.parts]} for m in messages]
+    return [
+        {
+            "role": m.role,
+            "content": [
+                {"type": "image"} if part.kind == "image" else {"type": "text", "text": part.value}
+                for part in m.parts
+            ],
+        }
+        for m in messages
+    ]
 
 
 def pictures() -> list[Image.Image]:
@@ -526,18 +671,25 @@ def test_llava_generates_what_we_answer(llava, assistant):
     theirs = LlavaForConditionalGeneration.from_pretrained(llava, dtype=torch.float32).eval()
     path = str(runs.world() / "images/train_000000.png")
     message = Message("user", (Part("image", path), Part("text", "Describe the picture.")))
-    inputs = processor(images=pictures()[:1], return_tensors="pt", text=(
-        processor.apply_chat_template(their_form([message]), add_generation_prompt=True)))
+    inputs = processor(
+        images=pictures()[:1],
+        return_tensors="pt",
+        text=(processor.apply_chat_template(their_form([message]), add_generation_prompt=True)),
+    )
     made = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)
-    answer = processor.decode(made[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    answer = processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer.strip() == "".join(assistant.reply([message], 12)).strip()
 
 
 CHATS = [
     [Message("user", ASKED)],
     [Message("user", (Part("image", "a"), Part("text", " what\nis it?  ")))],
-    [Message("system", (Part("text", "Be brief."),)), Message("user", (Part("text", "hi"),)),
-     Message("assistant", (Part("text", "Hello."),)), Message("user", (Part("image", "a"),))],
+    [
+        Message("system", (Part("text", "Be brief."),)),
+        Message("user", (Part("text", "hi"),)),
+        Message("assistant", (Part("text", "Hello."),)),
+        Message("user", (Part("image", "a"),)),
+    ],
 ]
 
 
@@ -552,7 +704,8 @@ def test_the_processor_gives_the_ids_that_the_model_was_trained_on(
             pytest.skip("the real tokenizer is not here")
         tokenizer = load_tokenizer(REAL_TOKENIZER)
         parts = dataclasses.replace(
-            assistant.parts, base=dataclasses.replace(assistant.parts.base, tokenizer=tokenizer))
+            assistant.parts, base=dataclasses.replace(assistant.parts.base, tokenizer=tokenizer)
+        )
         folder = tmp_path
         shutil.copy(llava / "config.json", folder)
         doors.llava.write_processor(Assistant(parts, assistant.config, ""), folder, REAL_TOKENIZER)
@@ -589,9 +742,12 @@ def seed_folder(tmp_path) -> Path:
     read = CLIPModel.from_pretrained(runs.VISION).visual_projection.out_features
     hidden, dim = 24, base.config.hidden_size
     projector = {
-        "layer1.weight": draw(hidden, read, seed=1), "layer1.bias": draw(hidden, seed=2),
-        "layer2.weight": draw(dim, hidden, seed=3), "layer2.bias": draw(dim, seed=4),
-        "initial_weights1": draw(hidden, read), "initial_weights2": draw(dim, hidden),
+        "layer1.weight": draw(hidden, read, seed=1),
+        "layer1.bias": draw(hidden, seed=2),
+        "layer2.weight": draw(dim, hidden, seed=3),
+        "layer2.bias": draw(dim, seed=4),
+        "initial_weights1": draw(hidden, read),
+        "initial_weights2": draw(dim, hidden),
     }
     folder = tmp_path / "checkpoint-50"
     folder.mkdir()
@@ -623,10 +779,13 @@ def test_a_seed_checkpoint_becomes_a_run_that_computes_the_same(seed_folder, tmp
     weights = torch.load(seed_folder / seed.PROJECTOR, weights_only=True)
     hidden = nn.functional.gelu(vector @ weights["layer1.weight"].T + weights["layer1.bias"])
     wanted = hidden @ weights["layer2.weight"].T + weights["layer2.bias"]
-    torch.testing.assert_close(back.model.projector(tower(pictures()[:1]))[:, 0], wanted,
-                               atol=1e-5, rtol=1e-4)
-    message = Message("user", (Part("image", str(runs.world() / "images/train_000000.png")),
-                               Part("text", "What is it?")))
+    torch.testing.assert_close(
+        back.model.projector(tower(pictures()[:1]))[:, 0], wanted, atol=1e-5, rtol=1e-4
+    )
+    message = Message(
+        "user",
+        (Part("image", str(runs.world() / "images/train_000000.png")), Part("text", "What is it?")),
+    )
     assert isinstance("".join(back.reply([message], 4)), str)
 
 
@@ -653,22 +812,25 @@ def test_code_in_a_seed_file_is_refused_and_does_not_run(seed_folder, tmp_path, 
 O_PROJ = "model.layers.0.self_attn.o_proj"
 
 
-@pytest.mark.parametrize(("name", "change", "message"), [
-    (seed.LORA, {f"{O_PROJ}.lora_A.weight": torch.zeros(4, 3)}, "not a float tensor of anyx"),
-    (seed.LORA, {f"{O_PROJ}.lora_A.weight": [1, 2]}, "is list, not a tensor"),
-    (seed.LORA, {f"{O_PROJ}.lora_A.weight": torch.zeros(3, 128)}, "ranks"),
-    (seed.LORA, {f"{O_PROJ}.scaling": {"default": "1"}}, "not a positive number"),
-    (seed.LORA, {f"{O_PROJ}.scaling": 2.0}, r"scales \[1.5, 2.0\]"),
-    (seed.LORA, {f"{O_PROJ}.lora_embedding_A": {"x": torch.zeros(1)}}, "belongs to no layer"),
-    (seed.LORA, {"model.layers.99.mlp.down_proj.scaling": 1.5}, "belongs to no layer"),
-    (seed.LORA, {"model.layers.0.self_attn.q_proj.scaling": 1.5}, "belongs to no layer"),
-    (seed.LORA, {"model.layers.99.mlp\n.x": 1.5}, "belongs to no layer"),
-    (seed.LORA, {f"{O_PROJ}.lora_B.weight": None}, "is NoneType"),
-    (seed.PROJECTOR, {"linear.weight": torch.zeros(1)}, "holds .*linear.weight"),
-    (seed.PROJECTOR, {"layer1.bias": torch.zeros(3)}, "layer1.bias is .3,. float32"),
-    (seed.PROJECTOR, {"layer1.weight": torch.zeros(24, 5)}, "reads vectors of 5 numbers"),
-    (seed.PROJECTOR, {"layer2.bias": torch.tensor(float("nan")).expand(1)}, "layer2.bias"),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (seed.LORA, {f"{O_PROJ}.lora_A.weight": torch.zeros(4, 3)}, "not a float tensor of anyx"),
+        (seed.LORA, {f"{O_PROJ}.lora_A.weight": [1, 2]}, "is list, not a tensor"),
+        (seed.LORA, {f"{O_PROJ}.lora_A.weight": torch.zeros(3, 128)}, "ranks"),
+        (seed.LORA, {f"{O_PROJ}.scaling": {"default": "1"}}, "not a positive number"),
+        (seed.LORA, {f"{O_PROJ}.scaling": 2.0}, r"scales \[1.5, 2.0\]"),
+        (seed.LORA, {f"{O_PROJ}.lora_embedding_A": {"x": torch.zeros(1)}}, "belongs to no layer"),
+        (seed.LORA, {"model.layers.99.mlp.down_proj.scaling": 1.5}, "belongs to no layer"),
+        (seed.LORA, {"model.layers.0.self_attn.q_proj.scaling": 1.5}, "belongs to no layer"),
+        (seed.LORA, {"model.layers.99.mlp\n.x": 1.5}, "belongs to no layer"),
+        (seed.LORA, {f"{O_PROJ}.lora_B.weight": None}, "is NoneType"),
+        (seed.PROJECTOR, {"linear.weight": torch.zeros(1)}, "holds .*linear.weight"),
+        (seed.PROJECTOR, {"layer1.bias": torch.zeros(3)}, "layer1.bias is .3,. float32"),
+        (seed.PROJECTOR, {"layer1.weight": torch.zeros(24, 5)}, "reads vectors of 5 numbers"),
+        (seed.PROJECTOR, {"layer2.bias": torch.tensor(float("nan")).expand(1)}, "layer2.bias"),
+    ],
+)
 def test_a_seed_file_with_anything_unexpected_is_refused(
     seed_folder, tmp_path, name, change, message
 ):
@@ -704,7 +866,8 @@ def test_the_merged_tokenizer_gives_its_ids_in_transformers_too(merged, assistan
     theirs = AutoTokenizer.from_pretrained(merged)
     text = "<|user|>\nWhat is it?<|end|>\n<|assistant|>\n"
     assert theirs(text, add_special_tokens=False).input_ids == (
-        assistant.parts.base.tokenizer(text, add_special_tokens=False).input_ids)
+        assistant.parts.base.tokenizer(text, add_special_tokens=False).input_ids
+    )
 
 
 # -- 4 bits again ----------------------------------------------------------------------------------
@@ -734,8 +897,10 @@ def test_compensation_takes_most_of_the_error_at_the_output():
     inputs = draw(500, 24, seed=1) @ draw(24, 128, seed=2) + draw(500, 128, seed=3) / 20
     weight, moment = draw(16, 128), inputs.T @ inputs
     errors = {}
-    for name, made in (("naive", doors.requantize.round_naively(weight, 64)),
-                       ("gptq", doors.requantize.round_with_compensation(weight, moment, 64))):
+    for name, made in (
+        ("naive", doors.requantize.round_naively(weight, 64)),
+        ("gptq", doors.requantize.round_with_compensation(weight, moment, 64)),
+    ):
         errors[name] = (inputs @ (made.weight() - weight).T).norm()
         assert made.codes.max() < 16
     assert errors["gptq"] < errors["naive"] / 2
@@ -754,9 +919,21 @@ def test_packed_codes_are_what_bitsandbytes_multiplies_by():
 @pytest.fixture(scope="module")
 def requantized(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("requantized") / "model"
-    assert export.main(["--requantize", f"--out={out}", f"--run={runs.finished_run()}", ANSWERS,
-                        "--calibration=6", "--max-loss-difference=9", "--min-greedy-equal=0",
-                        "--dtype=float32"]) == 0
+    assert (
+        export.main(
+            [
+                "--requantize",
+                f"--out={out}",
+                f"--run={runs.finished_run()}",
+                ANSWERS,
+                "--calibration=6",
+                "--max-loss-difference=9",
+                "--min-greedy-equal=0",
+                "--dtype=float32",
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -815,9 +992,15 @@ def test_calibration_takes_no_conversation_that_is_measured(assistant, probe):
 # -- pruning ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "share", "kept"), [
-    (384, 0.1, 352), (8192, 0.1, 7360), (128, 0.5, 64), (64, 0.5, 32),
-])
+@pytest.mark.parametrize(
+    ("width", "share", "kept"),
+    [
+        (384, 0.1, 352),
+        (8192, 0.1, 7360),
+        (128, 0.5, 64),
+        (64, 0.5, 32),
+    ],
+)
 def test_widths_stay_multiples_of_a_quantisation_block(width, share, kept):
     assert doors.prune.kept_channels(width, share) == kept
 
@@ -867,8 +1050,18 @@ def test_the_fit_of_what_is_left_is_nearer_than_leaving_it(assistant, probe):
 
 def test_the_pruned_folder_is_a_narrower_phi3_with_its_certificate(tmp_path, assistant):
     out, width = tmp_path / "out", assistant.parts.base.model.config.intermediate_size
-    assert export.main(["--prune=0.25", f"--out={out}", f"--run={runs.finished_run()}", ANSWERS,
-                        "--calibration=4"]) == 0
+    assert (
+        export.main(
+            [
+                "--prune=0.25",
+                f"--out={out}",
+                f"--run={runs.finished_run()}",
+                ANSWERS,
+                "--calibration=4",
+            ]
+        )
+        == 0
+    )
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     found = json.loads((out / doors.prune.CERTIFICATE).read_text())
     assert theirs.config.intermediate_size == found["channels"]["after"] < width
@@ -876,6 +1069,14 @@ def test_the_pruned_folder_is_a_narrower_phi3_with_its_certificate(tmp_path, ass
     assert logits_of(theirs, text_ids(assistant)).isfinite().all()
     assert found["tolerance"] is None and found["within_tolerance"]
     with pytest.raises(PhiSightError, match="prune: refused"):
-        export.main(["--prune=0.25", f"--out={tmp_path / 'no'}", f"--run={runs.finished_run()}",
-                     ANSWERS, "--calibration=4", "--max-loss-difference=0"])
+        export.main(
+            [
+                "--prune=0.25",
+                f"--out={tmp_path / 'no'}",
+                f"--run={runs.finished_run()}",
+                ANSWERS,
+                "--calibration=4",
+                "--max-loss-difference=0",
+            ]
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

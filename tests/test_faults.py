@@ -16,20 +16,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-import runs
 import train
 from errors import PhiSightError
-from metrics import deterministic_part, read_metrics
-from resume.ranks import Ranks
+from reports.metrics import deterministic_part, read_metrics
+from training.ranks import Ranks
 
 CONFIG = {"config": {"lora_rank": 4, "seed": 0}, "versions": {"torch": "2"}}
 TENSOR_FILES = tuple(f"{stem}.safetensors" for stem in checkpoints.OWNERS)
-FILES = (*TENSOR_FILES, "config.json", "trainer_state.json", "MANIFEST.json",
-         "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
+FILES = (
+    *TENSOR_FILES,
+    "config.json",
+    "trainer_state.json",
+    "MANIFEST.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+)
 
 
 class Tokenizer:
@@ -43,8 +49,10 @@ class Tokenizer:
 
 def save(run: Path, step: int, keep: int = 9) -> Path:
     generator = torch.Generator().manual_seed(step)
-    state = {stem: {"a": torch.randn(3, 4, generator=generator), "b": torch.tensor(step)}
-             for stem in checkpoints.OWNERS}
+    state = {
+        stem: {"a": torch.randn(3, 4, generator=generator), "b": torch.tensor(step)}
+        for stem in checkpoints.OWNERS
+    }
     trainer_state = {"step": step, "epoch": 0, "row": 2 * step}
     return checkpoints.save(run, step, state, CONFIG, trainer_state, Tokenizer(), keep)
 
@@ -169,7 +177,8 @@ def test_a_trainer_state_that_was_edited_makes_a_checkpoint_give_way(run, capsys
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"checkpoint-000009\n", b"\xff\xfe", b"../../etc\n", None])
+    "content", [b"", b"checkpoint-000009\n", b"\xff\xfe", b"../../etc\n", None]
+)
 def test_the_name_of_the_latest_is_for_people_and_decides_nothing(content, run):
     latest = run / checkpoints.LATEST
     latest.unlink()
@@ -257,16 +266,23 @@ def failing(what: str, number: int, patch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(pathlib.Path, "open", fail_at(number, open_, instead, for_writing))
     elif what == "tensors":
-        patch.setattr(checkpoints, "save_file",
-                      fail_at(number, checkpoints.save_file, broken, always))
+        patch.setattr(
+            checkpoints, "save_file", fail_at(number, checkpoints.save_file, broken, always)
+        )
     else:
         patch.setattr(os, what, fail_at(number, getattr(os, what), broken, always))
 
 
-@pytest.mark.parametrize("what, numbers", [
-    ("write", (1, 2, 3, 4)), ("write half", (1, 2, 3, 4)), ("tensors", (1, 2, 3, 4)),
-    ("fsync", (1, 2, 3, 6, 9, 11)), ("replace", (1, 2)),
-])
+@pytest.mark.parametrize(
+    "what, numbers",
+    [
+        ("write", (1, 2, 3, 4)),
+        ("write half", (1, 2, 3, 4)),
+        ("tensors", (1, 2, 3, 4)),
+        ("fsync", (1, 2, 3, 6, 9, 11)),
+        ("replace", (1, 2)),
+    ],
+)
 def test_an_input_output_error_loses_nothing(what, numbers, three, tmp_path):
     """`write` counts config.json, trainer_state.json, the manifest and LATEST."""
     for number in numbers:
@@ -280,13 +296,17 @@ def test_an_input_output_error_loses_nothing(what, numbers, three, tmp_path):
         after = hashes(run)
         # With the new checkpoint in its place, or without, the old ones are as they were.
         assert {name: after.get(name) for name in before if name != checkpoints.LATEST} == {
-            name: digest for name, digest in before.items() if name != checkpoints.LATEST}
+            name: digest for name, digest in before.items() if name != checkpoints.LATEST
+        }
         newest, damaged = checkpoints.find_newest_valid(run)
         assert newest.name in ("checkpoint-000003", "checkpoint-000004") and damaged == []
         save(run, 4, keep=2)  # the disk is mended
         assert steps_of(run) == [3, 4]
         assert sorted(path.name for path in run.iterdir()) == [
-            checkpoints.LATEST, "checkpoint-000003", "checkpoint-000004"]
+            checkpoints.LATEST,
+            "checkpoint-000003",
+            "checkpoint-000004",
+        ]
 
 
 def test_an_error_while_reading_is_named_and_removes_nothing(run, capsys):
@@ -314,8 +334,12 @@ class Disk:
         self.folder = folder
 
     def mount(self, options: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)],
-                              capture_output=True, text=True, check=False)
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     def remount(self, options: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{options}", str(self.folder)], check=True)
@@ -364,8 +388,9 @@ def test_a_disk_that_is_full_at_any_page(disk, three):
         newest, damaged = checkpoints.find_newest_valid(run)
         assert damaged == [] and newest.name in ("checkpoint-000003", "checkpoint-000004")
         assert before == {step: hashes(run / f"checkpoint-{step:06d}") for step in (1, 2, 3)}
-        assert all(path in checkpoints.checkpoints_in(run) for path in run.iterdir()
-                   if path.is_dir()), "nothing half is left behind"
+        assert all(
+            path in checkpoints.checkpoints_in(run) for path in run.iterdir() if path.is_dir()
+        ), "nothing half is left behind"
         if failures == pages:  # there was room enough
             break
         # It may be in its place, and only LATEST had no room: that too is to be tried again.
@@ -418,8 +443,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_ends_like(whole: Path, run: Path) -> None:
     found = checkpoints.diff(whole, run)
     assert found.identical, str(found)
-    logs = [[deterministic_part(record) for record in read_metrics(each / "metrics.jsonl")]
-            for each in (whole, run)]
+    logs = [
+        [deterministic_part(record) for record in read_metrics(each / "metrics.jsonl")]
+        for each in (whole, run)
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == FEW["max_steps"]
 
 
@@ -504,11 +531,15 @@ def other_base(folder: Path) -> dict[str, object]:
     return {"base": base}
 
 
-@pytest.mark.parametrize("other, fields", [
-    (other_base, ["config.base: ", "base_fingerprint: "]),
-    (lambda _: {"learning_rate": 0.5}, ["config.learning_rate: 0.5 in"]),
-    (lambda _: {"data_fraction": 0.5}, ["config.data_fraction: 0.5 in", "data_fingerprint: "]),
-], ids=["another base", "another config", "other data"])
+@pytest.mark.parametrize(
+    "other, fields",
+    [
+        (other_base, ["config.base: ", "base_fingerprint: "]),
+        (lambda _: {"learning_rate": 0.5}, ["config.learning_rate: 0.5 in"]),
+        (lambda _: {"data_fraction": 0.5}, ["config.data_fraction: 0.5 in", "data_fingerprint: "]),
+    ],
+    ids=["another base", "another config", "other data"],
+)
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(other, fields, tmp_path):
     """It is whole, and newer than the run's own, so it is the one that a resume takes."""
     run, stranger = tmp_path / "run", tmp_path / "stranger"

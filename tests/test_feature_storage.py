@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from assistant.assistant import Assistant
 from data import features, preflight, storage
 from data.features import (
     BLANK,
@@ -28,8 +29,8 @@ from data.features import (
 from data.images import load_image
 from data.storage import StoragePlan, bytes_per_picture, size
 from errors import PhiSightError
-from infer import Assistant
-from model.vision import VisionTower, main as vision_main, read_vision_spec
+from model.vision import VisionTower, read_vision_spec
+from model.vision import main as vision_main
 
 CLIP = str(ROOT / "assets/tiny/clip")
 
@@ -66,8 +67,9 @@ def test_a_token_is_the_mean_of_its_block_of_patches(pictures, pooling):
     grid = patches.reshape(3, 6, 6, -1)
     for row in range(side):
         for column in range(side):
-            block = grid[:, row * pooling : (row + 1) * pooling,
-                         column * pooling : (column + 1) * pooling]
+            block = grid[
+                :, row * pooling : (row + 1) * pooling, column * pooling : (column + 1) * pooling
+            ]
             torch.testing.assert_close(found[:, row * side + column], block.mean((1, 2)))
 
 
@@ -83,17 +85,27 @@ def test_pooling_tells_what_it_lost(pictures):
 
 def test_every_way_to_read_and_keep_features_has_a_folder_of_its_own(tmp_path):
     specs = [read_vision_spec(CLIP, pooling=pooling) for pooling in (1, 2, 3)]
-    folders = {FeatureStore(tmp_path, spec.key, spec.shape, form).folder
-               for spec in specs for form in storage.STORAGES}
+    folders = {
+        FeatureStore(tmp_path, spec.key, spec.shape, form).folder
+        for spec in specs
+        for form in storage.STORAGES
+    }
     assert len(folders) == 6
     assert read_vision_spec(CLIP).key == specs[0].key
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"pooling": 4}, "--feature-pooling 4: does not divide this CLIP's 6 x 6 patches; use one of"
-                      " 1, 2, 3, 6"),
-     ({"pooling": 2, "features": "pooled"}, "does not divide the one pooled vector; use one of 1")],
+    [
+        (
+            {"pooling": 4},
+            "--feature-pooling 4: does not divide this CLIP's 6 x 6 patches; use one of 1, 2, 3, 6",
+        ),
+        (
+            {"pooling": 2, "features": "pooled"},
+            "does not divide the one pooled vector; use one of 1",
+        ),
+    ],
 )
 def test_a_pooling_that_does_not_fit_is_refused(settings, said):
     with pytest.raises(PhiSightError) as caught:
@@ -114,8 +126,9 @@ def test_int8_is_right_to_half_a_step_of_each_token(rows):
     assert stored["scales"].dtype == torch.float32 and stored["scales"].shape == exact.shape[:2]
     steps = exact.abs().amax(-1, keepdim=True) / 127
     assert ((decode(stored) - exact).abs() <= steps * 0.50001 + 1e-37).all()
-    assert torch.equal(as_stored(as_stored(exact, "int8"), "int8").sign(),
-                       as_stored(exact, "int8").sign())
+    assert torch.equal(
+        as_stored(as_stored(exact, "int8"), "int8").sign(), as_stored(exact, "int8").sign()
+    )
 
 
 def test_a_token_of_zeros_stays_one():
@@ -132,8 +145,9 @@ def test_the_error_is_measured_right(seed):
     both = torch.cat(exact)
     off = 0.1 * both[..., :1].expand_as(both)
     assert error.relative_rms == pytest.approx((off.norm() / both.norm()).item(), rel=1e-4)
-    assert error.worst == pytest.approx((off.norm(dim=-1) / both.norm(dim=-1)).max().item(),
-                                        rel=1e-4)
+    assert error.worst == pytest.approx(
+        (off.norm(dim=-1) / both.norm(dim=-1)).max().item(), rel=1e-4
+    )
 
 
 def test_the_tiny_tower_keeps_its_features_in_int8_to_a_hundredth(pictures, tmp_path, capsys):
@@ -168,8 +182,11 @@ def test_what_is_no_finite_number_is_not_stored(tmp_path, pictures):
     store = FeatureStore(tmp_path, "key", (2, 3))
     for value in (float("nan"), float("inf"), 1e6):  # 1e6 is over the largest half float
         with pytest.raises(PhiSightError, match="no finite float16 numbers"):
-            store.add([pictures[0].name], pictures[0].parent,
-                      lambda: lambda batch: torch.full((len(batch), 2, 3), value))
+            store.add(
+                [pictures[0].name],
+                pictures[0].parent,
+                lambda: lambda batch: torch.full((len(batch), 2, 3), value),
+            )
     assert list(store.folder.iterdir()) == []
 
 
@@ -324,8 +341,9 @@ def test_an_embedding_job_that_was_killed_goes_on_where_it_was(tmp_path, monkeyp
         Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(folder / f"{number}.png")
     (folder / "500.png").write_bytes(b"\x89PNG broken")
     job = tmp_path / "job.py"
-    job.write_text(JOB.format(root=str(ROOT), clip=CLIP, store=str(tmp_path / "store"),
-                              images=str(folder)))
+    job.write_text(
+        JOB.format(root=str(ROOT), clip=CLIP, store=str(tmp_path / "store"), images=str(folder))
+    )
     store = tower_store(tmp_path / "store", "int8")
     process = runs.started(job)
     runs.wait_until(lambda: len(shards(store)) >= 3, process)
@@ -347,8 +365,9 @@ def test_an_embedding_job_that_was_killed_goes_on_where_it_was(tmp_path, monkeyp
     assert sum(seen) == 600 - kept  # 599 good pictures and the blank one
     for name in (names[0], names[-1]):
         exact = computing([load_image(folder / name)])[0]
-        torch.testing.assert_close(store.features_of(name), as_stored(exact, "int8"),
-                                   atol=0.05, rtol=0.05)
+        torch.testing.assert_close(
+            store.features_of(name), as_stored(exact, "int8"), atol=0.05, rtol=0.05
+        )
 
 
 # -- from end to end ------------------------------------------------------------------------------
@@ -356,12 +375,16 @@ def test_an_embedding_job_that_was_killed_goes_on_where_it_was(tmp_path, monkeyp
 
 def test_a_run_with_small_features_trains_and_answers(tmp_path):
     small = {"feature_pooling": 2, "feature_storage": "int8"}
-    runs.start(tmp_path / "run", "--stop-at-step=1",
-               **(runs.SHORT | small | {"features": tmp_path / "features"}))
+    runs.start(
+        tmp_path / "run",
+        "--stop-at-step=1",
+        **(runs.SHORT | small | {"features": tmp_path / "features"}),
+    )
     assistant = Assistant.load(tmp_path / "run")
     assert assistant.parts.chat_format.tokens_per_image == 9
-    store = FeatureStore(tmp_path / "features", assistant.parts.vision.key,
-                         assistant.parts.vision.shape, "int8")
+    store = FeatureStore(
+        tmp_path / "features", assistant.parts.vision.key, assistant.parts.vision.shape, "int8"
+    )
     path = next(iter(sorted((runs.world() / "images").glob("train_*"))))
     picture_hash = features.file_hash(path)
     found = assistant.features([load_image(path)])
@@ -376,8 +399,9 @@ def test_a_run_with_small_features_trains_and_answers(tmp_path):
 
 
 def test_the_command_tells_size_and_speed(capsys):
-    assert vision_main(["--vision", CLIP, "--feature-pooling", "3", "--json",
-                        "--seconds", "0.1"]) == 0
+    assert (
+        vision_main(["--vision", CLIP, "--feature-pooling", "3", "--json", "--seconds", "0.1"]) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert (found["tokens"], found["dim"]) == (4, 128) and found["pictures_per_second"] > 0
     with pytest.raises(PhiSightError, match="--feature-pooling: must be at least 1"):
@@ -385,13 +409,22 @@ def test_the_command_tells_size_and_speed(capsys):
 
 
 def test_the_report_measures_the_tower(world, capsys, tmp_path):
-    code = preflight.main([
-        "--data", str(world / "train.json"), "--images", str(world / "images"), "--tokenizer",
-        str(ROOT / "assets/tiny/phi3"), "--vision", CLIP, "--feature-pooling", "2",
-        "--features", str(tmp_path),
-    ])
+    code = preflight.main(
+        [
+            "--data",
+            str(world / "train.json"),
+            "--images",
+            str(world / "images"),
+            "--tokenizer",
+            str(ROOT / "assets/tiny/phi3"),
+            "--vision",
+            CLIP,
+            "--feature-pooling",
+            "2",
+            "--features",
+            str(tmp_path),
+        ]
+    )
     said = capsys.readouterr().out
     assert code == 0 and "12 pictures x 9 tokens x 128 float16" in said
     assert "pictures a second (measured on " in said and "time: about " in said
-
-

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import fingerprint
+import files as file_hashes
 from data import features
 from data.features import BLANK, STORED_DTYPE, FeatureStore, blank_picture, file_hash
 from errors import PhiSightError
@@ -224,8 +224,11 @@ def test_bad_pictures_are_told_with_their_reason_and_the_rest_is_used(pictures, 
     assert tower.seen == len(names) + 1
     check_all(store, folder, names)
     for name, words in (
-        ("missing.png", "No such file"), ("cut.png", "broken"), ("text.png", "not a picture"),
-        ("empty.png", "empty"), ("folder.png", "not a regular file"),
+        ("missing.png", "No such file"),
+        ("cut.png", "broken"),
+        ("text.png", "not a picture"),
+        ("empty.png", "empty"),
+        ("folder.png", "not a regular file"),
     ):
         assert name in bad[name] and words in bad[name]
         assert "\n" not in bad[name]
@@ -238,7 +241,8 @@ def test_equal_broken_files_are_both_told(pictures, new_store):
     store = new_store()
     for _ in range(2):
         assert sorted(store.add(["first.png", names[0], "second.png"], folder, FakeTower())) == [
-            "first.png", "second.png",
+            "first.png",
+            "second.png",
         ]
 
 
@@ -275,8 +279,13 @@ def with_too_few_rows(path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [cut_in_half, without_hashes, with_hashes_that_are_no_json, without_features,
-     with_too_few_rows],
+    [
+        cut_in_half,
+        without_hashes,
+        with_hashes_that_are_no_json,
+        without_features,
+        with_too_few_rows,
+    ],
 )
 def test_a_corrupt_shard_is_an_error_that_names_it(pictures, new_store, damage):
     folder, names = pictures
@@ -300,8 +309,11 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
 
 def test_a_header_without_a_list_of_hashes_is_an_error(new_store):
     store = new_store()
-    save_file({"features": torch.zeros(1, *SHAPE, dtype=STORED_DTYPE)},
-              store.folder / "shard-00000.safetensors", {"hashes": "1"})
+    save_file(
+        {"features": torch.zeros(1, *SHAPE, dtype=STORED_DTYPE)},
+        store.folder / "shard-00000.safetensors",
+        {"hashes": "1"},
+    )
     with pytest.raises(PhiSightError, match="not a readable feature shard"):
         new_store()
 
@@ -319,7 +331,7 @@ def test_a_shard_of_another_shape_is_an_error(pictures, new_store):
 @pytest.fixture
 def hashed(monkeypatch):
     """Names the pictures that are read for their hash; files of a moment ago are remembered."""
-    monkeypatch.setattr(fingerprint, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(file_hashes, "YOUNG_SECONDS", 0.0)
     names = []
     real = features.file_hash
     monkeypatch.setattr(features, "file_hash", lambda path: names.append(path.name) or real(path))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from assistant.filter import SPACELESS, WordFilter, fold, load_words
 from errors import PhiSightError
-from interface.filter import SPACELESS, WordFilter, fold, load_words
 
 BLOCKED = ("bad", "very bad word", "café", "c++", "坏", "straße", "ba")
 FILTER = WordFilter(BLOCKED)
@@ -84,16 +84,22 @@ TEXTS = st.lists(PIECES | st.characters(), max_size=14).map("".join)
 def blocked_places(text: str) -> list[int]:
     """Where in the text its blocked phrases begin, found the slow way."""
     pairs = fold(text)
-    pairs = [pair for n, pair in enumerate(pairs)
-             if not (pair[0].isspace() and n and pairs[n - 1][0].isspace())]
+    pairs = [
+        pair
+        for n, pair in enumerate(pairs)
+        if not (pair[0].isspace() and n and pairs[n - 1][0].isspace())
+    ]
     folded = "".join(" " if c.isspace() else c for c, _ in pairs)
     found = []
     for phrase in map(reference, BLOCKED):
         for start in range(len(folded)):
             before, after = folded[:start][-1:], folded[start + len(phrase) :][:1]
-            if (folded.startswith(phrase, start) and not is_mark(after)
-                    and not in_one_word(before, phrase[0])
-                    and not in_one_word(phrase[-1], after)):
+            if (
+                folded.startswith(phrase, start)
+                and not is_mark(after)
+                and not in_one_word(before, phrase[0])
+                and not in_one_word(phrase[-1], after)
+            ):
                 found.append(pairs[start][1])
     return found
 
@@ -104,8 +110,10 @@ def is_mark(character: str) -> bool:
 
 def in_one_word(left: str, right: str) -> bool:
     """Both are there, letters, digits or marks, and neither is Chinese or Japanese."""
-    return all(c and (c.isalnum() or is_mark(c))
-               and not unicodedata.name(c, "").startswith(SPACELESS) for c in (left, right))
+    return all(
+        c and (c.isalnum() or is_mark(c)) and not unicodedata.name(c, "").startswith(SPACELESS)
+        for c in (left, right)
+    )
 
 
 def reference(text: str) -> str:
@@ -165,10 +173,15 @@ def test_a_list_is_read_one_word_a_line(tmp_path):
     assert WordFilter(load_words(path))("so very  BAD word", True) is None
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    (b"", "has no words"), (b"# only\n", "has no words"), (b"\xff\xfe\x00", "not UTF-8"),
-    (None, "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "has no words"),
+        (b"# only\n", "has no words"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (None, "cannot be read"),
+    ],
+)
 def test_a_list_that_cannot_be_used_says_why(tmp_path, content, reason):
     path = tmp_path / "words.txt"
     if content is not None:

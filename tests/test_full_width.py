@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Phi3ForCausalLM
 
+from assistant.assistant import Assistant
 from benchmarks.full_shape import write_base
 from data.dataset import Message, Part
-from infer import Assistant
 from lora.merge import base_weight
 from model.base import find_weight_files, load_base, read_config, read_json
 from model.vision import VisionTower, read_vision_spec
@@ -34,8 +34,15 @@ SWITCH = 32  # positions after which LongRoPE's long factors hold; the real 4,09
 def phi(tmp_path_factory):
     """A folder as on the hub: random bfloat16 in shards, with their index."""
     folder = tmp_path_factory.mktemp("full-width") / "phi"
-    write_base(folder, layers=2, shard_bytes=200 * 10**6, vocab_size=VOCABULARY,
-               original_max_position_embeddings=SWITCH, eos_token_id=2, pad_token_id=2)
+    write_base(
+        folder,
+        layers=2,
+        shard_bytes=200 * 10**6,
+        vocab_size=VOCABULARY,
+        original_max_position_embeddings=SWITCH,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     yield folder
     for file in find_weight_files(folder):  # most of a gigabyte
         file.unlink()
@@ -45,9 +52,18 @@ def phi(tmp_path_factory):
 def trained(phi, tmp_path_factory):
     """One step of training, typed as a person types it; the folder of the run."""
     folder = tmp_path_factory.mktemp("full-width-run")
-    runs.start(folder / "run", base=phi, base_cache=folder / "cache", row_tokens=0, max_steps=1,
-               warmup_fraction=0, accumulation=1, evaluate_steps=0, log_steps=1,
-               gradient_checkpointing=True)
+    runs.start(
+        folder / "run",
+        base=phi,
+        base_cache=folder / "cache",
+        row_tokens=0,
+        max_steps=1,
+        warmup_fraction=0,
+        accumulation=1,
+        evaluate_steps=0,
+        log_steps=1,
+        gradient_checkpointing=True,
+    )
     yield folder / "run"
     for file in folder.rglob("part-*"):
         file.unlink()
@@ -57,24 +73,37 @@ def test_the_folder_has_the_real_layout(phi):
     assert len(find_weight_files(phi)) > 2 and (phi / "model.safetensors.index.json").is_file()
     config = read_config(phi)
     assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (
-        WIDTH, INNER, VOCABULARY)
+        WIDTH,
+        INNER,
+        VOCABULARY,
+    )
     rope = config.rope_parameters
     assert rope["rope_type"] == "longrope"
     assert len(rope["short_factor"]) == len(rope["long_factor"]) == HEAD // 2
 
 
 def test_one_training_step_moves_adapter_and_projector(trained):
-    record = next(json.loads(line) for line in (trained / "metrics.jsonl").open()
-                  if json.loads(line)["kind"] == "train")
+    record = next(
+        json.loads(line)
+        for line in (trained / "metrics.jsonl").open()
+        if json.loads(line)["kind"] == "train"
+    )
     assert 0 < record["loss"] < 30 and record["supervised_tokens"] > 0
     assert set(record["update_norms"]) == {"lora", "projector"}
     assert all(moved > 0 for moved in record["update_norms"].values())
     [checkpoint] = trained.glob("checkpoint-*")
     adapter = load_file(checkpoint / "lora_weights.safetensors")
-    widths = {name.split(".")[-2]: (len(b), adapter[name[:-1] + "A"].shape[1])
-              for name, b in adapter.items() if name.endswith("lora_B")}
-    assert widths == {"qkv_proj": (3 * WIDTH, WIDTH), "o_proj": (WIDTH, WIDTH),
-                      "gate_up_proj": (2 * INNER, WIDTH), "down_proj": (WIDTH, INNER)}
+    widths = {
+        name.split(".")[-2]: (len(b), adapter[name[:-1] + "A"].shape[1])
+        for name, b in adapter.items()
+        if name.endswith("lora_B")
+    }
+    assert widths == {
+        "qkv_proj": (3 * WIDTH, WIDTH),
+        "o_proj": (WIDTH, WIDTH),
+        "gate_up_proj": (2 * INNER, WIDTH),
+        "down_proj": (WIDTH, INNER),
+    }
     assert all(b.abs().max() > 0 for name, b in adapter.items() if name.endswith("lora_B"))
 
 
@@ -122,11 +151,22 @@ def write_clip(folder: Path, side: int, patch: int, width: int, heads: int, proj
     numbers among the weights, sizes in preprocessor_config.json as plain numbers. Two layers a
     tower; the text one, which nothing here reads, is narrow."""
     config = CLIPConfig(
-        vision_config={"hidden_size": width, "intermediate_size": 4 * width, "image_size": side,
-                       "num_hidden_layers": 2, "num_attention_heads": heads, "patch_size": patch,
-                       "projection_dim": projected},
-        text_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                     "num_attention_heads": 4, "projection_dim": projected},
+        vision_config={
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "image_size": side,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "patch_size": patch,
+            "projection_dim": projected,
+        },
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "projection_dim": projected,
+        },
         projection_dim=projected,
     )
     torch.manual_seed(3)
@@ -138,16 +178,28 @@ def write_clip(folder: Path, side: int, patch: int, width: int, heads: int, proj
     state["vision_model.embeddings.position_ids"] = torch.arange(places)[None]
     state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in state.items()},
-              folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     config.architectures = ["CLIPModel"]
     config.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "crop_size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": side,
-    }))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "crop_size": side,
+                "do_center_crop": True,
+                "do_normalize": True,
+                "do_resize": True,
+                "feature_extractor_type": "CLIPFeatureExtractor",
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "resample": 3,
+                "size": side,
+            }
+        )
+    )
 
 
 CLIPS = {  # the presets' CLIP, and the seed's
@@ -168,8 +220,10 @@ def clip(request, tmp_path_factory):
 def pictures() -> list[Image.Image]:
     """Noise, upright and lying."""
     random = numpy.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=numpy.uint8))
-            for height, width in ((360, 480), (400, 300))]
+    return [
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=numpy.uint8))
+        for height, width in ((360, 480), (400, 300))
+    ]
 
 
 def pixels_by_hand(picture: Image.Image, side: int) -> torch.Tensor:

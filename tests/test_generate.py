@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Phi3Config, Phi3ForCausalLM
 
-import meter
+from assistant.sampling import Sampling, choose, generate
 from data.chat import RenderedSample, render
 from data.dataset import Message, Part
 from errors import PhiSightError
-from model.generate import Sampling, choose, generate
+from evaluation import meter
 from model.projector import ImageProjector
 from model.vlm import VisionLanguageModel
 
@@ -85,7 +85,9 @@ def test_greedy_is_what_transformers_generates(model, prompts, stops):
         theirs = model.language_model.generate(
             inputs_embeds=model.embed(torch.tensor([ids]), features),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=sorted(stops),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=sorted(stops),
         )[0].tolist()
         if theirs[-1] in stops:
             theirs.pop()
@@ -100,7 +102,9 @@ def test_greedy_is_what_the_model_says_without_a_cache(model, prompts, stops):
         while len(said) < NEW_TOKENS:
             input_ids = torch.tensor([ids + said])
             hidden = model.hidden_states(
-                input_ids, torch.arange(input_ids.shape[1])[None], torch.ones_like(input_ids),
+                input_ids,
+                torch.arange(input_ids.shape[1])[None],
+                torch.ones_like(input_ids),
                 features,
             )
             token = model.language_model.lm_head(hidden[:, -1]).argmax(-1).item()
@@ -115,12 +119,21 @@ def test_greedy_is_what_the_model_says_without_a_cache(model, prompts, stops):
 def test_a_cache_does_not_outlive_the_factors_of_longrope(length):
     torch.manual_seed(0)
     config = Phi3Config(
-        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
         original_max_position_embeddings=16,
         rope_parameters={
-            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8,
-            "long_factor": [40.0] * 8, "original_max_position_embeddings": 16,
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [40.0] * 8,
+            "original_max_position_embeddings": 16,
         },
     )
     language_model = Phi3ForCausalLM(config).eval()
@@ -195,16 +208,23 @@ def test_exact_answers_are_those_that_greedy_decoding_gives(model, prompts, stop
         if number % 2:
             said[2] = (said[2] + 1) % 100  # not what the model would say
         names = tuple(f"{number}/{place}" for place in range(len(features)))
-        samples.append(RenderedSample(
-            [*ids, *said, min(stop_ids)], [False] * len(ids) + [True] * 5 + [False], names
-        ))
+        samples.append(
+            RenderedSample(
+                [*ids, *said, min(stop_ids)], [False] * len(ids) + [True] * 5 + [False], names
+            )
+        )
     by_name = {
         name: prompts[number][1][place]
-        for number, sample in enumerate(samples) for place, name in enumerate(sample.images)
+        for number, sample in enumerate(samples)
+        for place, name in enumerate(sample.images)
     }
     for row_tokens in (max(len(s.input_ids) for s in samples), 10_000):
         batches = meter.packed_batches(
-            samples, row_tokens, by_name.__getitem__, min(stop_ids), store.shape,
+            samples,
+            row_tokens,
+            by_name.__getitem__,
+            min(stop_ids),
+            store.shape,
             torch.device("cpu"),
         )
         assert meter.exact_answers(model, batches) == 50
@@ -216,7 +236,10 @@ def test_exact_answers_are_those_that_greedy_decoding_gives(model, prompts, stop
 def test_a_seed_repeats_an_answer_and_another_seed_gives_another(model, prompts, never):
     def sampled(seed: int) -> list[int]:
         return answer(
-            model, prompts[0], never, sampling=Sampling(temperature=10.0),
+            model,
+            prompts[0],
+            never,
+            sampling=Sampling(temperature=10.0),
             generator=torch.Generator().manual_seed(seed),
         )
 
@@ -232,8 +255,14 @@ def test_top_k_of_one_is_greedy(model, prompts, stop_ids):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("temperature", float("inf")), ("temperature", float("nan")),
-     ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)],
+    [
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+    ],
 )
 def test_sampling_out_of_range_is_refused(field, value):
     with pytest.raises(PhiSightError, match="--" + field.replace("_", "-")):

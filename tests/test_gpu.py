@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import pytest
+import runs
 import torch
 
 import checkpoints
-import runs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
 
 @pytest.mark.parametrize("compute_type", ["bfloat16", "float16"])
 def test_a_resumed_run_is_the_same_to_the_bit_on_a_gpu(compute_type, tmp_path):
-    fields = runs.SHORT | {"device": "cuda", "compute_type": compute_type, "max_steps": 6,
-                           "save_steps": 2, "log_steps": 1, "gradient_checkpointing": True}
+    fields = runs.SHORT | {
+        "device": "cuda",
+        "compute_type": compute_type,
+        "max_steps": 6,
+        "save_steps": 2,
+        "log_steps": 1,
+        "gradient_checkpointing": True,
+    }
     runs.start(tmp_path / "whole", **fields)
     runs.start(tmp_path / "stopped", "--stop-at-step=3", **fields)
     runs.resume(tmp_path / "stopped")

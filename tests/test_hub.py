@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 
-import hub as hub_module
 import pytest
 import runs
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
+import hub as hub_module
 from data.chat import load_tokenizer
 from errors import PhiSightError
 from model.base import find_folder, load_base
@@ -36,11 +36,19 @@ def test_without_a_hub_each_command_ends_with_one_line_that_says_what_would_do(t
     data = tmp_path / "data.json"
     data.write_text("[]")
     script = SCRIPT.replace("RUN", str(tmp_path / "run")).replace("DATA", str(data))
-    given = {"HF_HUB_OFFLINE": "1"} if mode == "offline" else {
-        "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # where nobody listens
+    given = (
+        {"HF_HUB_OFFLINE": "1"}
+        if mode == "offline"
+        else {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    )  # where nobody listens
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=runs.ROOT, capture_output=True, text=True,
-        timeout=120, check=False, env=os.environ | {"HF_HOME": str(tmp_path / "hub")} | given,
+        [sys.executable, "-c", script],
+        cwd=runs.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub")} | given,
     )
     assert done.returncode == 0 and done.stdout.split() == ["2", "2", "2"], done
     lines = done.stderr.splitlines()
@@ -48,10 +56,16 @@ def test_without_a_hub_each_command_ends_with_one_line_that_says_what_would_do(t
     reason = "HF_HUB_OFFLINE is set" if mode == "offline" else "Connection refused"
     for line, what, layout in zip(
         lines,
-        ("base model microsoft/Phi-3.5-mini-instruct", "CLIP openai/clip-vit-large-patch14-336",
-         "tokenizer microsoft/Phi-3-mini"),
-        ("config.json, model.safetensors (or", "preprocessor_config.json and model.safetensors",
-         "tokenizer.json and tokenizer_config.json"),
+        (
+            "base model microsoft/Phi-3.5-mini-instruct",
+            "CLIP openai/clip-vit-large-patch14-336",
+            "tokenizer microsoft/Phi-3-mini",
+        ),
+        (
+            "config.json, model.safetensors (or",
+            "preprocessor_config.json and model.safetensors",
+            "tokenizer.json and tokenizer_config.json",
+        ),
         strict=True,
     ):
         assert line.startswith(f"error: {what}: it is no folder and the hub did not give it")

@@ -34,7 +34,11 @@ def plain_linear(inputs: int = 64, outputs: int = 96, bias: bool = True) -> nn.L
 
 def four_bit_linear(nested: bool = False, outputs: int = 96) -> bnb.nn.Linear4bit:
     linear = bnb.nn.Linear4bit(
-        64, outputs, bias=False, compute_dtype=torch.float32, compress_statistics=nested,
+        64,
+        outputs,
+        bias=False,
+        compute_dtype=torch.float32,
+        compress_statistics=nested,
         quant_type="nf4",
     )
     linear.load_state_dict({"weight": plain_linear(outputs=outputs).weight.detach()})
@@ -200,8 +204,9 @@ def test_a_repacked_base_is_refused():
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (128, 40), (192, 65)])
 def test_dequantised_weight_is_code_times_block_scale(inputs, outputs):
     weight = plain_linear(inputs, outputs).weight.detach()
-    linear = bnb.nn.Linear4bit(inputs, outputs, bias=False, quant_type="nf4",
-                               compress_statistics=False)
+    linear = bnb.nn.Linear4bit(
+        inputs, outputs, bias=False, quant_type="nf4", compress_statistics=False
+    )
     linear.load_state_dict({"weight": weight})
     blocks = weight.reshape(-1, 64)
     scales = blocks.abs().amax(dim=1, keepdim=True)
@@ -275,8 +280,12 @@ def test_inject_twice_is_refused():
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
-    [((0, 1.0, 0.0), "rank"), ((4, 0.0, 0.0), "alpha"), ((4, float("nan"), 0.0), "alpha"),
-     ((4, 1.0, 1.0), "dropout")],
+    [
+        ((0, 1.0, 0.0), "rank"),
+        ((4, 0.0, 0.0), "alpha"),
+        ((4, float("nan"), 0.0), "alpha"),
+        ((4, 1.0, 1.0), "dropout"),
+    ],
 )
 def test_bad_numbers_are_refused(numbers, message):
     with pytest.raises(PhiSightError, match=f"LoRA {message}"):

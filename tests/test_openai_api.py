@@ -11,12 +11,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from api.openai_api import MIB, ApiError, ChatRequest, Limits, Sound, parse_request
+from assistant.sampling import Sampling
 from data.dataset import Message, Part
-from model.generate import Sampling
-from serving.openai_api import MIB, ApiError, ChatRequest, Limits, Sound, parse_request
 
-SMALL = Limits(picture_bytes=4000, audio_bytes=90, pictures=2, pixels=5000, sounds=1,
-               characters=100, messages=5, new_tokens=50, default_new_tokens=20)
+SMALL = Limits(
+    picture_bytes=4000,
+    audio_bytes=90,
+    pictures=2,
+    pixels=5000,
+    sounds=1,
+    characters=100,
+    messages=5,
+    new_tokens=50,
+    default_new_tokens=20,
+)
 ASK = [{"role": "user", "content": "What is it?"}]
 
 
@@ -32,8 +41,10 @@ def picture(data: bytes, kind: str = "image/png") -> dict:
 
 
 def sound(data: bytes = b"RIFF", form: str = "wav") -> dict:
-    return {"type": "input_audio",
-            "input_audio": {"data": base64.b64encode(data).decode(), "format": form}}
+    return {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(data).decode(), "format": form},
+    }
 
 
 def user(*parts: object) -> list:
@@ -56,18 +67,41 @@ def refusal(*arguments: object, **fields: object) -> ApiError:
 
 def test_a_bare_question_is_greedy_and_whole():
     assert parse() == ChatRequest(
-        turns=parse().turns, pictures={}, sampling=Sampling(), max_new_tokens=20, seed=None,
-        stop=(), stream=False, include_usage=False)
+        turns=parse().turns,
+        pictures={},
+        sampling=Sampling(),
+        max_new_tokens=20,
+        seed=None,
+        stop=(),
+        stream=False,
+        include_usage=False,
+    )
     assert parse().conversation(lambda sound: "") == (
-        Message("user", (Part("text", "What is it?"),)),)
+        Message("user", (Part("text", "What is it?"),)),
+    )
 
 
 def test_every_field_that_is_read():
     request = parse(
-        model="tiny", temperature=0.5, top_p=0.25, top_k=3, repetition_penalty=1.5, seed=7,
-        max_tokens=5, stop=["a", "b"], stream=True, stream_options={"include_usage": True},
-        user="somebody", metadata={"a": "b"}, n=1, logprobs=False, tools=[], presence_penalty=0.0,
-        response_format={"type": "text"}, tool_choice="none", unheard_of=[[]],
+        model="tiny",
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        repetition_penalty=1.5,
+        seed=7,
+        max_tokens=5,
+        stop=["a", "b"],
+        stream=True,
+        stream_options={"include_usage": True},
+        user="somebody",
+        metadata={"a": "b"},
+        n=1,
+        logprobs=False,
+        tools=[],
+        presence_penalty=0.0,
+        response_format={"type": "text"},
+        tool_choice="none",
+        unheard_of=[[]],
     )
     assert request.sampling == Sampling(0.5, 0.25, 3, 1.5)
     assert (request.seed, request.max_new_tokens, request.stop) == (7, 5, ("a", "b"))
@@ -75,8 +109,22 @@ def test_every_field_that_is_read():
 
 
 def test_null_is_as_good_as_absent():
-    names = ("model", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "max_tokens",
-             "max_completion_tokens", "stop", "stream", "stream_options", "n", "tools", "logprobs")
+    names = (
+        "model",
+        "temperature",
+        "top_p",
+        "top_k",
+        "repetition_penalty",
+        "seed",
+        "max_tokens",
+        "max_completion_tokens",
+        "stop",
+        "stream",
+        "stream_options",
+        "n",
+        "tools",
+        "logprobs",
+    )
     assert parse(**dict.fromkeys(names)) == parse()
 
 
@@ -93,27 +141,50 @@ def test_sampling_at_the_edges():
 
 def test_pictures_and_speech_stand_where_they_were_put():
     first, second = png(), png((5, 5))
-    request = parse({"messages": user(
-        picture(first), {"type": "text", "text": "and"}, picture(second, "IMAGE/JPEG"), sound()
-    )})
+    request = parse(
+        {
+            "messages": user(
+                picture(first),
+                {"type": "text", "text": "and"},
+                picture(second, "IMAGE/JPEG"),
+                sound(),
+            )
+        }
+    )
     names = ["messages[0].content[0].image_url.url", "messages[0].content[2].image_url.url"]
     assert request.pictures == dict(zip(names, (first, second)))
     (message,) = request.conversation(lambda sound: sound.data.decode().lower())
-    assert message.parts == (Part("image", names[0]), Part("text", "and"),
-                             Part("image", names[1]), Part("text", "riff"))
+    assert message.parts == (
+        Part("image", names[0]),
+        Part("text", "and"),
+        Part("image", names[1]),
+        Part("text", "riff"),
+    )
 
 
 def test_neighbours_of_one_role_are_one_turn_and_developers_are_the_system():
-    request = parse({"messages": [
-        {"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."},
-        {"role": "user", "content": "A"}, {"role": "assistant", "content": "B"},
-    ]} | {"messages": [
-        {"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."},
-        {"role": "user", "content": "A"}, {"role": "user", "content": [
-            {"type": "text", "text": "B"}]},
-    ]})
+    request = parse(
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "developer", "content": "Be kind."},
+                {"role": "user", "content": "A"},
+                {"role": "assistant", "content": "B"},
+            ]
+        }
+        | {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "developer", "content": "Be kind."},
+                {"role": "user", "content": "A"},
+                {"role": "user", "content": [{"type": "text", "text": "B"}]},
+            ]
+        }
+    )
     assert [(turn.role, [part.value for part in turn.parts]) for turn in request.turns] == [
-        ("system", ["Be brief.", "Be kind."]), ("user", ["A", "B"])]
+        ("system", ["Be brief.", "Be kind."]),
+        ("user", ["A", "B"]),
+    ]
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -133,43 +204,106 @@ REFUSED = [
     ({"messages": user()}, 400, "messages", "invalid_value"),
     ({"messages": user("x")}, 400, "messages[0].content[0]", "invalid_value"),
     ({"messages": user({"type": []})}, 400, "messages[0].content[0].type", "invalid_value"),
-    ({"messages": user({"type": "file", "file": {"file_id": "/etc/passwd"}})}, 400,
-     "messages[0].content[0].type", "invalid_value"),
-    ({"messages": user({"type": "text", "text": 1})}, 400, "messages[0].content[0].text",
-     "invalid_value"),
-    ({"messages": user({"type": "text", "text": "\ud800"})}, 400, "messages[0].content[0].text",
-     "invalid_value"),
-    ({"messages": [{"role": "user", "content": "x" * 101}]}, 413, "messages[0].content",
-     "too_large"),
+    (
+        {"messages": user({"type": "file", "file": {"file_id": "/etc/passwd"}})},
+        400,
+        "messages[0].content[0].type",
+        "invalid_value",
+    ),
+    (
+        {"messages": user({"type": "text", "text": 1})},
+        400,
+        "messages[0].content[0].text",
+        "invalid_value",
+    ),
+    (
+        {"messages": user({"type": "text", "text": "\ud800"})},
+        400,
+        "messages[0].content[0].text",
+        "invalid_value",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "x" * 101}]},
+        413,
+        "messages[0].content",
+        "too_large",
+    ),
     ({"messages": ASK * 6}, 413, "messages", "too_large"),
     ({"messages": user(*[TEXT] * 6)}, 413, "messages[0].content", "too_large"),
-    ({"messages": [*ASK, {"role": "assistant", "content": "x"}]}, 400, "messages",
-     "invalid_value"),
-    ({"messages": [*ASK, {"role": "system", "content": "x"}]}, 400, "messages[1].role",
-     "invalid_value"),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}, *ASK]}, 400,
-     "messages[0].tool_calls", "unsupported_parameter"),
-    ({"messages": [{"role": "system", "content": [picture(b"x")]}, *ASK]}, 400,
-     "messages[0].content[0]", "invalid_value"),
-    ({"messages": user(picture(bytes(4001)))}, 413, "messages[0].content[0].image_url.url",
-     "too_large"),
-    ({"messages": user(picture(png((71, 71))))}, 413, "messages[0].content[0].image_url",
-     "too_large"),
-    ({"messages": user(*[picture(png((50, 51)))] * 2)}, 413, "messages[0].content[1].image_url",
-     "too_large"),
-    ({"messages": user(*[picture(png())] * 3)}, 413, "messages[0].content[2].image_url",
-     "too_large"),
-    ({"messages": user({"type": "image_url", "image_url": "x"})}, 400,
-     "messages[0].content[0].image_url", "invalid_value"),
-    ({"messages": user({"type": "image_url", "image_url": {"url": None}})}, 400,
-     "messages[0].content[0].image_url.url", "invalid_value"),
-    ({"messages": user(sound(bytes(100)))}, 413, "messages[0].content[0].input_audio.data",
-     "too_large"),
+    ({"messages": [*ASK, {"role": "assistant", "content": "x"}]}, 400, "messages", "invalid_value"),
+    (
+        {"messages": [*ASK, {"role": "system", "content": "x"}]},
+        400,
+        "messages[1].role",
+        "invalid_value",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}, *ASK]},
+        400,
+        "messages[0].tool_calls",
+        "unsupported_parameter",
+    ),
+    (
+        {"messages": [{"role": "system", "content": [picture(b"x")]}, *ASK]},
+        400,
+        "messages[0].content[0]",
+        "invalid_value",
+    ),
+    (
+        {"messages": user(picture(bytes(4001)))},
+        413,
+        "messages[0].content[0].image_url.url",
+        "too_large",
+    ),
+    (
+        {"messages": user(picture(png((71, 71))))},
+        413,
+        "messages[0].content[0].image_url",
+        "too_large",
+    ),
+    (
+        {"messages": user(*[picture(png((50, 51)))] * 2)},
+        413,
+        "messages[0].content[1].image_url",
+        "too_large",
+    ),
+    (
+        {"messages": user(*[picture(png())] * 3)},
+        413,
+        "messages[0].content[2].image_url",
+        "too_large",
+    ),
+    (
+        {"messages": user({"type": "image_url", "image_url": "x"})},
+        400,
+        "messages[0].content[0].image_url",
+        "invalid_value",
+    ),
+    (
+        {"messages": user({"type": "image_url", "image_url": {"url": None}})},
+        400,
+        "messages[0].content[0].image_url.url",
+        "invalid_value",
+    ),
+    (
+        {"messages": user(sound(bytes(100)))},
+        413,
+        "messages[0].content[0].input_audio.data",
+        "too_large",
+    ),
     ({"messages": user(sound(), sound())}, 413, "messages[0].content[1].input_audio", "too_large"),
-    ({"messages": user(sound(form="exe"))}, 400, "messages[0].content[0].input_audio.format",
-     "invalid_value"),
-    ({"messages": user({"type": "input_audio", "input_audio": {"format": "wav", "data": "%"}})},
-     400, "messages[0].content[0].input_audio.data", "invalid_base64"),
+    (
+        {"messages": user(sound(form="exe"))},
+        400,
+        "messages[0].content[0].input_audio.format",
+        "invalid_value",
+    ),
+    (
+        {"messages": user({"type": "input_audio", "input_audio": {"format": "wav", "data": "%"}})},
+        400,
+        "messages[0].content[0].input_audio.data",
+        "invalid_base64",
+    ),
     ({"temperature": 2.1}, 400, "temperature", "invalid_value"),
     ({"temperature": True}, 400, "temperature", "invalid_value"),
     ({"temperature": 10**400}, 400, "temperature", "invalid_value"),
@@ -191,8 +325,7 @@ REFUSED = [
     ({"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
     ({"tools": [{}]}, 400, "tools", "unsupported_parameter"),
     ({"tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format",
-     "unsupported_parameter"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "unsupported_parameter"),
     ({"modalities": ["text", "audio"]}, 400, "modalities", "unsupported_parameter"),
 ]
@@ -207,23 +340,48 @@ def test_what_is_refused_names_the_field(fields, status, param, code):
     assert told["message"].startswith(f"{param}: ") and "\n" not in told["message"]
 
 
-@pytest.mark.parametrize("url", [
-    "http://127.0.0.1:1/x.png", "https://example.com/x.png", "file:///etc/passwd", "/etc/passwd",
-    "assets/tiny/clip/config.json", "data:text/plain;base64,aGk=", "data:image/png,plain", "",
-    "data:image/png;base64 ,aGk=", "//example.com/x.png", "data:;base64,aGk=",
-    "DATA:image/png;base64,aGk=x" + " " * 5000,
-])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:1/x.png",
+        "https://example.com/x.png",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "assets/tiny/clip/config.json",
+        "data:text/plain;base64,aGk=",
+        "data:image/png,plain",
+        "",
+        "data:image/png;base64 ,aGk=",
+        "//example.com/x.png",
+        "data:;base64,aGk=",
+        "DATA:image/png;base64,aGk=x" + " " * 5000,
+    ],
+)
 def test_only_pictures_themselves_are_taken(url):
     error = refusal({"messages": user({"type": "image_url", "image_url": {"url": url}})})
     assert (error.status, error.code) == (400, "invalid_image_url")
 
 
-@pytest.mark.parametrize("body", [
-    b"", b"{", b"\xff{}", b"[]", b"1", b'"x"', b"null", b'{"messages": NaN}',
-    b'{"top_p": -Infinity}', b"[" * 100_000, b'{"a":' * 100_000, b'{"seed": ' + b"9" * 5000 + b"}",
-    "{}".encode("utf-16"),
-    b"\xef\xbb\xbf{}", b"{} {}",
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff{}",
+        b"[]",
+        b"1",
+        b'"x"',
+        b"null",
+        b'{"messages": NaN}',
+        b'{"top_p": -Infinity}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"seed": ' + b"9" * 5000 + b"}",
+        "{}".encode("utf-16"),
+        b"\xef\xbb\xbf{}",
+        b"{} {}",
+    ],
+)
 def test_what_is_no_json_object_is_refused(body):
     with pytest.raises(ApiError) as raised:
         parse_request(body, "tiny")
@@ -232,8 +390,9 @@ def test_what_is_no_json_object_is_refused(body):
 
 def test_a_number_that_overflows_is_no_temperature():
     with pytest.raises(ApiError) as raised:
-        parse_request(b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
-                      "tiny")
+        parse_request(
+            b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', "tiny"
+        )
     assert raised.value.param == "temperature"
 
 
@@ -248,31 +407,74 @@ def test_a_body_of_very_many_values_is_not_even_read(value, monkeypatch):
 # -- properties -----------------------------------------------------------------------------------
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(
-        [2**70, -1, 0, 1, 1e300, "\ud800", "user", "text", "data:image/png;base64,"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
-                                                               max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([2**70, -1, 0, 1, 1e300, "\ud800", "user", "text", "data:image/png;base64,"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
-PARTS = st.fixed_dictionaries({}, optional={
-    "type": st.sampled_from(["text", "image_url", "input_audio"]) | JSON,
-    "text": st.text() | JSON,
-    "image_url": JSON | st.fixed_dictionaries({"url": st.just(picture(png())["image_url"]["url"])
-                                               | st.text().map("data:image/png;base64,".__add__)
-                                               | JSON}),
-    "input_audio": JSON | st.fixed_dictionaries({"data": st.text() | st.just("UklGRg=="),
-                                                 "format": st.sampled_from(["wav", "mp3", "x"])}),
-})
-MESSAGES = st.lists(JSON | st.fixed_dictionaries({
-    "role": st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
-    "content": st.text() | st.lists(PARTS, max_size=3) | JSON,
-}), max_size=4)
-FIELDS = ("model", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "max_tokens",
-          "max_completion_tokens", "stop", "stream", "stream_options", "n", "tools", "logprobs",
-          "logit_bias", "response_format", "modalities", "user", "metadata")
+PARTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["text", "image_url", "input_audio"]) | JSON,
+        "text": st.text() | JSON,
+        "image_url": JSON
+        | st.fixed_dictionaries(
+            {
+                "url": st.just(picture(png())["image_url"]["url"])
+                | st.text().map("data:image/png;base64,".__add__)
+                | JSON
+            }
+        ),
+        "input_audio": JSON
+        | st.fixed_dictionaries(
+            {
+                "data": st.text() | st.just("UklGRg=="),
+                "format": st.sampled_from(["wav", "mp3", "x"]),
+            }
+        ),
+    },
+)
+MESSAGES = st.lists(
+    JSON
+    | st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
+            "content": st.text() | st.lists(PARTS, max_size=3) | JSON,
+        }
+    ),
+    max_size=4,
+)
+FIELDS = (
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "seed",
+    "max_tokens",
+    "max_completion_tokens",
+    "stop",
+    "stream",
+    "stream_options",
+    "n",
+    "tools",
+    "logprobs",
+    "logit_bias",
+    "response_format",
+    "modalities",
+    "user",
+    "metadata",
+)
 REQUESTS = st.fixed_dictionaries(
     {"messages": MESSAGES | st.just(ASK)},
-    optional={name: JSON | st.sampled_from([None, True, 0, 1]) for name in FIELDS})
+    optional={name: JSON | st.sampled_from([None, True, 0, 1]) for name in FIELDS},
+)
 
 
 def assert_sound_or_refused(body: bytes) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from errors import PhiSightError
-from optim import AdamW, LossScaler, clip_gradients, lr_at, owner_gradient_norms
+from training.optim import AdamW, LossScaler, clip_gradients, lr_at, owner_gradient_norms
 
 SHAPES = {"a.lora_A": (4, 32), "a.lora_B": (32, 4), "projector.bias": (7,), "scalar": ()}
 
@@ -94,7 +94,9 @@ def test_load_names_every_problem_and_changes_nothing():
     with pytest.raises(PhiSightError) as caught:
         optimizer.load_state_tensors(state)
     for part in (
-        "missing scalar.exp_avg", "unexpected other.exp_avg", "a.lora_A.exp_avg is (4, 31)",
+        "missing scalar.exp_avg",
+        "unexpected other.exp_avg",
+        "a.lora_A.exp_avg is (4, 31)",
         "step is () torch.float32",
     ):
         assert part in str(caught.value)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers
 
-from data import preflight, survey as surveys
+from data import preflight
+from data import survey as surveys
 from data.chat import ChatFormat, load_tokenizer, render
 from data.dataset import Message, Part, check_images, load_conversations
 from data.images import load_image, looks_whole
@@ -67,13 +68,16 @@ def test_the_counts_are_those_of_a_plain_count(made, chat_format):
     assert tally.records == 300 and found.picture_check == "decode"
     assert tally.conversations == len(loaded.conversations)
     assert tally.turns == sum(
-        m.role == "assistant" for c in loaded.conversations for m in c.messages)
-    assert tally.faults == Counter({"no supervised token": 6, "pictures and <image> differ": 3,
-                                    "malformed": 3})
+        m.role == "assistant" for c in loaded.conversations for m in c.messages
+    )
+    assert tally.faults == Counter(
+        {"no supervised token": 6, "pictures and <image> differ": 3, "malformed": 3}
+    )
     assert tally.lost == len(checked.quarantined) >= 6
     assert tally.lengths == Counter(len(sample.input_ids) for sample in samples)
     assert tally.text_lengths == Counter(
-        len(sample.input_ids) - TOKENS * len(sample.images) for sample in samples)
+        len(sample.input_ids) - TOKENS * len(sample.images) for sample in samples
+    )
     assert tally.supervised_tokens == sum(sum(sample.supervised) for sample in samples)
     assert (tally.text_only, tally.several_pictures, tally.unsupervised) == (1, 1, 0)
     assert tally.distinct("pictures") == len({n for c in loaded.conversations for n in c.images})
@@ -82,8 +86,10 @@ def test_the_counts_are_those_of_a_plain_count(made, chat_format):
     assert tally.distinct("contents") == tally.conversations - 1
     assert (found.missing, len(found.bad_pictures)) == (3, 6)
     where = {(entry.where, entry.id, entry.reason) for entry in tally.set_aside}
-    assert where == {(entry.where, entry.id, entry.reason)
-                     for entry in (*loaded.quarantined, *checked.quarantined)}
+    assert where == {
+        (entry.where, entry.id, entry.reason)
+        for entry in (*loaded.quarantined, *checked.quarantined)
+    }
 
 
 def test_processes_count_as_one_does(made, chat_format, monkeypatch):
@@ -107,8 +113,11 @@ def test_pictures_of_the_same_bytes_are_counted(tmp_path, chat_format, workers):
     names = [f"{n}.jpg" for n in range(4)]
     write_pictures(tmp_path, names, broken=0)
     bodies = {name: (tmp_path / name).read_bytes() for name in names}
-    for name, body in (("a.jpg", bodies["0.jpg"]), ("b.jpg", bodies["1.jpg"]),
-                       ("c.jpg", bodies["1.jpg"])):
+    for name, body in (
+        ("a.jpg", bodies["0.jpg"]),
+        ("b.jpg", bodies["1.jpg"]),
+        ("c.jpg", bodies["1.jpg"]),
+    ):
         (tmp_path / name).write_bytes(body)
     padding = bytes(5000)
     (tmp_path / "d.jpg").write_bytes(bodies["2.jpg"] + padding)
@@ -168,8 +177,28 @@ def test_memory_grows_by_a_few_bytes_a_record(tmp_path, chat_format, monkeypatch
 # -- lengths without tokens -----------------------------------------------------------------------
 
 texts = st.text() | st.lists(
-    st.sampled_from(["the", "dog", " ", "  ", "\n", "\u2581", "a", "ing", ".", "é", "字", "🚌", "\t",
-                     "<|end|>", "</s>", "1", "'s"])).map("".join)
+    st.sampled_from(
+        [
+            "the",
+            "dog",
+            " ",
+            "  ",
+            "\n",
+            "\u2581",
+            "a",
+            "ing",
+            ".",
+            "é",
+            "字",
+            "🚌",
+            "\t",
+            "<|end|>",
+            "</s>",
+            "1",
+            "'s",
+        ]
+    )
+).map("".join)
 
 
 @given(texts)
@@ -183,7 +212,9 @@ def test_a_conversation_has_as_many_tokens_as_it_renders_to(chat_format, said, p
     messages = (Message("user", parts), Message("assistant", (Part("text", said[1]),)))
     sample = render(messages, chat_format)
     assert TokenCounter(chat_format).count(messages) == (
-        len(sample.input_ids), sum(sample.supervised))
+        len(sample.input_ids),
+        sum(sample.supervised),
+    )
 
 
 def test_the_real_tokenizer_is_counted_by_word():
@@ -195,7 +226,7 @@ def test_the_real_tokenizer_is_counted_by_word():
     counter, rng = TokenCounter(chat_format), random.Random(0)
     lines = (SHARED / "llava" / "coco2014_val_gpt4_qa_30x3.jsonl").read_text("utf-8")
     for text in [*lines.splitlines(), "  two  spaces", "\u2581", "a\n\nb", "naïve 字 🚌"]:
-        cut = text[rng.randrange(len(text)):]
+        cut = text[rng.randrange(len(text)) :]
         assert counter.text_tokens(cut) == len(chat_format.encode_text(cut))
 
 
@@ -205,7 +236,8 @@ def test_another_kind_of_tokenizer_is_asked_in_full(odd):
     encoder = Tokenizer(models.BPE(vocab, [("a", "\u2581")], dropout=0.1 * (odd == "dropout")))
     if odd != "no normalizer":
         encoder.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
     assert not words_are_independent(encoder)
 
 
@@ -240,8 +272,17 @@ def report(capsys, *arguments: object) -> tuple[int, dict[str, str]]:
 
 def test_the_report(made, capsys, tmp_path):
     code, lines = report(
-        capsys, "--data", made / "d.json", "--images", made / "images", "--tokenizer", TINY,
-        "--quarantine", tmp_path / "q.jsonl", "--features", tmp_path,
+        capsys,
+        "--data",
+        made / "d.json",
+        "--images",
+        made / "images",
+        "--tokenizer",
+        TINY,
+        "--quarantine",
+        tmp_path / "q.jsonl",
+        "--features",
+        tmp_path,
     )
     assert code == 1
     assert lines["records"] == "300" and lines["missing"] == lines["broken"] == "3"
@@ -271,11 +312,14 @@ def test_the_size_of_the_features(capsys, tmp_path, monkeypatch, made):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--dat", "x"], "did you mean --data?"), (["--data", "x", "--worker", "2"], "--workers?"),
-     (["--data", "none.json"], "none.json: no such file"),
-     (["--data", "x", "--tokens-per-image", "0"], "--tokens-per-image: must be at least 1"),
-     (["--data", "x", "--workers", "-1"], "from 0 to 256"),
-     (["--data", "x", "--pictures", "all"], "invalid choice")],
+    [
+        (["--dat", "x"], "did you mean --data?"),
+        (["--data", "x", "--worker", "2"], "--workers?"),
+        (["--data", "none.json"], "none.json: no such file"),
+        (["--data", "x", "--tokens-per-image", "0"], "--tokens-per-image: must be at least 1"),
+        (["--data", "x", "--workers", "-1"], "from 0 to 256"),
+        (["--data", "x", "--pictures", "all"], "invalid choice"),
+    ],
 )
 def test_a_mistake_names_the_remedy(arguments, said):
     with pytest.raises(PhiSightError) as caught:
@@ -284,8 +328,18 @@ def test_a_mistake_names_the_remedy(arguments, said):
 
 
 def test_the_command_in_a_shell(made):
-    done = runs.command("-m", "data.preflight", "--data", made / "d.json", "--images",
-                        made / "images", "--tokenizer", TINY, "--workers", 2)
+    done = runs.command(
+        "-m",
+        "data.preflight",
+        "--data",
+        made / "d.json",
+        "--images",
+        made / "images",
+        "--tokenizer",
+        TINY,
+        "--workers",
+        2,
+    )
     assert done.returncode == 1 and "in each of 2 processes" in done.stdout
     assert FAULTS == 5 and "Traceback" not in done.stderr
 

@@ -48,17 +48,25 @@ class Workspace:
 
     def config(self, **fields) -> Config:
         (self.folder / "data.json").write_text(json.dumps(self.records))
-        return replace(default_config("tiny"), **{
-            "data": str(self.folder / "data.json"), "images": str(self.folder / "images"),
-            "features": str(self.folder / "features"), "run": str(self.folder / "run"),
-            "validation_fraction": 0.3, **fields,
-        })
+        return replace(
+            default_config("tiny"),
+            **{
+                "data": str(self.folder / "data.json"),
+                "images": str(self.folder / "images"),
+                "features": str(self.folder / "features"),
+                "run": str(self.folder / "run"),
+                "validation_fraction": 0.3,
+                **fields,
+            },
+        )
 
     def prepare(self, **fields) -> TrainingData:
         config = self.config(**fields)
         self.store = FeatureStore(config.features, "fake", (TOKENS, 2))
         return prepare(
-            config, self.chat_format, self.store,
+            config,
+            self.chat_format,
+            self.store,
             lambda: lambda pictures: torch.zeros(len(pictures), TOKENS, 2),
         )
 
@@ -123,8 +131,11 @@ def test_packed_samples_are_the_samples(chat_format):
         RenderedSample([5, *image, 7, 0], [False] * (TOKENS + 2) + [True], ("a",)),
         RenderedSample([0], [False], ()),
         RenderedSample([0, 1, 2], [True, True, False], ()),
-        RenderedSample([*image, *image, 3, *image], [False] * (2 * TOKENS) + [True]
-                       + [False] * TOKENS, ("b", "b", "a")),
+        RenderedSample(
+            [*image, *image, 3, *image],
+            [False] * (2 * TOKENS) + [True] + [False] * TOKENS,
+            ("b", "b", "a"),
+        ),
         RenderedSample([], [], ()),
     ]
     packed = PackedSamples(chat_format)
@@ -142,8 +153,9 @@ def test_packed_samples_are_the_samples(chat_format):
 def test_packed_samples_take_little_memory(chat_format):
     """The ids of a picture cost nothing, and a token of text the size of its number."""
     packed = PackedSamples(chat_format)
-    sample = RenderedSample([*[chat_format.image_id] * TOKENS, *range(1000)],
-                            [False] * (TOKENS + 1000), ("a",))
+    sample = RenderedSample(
+        [*[chat_format.image_id] * TOKENS, *range(1000)], [False] * (TOKENS + 1000), ("a",)
+    )
     tracemalloc.start()
     for _ in range(1000):
         packed.append(sample)
@@ -161,11 +173,14 @@ def test_a_file_that_changes_while_it_is_in_use_is_an_error(workspace):
         path.write_text(changed)
         return lambda pictures: torch.zeros(len(pictures), TOKENS, 2)
 
-    for number, changed in enumerate((
-        whole.replace('"about 03.png"', '"another"'), json.dumps(workspace.records[:-1]),
-        json.dumps([*workspace.records, record(None)]),
-        whole.replace('"image": "03.png"', '"image": "04.png"'),
-    )):
+    for number, changed in enumerate(
+        (
+            whole.replace('"about 03.png"', '"another"'),
+            json.dumps(workspace.records[:-1]),
+            json.dumps([*workspace.records, record(None)]),
+            whole.replace('"image": "03.png"', '"image": "04.png"'),
+        )
+    ):
         path.write_text(whole)
         store = FeatureStore(workspace.folder / str(number), "fake", (TOKENS, 2))
         with pytest.raises(PhiSightError, match="was changed while it was in use; run again"):

@@ -11,25 +11,46 @@ import time
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 
 import checkpoints
-import runs
-from metrics import read_metrics
-from resume.ranks import Ranks
+from reports.metrics import read_metrics
+from training.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-FIELDS = runs.SHORT | {"data_fraction": 1.0, "batch_size": 3, "max_steps": 6, "save_steps": 2,
-                       "log_steps": 1, "evaluate_steps": 3}
+FIELDS = runs.SHORT | {
+    "data_fraction": 1.0,
+    "batch_size": 3,
+    "max_steps": 6,
+    "save_steps": 2,
+    "log_steps": 1,
+    "evaluate_steps": 3,
+}
 FEW_TEXT_ONLY = 6  # conversations without a picture among those with one
 
 
-def torchrun(processes: int, *arguments: str, script: Path | str = "train.py",
-             ) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-               "--standalone", "--", str(script), *arguments]
+def torchrun(
+    processes: int,
+    *arguments: str,
+    script: Path | str = "train.py",
+) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        "--standalone",
+        "--",
+        str(script),
+        *arguments,
+    ]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
@@ -101,17 +122,20 @@ def test_a_run_may_go_on_with_more_or_fewer_processes(alone, fields, tmp_path):
     assert_the_same_but_for_rounding(alone, run)
 
 
-@pytest.mark.parametrize("how, words", [
-    ("os.kill(os.getpid(), signal.SIGKILL)", "another process of the run is gone"),
-    ("raise PhiSightError('step: the disk of this machine is gone; mend it')", "disk of this"),
-])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "another process of the run is gone"),
+        ("raise PhiSightError('step: the disk of this machine is gone; mend it')", "disk of this"),
+    ],
+)
 def test_a_rank_that_dies_brings_the_others_down(how, words, fields, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(f"""
 import os, signal, sys
 import train
 from errors import PhiSightError, run_main
-from optim import AdamW
+from training.optim import AdamW
 
 step = AdamW.step
 

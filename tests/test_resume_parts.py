@@ -9,19 +9,19 @@ import threading
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoints
-import metrics
-import runs
 import train
 from data.features import FeatureStore
 from errors import PhiSightError
 from lora.dropout import RowDropout, key_of, set_row_keys
-from resume.lock import RunLock
-from resume.saver import BackgroundSaver
+from reports import metrics
+from training.lock import RunLock
+from training.saver import BackgroundSaver
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,8 +71,9 @@ def test_dropout_is_off_in_evaluation_and_counts_its_keys():
 
 
 def test_keys_depend_on_every_part():
-    keys = {key_of(seed, epoch, row) for seed in range(5) for epoch in range(5)
-            for row in range(50)}
+    keys = {
+        key_of(seed, epoch, row) for seed in range(5) for epoch in range(5) for row in range(50)
+    }
     assert len(keys) == 5 * 5 * 50 and all(0 <= key < 2**63 for key in keys)
 
 
@@ -81,10 +82,13 @@ def test_keys_depend_on_every_part():
 
 def holding_process(run: Path) -> subprocess.Popen:
     """Another process that holds the lock of `run`, and has said so."""
-    code = ("import sys, time; from resume.lock import RunLock\n"
-            "with RunLock(sys.argv[1]): print('held', flush=True); time.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", code, str(run)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE)
+    code = (
+        "import sys, time; from training.lock import RunLock\n"
+        "with RunLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -111,8 +115,10 @@ def test_a_lock_is_given_back_and_an_unused_folder_with_it(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PhiSightError, match="file/run: .*another --run"), \
-            RunLock(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(PhiSightError, match="file/run: .*another --run"),
+        RunLock(tmp_path / "file" / "run"),
+    ):
         pass
 
 
@@ -221,16 +227,21 @@ def test_a_log_of_another_run_shows(tmp_path):
     (tmp_path / "other.jsonl").replace(run / "metrics.jsonl")
     problems = checkpoints.verify_run(run)
     assert problems[str(run / "metrics.jsonl")] == []
-    assert any("its chain is not that of the log" in found[0]
-               for path, found in problems.items() if "checkpoint-" in path)
+    assert any(
+        "its chain is not that of the log" in found[0]
+        for path, found in problems.items()
+        if "checkpoint-" in path
+    )
 
 
 def test_the_log_knows_the_weights_of_a_checkpoint(tmp_path):
     """Weights of another run, sealed as these: every file is whole, the log disagrees."""
     run = runs.copy_of(runs.finished_run(), tmp_path)
     checkpoint = checkpoints.resolve(run)
-    state = {stem: {name: tensor.clone() for name, tensor in tensors.items()}
-             for stem, tensors in checkpoint.state.items()}
+    state = {
+        stem: {name: tensor.clone() for name, tensor in tensors.items()}
+        for stem, tensors in checkpoint.state.items()
+    }
     next(iter(state["image_projector"].values())).view(-1)[0] += 1e-3
     checkpoints.save(run, checkpoint.step, state, checkpoint.config, checkpoint.trainer_state)
     assert checkpoints.verify(checkpoint.path) == []
@@ -267,8 +278,13 @@ def test_show_says_how_far_the_weights_moved(tmp_path, capsys):
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path):
     flags = runs.flags(tmp_path / "run", **runs.SHORT)
-    process = subprocess.Popen([sys.executable, "-u", "train.py", *flags], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "train.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.readline()
     process.stdout.close()
     errors = process.stderr.read()

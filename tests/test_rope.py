@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from random_model import NO_PICTURES, PLACEHOLDER, phi, tokens
 
-from model.decoding import Decoding, Row
-from model.generate import generate
+from assistant.decoding import Decoding, Row
+from assistant.sampling import generate
 from model.rope import ends_of_segments
 from model.vlm import VisionLanguageModel
-from random_model import NO_PICTURES, PLACEHOLDER, phi, tokens
 
 
 @torch.no_grad()

@@ -146,8 +146,13 @@ def test_collate_without_pictures_keeps_the_feature_shape():
     assert batch.to(torch.device("cpu")).image_features.shape == (0, 2, 3)
 
 
-@given(st.lists(st.lists(st.sampled_from([FIRST, SECOND, THIRD]), min_size=1, max_size=4),
-                min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.sampled_from([FIRST, SECOND, THIRD]), min_size=1, max_size=4),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_a_label_is_the_token_that_stands_there(rows):
     batch = collate(rows, FEATURES.__getitem__, 99, (2, 3))
     trained = batch.labels != IGNORED

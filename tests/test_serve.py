@@ -13,14 +13,24 @@ from collections.abc import Iterator
 import openai
 import pytest
 import runs
-from live_server import (Live, ask, assistant_of, endless, get, live, parsed_response, post,
-                         wait_until, with_pictures)
+from live_server import (
+    Live,
+    ask,
+    assistant_of,
+    endless,
+    get,
+    live,
+    parsed_response,
+    post,
+    wait_until,
+    with_pictures,
+)
 
+from api.openai_api import Limits
+from assistant.filter import WordFilter
+from assistant.sampling import Sampling
 from data.dataset import Message, Part
 from errors import PhiSightError
-from interface.filter import WordFilter
-from model.generate import Sampling
-from serving.openai_api import Limits
 
 KEY = "a key, with spaces"
 DESCRIBE = "Describe the picture in detail."
@@ -62,8 +72,11 @@ def user(text: str) -> Message:
 
 
 def say(client: openai.OpenAI, text: str = DESCRIBE, **settings: object) -> str:
-    return client.chat.completions.create(
-        model="tiny", messages=ask(text)["messages"], **settings).choices[0].message.content
+    return (
+        client.chat.completions.create(model="tiny", messages=ask(text)["messages"], **settings)
+        .choices[0]
+        .message.content
+    )
 
 
 def stops(assistant: object) -> bool:
@@ -85,13 +98,22 @@ def test_a_question_is_answered_as_without_a_server(client):
     assert choice.finish_reason == "stop" and completion.model == "tiny"
     usage = completion.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (
-        reply.prompt_tokens, reply.completion_tokens, reply.prompt_tokens + reply.completion_tokens)
+        reply.prompt_tokens,
+        reply.completion_tokens,
+        reply.prompt_tokens + reply.completion_tokens,
+    )
 
 
 def test_a_stream_is_the_same_in_pieces(client):
-    chunks = list(client.chat.completions.create(
-        model="tiny", messages=ask(DESCRIBE)["messages"], stream=True, max_tokens=100,
-        stream_options={"include_usage": True}))
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=ask(DESCRIBE)["messages"],
+            stream=True,
+            max_tokens=100,
+            stream_options={"include_usage": True},
+        )
+    )
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
     assert "".join(filter(None, pieces)) == answer(user(DESCRIBE)) and len(pieces) > 5
     assert len({chunk.id for chunk in chunks}) == 1
@@ -116,9 +138,11 @@ def test_pictures_and_turns_arrive_in_order(client, pictures):
     expected = answer(
         Message("user", (Part("image", "a"), Part("text", "What colour is it?"))),
         Message("assistant", (Part("text", "red"),)),
-        Message("user", (Part("image", "b"), Part("image", "c"),
-                         Part("text", "Which has a star?"))),
-        pictures=dict(zip("abc", pictures)))
+        Message(
+            "user", (Part("image", "b"), Part("image", "c"), Part("text", "Which has a star?"))
+        ),
+        pictures=dict(zip("abc", pictures)),
+    )
     assert said.choices[0].message.content == expected
 
 
@@ -134,7 +158,8 @@ def test_stop_strings_end_an_answer_before_them(client):
     whole = say(client)
     mark = whole[10:14]
     completion = client.chat.completions.create(
-        model="tiny", messages=ask(DESCRIBE)["messages"], stop=[mark, "never said"])
+        model="tiny", messages=ask(DESCRIBE)["messages"], stop=[mark, "never said"]
+    )
     assert completion.choices[0].message.content == whole[: whole.index(mark)]
     assert completion.choices[0].finish_reason == "stop"
 
@@ -142,7 +167,8 @@ def test_stop_strings_end_an_answer_before_them(client):
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_an_answer_can_be_limited(client, name):
     completion = client.chat.completions.create(
-        model="tiny", messages=ask(DESCRIBE)["messages"], **{name: 3})
+        model="tiny", messages=ask(DESCRIBE)["messages"], **{name: 3}
+    )
     assert completion.choices[0].finish_reason == "length"
     assert completion.usage.completion_tokens == 3
 
@@ -165,7 +191,9 @@ def test_speech_is_written_down_where_it_stands(client):
     with pytest.raises(openai.BadRequestError, match="no speech heard") as raised:
         client.chat.completions.create(model="tiny", messages=spoken(b""))
     assert (raised.value.code, raised.value.param) == (
-        "invalid_audio", "messages[0].content[0].input_audio")
+        "invalid_audio",
+        "messages[0].content[0].input_audio",
+    )
 
 
 def test_the_models_are_listed(client):
@@ -188,7 +216,8 @@ def test_the_models_are_listed(client):
 def test_what_is_refused_is_the_clients_own_exception(client, settings, error, code):
     with pytest.raises(error) as raised:
         client.chat.completions.create(
-            **{"model": "tiny", "messages": ask()["messages"]} | settings)
+            **{"model": "tiny", "messages": ask()["messages"]} | settings
+        )
     assert raised.value.code == code and raised.value.type == "invalid_request_error"
 
 
@@ -203,15 +232,18 @@ def test_no_file_and_no_address_is_opened(client, url, monkeypatch):
     def forbidden(*arguments: object, **settings: object) -> None:
         raise AssertionError("a path was opened")
 
-    monkeypatch.setattr("infer.read_image_bytes", forbidden)
+    monkeypatch.setattr("assistant.assistant.read_image_bytes", forbidden)
     content = [{"type": "image_url", "image_url": {"url": url}}]
     with pytest.raises(openai.BadRequestError, match="only data:image"):
-        client.chat.completions.create(model="tiny",
-                                       messages=[{"role": "user", "content": content}])
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}]
+        )
 
 
 def test_a_file_that_a_text_names_is_not_read(client, monkeypatch):
-    monkeypatch.setattr("infer.read_image_bytes", lambda *_: pytest.fail("a path was opened"))
+    monkeypatch.setattr(
+        "assistant.assistant.read_image_bytes", lambda *_: pytest.fail("a path was opened")
+    )
     assert say(client, "<image> /etc/passwd file:///etc/passwd")
 
 
@@ -250,14 +282,27 @@ def test_without_it_nothing_but_health_answers(locked):
         say(locked.client("wrong"))
     assert (raised.value.code, raised.value.type) == ("invalid_api_key", "authentication_error")
     assert locked.exchange(get("/health"))[0] == 200
-    wrong = [(), (authorization(""),), (authorization(KEY[:-1]),), (authorization(KEY + "x"),),
-             (basic("x", "y"),), ("Authorization: Basic %",), (f"Authorization: {KEY}",),
-             (authorization(KEY), authorization("wrong"))]
+    wrong = [
+        (),
+        (authorization(""),),
+        (authorization(KEY[:-1]),),
+        (authorization(KEY + "x"),),
+        (basic("x", "y"),),
+        ("Authorization: Basic %",),
+        (f"Authorization: {KEY}",),
+        (authorization(KEY), authorization("wrong")),
+    ]
     for headers in wrong:
-        for request in (get("/v1/models", *headers), get("/metrics", *headers),
-                        get("/", *headers), get("/docs", *headers), post(ask(), *headers),
-                        get("/gradio_api/file=/etc/passwd", *headers),
-                        get("/health/", *headers), get("//health", *headers)):
+        for request in (
+            get("/v1/models", *headers),
+            get("/metrics", *headers),
+            get("/", *headers),
+            get("/docs", *headers),
+            post(ask(), *headers),
+            get("/gradio_api/file=/etc/passwd", *headers),
+            get("/health/", *headers),
+            get("//health", *headers),
+        ):
             status, found, body = locked.exchange(request)
             assert status == 401 and found["www-authenticate"], request
             assert json.loads(body)["error"]["code"] == "invalid_api_key"
@@ -368,7 +413,8 @@ def test_what_is_blocked_is_neither_asked_nor_said(client):
         assert choice.finish_reason == "content_filter"
         assert choice.message.content == whole[: whole.index(word)]
         *chunks, last = server.client().chat.completions.create(
-            model="tiny", messages=messages, stream=True)
+            model="tiny", messages=messages, stream=True
+        )
         assert last.choices[0].finish_reason == "content_filter"
         streamed = "".join(chunk.choices[0].delta.content for chunk in chunks)
         assert streamed == choice.message.content
@@ -411,8 +457,9 @@ def test_no_thread_is_left_by_clients_that_came_and_went():
     with live(assistant, limits=LIMITS) as server:
         server.exchange(get("/metrics"))
         before = threading.active_count()
-        connections = [server.send(post(ask(f"{n}", stream=n % 2 == 0, max_tokens=600)))
-                       for n in range(12)]
+        connections = [
+            server.send(post(ask(f"{n}", stream=n % 2 == 0, max_tokens=600))) for n in range(12)
+        ]
         wait_until(lambda: server.api.measures.in_flight == 12)
         for connection in connections:
             connection.close()
@@ -514,7 +561,7 @@ def test_the_measures_count_what_happens(server, client, pictures):
         first = client.chat.completions.create(model="tiny", messages=messages)
     with pytest.raises(openai.BadRequestError):
         say(client, n=3)
-    server.exchange(get("/nothing/\"at\nall"))
+    server.exchange(get('/nothing/"at\nall'))
     after = measured(server)
 
     def grown(name: str) -> float:
@@ -543,7 +590,8 @@ def test_a_shutdown_ends_answers_with_an_error_that_is_told():
     assistant = endless()
     with live(assistant, limits=LIMITS, grace=0.2) as server:
         stream = server.client().chat.completions.create(
-            model="tiny", messages=ask()["messages"], stream=True, max_tokens=600)
+            model="tiny", messages=ask()["messages"], stream=True, max_tokens=600
+        )
         whole = server.send(post(ask(max_tokens=600)))
         wait_until(lambda: assistant.statistics()["running"] == 2)
         server.server.should_exit = True

@@ -22,11 +22,10 @@ import runs
 from live_server import ask, assistant_of, get, live, post, wait_until
 
 import serve
-from benchmarks.serve_load import (Server, ask_alone, mixture, question_bodies, send_all,
-                                   serving)
+from benchmarks.serve_load import Server, ask_alone, mixture, question_bodies, send_all, serving
 from data.dataset import Message, Part
 from errors import PhiSightError
-from interface.spoken import loaded_once
+from speech.spoken import loaded_once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,8 +37,12 @@ def test_a_mixture_of_clients_each_get_what_they_would_get_alone():
         assert tokens >= len(bodies) == len(expected)
         outcome = send_all(server, mixture(bodies, 40, seed=0), 8, expected)
         assert outcome.wrong == []
-        assert outcome.counts == {"good answered": 24, "slow answered": 6, "gone left": 6,
-                                  "bad refused": 4}
+        assert outcome.counts == {
+            "good answered": 24,
+            "slow answered": 6,
+            "gone left": 6,
+            "bad refused": 4,
+        }
 
         def quiet() -> bool:
             """Nothing is under way, and no request has left its thread behind."""
@@ -68,8 +71,12 @@ def test_the_load_benchmark_finds_answers_that_are_wrong_or_missing():
 def started(*flags: str, **environment: str) -> tuple[subprocess.Popen, str]:
     process = subprocess.Popen(
         [sys.executable, "serve.py", "--port", "0", "--run", str(runs.finished_run()), *flags],
-        cwd=ROOT, env=runs.environment() | environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        cwd=ROOT,
+        env=runs.environment() | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     line = process.stdout.readline()
     if "http://" not in line:
         process.kill()
@@ -85,8 +92,9 @@ def test_ctrl_c_ends_it_in_order_whatever_clients_hold_up():
         address = line.partition("http://")[2].partition("/")[0]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"http://{address}/v1/models", timeout=60)
-        request = urllib.request.Request(f"http://{address}/v1/models",
-                                         headers={"Authorization": "Bearer secret"})
+        request = urllib.request.Request(
+            f"http://{address}/v1/models", headers={"Authorization": "Bearer secret"}
+        )
         with urllib.request.urlopen(request, timeout=60) as response:
             assert json.load(response)["data"][0]["id"] == "mine"
         host, _, port = address.partition(":")
@@ -100,14 +108,17 @@ def test_ctrl_c_ends_it_in_order_whatever_clients_hold_up():
     assert "Traceback" not in errors and "secret" not in errors
 
 
-@pytest.mark.parametrize(("flags", "environment", "said"), [
-    (["--host", "0.0.0.0"], {}, "set PHISIGHT_API_KEY"),
-    (["--port", "70000"], {}, "choose another --port"),
-    (["--host", "no.such.host.invalid"], {}, "--host no.such.host.invalid"),
-    (["--max-body", "0"], {}, "--max-body"),
-    ([], {"PHISIGHT_API_KEY": " "}, "PHISIGHT_API_KEY: is empty"),
-    (["--run", "nowhere"], {}, "nowhere"),
-])
+@pytest.mark.parametrize(
+    ("flags", "environment", "said"),
+    [
+        (["--host", "0.0.0.0"], {}, "set PHISIGHT_API_KEY"),
+        (["--port", "70000"], {}, "choose another --port"),
+        (["--host", "no.such.host.invalid"], {}, "--host no.such.host.invalid"),
+        (["--max-body", "0"], {}, "--max-body"),
+        ([], {"PHISIGHT_API_KEY": " "}, "PHISIGHT_API_KEY: is empty"),
+        (["--run", "nowhere"], {}, "nowhere"),
+    ],
+)
 def test_what_serve_refuses(flags, environment, said, monkeypatch):
     monkeypatch.delenv("PHISIGHT_API_KEY", raising=False)
     monkeypatch.setattr(serve, "run", lambda *_, **__: pytest.fail("it serves"))
@@ -149,6 +160,7 @@ def spoken(data: bytes) -> list[dict]:
 def test_a_recording_is_heard_by_whisper():
     assistant = assistant_of()
     with live(assistant, listen=serve.listening(loaded_once(str(WHISPER)))) as server:
+
         def refusal(data: bytes) -> openai.BadRequestError:
             with pytest.raises(openai.BadRequestError) as raised:
                 server.client().chat.completions.create(model="tiny", messages=spoken(data))
@@ -158,9 +170,10 @@ def test_a_recording_is_heard_by_whisper():
         assert refusal(b"no recording").code == "invalid_audio"
         if shutil.which("espeak-ng") is None:
             pytest.skip("espeak-ng is not there to speak")
-        said = subprocess.run(["espeak-ng", "--stdout", "What colour is the star?"],
-                              capture_output=True, check=True).stdout
-        from model.speech import read_audio
+        said = subprocess.run(
+            ["espeak-ng", "--stdout", "What colour is the star?"], capture_output=True, check=True
+        ).stdout
+        from speech.whisper import read_audio
 
         heard = loaded_once(str(WHISPER))().text(read_audio(said))
         answer = server.client().chat.completions.create(model="tiny", messages=spoken(said))
@@ -226,10 +239,16 @@ def test_no_file_of_the_server_can_be_read(with_app, tmp_path):
     file.write_text(SECRET)
     inside = ROOT / "README.md"
     for path in (file, inside, "/etc/passwd", "/proc/self/environ"):
-        for form in (f"/gradio_api/file={path}", f"/file={path}", f"/gradio_api/file=/{path}",
-                     f"/gradio_api/file=../../../../../../..{path}",
-                     f"/gradio_api/file=file://{path}", f"/static/..%2f..%2f..{path}",
-                     f"/v1/../..{path}", f"/{path}"):
+        for form in (
+            f"/gradio_api/file={path}",
+            f"/file={path}",
+            f"/gradio_api/file=/{path}",
+            f"/gradio_api/file=../../../../../../..{path}",
+            f"/gradio_api/file=file://{path}",
+            f"/static/..%2f..%2f..{path}",
+            f"/v1/../..{path}",
+            f"/{path}",
+        ):
             status, _, body = with_app.exchange(get(form))
             assert status in (400, 403, 404), form
             assert SECRET.encode() not in body and b"root:" not in body and b"PATH=" not in body
@@ -243,8 +262,10 @@ def test_no_event_of_the_app_reads_a_file_of_the_server(with_app, tmp_path):
     file = tmp_path / "secret.txt"
     file.write_text(SECRET)
     value = {"path": str(file), "meta": {"_type": "gradio.FileData"}}
-    forms = {"multimodaltextbox": [{"text": "x", "files": [value]}], "chatbot": [
-        [{"role": "user", "content": [{"type": "file", "file": value}]}]]}
+    forms = {
+        "multimodaltextbox": [{"text": "x", "files": [value]}],
+        "chatbot": [[{"role": "user", "content": [{"type": "file", "file": value}]}]],
+    }
     config = json.loads(plain(with_app.exchange(get("/config"))[2]))
     kinds = {component["id"]: component["type"] for component in config["components"]}
     sent = 0
@@ -253,10 +274,21 @@ def test_no_event_of_the_app_reads_a_file_of_the_server(with_app, tmp_path):
         if not set(taken) & set(FILES):
             continue
         for form in range(2):
-            data = [forms.get(kind, [value, [value]])[-1 - form % len(forms.get(kind, "xx"))]
-                    if kind in FILES else None for kind in taken]
-            body = json.dumps({"data": data, "fn_index": dependency["id"], "trigger_id": None,
-                               "session_hash": "stranger", "event_data": None}).encode()
+            data = [
+                forms.get(kind, [value, [value]])[-1 - form % len(forms.get(kind, "xx"))]
+                if kind in FILES
+                else None
+                for kind in taken
+            ]
+            body = json.dumps(
+                {
+                    "data": data,
+                    "fn_index": dependency["id"],
+                    "trigger_id": None,
+                    "session_hash": "stranger",
+                    "event_data": None,
+                }
+            ).encode()
             join = post(body).replace(b"/v1/chat/completions", b"/gradio_api/queue/join", 1)
             answer = with_app.exchange(join)[2]
             sent += b"event_id" in answer
@@ -280,12 +312,13 @@ def plain(body: bytes) -> bytes:
 
 def test_the_paths_that_a_browser_names_are_checked(with_app, monkeypatch):
     """Gradio does so only in an app that it believes to have launched itself."""
-    import app
+    from web import app
 
     pages = []
     build = app.build_app
-    monkeypatch.setattr(app, "build_app", lambda *given, **more: pages.append(
-        build(*given, **more)) or pages[0])
+    monkeypatch.setattr(
+        app, "build_app", lambda *given, **more: pages.append(build(*given, **more)) or pages[0]
+    )
     serve.web_app(with_app.api.assistant)
     assert pages[0].has_launched is True
 

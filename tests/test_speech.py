@@ -19,11 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assistant.messages import user_message
 from config import default_config
 from errors import PhiSightError
-from infer import user_message
-from model import speech
-from model.speech import (
+from speech import whisper as ears
+from speech.voice import Voice, espeak, write_wav
+from speech.whisper import (
     NoSpeech,
     Segment,
     Speech,
@@ -33,10 +34,9 @@ from model.speech import (
     reduce_noise,
     utterances,
 )
-from model.voice import Voice, espeak, write_wav
 from tools import build_whisper
 
-RATE = speech.SAMPLE_RATE
+RATE = ears.SAMPLE_RATE
 TINY = runs.ROOT / default_config("tiny").speech
 JFK = runs.ROOT.parent / "shared" / "real" / "speech" / "jfk.flac"
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="no espeak-ng here")
@@ -78,9 +78,18 @@ def tiny() -> Speech:
 # -- recordings -----------------------------------------------------------------------------------
 
 KINDS = [
-    ("WAV", "PCM_16"), ("WAV", "PCM_U8"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "ULAW"),
-    ("WAVEX", "PCM_32"), ("RF64", "PCM_16"), ("FLAC", "PCM_16"), ("FLAC", "PCM_24"),
-    ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"),
+    ("WAV", "PCM_16"),
+    ("WAV", "PCM_U8"),
+    ("WAV", "PCM_24"),
+    ("WAV", "FLOAT"),
+    ("WAV", "ULAW"),
+    ("WAVEX", "PCM_32"),
+    ("RF64", "PCM_16"),
+    ("FLAC", "PCM_16"),
+    ("FLAC", "PCM_24"),
+    ("OGG", "VORBIS"),
+    ("OGG", "OPUS"),
+    ("MP3", "MPEG_LAYER_III"),
 ]
 
 
@@ -103,7 +112,7 @@ def test_recordings_of_every_kind_become_16_khz_mono(kind, subtype, rate, channe
 def test_blocks_join_without_a_seam(monkeypatch):
     data = encoded(tone(300, 3, 44100), 44100, "WAV", "FLOAT")
     whole = read_audio(data)
-    monkeypatch.setattr(speech, "BLOCK_SECONDS", 0.25)
+    monkeypatch.setattr(ears, "BLOCK_SECONDS", 0.25)
     assert np.abs(read_audio(data) - whole).max() < 1e-6
     assert np.abs(whole[500:-500] - tone(300, 3)[500:-500]).max() < 1e-3
 
@@ -124,13 +133,17 @@ def test_samples_that_are_no_numbers_become_silence():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "is empty.*convert"), (b"What colour is the star?", "no recording.*convert"),
+        (b"", "is empty.*convert"),
+        (b"What colour is the star?", "no recording.*convert"),
         (b"\x1a\x45\xdf\xa3" + bytes(99), "WebM.*convert it to WAV, FLAC, MP3 or OGG"),
         (b"\0\0\0\x20ftypM4A " + bytes(99), "MP4.*convert"),
         (b"RIFF\x10\0\0\0WAVE", "not readable"),
-        (b"fLaC" + bytes(99), "not readable"), (b"OggS" + bytes(99), "cut short|not readable"),
-        (b"\xff\xfb" + bytes(99), "not readable"), (b"ID3" + bytes(99), "not readable"),
-        (encoded(tone(), RATE, "AIFF"), "no recording"), (encoded(tone(), RATE, "AU"), "no record"),
+        (b"fLaC" + bytes(99), "not readable"),
+        (b"OggS" + bytes(99), "cut short|not readable"),
+        (b"\xff\xfb" + bytes(99), "not readable"),
+        (b"ID3" + bytes(99), "not readable"),
+        (encoded(tone(), RATE, "AIFF"), "no recording"),
+        (encoded(tone(), RATE, "AU"), "no record"),
         (encoded(tone(), 2000, "WAV"), "2000 samples a second, 4000 to 384000"),
         (encoded(np.zeros((99, 33)), RATE, "WAV"), "33 channels, at most 32"),
     ],
@@ -172,10 +185,10 @@ def test_a_wav_that_was_written_to_a_pipe_is_whole(length):
 def test_a_small_file_that_unpacks_to_hours_stops_at_the_limit(monkeypatch):
     data = encoded(np.zeros(30 * RATE, np.int16), RATE, "FLAC")
     assert len(data) < 10_000
-    monkeypatch.setattr(speech, "LONGEST_SECONDS", 25.0)
+    monkeypatch.setattr(ears, "LONGEST_SECONDS", 25.0)
     with pytest.raises(PhiSightError, match="longer than 0 minutes; cut it"):
         read_audio(data)
-    monkeypatch.setattr(speech, "LARGEST_FILE", 100)
+    monkeypatch.setattr(ears, "LARGEST_FILE", 100)
     with pytest.raises(PhiSightError, match="is the most; cut it"):
         read_audio(data)
 
@@ -227,11 +240,14 @@ NOT_SPEECH = {
     "a constant": np.full(2 * RATE, 0.5, np.float32),
     "nearly silence": noise("white") * 1e-4,
     "a faint voice, 80 dB down": vowels() * 2e-4,
-    "white noise": noise("white"), "pink noise": noise("pink"), "brown noise": noise("brown"),
+    "white noise": noise("white"),
+    "pink noise": noise("pink"),
+    "brown noise": noise("brown"),
     "NaN": np.full(2 * RATE, np.nan, np.float32),
     "infinity": np.full(2 * RATE, np.inf, np.float32),
     "clicks": clicks(),
-    "a tone": tone(200), "a tone in noise": tone(200, 4) + 0.2 * noise("white"),
+    "a tone": tone(200),
+    "a tone in noise": tone(200, 4) + 0.2 * noise("white"),
     "hum": sum(tone(50 * n, 3) / n for n in range(1, 9)) + 0.01 * noise("white", 3),
     "20 ms of a voice": vowels()[4000:4320],
     "50 ms of a voice": vowels()[4000:4800],
@@ -248,8 +264,11 @@ def test_what_is_no_speech_is_not_heard_as_words(name):
 
 @pytest.mark.parametrize("pitch", [75, 120, 210, 320])
 def test_a_voice_is_a_voice_at_any_loudness_and_in_some_noise(pitch):
-    for sound in (vowels(pitch=pitch), vowels(pitch=pitch) * 0.02,
-                  vowels(pitch=pitch) + 0.1 * noise("white", 1.5)):
+    for sound in (
+        vowels(pitch=pitch),
+        vowels(pitch=pitch) * 0.02,
+        vowels(pitch=pitch) + 0.1 * noise("white", 1.5),
+    ):
         assert has_voice(sound)
     assert has_voice(np.concatenate([np.zeros(90 * RATE, np.float32), vowels(pitch=pitch)]))
 
@@ -265,7 +284,8 @@ def test_synthetic_voices_are_voices(voice):
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.tuples(st.floats(0, 1.5), st.floats(0.05, 9)), max_size=5), st.floats(2, 28),
+    st.lists(st.tuples(st.floats(0, 1.5), st.floats(0.05, 9)), max_size=5),
+    st.floats(2, 28),
     st.integers(0, 5000),
 )
 def test_windows_are_in_order_short_enough_and_hold_all_that_is_loud(parts, longest, more):
@@ -279,7 +299,7 @@ def test_windows_are_in_order_short_enough_and_hold_all_that_is_loud(parts, long
         end = 0
         for start, stop in windows:
             assert end <= start < stop <= len(audio)
-            assert stop - start <= longest * RATE + speech.STEP
+            assert stop - start <= longest * RATE + ears.STEP
             covered[start:stop], end = True, stop
         assert covered[np.abs(audio) > 0].all()
 
@@ -325,9 +345,18 @@ def small_whisper(path: Path, n_vocab: int = 51865, **changed: object) -> Path:
     """A Whisper with random weights in its own layout, by default a multilingual one."""
     from whisper.model import ModelDimensions, Whisper
 
-    dims = {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 8, "n_audio_head": 2,
-            "n_audio_layer": 1, "n_vocab": n_vocab, "n_text_ctx": 96, "n_text_state": 8,
-            "n_text_head": 2, "n_text_layer": 1}
+    dims = {
+        "n_mels": 80,
+        "n_audio_ctx": 1500,
+        "n_audio_state": 8,
+        "n_audio_head": 2,
+        "n_audio_layer": 1,
+        "n_vocab": n_vocab,
+        "n_text_ctx": 96,
+        "n_text_state": 8,
+        "n_text_head": 2,
+        "n_text_layer": 1,
+    }
     torch.manual_seed(0)
     model = Whisper(ModelDimensions(**dims))
     torch.nn.init.normal_(model.decoder.positional_embedding)
@@ -375,9 +404,12 @@ def test_the_language_of_the_first_words_is_that_of_all(tmp_path):
 @pytest.mark.parametrize(
     ("no_speech", "likely", "packing", "text", "kept"),
     [
-        (0.1, -0.2, 1.1, "a star", True), (0.7, -0.5, 1.1, "a star", True),
-        (0.7, -1.2, 1.1, "a star", False), (0.95, -0.1, 1.1, "a star", False),
-        (0.1, -0.2, 2.6, "star star star", False), (0.1, -1.5, 1.1, "a star", True),
+        (0.1, -0.2, 1.1, "a star", True),
+        (0.7, -0.5, 1.1, "a star", True),
+        (0.7, -1.2, 1.1, "a star", False),
+        (0.95, -0.1, 1.1, "a star", False),
+        (0.1, -0.2, 2.6, "star star star", False),
+        (0.1, -1.5, 1.1, "a star", True),
         (0.1, -0.2, 1.1, " ... ", False),
     ],
 )
@@ -411,10 +443,24 @@ class Trap:
 
 @pytest.mark.parametrize(
     "content",
-    ["a list", "code", {"dims": {}}, {"dims": {"n_mels": 80}}, {"model_state_dict": {}},
-     {"model_state_dict": {"encoder.conv1.weight": torch.zeros(3)}}, {"model_state_dict": None},
-     {"n_mels": 81}, {"n_audio_ctx": 500}, {"n_audio_head": 3}, {"n_audio_layer": 10**9},
-     {"n_vocab": 100}, {"n_text_state": 8.0}, {"n_text_layer": 2}, b"no zip at all", b""],
+    [
+        "a list",
+        "code",
+        {"dims": {}},
+        {"dims": {"n_mels": 80}},
+        {"model_state_dict": {}},
+        {"model_state_dict": {"encoder.conv1.weight": torch.zeros(3)}},
+        {"model_state_dict": None},
+        {"n_mels": 81},
+        {"n_audio_ctx": 500},
+        {"n_audio_head": 3},
+        {"n_audio_layer": 10**9},
+        {"n_vocab": 100},
+        {"n_text_state": 8.0},
+        {"n_text_layer": 2},
+        b"no zip at all",
+        b"",
+    ],
     ids=str,
 )
 def test_a_file_that_is_no_whisper_is_refused(content, tmp_path, monkeypatch):
@@ -500,8 +546,13 @@ def test_training_computes_what_whisper_computes():
 
 def test_word_errors_are_the_edit_distance():
     for heard, wanted, errors in (
-        ("", "", 0), ("a b c", "a b c", 0), ("", "a b", 2), ("a b", "", 2), ("a c", "a b c", 1),
-        ("a x c d", "a b c", 2), ("b a", "a b", 2),
+        ("", "", 0),
+        ("a b c", "a b c", 0),
+        ("", "a b", 2),
+        ("a b", "", 2),
+        ("a c", "a b c", 1),
+        ("a x c d", "a b c", 2),
+        ("b a", "a b", 2),
     ):
         assert build_whisper.word_errors(heard.split(), wanted.split()) == errors
 
@@ -533,7 +584,9 @@ def test_held_out_sentences_in_held_out_voices_are_understood():
 
 
 QUESTIONS = (
-    "What colour is the star?", "Where is the orange object?", "How many circles are there?",
+    "What colour is the star?",
+    "Where is the orange object?",
+    "How many circles are there?",
 )
 
 
@@ -607,8 +660,9 @@ def test_a_spoken_question_gets_a_spoken_answer(tmp_path):
     question = tiny().text(read_audio(tmp_path / "question.wav"))
     assert question == QUESTIONS[0]
     picture = next((runs.world() / "images").glob("*.png"))
-    answer = "".join(runs.assistant().reply([user_message(question, [str(picture)])],
-                                            max_new_tokens=8))
+    answer = "".join(
+        runs.assistant().reply([user_message(question, [str(picture)])], max_new_tokens=8)
+    )
     assert any(c.isalnum() for c in answer)
     write_wav(tmp_path / "answer.wav", *voice.speak(answer))
     assert has_voice(read_audio(tmp_path / "answer.wav"))

@@ -51,8 +51,11 @@ def test_a_list_is_what_json_reads_from_it(file, expected, chunk, escaped, befor
 def test_a_damaged_list_is_refused_exactly_when_json_refuses_it(file, data, chunk):
     text = json.dumps(data.draw(st.lists(values, min_size=1, max_size=3)), indent=1)
     place = data.draw(st.integers(1, len(text)))  # the [ stays: without it, it is another form
-    text = text[:place] + data.draw(st.text('[]{},:" 1e.-\\ntu', max_size=2)) + text[
-        place + data.draw(st.integers(0, 2)):]
+    text = (
+        text[:place]
+        + data.draw(st.text('[]{},:" 1e.-\\ntu', max_size=2))
+        + text[place + data.draw(st.integers(0, 2)) :]
+    )
     try:
         expected = json.loads(text)
     except json.JSONDecodeError:
@@ -62,8 +65,12 @@ def test_a_damaged_list_is_refused_exactly_when_json_refuses_it(file, data, chun
         assert same(records(file, text, chunk=chunk), expected)
 
 
-@given(st.lists(st.dictionaries(st.text(), values, max_size=2), min_size=1, max_size=4),
-       st.integers(1, 40), st.sampled_from(["\n", "\r\n", "\n \n"]), st.booleans())
+@given(
+    st.lists(st.dictionaries(st.text(), values, max_size=2), min_size=1, max_size=4),
+    st.integers(1, 40),
+    st.sampled_from(["\n", "\r\n", "\n \n"]),
+    st.booleans(),
+)
 def test_lines_are_what_json_reads_from_each(file, expected, chunk, newline, escaped):
     lines = [json.dumps(value, ensure_ascii=escaped) for value in expected]
     assert same(records(file, newline.join(lines), chunk=chunk), expected)
@@ -175,8 +182,16 @@ def test_memory_does_not_grow_with_the_file(file, form):
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(None, "missing"), ("", "empty"), ({}, "empty"), ([1], "a list"), (True, "true or false"),
-     (1.5, "a number"), ("a", "text"), ({"a": 1}, "an object")],
+    [
+        (None, "missing"),
+        ("", "empty"),
+        ({}, "empty"),
+        ([1], "a list"),
+        (True, "true or false"),
+        (1.5, "a number"),
+        ("a", "text"),
+        ({"a": 1}, "an object"),
+    ],
 )
 def test_kinds_in_words(value, words):
     assert kind_of(value) == words

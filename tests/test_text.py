@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runs
+from assistant.text_stream import TextStream, held_back
 from data.chat import load_tokenizer
-from model.text import TextStream, held_back
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 TEXTS = st.one_of(
@@ -69,8 +69,10 @@ def test_a_special_token_costs_no_space(tokenizer):
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text("ab ", max_size=20), stop=st.lists(st.text("ab", min_size=1, max_size=4),
-                                                       min_size=1, max_size=3))
+@given(
+    text=st.text("ab ", max_size=20),
+    stop=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+)
 def test_an_answer_ends_before_its_first_stop_string(text, stop):
     tokenizer = load_tokenizer_once()
     ids = ids_of(tokenizer, text)
@@ -94,10 +96,16 @@ def load_tokenizer_once(cache=[]):  # noqa: B006 - one load for all examples
     return cache[0]
 
 
-@pytest.mark.parametrize(("text", "stop", "held"), [
-    ("abc", ["cd"], 1), ("abc", ["bcx", "cx"], 2), ("abc", ["x"], 0), ("", ["a"], 0),
-    ("aa", ["aaa"], 2),
-])
+@pytest.mark.parametrize(
+    ("text", "stop", "held"),
+    [
+        ("abc", ["cd"], 1),
+        ("abc", ["bcx", "cx"], 2),
+        ("abc", ["x"], 0),
+        ("", ["a"], 0),
+        ("aa", ["aaa"], 2),
+    ],
+)
 def test_what_may_become_a_stop_string_is_held_back(text, stop, held):
     assert held_back(text, stop) == held
 
@@ -110,8 +118,9 @@ def test_a_filter_ends_an_answer_without_a_trace():
             return None
         return len(text) if final else max(0, len(text) - 2)
 
-    pieces, stream = pieces_of(tokenizer, ids_of(tokenizer, "a star and a red square"),
-                               content_filter=no_red)
+    pieces, stream = pieces_of(
+        tokenizer, ids_of(tokenizer, "a star and a red square"), content_filter=no_red
+    )
     assert stream.finished == "filtered"
     assert "a star and a red".startswith(stream.shown.strip()) and "r" not in stream.shown[7:]
     pieces, stream = pieces_of(tokenizer, ids_of(tokenizer, "a blue star"), content_filter=no_red)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interface.texts import DEFAULT, LANGUAGES, SPOKEN, TEXTS, best_language, text
+from web.texts import DEFAULT, LANGUAGES, SPOKEN, TEXTS, best_language, text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,12 +30,18 @@ def test_every_text_is_in_every_language_with_the_same_values(key):
 def test_every_text_is_used_and_every_used_one_is_there():
     """Keys are plain strings in the pages; this finds a misspelt and a forgotten one."""
     used = set()
-    for path in (ROOT / "interface").glob("*.py"):
+    for path in (ROOT / "web").glob("*.py"):
         if path.name != "texts.py":
-            used |= {node.value for node in ast.walk(ast.parse(path.read_text()))
-                     if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    used |= {node.value for node in ast.walk(ast.parse((ROOT / "app.py").read_text()))
-             if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            used |= {
+                node.value
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            }
+    used |= {
+        node.value
+        for node in ast.walk(ast.parse((ROOT / "app.py").read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
     made = {key for key in TEXTS if key.startswith("status_")}  # named from a finish reason
     made |= {"right", "swapped", "blank"}  # named by the meter's conditions
     assert TEXTS.keys() - used - made == set()
@@ -48,11 +54,22 @@ def test_values_are_filled_in_and_an_unknown_language_gets_english():
         text("no such text", "en")
 
 
-@pytest.mark.parametrize(("header", "language"), [
-    ("de-DE,de;q=0.9,en;q=0.8", "de"), ("fr,es;q=0.5,zh;q=0.9", "zh"), ("zh-TW", "zh"),
-    ("en;q=0.1,es;q=0.2", "es"), ("de;q=0,es;q=0.1", "es"), ("fr", "en"), ("", "en"),
-    (None, "en"), ("*", "en"), ("de;q=nonsense,es", "es"), (" ES ", "es"),
-])
+@pytest.mark.parametrize(
+    ("header", "language"),
+    [
+        ("de-DE,de;q=0.9,en;q=0.8", "de"),
+        ("fr,es;q=0.5,zh;q=0.9", "zh"),
+        ("zh-TW", "zh"),
+        ("en;q=0.1,es;q=0.2", "es"),
+        ("de;q=0,es;q=0.1", "es"),
+        ("fr", "en"),
+        ("", "en"),
+        (None, "en"),
+        ("*", "en"),
+        ("de;q=nonsense,es", "es"),
+        (" ES ", "es"),
+    ],
+)
 def test_the_language_that_the_browser_likes_best(header, language):
     assert best_language(header) == language
 

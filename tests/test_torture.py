@@ -14,15 +14,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 
 import checkpoints
-import meter
-import runs
 from errors import PhiSightError
-from optim import AdamW
+from evaluation import meter
 from tools import torture_resume as torture
 from tools.torture_resume import KINDS, MARKER, MISSES, PLACES, Aim, Deal, Recipe, Run
+from training.optim import AdamW
 
 SHORT = ("--steps=12", "--pictures=24")
 
@@ -33,9 +33,20 @@ SHORT = ("--steps=12", "--pictures=24")
 def test_killed_runs_end_identical(tmp_path):
     kinds = ["random", "save", "rename", "prune", "evaluation", "features"]
     done = subprocess.run(
-        [sys.executable, "tools/torture_resume.py", f"--kills={len(kinds)}", *SHORT, "--json",
-         f"--kinds={','.join(kinds)}", f"--out={tmp_path / 'out'}"],
-        cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, check=False,
+        [
+            sys.executable,
+            "tools/torture_resume.py",
+            f"--kills={len(kinds)}",
+            *SHORT,
+            "--json",
+            f"--kinds={','.join(kinds)}",
+            f"--out={tmp_path / 'out'}",
+        ],
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -67,6 +78,7 @@ def step() -> None:
 
 def killed(aim: str, *acts) -> bool:
     """Whether a process with that trap died in it while it did all of `acts`, in a thread."""
+
     def work() -> None:
         for act in acts:
             act()
@@ -83,25 +95,41 @@ def killed(aim: str, *acts) -> bool:
     return code != 0
 
 
-@pytest.mark.parametrize("aim, newest, left_over", [
-    ("save/fsync:1", 1, 1), ("save/tensors:3", 1, 5), ("verify/start:1", 1, 7),
-    ("verify/middle:2", 1, 7), ("verify/end:1", 1, 7), ("rename/before:1", 1, 7),
-    ("rename/after:1", 2, None), ("rename/before:2", 2, None), ("rename/after:2", 2, None),
-    ("prune/before:1", 2, 7), ("prune/middle:3", 2, 4), ("prune/after:1", 2, None),
-])
+@pytest.mark.parametrize(
+    "aim, newest, left_over",
+    [
+        ("save/fsync:1", 1, 1),
+        ("save/tensors:3", 1, 5),
+        ("verify/start:1", 1, 7),
+        ("verify/middle:2", 1, 7),
+        ("verify/end:1", 1, 7),
+        ("rename/before:1", 1, 7),
+        ("rename/after:1", 2, None),
+        ("rename/before:2", 2, None),
+        ("rename/after:2", 2, None),
+        ("prune/before:1", 2, 7),
+        ("prune/middle:3", 2, 4),
+        ("prune/after:1", 2, None),
+    ],
+)
 def test_a_trap_in_a_save_leaves_what_a_kill_there_leaves(aim, newest, left_over, tmp_path):
     """`left_over`: files in the folder that is being written or removed; None: there is none."""
     save(tmp_path, 1)
     assert killed(aim, step, lambda: save(tmp_path, 2))
     assert checkpoints.find_newest_valid(tmp_path)[0].name == f"checkpoint-{newest:06d}"
-    others = [path for path in tmp_path.iterdir()
-              if path.is_dir() and path not in checkpoints.checkpoints_in(tmp_path)]
+    others = [
+        path
+        for path in tmp_path.iterdir()
+        if path.is_dir() and path not in checkpoints.checkpoints_in(tmp_path)
+    ]
     assert [len(list(folder.iterdir())) for folder in others] == (
-        [] if left_over is None else [left_over])
+        [] if left_over is None else [left_over]
+    )
 
 
-@pytest.mark.parametrize("aim", ["save/fsync:1", "verify/start:1", "rename/after:1",
-                                 "prune/after:1"])
+@pytest.mark.parametrize(
+    "aim", ["save/fsync:1", "verify/start:1", "rename/after:1", "prune/after:1"]
+)
 def test_what_comes_before_the_first_step_is_no_save(aim, tmp_path):
     assert not killed(aim, lambda: save(tmp_path, 1), lambda: save(tmp_path, 2))
     assert killed(aim, step, lambda: save(tmp_path, 3))
@@ -117,8 +145,9 @@ def test_calls_count_only_inside_the_function_that_they_are_meant_in(tmp_path):
     path = tmp_path / "checkpoint-000001"
     assert not killed("resume/load:1", lambda: checkpoints.verify(path))
     assert killed("resume/load:1", lambda: checkpoints.load(path))
-    packed = (lambda: meter.packed_batches([], 1, None, 0, (1, 1), None))
-    assert not killed("evaluation/middle:1", packed)
+    assert not killed(
+        "evaluation/middle:1", lambda: meter.packed_batches([], 1, None, 0, (1, 1), None)
+    )
 
 
 def test_every_place_names_a_function_that_is_there():
@@ -172,12 +201,26 @@ def test_no_more_kills_are_given_out_than_are_wanted():
     assert None not in (deal.take(KINDS), deal.take(KINDS)) and deal.take(KINDS) is None
 
 
-@pytest.mark.parametrize("kind, newest, expected", [
-    ("step", None, 24), ("step", 20, 4), ("save", None, 6), ("save", 20, 1), ("rename", 21, 1),
-    ("verify", 3, 6), ("prune", None, 5), ("prune", 20, 1), ("evaluation", None, 3),
-    ("evaluation", 16, 1), ("resume", None, 0), ("resume", 4, 1), ("features", 4, 1),
-    ("random", None, 1), *((kind, 24, 0) for kind in KINDS),
-])
+@pytest.mark.parametrize(
+    "kind, newest, expected",
+    [
+        ("step", None, 24),
+        ("step", 20, 4),
+        ("save", None, 6),
+        ("save", 20, 1),
+        ("rename", 21, 1),
+        ("verify", 3, 6),
+        ("prune", None, 5),
+        ("prune", 20, 1),
+        ("evaluation", None, 3),
+        ("evaluation", 16, 1),
+        ("resume", None, 0),
+        ("resume", 4, 1),
+        ("features", 4, 1),
+        ("random", None, 1),
+        *((kind, 24, 0) for kind in KINDS),
+    ],
+)
 def test_what_a_run_still_has_before_it(kind, newest, expected):
     recipe = Recipe(steps=24)
     assert (recipe.save_steps, recipe.evaluate_steps) == (4, 8)
@@ -245,13 +288,22 @@ def test_a_run_that_ended_otherwise_is_seen(tmp_path):
 
 
 def test_every_kill_of_a_run_counts_as_the_run_ended(capsys):
-    done = [Run(Path("a"), ["save", "step", "save"]), Run(Path("b"), ["save"], ["differs"]),
-            Run(Path("c"))]
+    done = [
+        Run(Path("a"), ["save", "step", "save"]),
+        Run(Path("b"), ["save"], ["differs"]),
+        Run(Path("c")),
+    ]
     result = torture.summarise(done, ("save", "step", "prune"), 12.34)
     assert result == {
-        "kills": 4, "identical": 3, "runs": 3, "seconds": 12.3,
-        "by_kind": {"save": {"kills": 3, "identical": 2}, "step": {"kills": 1, "identical": 1},
-                    "prune": {"kills": 0, "identical": 0}},
+        "kills": 4,
+        "identical": 3,
+        "runs": 3,
+        "seconds": 12.3,
+        "by_kind": {
+            "save": {"kills": 3, "identical": 2},
+            "step": {"kills": 1, "identical": 1},
+            "prune": {"kills": 0, "identical": 0},
+        },
     }
     torture.print_table(result)
     assert "3 of 4 kills, in 3 runs" in capsys.readouterr().out
@@ -260,14 +312,17 @@ def test_every_kill_of_a_run_counts_as_the_run_ended(capsys):
 # -- the command ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--kils", "3"], "--kils: no such flag; did you mean --kills?"),
-    (["--kills", "0"], "--kills 0: must be at least 1"),
-    (["--kinds", "save,lightning"], "'lightning' is none of random, step"),
-    (["--child", "save/nowhere:1"], "--child save/nowhere:1: not KIND/PLACE:NUMBER"),
-    (["--child", "save/fsync:0"], "not KIND/PLACE:NUMBER"),
-    (["stray"], "stray"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--kils", "3"], "--kils: no such flag; did you mean --kills?"),
+        (["--kills", "0"], "--kills 0: must be at least 1"),
+        (["--kinds", "save,lightning"], "'lightning' is none of random, step"),
+        (["--child", "save/nowhere:1"], "--child save/nowhere:1: not KIND/PLACE:NUMBER"),
+        (["--child", "save/fsync:0"], "not KIND/PLACE:NUMBER"),
+        (["stray"], "stray"),
+    ],
+)
 def test_what_was_typed_wrong_is_named(arguments, words):
     with pytest.raises(PhiSightError) as error:
         torture.main(arguments)

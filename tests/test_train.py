@@ -12,21 +12,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-import runs
 import train
 from data.collate import IGNORED, Batch, collate
 from data.features import FeatureStore
 from data.prepare import TrainingData, prepare
 from data.sampler import plan
 from errors import PhiSightError
-from metrics import deterministic_part, read_metrics
 from model.build import Assembled, assemble
 from model.vision import VisionTower
-from optim import AdamW, LossScaler, lr_at
+from reports.metrics import deterministic_part, read_metrics
+from training.optim import AdamW, LossScaler, lr_at
 
 SHORT = runs.SHORT
 
@@ -51,8 +51,10 @@ def assert_same_end(first: Path, second: Path) -> None:
         for name, tensor in a.state[stem].items():
             assert torch.equal(tensor, b.state[stem][name]), f"{stem}: {name}"
     assert lasting(a.trainer_state) == lasting(b.trainer_state)
-    logs = [[deterministic_part(record) for record in read_metrics(run / "metrics.jsonl")]
-            for run in (first, second)]
+    logs = [
+        [deterministic_part(record) for record in read_metrics(run / "metrics.jsonl")]
+        for run in (first, second)
+    ]
     assert logs[0] == logs[1] and len(logs[0]) > 2
     assert checkpoints.diff(first, second).identical
 
@@ -122,9 +124,9 @@ def test_a_run_starts_alike_whether_its_features_are_stored_yet_or_not(tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_after_the_step_in_hand_and_says_how_to_go_on(number, tmp_path):
     run = tmp_path / "a run"  # its name must be quoted in the command that is printed
-    process = runs.started("train.py", *runs.flags(
-        run, log_steps=1, save_steps=10_000, epochs=200, evaluate_steps=0
-    ))
+    process = runs.started(
+        "train.py", *runs.flags(run, log_steps=1, save_steps=10_000, epochs=200, evaluate_steps=0)
+    )
     log = run / "metrics.jsonl"
     runs.wait_until(lambda: log.exists() and log.stat().st_size > 0, process)
     logged = len(read_metrics(log))
@@ -169,15 +171,14 @@ class Steps:
         supervised = sum(batch.supervised_tokens for batch in batches)
         tokens = sum(batch.tokens for batch in batches)
         places = sum(batch.input_ids.numel() for batch in batches)
-        return train.StepResult(
-            float(supervised), supervised, tokens, places, 1.0, {}, False, None
-        )
+        return train.StepResult(float(supervised), supervised, tokens, places, 1.0, {}, False, None)
 
     def conversations(self) -> Counter:
         """How often each conversation was seen, by its ids."""
         return Counter(
             tuple(row_ids[row_segments == segment].tolist())
-            for batches in self.windows for batch in batches
+            for batches in self.windows
+            for batch in batches
             for row_ids, row_segments in zip(batch.input_ids, batch.segment_ids, strict=True)
             for segment in range(1, int(row_segments.max()) + 1)
         )
@@ -248,9 +249,9 @@ def test_the_log_adds_up_to_all_that_was_trained_on(steps, tmp_path):
 
 def test_early_stopping_counts_evaluations_across_a_resume(steps, tmp_path, capsys, monkeypatch):
     losses = iter([2.0, 1.0, 1.5, 1.0, 0.5])
-    monkeypatch.setattr(train.meter, "evaluate", lambda *_: {
-        "validation_loss": next(losses), "alignment": {}
-    })
+    monkeypatch.setattr(
+        train.meter, "evaluate", lambda *_: {"validation_loss": next(losses), "alignment": {}}
+    )
     run = tmp_path / "run"
     runs.start(run, "--stop-at-step=3", evaluate_steps=1, early_stopping=2)
     assert state_of(run)["evaluations_without_better"] == 1
@@ -264,9 +265,11 @@ def test_early_stopping_counts_evaluations_across_a_resume(steps, tmp_path, caps
 
 def test_no_early_stopping_unless_asked(steps, tmp_path, monkeypatch):
     rising = iter(range(1, 100))
-    monkeypatch.setattr(train.meter, "evaluate", lambda *_: {
-        "validation_loss": float(next(rising)), "alignment": {}
-    })
+    monkeypatch.setattr(
+        train.meter,
+        "evaluate",
+        lambda *_: {"validation_loss": float(next(rising)), "alignment": {}},
+    )
     runs.start(tmp_path / "run", evaluate_steps=1, max_steps=6)
     assert state_of(tmp_path / "run")["step"] == 6
 
@@ -309,13 +312,20 @@ def test_a_step_does_not_depend_on_how_its_window_is_cut():
     samples = [samples[0], samples[-1], samples[1], samples[-2]]  # short and long answers by turns
     found = []
     for size in (4, 2, 1):
-        batches = [collate([[s] for s in chunk], store().features_of,
-                           parts.chat_format.end_of_text_id, store().shape)
-                   for chunk in train.chunks(samples, size)]
+        batches = [
+            collate(
+                [[s] for s in chunk],
+                store().features_of,
+                parts.chat_format.end_of_text_id,
+                store().shape,
+            )
+            for chunk in train.chunks(samples, size)
+        ]
         counts = [batch.supervised_tokens for batch in batches]
         recorder = Recorder(parts.model.trainable())
-        result = train.train_step(parts.model.train(), recorder, LossScaler(False), batches, 1.0,
-                                  max_norm=1e9)
+        result = train.train_step(
+            parts.model.train(), recorder, LossScaler(False), batches, 1.0, max_norm=1e9
+        )
         found.append((result, recorder.gradients))
     assert len(set(counts)) > 1, "unequal answers, or a mean of means would pass too"
     whole, gradients = found[0]
@@ -387,6 +397,7 @@ def test_a_diverged_loss_stops_before_it_spoils_the_weights(factor):
 
 def assemble_with(change):
     """`assemble`, and then a change to the model."""
+
     def changed(config) -> Assembled:
         parts = assemble(config)
         change(parts.model)
@@ -490,8 +501,12 @@ def test_a_changed_flag_is_refused_by_name_and_allowed_on_request(tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "state", [{"step": 9, "epoch": 0, "row": 1}, {"step": 2, "epoch": 2, "row": 0},
-              {"step": 2, "epoch": 1, "row": 3}],
+    "state",
+    [
+        {"step": 9, "epoch": 0, "row": 1},
+        {"step": 2, "epoch": 2, "row": 0},
+        {"step": 2, "epoch": 1, "row": 3},
+    ],
 )
 def test_a_place_beyond_the_changed_run_is_refused(state):
     plans = [[[0], [1], [2]], [[2], [1], [0]]]
@@ -559,8 +574,18 @@ def test_other_data_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "field",
-    ["base_fingerprint", "vision_fingerprint", "data_fingerprint", "compute_dtype", "device",
-     "threads", "total_steps", "versions.torch", "config.seed", "config.epochs"],
+    [
+        "base_fingerprint",
+        "vision_fingerprint",
+        "data_fingerprint",
+        "compute_dtype",
+        "device",
+        "threads",
+        "total_steps",
+        "versions.torch",
+        "config.seed",
+        "config.epochs",
+    ],
 )
 def test_every_fact_that_exactness_rests_on_is_compared(field, capsys):
     saved = checkpoints.resolve(runs.stopped_run()).config
@@ -644,8 +669,10 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     capsys.readouterr()
     assert runs.resume(run) == 0
     said = capsys.readouterr().out
-    assert said == (f"{run}: finished at step {runs.newest_step(run)} (all steps done);"
-                    " ask it with: python infer.py\n")
+    assert said == (
+        f"{run}: finished at step {runs.newest_step(run)} (all steps done);"
+        " ask it with: python infer.py\n"
+    )
     assert runs.contents(run) == before
 
 
@@ -678,9 +705,13 @@ def test_bad_records_are_set_aside_with_reasons_and_counted(tmp_path, capsys):
     entries = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
     reasons = {entry["id"]: entry["reason"] for entry in entries}
     assert len(entries) == 5
-    for identity, reason in (("gone", "no-such-picture.png"), ("unanswered", "no assistant turn"),
-                             ("outside", "outside the image folder"), ("endless", "text tokens"),
-                             ("", "not an object")):
+    for identity, reason in (
+        ("gone", "no-such-picture.png"),
+        ("unanswered", "no assistant turn"),
+        ("outside", "outside the image folder"),
+        ("endless", "text tokens"),
+        ("", "not an object"),
+    ):
         assert reason in reasons[identity]
 
 

@@ -40,11 +40,14 @@ def test_the_first_stage_trains_the_projector_alone(first_stage, capsys):
         if name.endswith("lora_A"):
             assert torch.equal(tensor, fresh.language_model.get_parameter(name))
     projector = checkpoint.state["image_projector"]
-    assert all(not torch.equal(tensor, fresh.projector.state_dict()[name])
-               for name, tensor in projector.items())
+    assert all(
+        not torch.equal(tensor, fresh.projector.state_dict()[name])
+        for name, tensor in projector.items()
+    )
     moments = {name for name in checkpoint.state["optimizer"] if name != "step"}
-    assert moments == {f"projector.{name}.{moment}" for name in projector
-                       for moment in ("exp_avg", "exp_avg_sq")}
+    assert moments == {
+        f"projector.{name}.{moment}" for name in projector for moment in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def test_the_first_stage_can_be_stopped_and_gone_on_with(first_stage, tmp_path, capsys):
@@ -62,7 +65,8 @@ def test_the_second_stage_begins_with_the_weights_of_the_first(first_stage, tmp_
     # The first rate of a warm-up is 0: after one step the weights are still those of the start.
     assert checkpoints.weights_digest(run.state) == checkpoints.weights_digest(first.state)
     assert run.config["started_from"] == {
-        "step": 3, "weights_digest": checkpoints.weights_digest(first.state),
+        "step": 3,
+        "weights_digest": checkpoints.weights_digest(first.state),
         "finished": "all steps done",
     }
     assert any("lora" in name for name in run.state["optimizer"])
@@ -117,4 +121,5 @@ def test_a_run_does_not_begin_with_itself(first_stage, tmp_path):
         with pytest.raises(PhiSightError, match="lies in --run"):
             second(run, source, "--overwrite")
     assert {name: data for name, data in runs.contents(run).items() if "lock" not in name} == {
-        name: data for name, data in before.items() if "lock" not in name}
+        name: data for name, data in before.items() if "lock" not in name
+    }

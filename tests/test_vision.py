@@ -28,7 +28,8 @@ def pictures() -> list[Image.Image]:
     generator = torch.Generator().manual_seed(0)
     return [
         Image.frombytes(
-            "RGB", (width, height),
+            "RGB",
+            (width, height),
             bytes(torch.randint(256, (3 * width * height,), generator=generator).tolist()),
         )
         for width, height in ((40, 60), (130, 97), (200, 20))
@@ -147,8 +148,11 @@ class Harm:
 def test_code_in_a_pickle_is_not_run(folder, tmp_path, zipped):
     tensors = to_pickle(folder, zipped)
     harm = tmp_path / "harm"
-    torch.save(tensors | {"harm": Harm(harm)}, folder / "pytorch_model.bin",
-               _use_new_zipfile_serialization=zipped)
+    torch.save(
+        tensors | {"harm": Harm(harm)},
+        folder / "pytorch_model.bin",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(PhiSightError, match=r"pytorch_model\.bin: .*damaged, or holds more than"):
         VisionTower(read_vision_spec(str(folder)))
     assert not harm.exists()
@@ -173,9 +177,7 @@ def test_a_pickle_of_something_else_is_one_error(folder, content):
 # -- what is missing or wrong ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "preprocessor_config.json", "model.safetensors"]
-)
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(PhiSightError, match=name.replace(".", r"\.")) as caught:
@@ -231,9 +233,14 @@ def test_weights_that_do_not_fit_are_an_error(folder, damage):
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", "5", "{", '{"model_type": "clip", "vision_config": []}',
-     '{"model_type": "clip_vision_model", "patch_size": 0}',
-     '{"model_type": "clip_vision_model", "hidden_size": "wide"}'],
+    [
+        "[]",
+        "5",
+        "{",
+        '{"model_type": "clip", "vision_config": []}',
+        '{"model_type": "clip_vision_model", "patch_size": 0}',
+        '{"model_type": "clip_vision_model", "hidden_size": "wide"}',
+    ],
 )
 def test_a_config_of_any_content_is_one_error(folder, content):
     (folder / "config.json").write_text(content)

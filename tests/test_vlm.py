@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import draw_adapter
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -14,20 +15,19 @@ from transformers import (
 )
 
 from config import replace
-from conftest import draw_adapter
 from data.chat import RenderedSample, render
 from data.collate import IGNORED, collate
 from data.dataset import Message, Part
 from errors import PhiSightError
+from kernels.head import SummedCrossEntropy
 from lora.dropout import RowDropout
 from lora.layer import LoRALinear
 from lora.merge import merged_weight
 from model.build import assemble, load_model_state, model_state
-from model.head import SummedCrossEntropy
 from model.vision import VisionTower
 from model.vlm import owner_of, segment_mask
-from optim import LossScaler
 from train import train_step
+from training.optim import LossScaler
 
 
 @pytest.fixture
@@ -86,13 +86,17 @@ def by_segment(batch, values: torch.Tensor) -> list[torch.Tensor]:
 
 def test_segment_mask_of_a_row_written_by_hand():
     mask = segment_mask(torch.tensor([[1, 1, 2, 2, 0]]))
-    assert mask.int().tolist() == [[[
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 0, 0, 0, 1],
-    ]]]
+    assert mask.int().tolist() == [
+        [
+            [
+                [1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [0, 0, 1, 0, 0],
+                [0, 0, 1, 1, 0],
+                [0, 0, 0, 0, 1],
+            ]
+        ]
+    ]
 
 
 def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batch_of):
@@ -139,7 +143,7 @@ def test_a_step_on_a_cpu_computes_what_transformers_layers_do(
 
 
 def test_the_head_in_chunks_gives_the_loss_and_gradient_of_cross_entropy(monkeypatch):
-    monkeypatch.setattr("model.head.CHUNK_LOGITS", 50 * 7)  # 7 tokens at a time
+    monkeypatch.setattr("kernels.head.CHUNK_LOGITS", 50 * 7)  # 7 tokens at a time
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(50, 8, generator=generator)
     targets = torch.randint(0, 50, (45,), generator=generator)
@@ -184,8 +188,10 @@ def test_supervised_logits_stand_only_where_a_token_is_trained_on(model, samples
     with torch.no_grad():
         logits, targets = model.supervised_logits(**vars(batch))
     wanted = [
-        token for sample in samples
-        for token, trained in zip(sample.input_ids, sample.supervised) if trained
+        token
+        for sample in samples
+        for token, trained in zip(sample.input_ids, sample.supervised)
+        if trained
     ]
     assert targets.tolist() == wanted
     everywhere = all_logits(model, batch)

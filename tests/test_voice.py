@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import PhiSightError
-from model import voice
-from model.voice import Voice, espeak, sentences, write_wav
+from speech import voice
+from speech.voice import Voice, espeak, sentences, write_wav
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="no espeak-ng here")
 
@@ -123,16 +123,34 @@ def vits_folder(tmp_path_factory):
     letters = ["<pad>", "<unk>", *" abcdefghijklmnopqrstuvwxyz'"]
     (folder / "letters.json").write_text(json.dumps({c: i for i, c in enumerate(letters)}))
     VitsTokenizer(
-        str(folder / "letters.json"), pad_token="<pad>", unk_token="<unk>", add_blank=True,
-        normalize=True, phonemize=False, is_uroman=False,
+        str(folder / "letters.json"),
+        pad_token="<pad>",
+        unk_token="<unk>",
+        add_blank=True,
+        normalize=True,
+        phonemize=False,
+        is_uroman=False,
     ).save_pretrained(folder)
     config = VitsConfig(
-        vocab_size=len(letters), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        ffn_dim=16, flow_size=16, spectrogram_bins=17, prior_encoder_num_flows=1,
-        prior_encoder_num_wavenet_layers=1, posterior_encoder_num_wavenet_layers=1,
-        upsample_initial_channel=16, upsample_rates=[4, 4], upsample_kernel_sizes=[8, 8],
-        resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]], duration_predictor_num_flows=2,
-        duration_predictor_filter_channels=16, wavenet_dilation_rate=1, sampling_rate=11025,
+        vocab_size=len(letters),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=16,
+        flow_size=16,
+        spectrogram_bins=17,
+        prior_encoder_num_flows=1,
+        prior_encoder_num_wavenet_layers=1,
+        posterior_encoder_num_wavenet_layers=1,
+        upsample_initial_channel=16,
+        upsample_rates=[4, 4],
+        upsample_kernel_sizes=[8, 8],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1]],
+        duration_predictor_num_flows=2,
+        duration_predictor_filter_channels=16,
+        wavenet_dilation_rate=1,
+        sampling_rate=11025,
     )
     torch.manual_seed(0)
     VitsModel(config).save_pretrained(folder)

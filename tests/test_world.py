@@ -101,27 +101,31 @@ def description(scene: Scene) -> str:
 
 NAME = r"(the \w+(?: object)?)"
 ANSWERS = {
-    r"How many objects (?:are there|does the picture show)\?":
-        lambda scene: COUNT_WORDS[len(scene.things)],
-    rf"What colour is the shape (left of|right of|above|below) {NAME}\?":
-        lambda scene, relation, name: only(beside(scene, relation, named(scene, name))).colour,
-    rf"What (?:colour is|is the colour of) {NAME}\?":
-        lambda scene, name: named(scene, name).colour,
-    r"What shape is the (\w+) object\?":
-        lambda scene, colour: only(t for t in scene.things if t.colour == colour).shape,
-    r"What shape is in the ([\w ]+)\?":
-        lambda scene, place: only(t for t in scene.things if place_of(t) == place).shape,
+    r"How many objects (?:are there|does the picture show)\?": lambda scene: COUNT_WORDS[
+        len(scene.things)
+    ],
+    rf"What colour is the shape (left of|right of|above|below) {NAME}\?": (
+        lambda scene, relation, name: only(beside(scene, relation, named(scene, name))).colour
+    ),
+    rf"What (?:colour is|is the colour of) {NAME}\?": lambda scene, name: named(scene, name).colour,
+    r"What shape is the (\w+) object\?": lambda scene, colour: (
+        only(t for t in scene.things if t.colour == colour).shape
+    ),
+    r"What shape is in the ([\w ]+)\?": lambda scene, place: (
+        only(t for t in scene.things if place_of(t) == place).shape
+    ),
     rf"Is {NAME} big or small\?": lambda scene, name: named(scene, name).size,
     rf"What size is {NAME}\?": lambda scene, name: named(scene, name).size,
-    r"How many ([\w ]+) are there\?":
-        lambda scene, noun: COUNT_WORDS[sum(describes(t, noun) for t in scene.things)],
-    r"Is there an? (\w+) (\w+)\?":
-        lambda scene, colour, shape: yes_or_no((shape, colour) in {t.pair for t in scene.things}),
+    r"How many ([\w ]+) are there\?": lambda scene, noun: COUNT_WORDS[
+        sum(describes(t, noun) for t in scene.things)
+    ],
+    r"Is there an? (\w+) (\w+)\?": lambda scene, colour, shape: yes_or_no(
+        (shape, colour) in {t.pair for t in scene.things}
+    ),
     rf"Where is {NAME}\?": lambda scene, name: place_of(named(scene, name)),
-    rf"Is {NAME} (left of|above) {NAME}\?":
-        lambda scene, first, relation, second: yes_or_no(
-            named(scene, first) in beside(scene, relation, named(scene, second))
-        ),
+    rf"Is {NAME} (left of|above) {NAME}\?": lambda scene, first, relation, second: yes_or_no(
+        named(scene, first) in beside(scene, relation, named(scene, second))
+    ),
     r"(?:Describe the picture in detail|Give a detailed description of the picture)\.": description,
     r"What does the picture show\?": description,
 }
@@ -149,8 +153,11 @@ def test_every_answer_is_right(scene, seed):
 
 def test_the_oracle_on_a_scene_written_by_hand():
     scene = Scene(
-        (Thing("star", "red", "big", 10, 10), Thing("circle", "blue", "small", 50, 50),
-         Thing("circle", "red", "small", 90, 50)),
+        (
+            Thing("star", "red", "big", 10, 10),
+            Thing("circle", "blue", "small", 50, 50),
+            Thing("circle", "red", "small", 90, 50),
+        ),
         (250, 250, 250),
     )
     for question, answer in {
@@ -239,9 +246,7 @@ def test_plain_scenes_have_one_thing_a_place(seed):
 
 
 def test_hard_scenes_have_more_things_turned_and_textured():
-    things = [
-        make_scene(random.Random(seed), "all", hard=True).things for seed in range(60)
-    ]
+    things = [make_scene(random.Random(seed), "all", hard=True).things for seed in range(60)]
     assert max(map(len, things)) > 4
     assert {thing.texture for scene in things for thing in scene} == {"plain", "stripes", "dots"}
     assert any(abs(thing.angle) > 10 for scene in things for thing in scene)
@@ -274,7 +279,8 @@ def test_unknown_pairs_are_refused():
 def contents(folder) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*") if path.is_file()
+        for path in folder.rglob("*")
+        if path.is_file()
     }
 
 

@@ -44,10 +44,17 @@ from tools.padding import pad_batch  # noqa: E402
 
 SEED = 20260101
 PHI_SPECIALS = (  # Phi-3.5's special tokens in the order of their ids, with their rstrip flag
-    ("<|endoftext|>", False), ("<|assistant|>", True), ("<|placeholder1|>", True),
-    ("<|placeholder2|>", True), ("<|placeholder3|>", True), ("<|placeholder4|>", True),
-    ("<|system|>", True), ("<|end|>", True), ("<|placeholder5|>", True),
-    ("<|placeholder6|>", True), ("<|user|>", True),
+    ("<|endoftext|>", False),
+    ("<|assistant|>", True),
+    ("<|placeholder1|>", True),
+    ("<|placeholder2|>", True),
+    ("<|placeholder3|>", True),
+    ("<|placeholder4|>", True),
+    ("<|system|>", True),
+    ("<|end|>", True),
+    ("<|placeholder5|>", True),
+    ("<|placeholder6|>", True),
+    ("<|user|>", True),
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -80,8 +87,10 @@ class ComposedEmbedding(torch.nn.Module):
         super().__init__()
         self.embedding = embedding
         things = every_thing()
-        words = [[encode(word)[0] for word in (t.size, t.colour, t.shape, *t.place.split())]
-                 for t in things]
+        words = [
+            [encode(word)[0] for word in (t.size, t.colour, t.shape, *t.place.split())]
+            for t in things
+        ]
         used = sorted({word for row in words for word in row})
         sums = torch.zeros(len(things), len(used))  # how often each word stands in a code word
         for row, own in enumerate(words):
@@ -104,8 +113,11 @@ def every_thing() -> list[world.Thing]:
     """One thing of every shape, colour, size and place."""
     return [
         world.Thing(shape, colour, size, (column + 0.5) * world.CELL, (row + 0.5) * world.CELL)
-        for shape in world.SHAPES for colour in world.COLOURS for size in world.SIZES
-        for row in range(3) for column in range(3)
+        for shape in world.SHAPES
+        for colour in world.COLOURS
+        for size in world.SIZES
+        for row in range(3)
+        for column in range(3)
     ]
 
 
@@ -171,8 +183,9 @@ def text_conversation(rng: random.Random, lesson: Lesson) -> list[tuple[str, str
         if not lesson.kinds:
             exchanges = world.ask_many(scene, rng, lesson.turns)
         elif len(scene.things) > 1:  # one thing alone leaves nothing to tell apart
-            asked = [world.ask(scene, rng.choice(lesson.kinds), rng)
-                     for _ in range(3 * lesson.turns)]
+            asked = [
+                world.ask(scene, rng.choice(lesson.kinds), rng) for _ in range(3 * lesson.turns)
+            ]
             unique = {exchange[1]: exchange for exchange in asked if exchange is not None}
             exchanges = list(unique.values())[: lesson.turns]
     if not lesson.kinds:
@@ -240,9 +253,7 @@ def build_tokenizer(out: Path, shorthand: bool) -> None:
     )
     kept = 3 + 256 + len(PHI_SPECIALS)
     size = (VOCABULARY if shorthand else CAPTION_VOCABULARY) - kept
-    learner.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=size, show_progress=False)
-    )
+    learner.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=size, show_progress=False))
     learned = json.loads(learner.to_str())["model"]
 
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -250,14 +261,21 @@ def build_tokenizer(out: Path, shorthand: bool) -> None:
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(
         models.BPE(
-            vocabulary, [tuple(merge) for merge in learned["merges"]], unk_token="<unk>",
-            fuse_unk=True, byte_fallback=True,
+            vocabulary,
+            [tuple(merge) for merge in learned["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
         )
     )
     tokenizer.normalizer = learner.normalizer
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.add_special_tokens(
         [AddedToken("<unk>", normalized=False), AddedToken("<s>", normalized=False)]
@@ -271,14 +289,23 @@ def build_tokenizer(out: Path, shorthand: bool) -> None:
     config = {
         "added_tokens_decoder": {
             str(index): {
-                "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
-                "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special,
+                "content": token.content,
+                "lstrip": token.lstrip,
+                "normalized": token.normalized,
+                "rstrip": token.rstrip,
+                "single_word": token.single_word,
+                "special": token.special,
             }
             for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
         },
-        "bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-        "unk_token": "<unk>", "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False, "model_max_length": 2048, "padding_side": "left",
+        "bos_token": "<s>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "padding_side": "left",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
@@ -309,8 +336,12 @@ class Encoder:
     def render(self, turns: list[tuple[str, str, str]]) -> tuple[list[int], list[int]]:
         ids, kinds = [], []
         for index, (_, text, answer) in enumerate(turns):
-            prompt = [self.id("<|user|>"), *self(text), self.id("<|end|>"),
-                      self.id("<|assistant|>")]
+            prompt = [
+                self.id("<|user|>"),
+                *self(text),
+                self.id("<|end|>"),
+                self.id("<|assistant|>"),
+            ]
             reply = [*self(answer), self.id("<|end|>")]
             ids += prompt + reply
             kinds += [-1] * len(prompt) + [index] * len(reply)
@@ -348,9 +379,7 @@ def answer_accuracy(
     model.train()
     shares = {kind: 100 * right[kind] / total[kind] for kind in sorted(total)}
     one_step = [kind for kind in shares if kind in world.KINDS]
-    shares["all_one_step"] = (
-        100 * sum(right[k] for k in one_step) / sum(total[k] for k in one_step)
-    )
+    shares["all_one_step"] = 100 * sum(right[k] for k in one_step) / sum(total[k] for k in one_step)
     return {kind: round(share, 2) for kind, share in shares.items()}
 
 
@@ -362,19 +391,30 @@ def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
     torch.manual_seed(SEED)
     encoder = Encoder(out)
     config = Phi3Config(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
         # Many narrow heads: each is one more chance to hit on looking things up.
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2048,
-        original_max_position_embeddings=2048, tie_word_embeddings=False,
-        bos_token_id=encoder.id("<s>"), eos_token_id=encoder.id("<|endoftext|>"),
-        pad_token_id=encoder.id("<|endoftext|>"), attn_implementation="sdpa",
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        original_max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=encoder.id("<s>"),
+        eos_token_id=encoder.id("<|endoftext|>"),
+        pad_token_id=encoder.id("<|endoftext|>"),
+        attn_implementation="sdpa",
         # 0.02 is meant for wide models: at this width attention would start out almost flat, and
         # looking things up would take thousands of steps to begin.
         initializer_range=0.07,
         # Half of each head is left unrotated: with 16 dimensions, matching by content needs
         # directions that do not turn with the distance.
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
-                         "partial_rotary_factor": 0.5},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
     )
     model = Phi3ForCausalLM(config).train()
     composed = ComposedEmbedding(model.model.embed_tokens, encoder)
@@ -415,10 +455,16 @@ def build_base(out: Path, steps: int, batch: int, learning_rate: float) -> None:
                 passed_at.append(step)
     save_base(model, composed, out)
     accuracy = answer_accuracy(model, encoder, LESSONS[last], 960)
-    report(out, steps=step, lessons_passed_at=passed_at, batch=batch,
-           seconds=round(time.time() - started),
-           parameters=sum(p.numel() for p in model.parameters()), loss=running,
-           exact_answers_percent=accuracy)
+    report(
+        out,
+        steps=step,
+        lessons_passed_at=passed_at,
+        batch=batch,
+        seconds=round(time.time() - started),
+        parameters=sum(p.numel() for p in model.parameters()),
+        loss=running,
+        exact_answers_percent=accuracy,
+    )
 
 
 def save_base(model: torch.nn.Module, composed: ComposedEmbedding, out: Path) -> None:
@@ -439,8 +485,13 @@ def one_changed(scene: world.Scene, rng: random.Random) -> world.Scene:
     """The same scene with one attribute or one place of one thing changed: a hard negative."""
     index = rng.randrange(len(scene.things))
     thing = scene.things[index]
-    values = {"shape": thing.shape, "colour": thing.colour, "size": thing.size,
-              "x": thing.x, "y": thing.y}
+    values = {
+        "shape": thing.shape,
+        "colour": thing.colour,
+        "size": thing.size,
+        "x": thing.x,
+        "y": thing.y,
+    }
     while True:
         changed = dict(values)
         what = rng.choice(("shape", "colour", "size", "place"))
@@ -448,13 +499,19 @@ def one_changed(scene: world.Scene, rng: random.Random) -> world.Scene:
             row, column = rng.randrange(3), rng.randrange(3)
             changed["x"], changed["y"] = (column + 0.5) * world.CELL, (row + 0.5) * world.CELL
         else:
-            options = {"shape": world.SHAPES, "colour": list(world.COLOURS),
-                       "size": list(world.SIZES)}[what]
+            options = {
+                "shape": world.SHAPES,
+                "colour": list(world.COLOURS),
+                "size": list(world.SIZES),
+            }[what]
             changed[what] = rng.choice(options)
         other = world.Thing(**changed)
         taken = {t.place for i, t in enumerate(scene.things) if i != index}
-        if (other.phrase() != thing.phrase() and other.place not in taken
-                and other.pair not in world.HELD_OUT_PAIRS):
+        if (
+            other.phrase() != thing.phrase()
+            and other.place not in taken
+            and other.pair not in world.HELD_OUT_PAIRS
+        ):
             things = [*scene.things[:index], other, *scene.things[index + 1 :]]
             things.sort(key=lambda t: (t.row, t.column, t.x))
             return world.Scene(tuple(things), scene.background)
@@ -463,8 +520,10 @@ def one_changed(scene: world.Scene, rng: random.Random) -> world.Scene:
 def all_phrases(pairs: list[tuple[str, str]]) -> list[str]:
     return [
         f"a {size} {colour} {shape} in the {place}"
-        for shape, colour in pairs for size in world.SIZES
-        for row in world.PLACES for place in row
+        for shape, colour in pairs
+        for size in world.SIZES
+        for row in world.PLACES
+        for place in row
     ]
 
 
@@ -517,16 +576,24 @@ class ClipTrainer:
         output = vision(pixel_values=normalise(pixels))
         patches = vision.post_layernorm(output.last_hidden_state[:, 1:])
         project = self.model.visual_projection
-        return (F.normalize(project(output.pooler_output).float(), dim=-1),
-                F.normalize(project(patches).float(), dim=-1))
+        return (
+            F.normalize(project(output.pooler_output).float(), dim=-1),
+            F.normalize(project(patches).float(), dim=-1),
+        )
 
     def phrase_scores(self, patches: torch.Tensor, phrases: torch.Tensor) -> torch.Tensor:
         """(pictures, phrases): a soft maximum over the patches."""
         scale = self.model.logit_scale.exp()
         return torch.logsumexp(scale * patches @ phrases.T, dim=1)
 
-    def loss(self, scenes: list[world.Scene], pixels: torch.Tensor, phrase_texts: list[str],
-             phrase_index: dict[str, int], rng: random.Random) -> tuple[torch.Tensor, dict]:
+    def loss(
+        self,
+        scenes: list[world.Scene],
+        pixels: torch.Tensor,
+        phrase_texts: list[str],
+        phrase_index: dict[str, int],
+        rng: random.Random,
+    ) -> tuple[torch.Tensor, dict]:
         count = len(scenes)
         with torch.autocast("cpu", torch.bfloat16):
             captions = [world.describe(scene) for scene in scenes]
@@ -536,8 +603,9 @@ class ClipTrainer:
         scale = self.model.logit_scale.exp()
         to_text = scale * whole @ texts.T  # (pictures, 2 x pictures)
         target = torch.arange(count)
-        whole_loss = (F.cross_entropy(to_text, target)
-                      + F.cross_entropy(to_text[:, :count].T, target)) / 2
+        whole_loss = (
+            F.cross_entropy(to_text, target) + F.cross_entropy(to_text[:, :count].T, target)
+        ) / 2
 
         scores = self.phrase_scores(patches, phrases)
         true = torch.zeros_like(scores, dtype=torch.bool)
@@ -571,13 +639,13 @@ class ClipTrainer:
                 others[own] = float("-inf")
                 right += (scores[row, own] > others.max()).sum().item()
                 total += len(own)
-        return {"phrases": round(100 * right / total, 2),
-                "caption_over_changed": round(100 * twin / len(scenes), 2)}
+        return {
+            "phrases": round(100 * right / total, 2),
+            "caption_over_changed": round(100 * twin / len(scenes), 2),
+        }
 
 
-def build_clip(
-    out: Path, steps: int, batch: int, learning_rate: float, pictures: int
-) -> None:
+def build_clip(out: Path, steps: int, batch: int, learning_rate: float, pictures: int) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(SEED)
@@ -586,14 +654,24 @@ def build_clip(
     end = encode.id("<|endoftext|>")
     config = CLIPConfig(
         text_config={
-            "vocab_size": CAPTION_VOCABULARY, "hidden_size": 96, "intermediate_size": 192,
-            "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 64,
-            "bos_token_id": encode.id("<s>"), "eos_token_id": end, "pad_token_id": end,
+            "vocab_size": CAPTION_VOCABULARY,
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "max_position_embeddings": 64,
+            "bos_token_id": encode.id("<s>"),
+            "eos_token_id": end,
+            "pad_token_id": end,
             "projection_dim": 96,
         },
         vision_config={
-            "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "image_size": world.PIXELS, "patch_size": 16,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": world.PIXELS,
+            "patch_size": 16,
             "projection_dim": 96,
         },
         projection_dim=96,
@@ -606,10 +684,13 @@ def build_clip(
     )
     trainer = ClipTrainer(model, encode)
     scenes, pixels = draw_many("train", pictures, "seen")
-    checks = {"held_out": draw_many("held-out", 400, "seen"),
-              "novel_pairs": draw_many("novel", 400, "novel")}
-    seen_pairs = [(s, c) for s in world.SHAPES for c in world.COLOURS
-                  if (s, c) not in world.HELD_OUT_PAIRS]
+    checks = {
+        "held_out": draw_many("held-out", 400, "seen"),
+        "novel_pairs": draw_many("novel", 400, "novel"),
+    }
+    seen_pairs = [
+        (s, c) for s in world.SHAPES for c in world.COLOURS if (s, c) not in world.HELD_OUT_PAIRS
+    ]
     phrase_texts = all_phrases(seen_pairs)
     phrase_index = {text: i for i, text in enumerate(phrase_texts)}
     started = time.time()
@@ -618,8 +699,9 @@ def build_clip(
         chosen = [rng.randrange(pictures) for _ in range(batch)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
-        loss, parts = trainer.loss([scenes[i] for i in chosen], pixels[chosen], phrase_texts,
-                                   phrase_index, rng)
+        loss, parts = trainer.loss(
+            [scenes[i] for i in chosen], pixels[chosen], phrase_texts, phrase_index, rng
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -635,15 +717,29 @@ def build_clip(
             model.half().save_pretrained(out)
             model.float()
     preprocessor = {
-        "crop_size": {"height": world.PIXELS, "width": world.PIXELS}, "do_center_crop": True,
-        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-        "image_mean": list(IMAGE_MEAN), "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(IMAGE_STD), "resample": 3, "rescale_factor": 1 / 255,
+        "crop_size": {"height": world.PIXELS, "width": world.PIXELS},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(IMAGE_STD),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
         "size": {"shortest_edge": world.PIXELS},
     }
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1))
-    report(out, steps=steps, batch=batch, pictures=pictures, seconds=round(time.time() - started),
-           parameters=sum(p.numel() for p in model.parameters()), percent_right=accuracy)
+    report(
+        out,
+        steps=steps,
+        batch=batch,
+        pictures=pictures,
+        seconds=round(time.time() - started),
+        parameters=sum(p.numel() for p in model.parameters()),
+        percent_right=accuracy,
+    )
 
 
 def report(out: Path, **facts: object) -> None:
@@ -672,11 +768,17 @@ def main() -> None:
     if options.only in (None, "base"):
         build_base(options.out / "phi3", options.base_steps, options.base_batch, options.base_lr)
     if options.only in (None, "clip"):
-        build_clip(options.out / "clip", options.clip_steps, options.clip_batch, options.clip_lr,
-                   options.clip_pictures)
+        build_clip(
+            options.out / "clip",
+            options.clip_steps,
+            options.clip_batch,
+            options.clip_lr,
+            options.clip_pictures,
+        )
     if options.only in (None, "whisper"):
-        build_whisper.build(options.out / "whisper", ROOT / "cache" / "speech",
-                            options.whisper_steps)
+        build_whisper.build(
+            options.out / "whisper", ROOT / "cache" / "speech", options.whisper_steps
+        )
 
 
 if __name__ == "__main__":

@@ -36,27 +36,83 @@ sys.path.insert(0, str(ROOT))
 
 from data import world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
-from model.speech import Speech  # noqa: E402
-from model.voice import espeak  # noqa: E402
+from speech.voice import espeak  # noqa: E402
+from speech.whisper import Speech  # noqa: E402
 from tools.padding import pad_batch  # noqa: E402
 
 SEED = 20260101
 SAMPLE_RATE = 16000
 HOP = 160  # samples of a mel frame
 DIMENSIONS = {
-    "n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 128, "n_audio_head": 4, "n_audio_layer": 4,
+    "n_mels": 80,
+    "n_audio_ctx": 1500,
+    "n_audio_state": 128,
+    "n_audio_head": 4,
+    "n_audio_layer": 4,
     "n_vocab": 51864,  # English only: no language tokens
     "n_text_ctx": 96,  # half of it may be answer: the longest question has 14 tokens
-    "n_text_state": 128, "n_text_head": 4, "n_text_layer": 2,
+    "n_text_state": 128,
+    "n_text_head": 4,
+    "n_text_layer": 2,
 }
 
-ACCENTS = ("en-gb", "en-us", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029",
-           "en-us-nyc")
-VARIANTS = ("", "f1", "f3", "f4", "m1", "m2", "m3", "m6", "m7", "m8", "Alex", "Alicia", "Andy",
-            "Annie", "Gene", "Jacky", "Lee", "Mario", "Mike", "Storm", "adam", "aunty", "belinda",
-            "benjamin", "caleb", "david", "ed", "edward", "grandma", "grandpa", "john", "klatt2",
-            "klatt4", "linda", "max", "michel", "miguel", "norbert", "paul", "quincy", "robert",
-            "steph", "steph3", "travis", "victor", "zac")
+ACCENTS = (
+    "en-gb",
+    "en-us",
+    "en-gb-scotland",
+    "en-gb-x-gbclan",
+    "en-gb-x-gbcwmd",
+    "en-029",
+    "en-us-nyc",
+)
+VARIANTS = (
+    "",
+    "f1",
+    "f3",
+    "f4",
+    "m1",
+    "m2",
+    "m3",
+    "m6",
+    "m7",
+    "m8",
+    "Alex",
+    "Alicia",
+    "Andy",
+    "Annie",
+    "Gene",
+    "Jacky",
+    "Lee",
+    "Mario",
+    "Mike",
+    "Storm",
+    "adam",
+    "aunty",
+    "belinda",
+    "benjamin",
+    "caleb",
+    "david",
+    "ed",
+    "edward",
+    "grandma",
+    "grandpa",
+    "john",
+    "klatt2",
+    "klatt4",
+    "linda",
+    "max",
+    "michel",
+    "miguel",
+    "norbert",
+    "paul",
+    "quincy",
+    "robert",
+    "steph",
+    "steph3",
+    "travis",
+    "victor",
+    "zac",
+)
 HELD_OUT_ACCENTS = ("en-gb-x-rp",)
 HELD_OUT_VARIANTS = ("f2", "f5", "m4", "m5", "Andrea", "Michael", "rob", "steph2")
 
@@ -126,6 +182,7 @@ def words_of(text: str) -> list[str]:
 def composed(rng: random.Random, vocabulary: list[str]) -> str:
     """A sentence that the world never asks, so that listening pays and guessing does not: things
     with all attributes, relations between them, or words in any order."""
+
     def thing() -> str:
         words = [rng.choice(list(world.COLOURS)), rng.choice(world.SHAPES)]
         return " ".join(([rng.choice(list(world.SIZES))] if rng.random() < 0.5 else []) + words)
@@ -133,8 +190,10 @@ def composed(rng: random.Random, vocabulary: list[str]) -> str:
     where = rng.choice([place for row in world.PLACES for place in row])
     draw = rng.random()
     if draw < 0.15:
-        return f"Is the {thing()} {rng.choice(('left of', 'right of', 'above', 'below'))} the " \
-               f"{thing()}?"
+        return (
+            f"Is the {thing()} {rng.choice(('left of', 'right of', 'above', 'below'))} the "
+            f"{thing()}?"
+        )
     if draw < 0.25:
         return f"Is there {world.with_article(thing())} in the {where}?"
     if draw < 0.32:
@@ -171,7 +230,10 @@ def measured_utterances(each: int) -> dict[str, list[Utterance]]:
     groups = {
         "held-out sentences, held-out voices": (held_out, *unheard_voices),
         "held-out sentences, held-out accent": (
-            held_out, HELD_OUT_ACCENTS, VARIANTS + HELD_OUT_VARIANTS),
+            held_out,
+            HELD_OUT_ACCENTS,
+            VARIANTS + HELD_OUT_VARIANTS,
+        ),
         "held-out sentences, known voices": (held_out, ACCENTS, VARIANTS),
         "known sentences, held-out voices": (training, *unheard_voices),
         "colours, numbers, shapes alone, held-out voices": (short_questions(), *unheard_voices),
@@ -180,8 +242,12 @@ def measured_utterances(each: int) -> dict[str, list[Utterance]]:
     for name, (texts, accents, variants) in groups.items():
         rng = random.Random(f"{SEED}/measured/{name}")
         measured[name] = [
-            Utterance(texts[i % len(texts)], draw_voice(rng, accents, variants),
-                      rng.randint(120, 220), rng.randint(20, 80))
+            Utterance(
+                texts[i % len(texts)],
+                draw_voice(rng, accents, variants),
+                rng.randint(120, 220),
+                rng.randint(20, 80),
+            )
             for i in range(each)
         ]
     return measured
@@ -326,8 +392,9 @@ CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
 
 def spelled(texts: list[str]) -> tuple[Tensor, Tensor]:
     """(rows, length) letters, 0 is the blank and 1 the space; (rows,) their numbers."""
-    rows = [torch.tensor([CHARACTERS.index(c) + 1 for c in " ".join(words_of(text))])
-            for text in texts]
+    rows = [
+        torch.tensor([CHARACTERS.index(c) + 1 for c in " ".join(words_of(text))]) for text in texts
+    ]
     lengths = torch.tensor([len(row) for row in rows])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
@@ -408,20 +475,28 @@ class Listener(torch.nn.Module):
         heard, weight = self.encode(mels, silence)
         inputs, targets = self.vocabulary.rows(texts)
         logits = self.decode(inputs, heard, weight)
-        text_loss = F.cross_entropy(logits[targets >= 0], targets[targets >= 0],
-                                    label_smoothing=0.02)
+        text_loss = F.cross_entropy(
+            logits[targets >= 0], targets[targets >= 0], label_smoothing=0.02
+        )
         frames = mels.shape[2] // 2
         letters = self.letters(heard[:, :frames]).float().log_softmax(-1)
         wanted, lengths = spelled(texts)
         spelling_loss = F.ctc_loss(
-            letters.transpose(0, 1), wanted, torch.full((len(texts),), frames), lengths,
-            zero_infinity=True, reduction="sum",
+            letters.transpose(0, 1),
+            wanted,
+            torch.full((len(texts),), frames),
+            lengths,
+            zero_infinity=True,
+            reduction="sum",
         ) / lengths.sum().clamp(min=1)
         return text_loss, spelling_loss
 
 
 def attend(
-    attention: torch.nn.Module, x: Tensor, memory: Tensor | None, weight: Tensor | None,
+    attention: torch.nn.Module,
+    x: Tensor,
+    memory: Tensor | None,
+    weight: Tensor | None,
     causal: bool = False,
 ) -> Tensor:
     """Whisper's attention; `weight` (keys,) is added to the scores of each key."""
@@ -445,8 +520,10 @@ def attend(
 def save(listener: Listener, path: Path) -> None:
     """In Whisper's own layout, float16. The rows of never-said tokens are all alike, so the zip
     that a `.pt` is gets compressed: 3 MB instead of 17. `torch.load` reads either."""
-    state = {name: t.detach().half() if t.is_floating_point() else t
-             for name, t in listener.state().items()}
+    state = {
+        name: t.detach().half() if t.is_floating_point() else t
+        for name, t in listener.state().items()
+    }
     plain = io.BytesIO()
     torch.save({"dims": DIMENSIONS, "model_state_dict": state}, plain)
     partial = path.with_suffix(".partial")
@@ -493,7 +570,11 @@ def lesson(
 
 
 def build(
-    out: Path, cache: Path, steps: int = 2800, utterances: int = 14_000, batch: int = 32,
+    out: Path,
+    cache: Path,
+    steps: int = 2800,
+    utterances: int = 14_000,
+    batch: int = 32,
     learning_rate: float = 2e-3,
 ) -> None:
     """Train and write `tiny.pt`; it is written every 250 steps, so a cut run leaves one too.
@@ -508,8 +589,9 @@ def build(
     recordings = Recordings(cache, training_utterances(utterances))
     vocabulary = Vocabulary([u.text for u in recordings.utterances])
     listener = Listener(vocabulary).train()
-    optimizer = torch.optim.AdamW(listener.parameters(), lr=learning_rate, betas=(0.9, 0.98),
-                                  weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        listener.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     filters = mel_filters("cpu", DIMENSIONS["n_mels"])
     started, running, epoch, plan = time.time(), None, 0, []
     bar = tqdm(range(steps), desc="whisper", mininterval=10)
@@ -522,8 +604,9 @@ def build(
         sounds, texts = lesson(recordings, chosen, rng, often)
         for group in optimizer.param_groups:
             done = step / steps
-            group["lr"] = learning_rate * min(1, (step + 1) / 100) * 0.5 * (
-                1 + math.cos(math.pi * done))
+            group["lr"] = (
+                learning_rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
+            )
         mels, silence = log_mels(sounds, filters)
         mels = mask_bands(mels, rng, often)
         with torch.autocast("cpu", torch.bfloat16):
@@ -537,14 +620,23 @@ def build(
         bar.set_postfix(text=f"{running[0]:.3f}", spelling=f"{running[1]:.3f}", refresh=False)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save(listener, out / "tiny.pt")
-            print(f"\nstep {step + 1}: text {running[0]:.4f}, spelling {running[1]:.4f},"
-                  f" {time.time() - started:.0f} s", flush=True)
-    facts = {"steps": steps, "batch": batch, "utterances": utterances,
-             "parameters_without_vocabulary": sum(
-                 p.numel() for p in listener.whisper.parameters()),
-             "text_loss": round(float(running[0]), 4), "seconds": round(time.time() - started),
-             "seed": SEED, "torch": torch.__version__, "threads": torch.get_num_threads(),
-             "word_errors_percent": measure(out / "tiny.pt", 300)}
+            print(
+                f"\nstep {step + 1}: text {running[0]:.4f}, spelling {running[1]:.4f},"
+                f" {time.time() - started:.0f} s",
+                flush=True,
+            )
+    facts = {
+        "steps": steps,
+        "batch": batch,
+        "utterances": utterances,
+        "parameters_without_vocabulary": sum(p.numel() for p in listener.whisper.parameters()),
+        "text_loss": round(float(running[0]), 4),
+        "seconds": round(time.time() - started),
+        "seed": SEED,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "word_errors_percent": measure(out / "tiny.pt", 300),
+    }
     (out / "build_report.json").write_text(json.dumps(facts, indent=1))
     print(json.dumps(facts))
 

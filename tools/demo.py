@@ -15,10 +15,11 @@ import checkpoints  # noqa: E402
 import config as configs  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
+from assistant.assistant import Assistant  # noqa: E402
+from assistant.messages import user_message  # noqa: E402
 from data import world  # noqa: E402
 from data.dataset import Question, load_questions  # noqa: E402
 from errors import run_main  # noqa: E402
-from infer import Assistant, user_message  # noqa: E402
 
 ASKED = ("colour", "position", "count")  # one question of each kind, about three pictures
 
@@ -28,9 +29,9 @@ def chosen_questions(path: str) -> list[Question]:
     chosen: list[Question] = []
     for kind in ASKED:
         used = {question.image for question in chosen}
-        chosen.append(next(
-            q for q in load_questions(path) if q.kind == kind and q.image not in used
-        ))
+        chosen.append(
+            next(q for q in load_questions(path) if q.kind == kind and q.image not in used)
+        )
     return chosen
 
 

@@ -26,24 +26,84 @@ from errors import PhiSightError, run_main  # noqa: E402
 
 RECORDS, PICTURES = 158_000, 81_000
 TEMPLATES = 64  # drawings that the pictures are made of
-THINGS = ("man", "woman", "child", "dog", "cat", "horse", "bus", "truck", "bicycle", "motorcycle",
-          "kite", "surfboard", "skateboard", "tennis racket", "umbrella", "backpack", "bench",
-          "traffic light", "fire hydrant", "parking meter", "pizza", "sandwich", "cake", "laptop",
-          "keyboard", "vase", "teddy bear", "toothbrush", "refrigerator", "dining table")
-LOOKS = ("red", "blue", "white", "black", "wooden", "small", "large", "shiny", "old", "striped",
-         "parked", "colorful", "silver", "half-eaten", "crowded")
-PLACES = ("on the street", "near the beach", "in the kitchen", "beside the fence", "at the park",
-          "in front of a building", "under a tree", "on the left side of the image",
-          "in the background", "next to the sidewalk", "on a sunny day", "close to the camera")
+THINGS = (
+    "man",
+    "woman",
+    "child",
+    "dog",
+    "cat",
+    "horse",
+    "bus",
+    "truck",
+    "bicycle",
+    "motorcycle",
+    "kite",
+    "surfboard",
+    "skateboard",
+    "tennis racket",
+    "umbrella",
+    "backpack",
+    "bench",
+    "traffic light",
+    "fire hydrant",
+    "parking meter",
+    "pizza",
+    "sandwich",
+    "cake",
+    "laptop",
+    "keyboard",
+    "vase",
+    "teddy bear",
+    "toothbrush",
+    "refrigerator",
+    "dining table",
+)
+LOOKS = (
+    "red",
+    "blue",
+    "white",
+    "black",
+    "wooden",
+    "small",
+    "large",
+    "shiny",
+    "old",
+    "striped",
+    "parked",
+    "colorful",
+    "silver",
+    "half-eaten",
+    "crowded",
+)
+PLACES = (
+    "on the street",
+    "near the beach",
+    "in the kitchen",
+    "beside the fence",
+    "at the park",
+    "in front of a building",
+    "under a tree",
+    "on the left side of the image",
+    "in the background",
+    "next to the sidewalk",
+    "on a sunny day",
+    "close to the camera",
+)
 FORMS = (
-    "The image features a {0} {1} {2}.", "There is also a {0} {1} {2}.",
+    "The image features a {0} {1} {2}.",
+    "There is also a {0} {1} {2}.",
     "A {0} {1} can be seen {2}, adding to the liveliness of the scene.",
     "Additionally, a {0} {1} is visible {2}, which suggests a relaxed and social atmosphere.",
     "In the scene, the {0} {1} stands out {2}, drawing the attention of people nearby.",
     "This indicates that the {0} {1} {2} may play an important role in the activity.",
 )
-QUESTIONS = ("What is the color of the {1}?", "Is there a {0} {1} {2}?", "Where is the {0} {1}?",
-             "What is the {1} doing {2}?", "How many {0} {1}s are visible in the image?")
+QUESTIONS = (
+    "What is the color of the {1}?",
+    "Is there a {0} {1} {2}?",
+    "Where is the {0} {1}?",
+    "What is the {1} doing {2}?",
+    "How many {0} {1}s are visible in the image?",
+)
 DETAIL = "Can you describe the main features of this image for me?"
 FAULTS = 5  # the kinds of fault in `spoil`
 
@@ -52,8 +112,10 @@ def conversations_of(rng: random.Random, sentences: list[str], questions: list[s
     """The turns of one record, with `<image>` at either end of the first."""
     kind = rng.random()
     if kind < 0.36:
-        pairs = [(rng.choice(questions), " ".join(rng.choices(sentences, k=rng.choice((1, 2, 3)))))
-                 for _ in range(rng.randint(3, 6))]
+        pairs = [
+            (rng.choice(questions), " ".join(rng.choices(sentences, k=rng.choice((1, 2, 3)))))
+            for _ in range(rng.randint(3, 6))
+        ]
     else:
         first = DETAIL if kind < 0.5 else rng.choice(questions)
         pairs = [(first, " ".join(rng.choices(sentences, k=rng.randint(11, 21))))]
@@ -70,14 +132,19 @@ def records(count: int, names: list[str], broken: int, seed: int) -> Iterator[di
     rng = random.Random(seed)
 
     def said(forms: tuple[str, ...], many: int) -> list[str]:
-        return [rng.choice(forms).format(rng.choice(LOOKS), rng.choice(THINGS), rng.choice(PLACES))
-                for _ in range(many)]
+        return [
+            rng.choice(forms).format(rng.choice(LOOKS), rng.choice(THINGS), rng.choice(PLACES))
+            for _ in range(many)
+        ]
 
     sentences, questions = said(FORMS, 20_000), said(QUESTIONS, 5_000)
     for number in range(count):
         name = names[number % len(names)]
-        record = {"id": Path(name).stem, "image": name,
-                  "conversations": conversations_of(rng, sentences, questions)}
+        record = {
+            "id": Path(name).stem,
+            "image": name,
+            "conversations": conversations_of(rng, sentences, questions),
+        }
         if number < broken * FAULTS:
             spoil(record, number % FAULTS)
         yield record
@@ -143,13 +210,17 @@ def main() -> None:
     names = [f"{7 * number:012d}.jpg" for number in range(1, options.pictures + 1)]
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.out, records(options.records, names, options.broken, options.seed),
-                   options.records)
+        write_json(
+            options.out,
+            records(options.records, names, options.broken, options.seed),
+            options.records,
+        )
         if options.images:
             write_pictures(options.images, names, options.broken)
     except OSError as error:
-        raise PhiSightError(f"{options.out}: cannot be written ({error.strerror}); make room or"
-                            " give another path") from None
+        raise PhiSightError(
+            f"{options.out}: cannot be written ({error.strerror}); make room or give another path"
+        ) from None
     print(f"{options.out}: {options.records:,} records, {options.out.stat().st_size / 1e6:.1f} MB")
 
 

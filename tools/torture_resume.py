@@ -38,7 +38,7 @@ import checkpoints  # noqa: E402
 import config as configs  # noqa: E402
 from data.world import write_world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
-from metrics import TIMING, deterministic_part, read_metrics  # noqa: E402
+from reports.metrics import TIMING, deterministic_part, read_metrics  # noqa: E402
 
 MARKER = "torture.json"  # a folder without it was not made here and is not touched
 MISSES = 10  # attempts of one kind in a row that ended before their place: then it is never reached
@@ -256,8 +256,9 @@ def left(kind: str, recipe: Recipe, newest: int | None) -> int:
     start = newest or 0
 
     def every(steps: int) -> int:
-        return sum(step % steps == 0 or step == recipe.steps
-                   for step in range(start + 1, recipe.steps + 1))
+        return sum(
+            step % steps == 0 or step == recipe.steps for step in range(start + 1, recipe.steps + 1)
+        )
 
     if start >= recipe.steps:
         return 0
@@ -325,8 +326,10 @@ class Deal:
             self._waiting.insert(0, kind)
             self._misses[kind] += 1
             if self._misses[kind] >= MISSES:
-                raise PhiSightError(f"kind {kind}: {MISSES} processes in a row ended before it "
-                                    "struck; the functions that it waits for are not called")
+                raise PhiSightError(
+                    f"kind {kind}: {MISSES} processes in a row ended before it "
+                    "struck; the functions that it waits for are not called"
+                )
 
 
 # -- the torture ----------------------------------------------------------------------------------
@@ -371,18 +374,22 @@ class Torture:
                 shutil.rmtree(old, ignore_errors=True)
             write_world_quietly(self.out / "world", self.recipe.pictures)
         except OSError as error:
-            raise PhiSightError(f"{self.out}: {error.strerror or error}; make room, or give another"
-                                " folder with --out") from error
+            raise PhiSightError(
+                f"{self.out}: {error.strerror or error}; make room, or give another"
+                " folder with --out"
+            ) from error
         clock = time.monotonic()
         folder = self._new_folder("whole")
         code = self._process(folder, None, [])
         seconds = time.monotonic() - clock
         self._stop_unless(code == 0, folder, code)
         if (step := checkpoints.resolve(self.reference).step) != self.recipe.steps:
-            raise PhiSightError(f"the run ended at step {step}, not {self.recipe.steps}; ask for "
-                                "more --pictures")
-        self.loop_seconds = sum(record[TIMING]["seconds"]
-                                for record in read_metrics(self.reference / "metrics.jsonl"))
+            raise PhiSightError(
+                f"the run ended at step {step}, not {self.recipe.steps}; ask for more --pictures"
+            )
+        self.loop_seconds = sum(
+            record[TIMING]["seconds"] for record in read_metrics(self.reference / "metrics.jsonl")
+        )
         self.start_seconds = max(0.0, seconds - self.loop_seconds)
 
     def torment(self) -> None:
@@ -442,8 +449,9 @@ class Torture:
             code = self._process(run.folder, aim, more, kill_after)
             if self._stopping:
                 return
-            self._stop_unless(code == 0 or (code == -signal.SIGKILL and aim is not None),
-                              run.folder, code)
+            self._stop_unless(
+                code == 0 or (code == -signal.SIGKILL and aim is not None), run.folder, code
+            )
             found = look_at(run.folder / "run", newest, run.problems)
             finished = code == 0 and not more
             if code:
@@ -458,8 +466,11 @@ class Torture:
         run.problems += differences(self.reference, run.folder / "run")
         run.problems = list(dict.fromkeys(run.problems))  # what was left damaged is seen again
         verdict = "; ".join(run.problems) or "identical to the run that was never killed"
-        print(f"{run.folder.name}: finished after {len(run.kinds)} kills; {verdict}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{run.folder.name}: finished after {len(run.kinds)} kills; {verdict}",
+            file=sys.stderr,
+            flush=True,
+        )
         if not run.problems:
             shutil.rmtree(run.folder)
 
@@ -475,17 +486,30 @@ class Torture:
     def _flags(self) -> list[str]:
         world, recipe = self.out.resolve() / "world", self.recipe
         fields = {
-            "run": "run", "features": "features", "data": world / "train.json",
-            "images": world / "images", "base": ROOT / "assets/tiny/phi3",
-            "vision": ROOT / "assets/tiny/clip", "max_steps": recipe.steps, "epochs": 8,
-            "batch_size": 2, "validation_fraction": 0.1, "save_steps": recipe.save_steps,
-            "log_steps": recipe.log_steps, "evaluate_steps": recipe.evaluate_steps,
-            "evaluation_conversations": 20, "threads": 1, "device": "cpu",
+            "run": "run",
+            "features": "features",
+            "data": world / "train.json",
+            "images": world / "images",
+            "base": ROOT / "assets/tiny/phi3",
+            "vision": ROOT / "assets/tiny/clip",
+            "max_steps": recipe.steps,
+            "epochs": 8,
+            "batch_size": 2,
+            "validation_fraction": 0.1,
+            "save_steps": recipe.save_steps,
+            "log_steps": recipe.log_steps,
+            "evaluate_steps": recipe.evaluate_steps,
+            "evaluation_conversations": 20,
+            "threads": 1,
+            "device": "cpu",
         }
         return [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
 
     def _process(
-        self, folder: Path, aim: Aim | None, more: Sequence[str],
+        self,
+        folder: Path,
+        aim: Aim | None,
+        more: Sequence[str],
         kill_after: float | None = None,
     ) -> int:
         """Train in `folder` until the process ends, by itself, in a trap of `aim`, or killed from
@@ -502,8 +526,12 @@ class Torture:
                     return -signal.SIGKILL
                 process = subprocess.Popen(
                     [sys.executable, *command, *self._flags(), "--resume-if-any", *more],
-                    cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                    env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+                    cwd=folder,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                )
                 self._processes.add(process)
         try:
             return process.wait(limit if kill_after is None else kill_after)
@@ -521,8 +549,9 @@ class Torture:
         if not good:
             log = folder / "process.log"
             print(log.read_text(errors="replace"), file=sys.stderr)
-            raise PhiSightError(f"{folder}: a training process ended with {code}; its output is "
-                                f"above and in {log}")
+            raise PhiSightError(
+                f"{folder}: a training process ended with {code}; its output is above and in {log}"
+            )
 
 
 def remove(folder: Path) -> None:
@@ -545,12 +574,16 @@ def write_world_quietly(folder: Path, pictures: int) -> None:
 def look_at(run: Path, before: int | None, problems: list[str]) -> int | None:
     """The step of the newest checkpoint of a run, None before the first save is complete. What a
     kill must never leave behind is added to `problems`; `before` is the newest step before it."""
-    if before is None and not checkpoints.checkpoints_in(run) and not (
-            run / checkpoints.LATEST).exists():
+    if (
+        before is None
+        and not checkpoints.checkpoints_in(run)
+        and not (run / checkpoints.LATEST).exists()
+    ):
         return None
     for folder in checkpoints.checkpoints_in(run):  # a name is given to what was verified only
-        problems += [f"{folder}: left damaged, {problem}"
-                     for problem in checkpoints.verify(folder)[:1]]
+        problems += [
+            f"{folder}: left damaged, {problem}" for problem in checkpoints.verify(folder)[:1]
+        ]
     try:
         step = checkpoints.load(checkpoints.find_newest_valid(run)[0]).step
     except PhiSightError as error:
@@ -574,8 +607,9 @@ def differences(reference: Path, run: Path) -> list[str]:
     expected, ended = ([deterministic_part(record) for record in log] for log in logs)
     for number in range(min(len(expected), len(ended))):
         if expected[number] != ended[number]:
-            problems.append(f"metrics: record {number + 1} is {ended[number]}, not "
-                            f"{expected[number]}")
+            problems.append(
+                f"metrics: record {number + 1} is {ended[number]}, not {expected[number]}"
+            )
             break
     return problems
 
@@ -585,20 +619,30 @@ def differences(reference: Path, run: Path) -> list[str]:
 
 def summarise(runs: Sequence[Run], kinds: Collection[str], seconds: float) -> dict[str, Any]:
     """What `--json` prints. A kill is identical when the run that it hit ended identical."""
-    by_kind = {kind: {"kills": sum(run.kinds.count(kind) for run in runs),
-                      "identical": sum(run.kinds.count(kind) for run in runs if not run.problems)}
-               for kind in kinds}
-    return {"kills": sum(row["kills"] for row in by_kind.values()),
-            "identical": sum(row["identical"] for row in by_kind.values()),
-            "runs": len(runs), "by_kind": by_kind, "seconds": round(seconds, 1)}
+    by_kind = {
+        kind: {
+            "kills": sum(run.kinds.count(kind) for run in runs),
+            "identical": sum(run.kinds.count(kind) for run in runs if not run.problems),
+        }
+        for kind in kinds
+    }
+    return {
+        "kills": sum(row["kills"] for row in by_kind.values()),
+        "identical": sum(row["identical"] for row in by_kind.values()),
+        "runs": len(runs),
+        "by_kind": by_kind,
+        "seconds": round(seconds, 1),
+    }
 
 
 def print_table(result: dict[str, Any]) -> None:
     print(f"{'kind':<12}{'kills':>7}{'identical':>11}")
     for kind, row in result["by_kind"].items():
         print(f"{kind:<12}{row['kills']:>7}{row['identical']:>11}")
-    print(f"{result['identical']} of {result['kills']} kills, in {result['runs']} runs, ended "
-          f"identical to the run that was never killed; {result['seconds']:.0f} s")
+    print(
+        f"{result['identical']} of {result['kills']} kills, in {result['runs']} runs, ended "
+        f"identical to the run that was never killed; {result['seconds']:.0f} s"
+    )
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -614,14 +658,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=20, help="kills to make (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of what strikes when (default: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--kinds", type=names, default=KINDS,
-                        help=f"kinds of kills (default: {','.join(KINDS)})")
-    parser.add_argument("--steps", type=int, default=Recipe.steps,
-                        help=f"optimiser steps a run (default: {Recipe.steps})")
-    parser.add_argument("--pictures", type=int, default=Recipe.pictures,
-                        help=f"pictures of the world (default: {Recipe.pictures})")
-    parser.add_argument("--out", type=Path, default=Path("runs/torture"),
-                        help="folder for all of it (default: runs/torture)")
+    parser.add_argument(
+        "--kinds", type=names, default=KINDS, help=f"kinds of kills (default: {','.join(KINDS)})"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=Recipe.steps,
+        help=f"optimiser steps a run (default: {Recipe.steps})",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=Recipe.pictures,
+        help=f"pictures of the world (default: {Recipe.pictures})",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/torture"),
+        help="folder for all of it (default: runs/torture)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--child", type=Aim.parse, default=None, help=argparse.SUPPRESS)
     parser.add_argument("train_arguments", nargs="*", help=argparse.SUPPRESS)
@@ -641,8 +698,9 @@ def main(arguments: list[str] | None = None) -> int:
         return train_with_trap(options.child, options.train_arguments)
     clock = time.monotonic()
     deal = Deal(options.kills, options.kinds, options.seed)
-    torture = Torture(options.out, Recipe(options.steps, options.pictures), deal, options.seed,
-                      options.jobs)
+    torture = Torture(
+        options.out, Recipe(options.steps, options.pictures), deal, options.seed, options.jobs
+    )
     torture.prepare()
     torture.torment()
     result = summarise(torture.runs, options.kinds, time.monotonic() - clock)
@@ -650,8 +708,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(result))
     else:
         print_table(result)
-    return 0 if result["identical"] == result["kills"] and not any(
-        run.problems for run in torture.runs) else 1
+    return (
+        0
+        if result["identical"] == result["kills"] and not any(run.problems for run in torture.runs)
+        else 1
+    )
 
 
 if __name__ == "__main__":

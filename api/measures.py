@@ -1,0 +1,170 @@
+"""What the server counts, and its page in Prometheus' text form (version 0.0.4)."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+WINDOW = 60.0  # seconds that the rate of tokens looks back on
+CACHES = ("feature", "answer")  # as the assistant's statistics name them
+
+
+class Histogram:
+    """How many observations were at most each bound, all of them, and their sum."""
+
+    def __init__(self, bounds: tuple[float, ...] = SECONDS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def samples(self) -> Iterable[tuple[str, float]]:
+        """(what follows the name, value), bounds first."""
+        total = 0
+        for bound, count in zip((*self.bounds, "+Inf"), self.counts, strict=True):
+            total += count
+            yield f'_bucket{{le="{bound}"}}', total
+        yield "_sum", self.sum
+        yield "_count", total
+
+
+class Measures:
+    """Counters of one server. They are changed in the event loop's thread only."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()
+        """by route and status; a client that went away before its status counts as 499"""
+        self.errors: Counter[str] = Counter()
+        """by the code that the client is told; "client_gone" for one that left"""
+        self.in_flight = 0
+        self.first_token = Histogram()
+        self.whole_request = Histogram()
+        self._tokens: deque[tuple[float, int]] = deque()
+        self._started = time.time()
+
+    def generated(self, tokens: int) -> None:
+        """An answer of so many tokens has ended."""
+        self._tokens.append((time.monotonic(), tokens))
+        self._forget()
+
+    def tokens_per_second(self) -> float:
+        """Of the answers that ended in the last minute, over that minute."""
+        self._forget()
+        return sum(tokens for _, tokens in self._tokens) / WINDOW
+
+    def _forget(self) -> None:
+        while self._tokens and self._tokens[0][0] < time.monotonic() - WINDOW:
+            self._tokens.popleft()
+
+    def page(self, statistics: Mapping[str, float]) -> str:
+        """The page, with the assistant's own `statistics`."""
+        lines: list[str] = []
+
+        def family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> None:
+            full = name if name.startswith("process_") else f"phisight_{name}"
+            lines.append(f"# HELP {full} {text}")
+            lines.append(f"# TYPE {full} {kind}")
+            lines.extend(f"{full}{labels} {value:.10g}" for labels, value in samples)
+
+        def gauge(name: str, text: str, value: float) -> None:
+            family(name, "gauge", text, [("", value)])
+
+        family(
+            "requests_total",
+            "counter",
+            "Requests by route and status.",
+            [
+                (f'{{route="{route}",status="{status}"}}', count)
+                for (route, status), count in sorted(self.requests.items())
+            ],
+        )
+        family(
+            "errors_total",
+            "counter",
+            "Requests that were not answered, by kind.",
+            [(f'{{kind="{kind}"}}', count) for kind, count in sorted(self.errors.items())],
+        )
+        gauge("requests_in_flight", "Chat requests taken in and not yet ended.", self.in_flight)
+        gauge("queue_depth", "Answers that wait for a place.", statistics["waiting"])
+        gauge("answers_running", "Answers being decoded together.", statistics["running"])
+        family(
+            "time_to_first_token_seconds",
+            "histogram",
+            "From a request's arrival to its first text.",
+            self.first_token.samples(),
+        )
+        family(
+            "request_seconds",
+            "histogram",
+            "From a request's arrival to its answer's end.",
+            self.whole_request.samples(),
+        )
+        for name, text in (
+            ("tokens_generated", "Tokens of answers."),
+            ("prompt_tokens", "Tokens of questions."),
+        ):
+            family(f"{name}_total", "counter", text, [("", statistics[name])])
+        gauge(
+            "tokens_per_second",
+            "Tokens of the answers that ended in the last 60 s, a second.",
+            self.tokens_per_second(),
+        )
+        for event in ("hits", "misses"):
+            family(
+                f"cache_{event}_total",
+                "counter",
+                f"Look-ups in a cache that were {event}.",
+                [
+                    (f'{{cache="{cache}"}}', statistics[f"{cache}_cache_{event}"])
+                    for cache in CACHES
+                ],
+            )
+        family(
+            "prefix_tokens_reused_total",
+            "counter",
+            "Tokens of questions whose keys and values were known from before.",
+            [("", statistics["prefix_cache_hits"])],
+        )
+        family(
+            "cache_bytes",
+            "gauge",
+            "Memory that a cache holds.",
+            [
+                (f'{{cache="{cache}"}}', statistics[f"{cache}_cache_bytes"])
+                for cache in ("feature", "prefix")
+            ],
+        )
+        gauge("process_resident_memory_bytes", "Memory of the process.", resident_bytes())
+        if torch.cuda.is_available():
+            gauge(
+                "device_memory_bytes",
+                "Memory of tensors on the GPU.",
+                torch.cuda.memory_allocated(),
+            )
+        gauge("process_threads", "Threads of the process.", threading.active_count())
+        gauge("process_start_time_seconds", "When the server began, since 1970.", self._started)
+        return "\n".join(lines) + "\n"
+
+
+def resident_bytes() -> float:
+    """Memory that the process holds now; where the system does not tell, the most it ever held."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return pages * os.sysconf("SC_PAGE_SIZE")

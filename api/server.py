@@ -1,0 +1,137 @@
+"""Runs an ASGI application until it is told to end, and ends it in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from api.guards import App
+from errors import PhiSightError
+
+BACKLOG = 256
+SILENT_SECONDS = 60  # a client that takes nothing, or has gone without a word, is given up after it
+TOLD_SECONDS = 0.5  # in which clients are told that their answer has ended
+LOCAL = ("127.", "::1")
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Bound before anything is loaded, so that a port in use is told at once.
+
+    The connections that it accepts are closed by the system when data waits for a client longer
+    than `SILENT_SECONDS`, where the system can do that.
+    """
+    if not 0 <= port <= 65535:  # which the system would take modulo 65,536
+        raise PhiSightError(f"--port {port}: must be from 0 to 65535; choose another --port")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
+        bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PhiSightError(
+            f"--host {host} --port {port}: {reason}; choose another --port"
+        ) from None
+    return bound
+
+
+def is_local(bound: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    return bound.getsockname()[0].startswith(LOCAL)
+
+
+def address_of(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, but a signal ends it with a return instead of dying of the signal again.
+
+    The first SIGTERM or Ctrl-C lets answers end for `grace` seconds, as long as `busy` says that
+    there are any; then `hurry` is called, which has to end what is left. Connections that would
+    stay open for ever, such as those of a page in a browser, are closed. A second signal closes
+    everything at once.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        grace: float = 10.0,
+        busy: Callable[[], bool] = lambda: False,
+        hurry: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                ws="none",
+                backlog=BACKLOG,
+                lifespan="auto",
+            )
+        )
+        self._grace, self._busy, self._hurry = grace, busy, hurry
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, number: int, frame: object) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        winding_down = asyncio.create_task(self._wind_down())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            winding_down.cancel()
+
+    async def _wind_down(self) -> None:
+        await self._wait(self._grace)
+        self._hurry()
+        await self._wait(TOLD_SECONDS)
+        await asyncio.sleep(TOLD_SECONDS)  # what was written last is on its way
+        # What is cancelled from here on was told to end: nothing that anybody has to look into.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        self.force_exit = True
+
+    async def _wait(self, seconds: float) -> None:
+        """Until nothing is busy, but not longer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._busy():
+                    await asyncio.sleep(0.05)
+
+
+def run(app: App, bound: socket.socket, announcement: str, **settings: Any) -> None:
+    """Serve on a bound socket until SIGTERM or Ctrl-C; `settings` are those of `Server`. The
+    announcement is printed once clients can connect."""
+    bound.listen(BACKLOG)
+    print(announcement, flush=True)
+    Server(app, **settings).run(sockets=[bound])

@@ -1,0 +1,1 @@
+"""How often is the answer right, and does it come from the picture?"""

@@ -1,0 +1,160 @@
+"""The whole model, eyes included, as a `LlavaForConditionalGeneration` folder with its processor.
+
+LLaVA-1.5 (arXiv:2310.03744) is the same arithmetic: CLIP patches of one hidden layer, two linear
+layers with a GELU between, spliced in where the picture token stands. So nothing is approximated:
+in float32 the logits are equal bit for bit, and in 16 bits only rounding differs. transformers
+loads the folder with `from_pretrained`, and programs that know the form of llava-hf, such as vLLM,
+read the same files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Phi3ForCausalLM,
+)
+
+from assistant.assistant import Assistant
+from data.chat import END_OF_TEXT, IMAGE_TOKEN
+from errors import PhiSightError
+from exports import measure
+from exports.folder import (
+    copy_generation_config,
+    copy_tokenizer,
+    new_folder,
+    phi3_of,
+    plain_config,
+    rounded,
+)
+from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
+from lora.merge import merged_state
+from model.base import BaseModel, find_folder, finish
+from model.projector import ImageProjector
+from model.vision import VisionTower
+
+# What `data.chat.render` gives, from messages of roles and parts of "text" and "image": text is
+# stripped, and text next to text is joined by a newline. The newlines after the marks are swallowed
+# by the tokenizer, as they are in Phi-3's own template.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
+    "{% set last = namespace(text=false) %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '" + IMAGE_TOKEN + "' }}{% set last.text = false %}"
+    "{% elif part['text'] | trim %}"
+    "{{ ('\\n' if last.text else '') + (part['text'] | trim) }}{% set last.text = true %}"
+    "{% endif %}{% endfor %}{% endif %}{{ '<|end|>\\n' }}{% endfor %}"
+    "{{ '<|assistant|>\\n' if add_generation_prompt else '" + END_OF_TEXT + "' }}"
+)
+
+
+def export_llava(
+    assistant: Assistant, out: str | Path, dtype: torch.dtype, probe: Probe, tolerance: Tolerance
+) -> dict[str, object]:
+    """Merge, write, read back with transformers, measure both sides, keep it if they agree.
+
+    Returns the certificate. The measurement takes language model and projector from the folder;
+    features come from the run's own store on both sides.
+
+    Raises:
+        PhiSightError: the run has pooled pictures, a weight does not fit into `dtype`, the folder
+            cannot be written, or the result is past the tolerance. Nothing is left then.
+    """
+    config = assistant.config
+    if config.vision_features != "patches":
+        raise PhiSightError(
+            f"--llava: {assistant.source} sees one pooled vector, LLaVA reads patches; export a run"
+            " that was trained with --vision-features patches"
+        )
+    base_folder = find_folder(config.base, config.base_revision or None)
+    with new_folder(out) as folder:
+        before = measure.measure(assistant, probe, "before exporting")
+        llava = llava_of(assistant, dtype)
+        llava.save_pretrained(folder)
+        del llava
+        write_processor(assistant, folder, base_folder)
+        copy_generation_config(base_folder, folder)
+        after = measure.measure(read_back(assistant, folder), probe, "after exporting")
+        return measure.certify(
+            folder / CERTIFICATE,
+            "llava",
+            assistant,
+            probe,
+            before,
+            after,
+            tolerance,
+            dtype=str(dtype).removeprefix("torch."),
+            method=MERGE_METHOD,
+        )
+
+
+def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    """The merged language model, the projector and the CLIP as one model, on the CPU."""
+    parts, spec = assistant.parts, assistant.parts.vision
+    vision_config = CLIPVisionConfig.from_pretrained(spec.folder)
+    vision_config.dtype = dtype
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=plain_config(parts.base.model.config, dtype),
+        image_token_index=parts.chat_format.image_id,
+        image_seq_length=spec.shape[0],
+        projector_hidden_act="gelu",
+        vision_feature_layer=spec.layer,
+        vision_feature_select_strategy="default",  # without the class token
+    )
+    config.dtype = dtype
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+    phi3 = phi3_of(parts.base.model.config, merged_state(parts.base.model), dtype)
+    for theirs, ours in (
+        (llava.model.vision_tower, VisionTower(spec).model),
+        (llava.model.multi_modal_projector, parts.model.projector),
+        (llava.model.language_model, phi3.model),
+        (llava.lm_head, phi3.lm_head),
+    ):
+        state = {name: rounded(name, tensor, dtype) for name, tensor in ours.state_dict().items()}
+        theirs.load_state_dict(state, strict=True, assign=True)
+    llava.tie_weights()
+    return llava
+
+
+def write_processor(assistant: Assistant, folder: Path, base_folder: Path) -> None:
+    """What turns pictures and chat into the ids and pixels that the model was trained on."""
+    parts = assistant.parts
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil.from_pretrained(parts.vision.folder),
+        tokenizer=parts.base.tokenizer,
+        patch_size=CLIPVisionConfig.from_pretrained(parts.vision.folder).patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which the strategy drops
+        image_token=IMAGE_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    copy_tokenizer(base_folder, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")  # not the base's
+
+
+def read_back(assistant: Assistant, folder: Path) -> Assistant:
+    """The assistant over the language model and projector that stand in the folder."""
+    base = assistant.parts.base
+    llava = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=base.compute_dtype, local_files_only=True
+    )
+    with torch.device("meta"):
+        language_model = Phi3ForCausalLM(plain_config(base.model.config, base.compute_dtype))
+    language_model.model, language_model.lm_head = llava.model.language_model, llava.lm_head
+    finish(language_model, torch.device("cpu"))
+    projector = assistant.model.projector
+    copied = ImageProjector(projector.linear_1.in_features, projector.linear_1.out_features)
+    copied.load_state_dict(llava.model.multi_modal_projector.state_dict(), strict=True)
+    written = BaseModel(
+        language_model, base.tokenizer, base.fingerprint, str(folder), base.compute_dtype
+    )
+    return measure.with_language_model(assistant, written, copied)

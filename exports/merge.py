@@ -1,0 +1,54 @@
+"""The adapter folded into the base: a plain `Phi3ForCausalLM` folder, with proof that it is equal.
+
+The adapter is merged into the *dequantised NF4* weights, in float32, because those are what it was
+trained over (QLoRA, arXiv:2305.14314; `lora.merge` says why), and rounded once, on writing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from assistant.assistant import Assistant
+from exports import measure
+from exports.folder import new_folder, phi3_of, write_phi3
+from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
+from lora.merge import merged_state
+from model.base import find_folder, load_base
+
+
+def export_merged(
+    assistant: Assistant, out: str | Path, dtype: torch.dtype, probe: Probe, tolerance: Tolerance
+) -> dict[str, object]:
+    """Merge, write, read back what was written, measure both, and keep it if they agree.
+
+    The folder holds the language model alone, for programs that read text; pictures need the
+    projector too, which `exports.llava` writes. Returns the certificate, which lies in the folder.
+
+    Raises:
+        PhiSightError: a weight does not fit into `dtype`, the folder cannot be written, or the
+            merged model is past the tolerance. Nothing is left then.
+    """
+    config, parts = assistant.config, assistant.parts
+    base_folder = find_folder(config.base, config.base_revision or None)
+    with new_folder(out) as folder:
+        before = measure.measure(assistant, probe, "before merging")
+        model = phi3_of(parts.base.model.config, merged_state(parts.base.model), dtype)
+        write_phi3(folder, model, base_folder)
+        del model
+        written = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
+        after = measure.measure(
+            measure.with_language_model(assistant, written), probe, "after merging"
+        )
+        return measure.certify(
+            folder / CERTIFICATE,
+            "merge",
+            assistant,
+            probe,
+            before,
+            after,
+            tolerance,
+            dtype=str(dtype).removeprefix("torch."),
+            method=MERGE_METHOD,
+        )

@@ -1,0 +1,168 @@
+"""A smaller merged model: the MLP channels that matter least are cut out of every layer.
+
+How much a channel matters is what the loss would change by if it were silent, to first order, on
+training conversations: |activation * gradient|, summed over tokens (LLM-Pruner, arXiv:2305.11627).
+What is left of `down_proj` is then fitted to give, on the same conversations, what all of it gave
+(least squares, the step that Optimal Brain Surgeon and GPTQ, arXiv:2210.17323, are made of). No
+weight is trained, so some of the quality goes; the certificate says how much.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Phi3ForCausalLM
+
+from assistant.assistant import Assistant
+from data.collate import Batch
+from errors import PhiSightError
+from exports import measure
+from exports.calibrate import (
+    calibration_batches,
+    damped,
+    input_moments,
+    merged_assistant,
+    phi3_in,
+)
+from exports.folder import new_folder, phi3_of, write_phi3
+from exports.measure import Probe, Tolerance
+from model.base import find_folder, load_base
+from model.vlm import VisionLanguageModel
+
+CERTIFICATE = "prune_certificate.json"
+GRAIN = 32  # widths stay a multiple of this, or the model could not be quantised again
+
+
+def kept_channels(width: int, share: float) -> int:
+    """How many of `width` channels stay when about `share` of them go.
+
+    Raises `PhiSightError` if that is none or all of them.
+    """
+    if not 0 < share < 1:
+        raise PhiSightError(f"--prune {share:g}: must be a share between 0 and 1, such as 0.1")
+    kept = round(width * (1 - share) / GRAIN) * GRAIN
+    if not 0 < kept < width:
+        raise PhiSightError(
+            f"--prune {share:g}: of {width} channels in multiples of {GRAIN} that keeps {kept};"
+            " ask for another share"
+        )
+    return kept
+
+
+def export_pruned(
+    assistant: Assistant,
+    out: str | Path,
+    dtype: torch.dtype,
+    probe: Probe,
+    tolerance: Tolerance | None,
+    share: float,
+    conversations: int,
+) -> dict[str, object]:
+    """Merge, cut, fit, write a plain `Phi3ForCausalLM` with narrower MLPs, read back, measure.
+
+    Returns the certificate; with `tolerance` None no loss is refused.
+
+    Raises:
+        PhiSightError: as `exports.merge.export_merged`, and for a share that leaves nothing to do.
+    """
+    config, parts = assistant.config, assistant.parts
+    base_folder = find_folder(config.base, config.base_revision or None)
+    width = parts.base.model.config.intermediate_size
+    kept = kept_channels(width, share)
+    batches = calibration_batches(assistant, probe, conversations)
+    with new_folder(out) as folder:
+        before = measure.measure(assistant, probe, "before")
+        changed = merged_assistant(assistant)
+        model = phi3_in(changed)
+        weights = sum(tensor.numel() for tensor in model.parameters())
+        state = cut(model, changed.model, channel_effects(changed.model, batches), kept, batches)
+        narrow = copy.deepcopy(model.config)
+        narrow.intermediate_size = kept
+        written = phi3_of(narrow, state.items(), dtype)
+        smaller = sum(tensor.numel() for tensor in written.parameters())
+        write_phi3(folder, written, base_folder)
+        again = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
+        after = measure.measure(measure.with_language_model(assistant, again), probe, "after")
+        return measure.certify(
+            folder / CERTIFICATE,
+            "prune",
+            assistant,
+            probe,
+            before,
+            after,
+            tolerance,
+            dtype=str(dtype).removeprefix("torch."),
+            method="MLP channels by |activation * gradient| (LLM-Pruner, arXiv:2305.11627),"
+            " down_proj refitted by least squares",
+            channels={
+                "before": width,
+                "after": kept,
+                "asked_share": share,
+                "share": round(1 - kept / width, 4),
+            },
+            weights={"before": weights, "after": smaller},
+            calibration={
+                "conversations": conversations,
+                "of": "training",
+                "tokens": sum(batch.tokens for batch in batches),
+            },
+        )
+
+
+def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> list[Tensor]:
+    """For each decoder layer, (channels,): the sum over tokens of |activation * d loss / d it|."""
+    layers = model.language_model.model.layers
+    effects = [
+        layer.mlp.down_proj.weight.new_zeros(layer.mlp.down_proj.in_features) for layer in layers
+    ]
+    seen: list[Tensor] = []
+
+    def hook(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        # No weight of the model takes a gradient, so the graph begins at the first MLP.
+        activation = inputs[0] if inputs[0].requires_grad else inputs[0].requires_grad_()
+        activation.retain_grad()
+        seen.append(activation)
+        return (activation,)
+
+    handles = [layer.mlp.down_proj.register_forward_pre_hook(hook) for layer in layers]
+    try:
+        with torch.enable_grad():
+            for batch in batches:
+                seen.clear()
+                loss, _ = model(**vars(batch))
+                loss.backward()
+                for effect, activation in zip(effects, seen, strict=True):
+                    effect += (activation * activation.grad).detach().abs().sum((0, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return effects
+
+
+@torch.no_grad()
+def cut(
+    model: Phi3ForCausalLM,
+    whole: VisionLanguageModel,
+    effects: Sequence[Tensor],
+    kept: int,
+    batches: Sequence[Batch],
+) -> dict[str, Tensor]:
+    """The state of the narrower model. `down_proj` W becomes W M[:, kept] M[kept, kept]^-1, M being
+    the sum of x x^T over its inputs: of all weights over the kept inputs the ones that come
+    nearest to the old output."""
+    state = dict(model.state_dict())
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(len(effects))]
+    moments = input_moments(whole, names, batches)
+    for name, effect in zip(names, effects, strict=True):
+        chosen = effect.topk(kept).indices.sort().values
+        moment = damped(moments[name], 1e-4)
+        fitted = torch.linalg.solve(moment[chosen][:, chosen], moment[chosen]).float()
+        state[f"{name}.weight"] = state[f"{name}.weight"] @ fitted.T
+        gate_up = name.replace("down_proj", "gate_up_proj.weight")
+        gate, up = state[gate_up].chunk(2)
+        state[gate_up] = torch.cat([gate[chosen], up[chosen]])
+    return state

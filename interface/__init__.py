@@ -1,1 +1,0 @@
-"""What stands between people or programs and the assistant: terminal, batch, HTTP API, filter."""

@@ -1,0 +1,1 @@
+"""Fast operations for training: one file a target."""

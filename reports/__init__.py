@@ -1,0 +1,1 @@
+"""What a training wrote down: its log, the curves, and how two runs differ."""

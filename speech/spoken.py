@@ -1,0 +1,95 @@
+"""Questions by a recording and answers by a voice, for the commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+
+from errors import PhiSightError
+from speech.voice import Voice, write_wav
+from speech.whisper import NoSpeech, Speech
+
+
+def add_speech_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--speech",
+        metavar="NAME",
+        help="Whisper that listens: its name or a .pt file; default: the preset's",
+    )
+    parser.add_argument("--language", help="that is spoken, such as en or Spanish; default: heard")
+    parser.add_argument("--translate", action="store_true", help="what is heard, into English")
+    parser.add_argument("--denoise", action="store_true", help="reduce steady noise first")
+    parser.add_argument("--speak", metavar="WAV", help="the answer as sound, written there")
+    parser.add_argument(
+        "--voice",
+        default="espeak-ng",
+        metavar="NAME",
+        help="espeak-ng, or a VitsModel's folder or hub id (%(default)s)",
+    )
+
+
+def loaded_once(name: str, device: str = "cpu") -> Callable[[], Speech] | None:
+    """What gives the Whisper called `name`, loaded when it is first needed, from any thread; None
+    for an empty name."""
+    loaded: list[Speech] = []
+    lock = threading.Lock()
+
+    def load() -> Speech:
+        with lock:
+            if not loaded:
+                loaded.append(Speech.load(name, device))
+            return loaded[0]
+
+    return load if name else None
+
+
+def listener(
+    options: argparse.Namespace,
+    preset: str,
+    device: str,
+    show: Callable[[str], None] | None = None,
+) -> Callable[[numpy.ndarray], str]:
+    """Audio as `read_audio` gives it -> what is said in it; the first one loads the model.
+
+    `show` gets every piece as it is understood. The function raises `NoSpeech` where nothing is
+    said.
+    """
+    load = loaded_once(options.speech or preset, device)
+
+    def listen(audio: numpy.ndarray) -> str:
+        said = []
+        for segment in load().transcribe(
+            audio, options.language, options.translate, options.denoise
+        ):
+            said.append(segment.text)
+            if show is not None:
+                show(segment.text)
+        if not said:
+            raise NoSpeech
+        return " ".join(said)
+
+    return listen
+
+
+def tell_heard(text: str) -> None:
+    """Beside the answer, which alone goes to standard output."""
+    print(f"heard: {text}", file=sys.stderr, flush=True)
+
+
+class SpokenAnswer:
+    """Where `--speak` puts the answer; the voice is loaded first, so that its absence is told
+    before the model is asked."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path = Path(options.speak)
+        if not self.path.parent.is_dir():
+            raise PhiSightError(f"--speak {self.path}: its folder does not exist; make it first")
+        self.voice = Voice.load(options.voice)
+
+    def write(self, text: str) -> None:
+        write_wav(self.path, *self.voice.speak(text))

@@ -1,0 +1,1 @@
+"""The assistant in a terminal: a conversation, and a file of questions."""

@@ -1,0 +1,143 @@
+"""The whole page, and what mounts it into an ASGI application."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from api.page_guard import Guard
+from assistant.assistant import Assistant
+from web.examples import drawn_examples
+
+MAX_UPLOAD = 20 * 1024 * 1024  # bytes of one file
+UPLOADS_KEPT = (3600, 24 * 3600)  # looked through every so many seconds; removed at that age
+STYLE = Path(__file__).with_name("style.css")
+
+
+def build_app(
+    assistant: Assistant,
+    *,
+    conversations: str | Path = "cache/conversations",
+    runs: str | Path = "runs",
+    speech: Callable[[], Any] | None = None,
+    voice: Callable[[str], Any] | None = None,
+) -> Any:
+    """The page, a `gradio.Blocks` to be mounted by `mount`.
+
+    Args: `conversations`: folder of the saved conversations; `runs`: folder whose runs the training
+    tab shows; `speech`, and `voice` with a language: load a speech/whisper.py Speech and a
+    speech/voice.py Voice when they are first needed, or None.
+    """
+    _prepare_gradio()
+    import gradio as gr
+
+    from web.batch_page import BatchPage
+    from web.chat_page import ChatPage, Example
+    from web.conversations import prepare_root
+    from web.page import Translated
+    from web.talk import Talk
+    from web.training_page import TrainingPage
+
+    translated = Translated()
+    talk = Talk(assistant, prepare_root(conversations), speech, voice)
+    examples = [
+        Example(question, (path,))
+        for question, path, _ in drawn_examples(_temporary_folder("examples"))
+    ]
+    chat = ChatPage(talk, examples, translated)
+    batch = BatchPage(assistant, chat, translated)
+    with gr.Blocks(
+        title="PhiSight", analytics_enabled=False, delete_cache=UPLOADS_KEPT, fill_width=True
+    ) as blocks:
+        with gr.Sidebar(width=300, open=False) as sidebar:
+            gr.Markdown("# PhiSight", elem_id="brand")
+            translated(gr.Markdown(elem_id="tagline"), value="tagline")
+            chat.build_sidebar()
+        training = TrainingPage(runs, translated, chat.session)
+        with gr.Tabs(elem_id="tabs"):
+            with translated(gr.Tab(id="chat"), label="chat"):
+                chat.build_main()
+            with translated(gr.Tab(id="batch"), label="batch"):
+                batch.build()
+            with translated(gr.Tab(id="training"), label="training") as tab:
+                training.build()
+        chat.connect(blocks, sidebar)
+        batch.connect()
+        training.connect(tab, blocks)
+    blocks.queue(max_size=256, api_open=False)
+    return blocks
+
+
+def mount(app: Any, blocks: Any, path: str = "/") -> Any:
+    """Mount the page into a `FastAPI` application, with what keeps it to itself; returns that.
+
+    Nothing outside the upload folder can be read back: Gradio checks the paths that a browser names
+    only in an app that it has launched itself, so this one is marked as launched.
+    """
+    import gradio as gr
+
+    theme = gr.themes.Default(  # of the system's own fonts: the default ones are another's files
+        primary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=("system-ui", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"),
+        font_mono=("ui-monospace", "Consolas", "monospace"),
+    )
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme,
+        css=STYLE.read_text(),
+    )
+    blocks.has_launched = True
+    app.add_middleware(Guard)
+    return app
+
+
+def _prepare_gradio() -> None:
+    """Set what Gradio reads when it is imported: no look-ups, and a folder of its own for uploads,
+    which goes when the program ends."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        os.environ["GRADIO_TEMP_DIR"] = _temporary_folder("uploads")
+
+
+def _temporary_folder(name: str) -> str:
+    folder = tempfile.mkdtemp(prefix=f"phisight-{name}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def load_voice(name: str) -> Callable[[str], Any] | None:
+    """What loads the voice called `name` for a language, or None for none."""
+
+    def load(language: str) -> Any:
+        from speech.voice import Voice
+
+        return Voice.load(name, language)
+
+    return load if name else None
+
+
+def whole_app(assistant: Assistant, **settings: Any) -> Any:
+    """The page as an ASGI application of its own; `settings` are those of `build_app`."""
+    from fastapi import FastAPI
+
+    return mount(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), build_app(assistant, **settings)
+    )

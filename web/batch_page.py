@@ -1,0 +1,184 @@
+"""The batch tab: one question about many pictures, answered side by side into a table and a CSV."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from data.dataset import Message, Part
+from errors import PhiSightError
+from web import texts
+from web.chat_page import ChatPage, Session, settings_of
+from web.conversations import clean_text
+from web.page import Translated, told
+from web.talk import Assistant, Settings, Unready, read_upload
+
+MOST = 500
+AT_ONCE = 8  # so many wait for the engine, which computes them together
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
+
+
+class BatchPage:
+    """Builds the tab inside the open `gr.Blocks` and answers its events."""
+
+    def __init__(self, assistant: Assistant, chat: ChatPage, translated: Translated) -> None:
+        self.assistant, self.chat, self.translated = assistant, chat, translated
+        self._stops: dict[str, threading.Event] = {}
+
+    def build(self) -> None:
+        t = self.translated
+        t(gr.Markdown(), value="batch_intro")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                self.files = t(
+                    gr.File(
+                        file_count="multiple",
+                        file_types=["image"],
+                        height=190,
+                        elem_id="batch-files",
+                    ),
+                    label="pictures",
+                )
+                self.question = t(gr.Textbox(lines=2, elem_id="batch-question"), label="question")
+                with gr.Row():
+                    self.run = t(
+                        gr.Button(variant="primary", elem_id="batch-run"), value="run_batch"
+                    )
+                    self.stop = t(gr.Button(elem_id="batch-stop"), value="stop")
+            with gr.Column(scale=3, min_width=280):
+                self.note = gr.Markdown(elem_id="batch-note")
+                self.table = t(
+                    gr.Dataframe(
+                        headers=header(texts.DEFAULT),
+                        type="array",
+                        column_count=2,
+                        interactive=False,
+                        wrap=True,
+                        show_label=False,
+                        buttons=[],
+                        elem_id="batch-table",
+                        column_widths=["40%", "60%"],
+                    ),
+                    headers=header,
+                )
+                self.download = t(
+                    gr.DownloadButton(visible=False, elem_id="batch-download"), label="download_csv"
+                )
+
+    def connect(self) -> None:
+        shown = [self.table, self.note, self.download]
+        self.run.click(
+            self.on_run,
+            [self.chat.session, self.files, self.question, *self.chat.settings],
+            shown,
+            concurrency_limit=None,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        self.stop.click(self.on_stop, None, None, queue=False, api_visibility="private")
+
+    def on_run(
+        self,
+        request: gr.Request,
+        session: Session,
+        files: list[str] | None,
+        question: str,
+        *values: Any,
+    ) -> Iterator[dict[Any, Any]]:
+        language = session.language
+        with told(language):
+            question = clean_text(question or "").strip()
+            if not files or not question:
+                raise Unready("batch_needs")
+            if len(files) > MOST:
+                raise PhiSightError(texts.text("batch_too_many", language, most=MOST))
+            settings = settings_of(session, values)
+            rows = [[Path(path).name, ""] for path in files]
+            stop = self._stops[request.session_hash] = threading.Event()
+            yield self._shown(rows, 0, language)
+            done, last = 0, time.perf_counter()
+            for index, answer in answers(self.assistant, files, question, settings, stop):
+                rows[index][1], done = answer, done + 1
+                if time.perf_counter() - last > 0.2:
+                    yield self._shown(rows, done, language)
+                    last = time.perf_counter()
+            yield {
+                **self._shown(rows, done, language),
+                self.download: gr.update(value=write_csv(rows, language), visible=True),
+            }
+
+    def on_stop(self, request: gr.Request) -> None:
+        stop = self._stops.pop(request.session_hash, None)
+        if stop is not None:
+            stop.set()
+
+    def _shown(self, rows: list[list[str]], done: int, language: str) -> dict[Any, Any]:
+        return {
+            self.table: gr.update(value=[list(row) for row in rows], headers=header(language)),
+            self.note: texts.text("batch_done", language, done=done, total=len(rows)),
+            self.download: gr.update(visible=False),
+        }
+
+
+def header(language: str) -> list[str]:
+    return [texts.text("picture", language), texts.text("answer", language)]
+
+
+def answers(
+    assistant: Assistant,
+    paths: Sequence[str],
+    question: str,
+    settings: Settings,
+    stop: threading.Event,
+) -> Iterator[tuple[int, str]]:
+    """(index, answer) of every picture as it is ready, in no order. A picture that cannot be used
+    gets its error as its answer; after `stop` nothing more comes."""
+    replies: list[Any] = []
+
+    def ask(index: int) -> tuple[int, str]:
+        if stop.is_set():
+            return index, ""
+        try:
+            path = Path(paths[index])
+            message = Message("user", (Part("image", path.name), Part("text", question)))
+            reply = assistant.reply(
+                [message],
+                settings.max_new_tokens,
+                settings.sampling,
+                settings.seed,
+                pictures={path.name: read_upload(path)},
+            )
+            replies.append(reply)
+            return index, "".join(reply).strip()
+        except PhiSightError as error:
+            return index, f"({' '.join(str(error).split())})"
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        waiting = {pool.submit(ask, index) for index in range(len(paths))}
+        try:
+            while waiting and not stop.is_set():
+                ready, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in ready)
+        finally:  # stopped, or the page was closed
+            stop.set()
+            for reply in replies:
+                reply.cancel()
+
+
+def write_csv(rows: Sequence[Sequence[str]], language: str) -> str:
+    """The path of a CSV that spreadsheets open as text: UTF-8 with its mark, no cell a formula."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="answers-", suffix=".csv", delete=False, encoding="utf-8-sig", newline=""
+    ) as file:
+        writer = csv.writer(file)
+        for row in (header(language), *rows):
+            writer.writerow([f"'{cell}" if cell.startswith(FORMULA) else cell for cell in row])
+    return file.name
