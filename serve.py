@@ -15,8 +15,8 @@ from typing import Any
 
 import config as configs
 from api.api import Api
-from api.guards import App
-from api.openai_api import MIB, ApiError, Limits
+from api.errors import ApiError
+from api.requests import MIB, Limits
 from api.server import address_of, is_local, listening_socket, run
 from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, load_assistant
@@ -115,7 +115,7 @@ def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
     return listen
 
 
-def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> App:
+def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> Any:
     """The web app, to stand at the paths that the API does not take."""
     from web.app import load_voice, whole_app
 

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from api.openai_api import MIB, ApiError, ChatRequest, Limits, Sound, parse_request
+from api.errors import ApiError
+from api.requests import MIB, ChatRequest, Limits, Sound, parse_request
 from assistant.sampling import Sampling
 from data.dataset import Message, Part
 

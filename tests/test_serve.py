@@ -26,7 +26,7 @@ from live_server import (
     with_pictures,
 )
 
-from api.openai_api import Limits
+from api.requests import Limits
 from assistant.filter import WordFilter
 from assistant.sampling import Sampling
 from data.dataset import Message, Part
@@ -349,12 +349,12 @@ def test_a_body_that_ends_early_does_no_harm(server):
     gone = server.api.measures.errors["client_gone"]
     server.send(post(b"{", length=500)).close()
     wait_until(lambda: server.api.measures.errors["client_gone"] == gone + 1)
-    assert server.api._budget.held == server.api.measures.in_flight == 0
+    assert server.api.budget.held == server.api.measures.in_flight == 0
     assert server.exchange(get("/health"))[0] == 200
 
 
 def test_bodies_under_way_have_a_common_limit(server, monkeypatch):
-    budget = server.api._budget
+    budget = server.api.budget
     monkeypatch.setattr(budget, "held", budget.limit - 10)
     status, headers, _ = server.exchange(post(ask()))
     assert status == 503 and headers["retry-after"]
@@ -465,7 +465,7 @@ def test_no_thread_is_left_by_clients_that_came_and_went():
             connection.close()
         wait_until(lambda: stops(assistant) and not server.api.measures.in_flight)
         assert threading.active_count() <= before + 1  # the engine's own, started by the first
-        assert server.api._running == set() and server.api._budget.held == 0
+        assert server.api.running == set() and server.api.budget.held == 0
     assistant.close()
 
 
