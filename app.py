@@ -14,7 +14,7 @@ from api.server import address_of, listening_socket, run
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import run_main
 from speech.spoken import loaded_once
-from web.app import voices_loaded_once, web_application
+from web.app import build_app, voices_loaded_once, web_application
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         assistant = load_assistant(options)
         try:
             speech = assistant.config.speech if options.speech is None else options.speech
-            page = web_application(
+            page = build_app(
                 assistant,
                 conversations=options.conversations,
                 runs=options.runs,
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             announcement = f"PhiSight with {assistant.source}: {address_of(bound)}"
             run(
-                page,
+                web_application(page),
                 bound,
                 f"{announcement}  (Ctrl-C ends it)",
                 grace=0.0,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.dataset import Message, Part
+from data.images import MAX_BYTES
 from errors import PhiSightError
 from web import conversation_store
 from web.conversation import (
@@ -26,6 +27,7 @@ from web.conversation import (
 from web.conversation_store import ConversationStore, new_key
 from web.errors import RequestError
 from web.talk import text_so_far
+from web.uploads import read_picture
 
 NAME = "a" * 64 + ".png"
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -216,6 +218,16 @@ def test_what_is_not_a_picture_is_not_kept(tmp_path):
     with pytest.raises(PhiSightError, match="x.png: not a picture"):
         store.keep_picture("0" * 16, b"<svg onload='alert(1)'/>", "x.png")
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_picture_that_cannot_be_read_is_named_without_its_folder(tmp_path):
+    path = tmp_path / "x.png"
+    with pytest.raises(PhiSightError, match="^x.png: cannot be read .*; send it again"):
+        read_picture(path)
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(PhiSightError, match="^x.png: .* is over the limit"):
+        read_picture(path)
 
 
 # -- back in a conversation ------------------------------------------------------------------------

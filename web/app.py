@@ -113,18 +113,10 @@ def mount(app: FastAPI, blocks: Blocks, path: str = "/") -> FastAPI:
     return app
 
 
-def web_application(
-    assistant: Assistant,
-    *,
-    conversations: str | Path = "cache/conversations",
-    runs: str | Path = "runs",
-    speech: Callable[[], Speech] | None = None,
-    voice: Callable[[str], Voice] | None = None,
-) -> FastAPI:
-    """The page as an ASGI application of its own; arguments as of `build_app`."""
+def web_application(page: Blocks) -> FastAPI:
+    """What `build_app` has built, as an ASGI application of its own."""
     from fastapi import FastAPI
 
-    page = build_app(assistant, conversations=conversations, runs=runs, speech=speech, voice=voice)
     return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page)
 
 
