@@ -227,12 +227,17 @@ def test_importing_a_module_does_nothing(path):
     for node in TREES[path].body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        only_for_types = (
+            isinstance(node, ast.If)
+            and ast.unparse(node.test) == "TYPE_CHECKING"
+            and all(isinstance(inner, (ast.Import, ast.ImportFrom)) for inner in node.body)
+        )
         quietening = (
             isinstance(node, ast.Expr)
             and isinstance(node.value, ast.Call)
             and ((str(path), ast.unparse(node.value.func)) == QUIETENING)
         )
-        assert isinstance(node, allowed) or docstring or main or quietening, (
+        assert isinstance(node, allowed) or docstring or main or only_for_types or quietening, (
             f"{path}: line {node.lineno}"
         )
 
