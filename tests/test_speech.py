@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import math
 import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -22,21 +26,17 @@ from hypothesis import strategies as st
 from assistant.messages import user_message
 from config import default_config
 from errors import PhiSightError
-from speech import whisper as ears
+from speech import recordings
+from speech.activity import STEP, has_voice, join_neighbours, reduce_noise, utterances
+from speech.recordings import read_audio
+from speech.spoken import listener
 from speech.voice import Voice, espeak, write_wav
-from speech.whisper import (
-    NoSpeech,
-    Segment,
-    Speech,
-    has_voice,
-    joined,
-    read_audio,
-    reduce_noise,
-    utterances,
-)
+from speech.whisper import NoSpeech, Segment, Speech
 from tools import build_whisper
+from tools.tiny import listener as taught
+from tools.tiny import utterances as sentences
 
-RATE = ears.SAMPLE_RATE
+RATE = recordings.SAMPLE_RATE
 TINY = runs.ROOT / default_config("tiny").speech
 JFK = runs.ROOT.parent / "shared" / "real" / "speech" / "jfk.flac"
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="no espeak-ng here")
@@ -112,7 +112,7 @@ def test_recordings_of_every_kind_become_16_khz_mono(kind, subtype, rate, channe
 def test_blocks_join_without_a_seam(monkeypatch):
     data = encoded(tone(300, 3, 44100), 44100, "WAV", "FLOAT")
     whole = read_audio(data)
-    monkeypatch.setattr(ears, "BLOCK_SECONDS", 0.25)
+    monkeypatch.setattr(recordings, "BLOCK_SECONDS", 0.25)
     assert np.abs(read_audio(data) - whole).max() < 1e-6
     assert np.abs(whole[500:-500] - tone(300, 3)[500:-500]).max() < 1e-3
 
@@ -185,10 +185,10 @@ def test_a_wav_that_was_written_to_a_pipe_is_whole(length):
 def test_a_small_file_that_unpacks_to_hours_stops_at_the_limit(monkeypatch):
     data = encoded(np.zeros(30 * RATE, np.int16), RATE, "FLAC")
     assert len(data) < 10_000
-    monkeypatch.setattr(ears, "LONGEST_SECONDS", 25.0)
+    monkeypatch.setattr(recordings, "LONGEST_SECONDS", 25.0)
     with pytest.raises(PhiSightError, match="longer than 0 minutes; cut it"):
         read_audio(data)
-    monkeypatch.setattr(ears, "LARGEST_FILE", 100)
+    monkeypatch.setattr(recordings, "LARGEST_FILE", 100)
     with pytest.raises(PhiSightError, match="is the most; cut it"):
         read_audio(data)
 
@@ -294,12 +294,13 @@ def test_windows_are_in_order_short_enough_and_hold_all_that_is_loud(parts, long
     for silence, sound in parts:
         pieces += [np.zeros(int(silence * RATE), np.float32), loud[: int(sound * RATE)]]
     audio = np.concatenate(pieces)
-    for windows in (utterances(audio, longest), list(joined(utterances(audio, longest), longest))):
+    cut = utterances(audio, longest)
+    for windows in (cut, list(join_neighbours(cut, longest))):
         covered = np.zeros(len(audio), bool)
         end = 0
         for start, stop in windows:
             assert end <= start < stop <= len(audio)
-            assert stop - start <= longest * RATE + ears.STEP
+            assert stop - start <= longest * RATE + STEP
             covered[start:stop], end = True, stop
         assert covered[np.abs(audio) > 0].all()
 
@@ -309,8 +310,8 @@ def test_windows_are_cut_at_pauses():
     audio = np.concatenate([gap, vowels(2), gap, vowels(1), gap[: RATE // 5], vowels(1), gap])
     found = [(start / RATE, end / RATE) for start, end in utterances(audio, 28.0)]
     assert np.allclose(found, [(0.76, 3.24), (3.76, 6.44)], atol=0.1)
-    assert len(list(joined(utterances(audio, 28.0), 28.0))) == 1
-    assert len(list(joined(utterances(audio, 28.0), 5.0))) == 2
+    assert len(list(join_neighbours(utterances(audio, 28.0), 28.0))) == 1
+    assert len(list(join_neighbours(utterances(audio, 28.0), 5.0))) == 2
 
 
 def test_a_long_stretch_is_cut_where_it_is_quietest():
@@ -331,6 +332,39 @@ def test_noise_is_reduced_and_the_voice_is_kept(kind):
     assert clean.dtype == np.float32 and clean.shape == noisy.shape
     assert np.square(clean - voice).mean() < 0.5 * np.square(noisy - voice).mean()
     assert clean[:8000].std() < 0.5 * noisy[:8000].std()
+
+
+def test_librosa_is_imported_when_noise_is_reduced_and_not_before(tmp_path):
+    """Reading flags imports none of the heavy packages, and a recording none but two."""
+    (tmp_path / "a.wav").write_bytes(encoded(vowels(), RATE, "WAV", "FLOAT"))
+    program = (
+        "import sys\n"
+        "heavy = {'librosa', 'numba', 'scipy', 'whisper', 'soundfile', 'soxr', 'torch'}\n"
+        "import speech.spoken\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "from speech.activity import has_voice, reduce_noise, utterances\n"
+        "from speech.recordings import read_audio\n"
+        f"audio = read_audio({str(tmp_path / 'a.wav')!r})\n"
+        "assert has_voice(audio) and utterances(audio, 28.0)\n"
+        "assert heavy & set(sys.modules) == {'soundfile', 'soxr'}, heavy & set(sys.modules)\n"
+        "try:\n"
+        "    reduce_noise(audio)\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+        "assert 'librosa' in sys.modules\n"
+    )
+    for locators, printed in (
+        (None, ""),
+        ("IPythonCacheLocator", "PhiSightError speech: noise is not reduced.*NUMBA_CACHE_DIR"),
+    ):
+        variables = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
+        if locators:  # numba finds no folder that it may write to
+            variables["NUMBA_CACHE_LOCATOR_CLASSES"] = locators
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert re.fullmatch(printed, done.stdout.strip()), done.stdout
 
 
 @pytest.mark.parametrize("samples", [0, 5, 1023, 1024, 16000])
@@ -436,6 +470,14 @@ def test_what_the_model_cannot_do_is_told_before_anything_is_heard():
             tiny().transcribe(audio)
 
 
+def test_a_run_without_a_whisper_says_what_to_name():
+    """The model is missed where something is to be heard, and not before."""
+    options = argparse.Namespace(speech="", language=None, translate=False, denoise=False)
+    listen = listener(options, "", "cpu")
+    with pytest.raises(PhiSightError, match="--speech: .*name one"):
+        listen(vowels())
+
+
 class Trap:
     def __reduce__(self):
         return os.mkdir, ("sprung",)
@@ -523,17 +565,17 @@ def test_training_computes_what_whisper_computes():
 
     torch.manual_seed(0)
     texts = ["What colour is the star?", "Red?"]
-    vocabulary = build_whisper.Vocabulary(texts)
-    listener = build_whisper.Listener(vocabulary).eval()
-    torch.nn.init.normal_(listener.other, std=0.05)
-    model = Whisper(ModelDimensions(**build_whisper.DIMENSIONS)).eval()
-    model.load_state_dict(listener.state())
+    vocabulary = taught.Vocabulary(texts)
+    student = taught.Listener(vocabulary).eval()
+    torch.nn.init.normal_(student.other, std=0.05)
+    model = Whisper(ModelDimensions(**taught.DIMENSIONS)).eval()
+    model.load_state_dict(student.state())
     sounds = [vowels(1.5), vowels(0.7) * 0.1]
-    mels, silence = build_whisper.log_mels(sounds, mel_filters("cpu", 80))
+    mels, silence = taught.log_mels(sounds, mel_filters("cpu", 80))
     tokens, _ = vocabulary.rows(texts)
     with torch.no_grad():
-        heard, weight = listener.encode(mels, silence, stand_ins=1500)
-        ours = listener.decode(tokens, heard, weight)
+        heard, weight = student.encode(mels, silence, stand_ins=1500)
+        ours = student.decode(tokens, heard, weight)
         theirs = model(
             torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(s)) for s in sounds]),
             torch.tensor(vocabulary.used)[tokens],
@@ -558,27 +600,25 @@ def test_word_errors_are_the_edit_distance():
 
 
 def test_held_out_sentences_and_voices_are_in_no_training_utterance():
-    training, held_out = build_whisper.held_out_sentences()
+    training, held_out = sentences.held_out_sentences()
     assert len(held_out) > 40 and not set(training) & set(held_out)
-    utterances = build_whisper.training_utterances(3000)
-    heard = {tuple(build_whisper.words_of(u.text)) for u in utterances}
-    assert not heard & {tuple(build_whisper.words_of(text)) for text in held_out}
+    utterances = sentences.training_utterances(3000)
+    heard = {tuple(sentences.words_of(u.text)) for u in utterances}
+    assert not heard & {tuple(sentences.words_of(text)) for text in held_out}
     for utterance in utterances:
         accent, _, variant = utterance.voice.partition("+")
-        assert accent not in build_whisper.HELD_OUT_ACCENTS
-        assert variant not in build_whisper.HELD_OUT_VARIANTS
+        assert accent not in sentences.HELD_OUT_ACCENTS
+        assert variant not in sentences.HELD_OUT_VARIANTS
     known = {word for words in heard for word in words}
-    assert all(set(build_whisper.words_of(text)) <= known for text in held_out)
+    assert all(set(sentences.words_of(text)) <= known for text in held_out)
 
 
 @needs_espeak
 def test_held_out_sentences_in_held_out_voices_are_understood():
-    groups = build_whisper.measured_utterances(16)
+    groups = sentences.measured_utterances(16)
     errors = words = 0
     for utterance in groups["held-out sentences, held-out voices"]:
-        wrong, said, _ = build_whisper.errors_of(
-            tiny(), build_whisper.say(utterance), utterance.text
-        )
+        wrong, said, _ = build_whisper.errors_of(tiny(), sentences.say(utterance), utterance.text)
         errors, words = errors + wrong, words + said
     assert errors <= 0.1 * words
 

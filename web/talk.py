@@ -132,7 +132,8 @@ class Talk:
         if self.speech is None:
             raise Unready("no_speech_model")
         speech = self._once("speech", self.speech)
-        from speech.whisper import NoSpeech, read_audio  # only where there are ears
+        from speech.recordings import read_audio  # only where there is a Whisper
+        from speech.whisper import NoSpeech
 
         heard = False
         for segment in speech.transcribe(
