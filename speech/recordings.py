@@ -4,7 +4,7 @@ soundfile decodes and soxr resamples, ten seconds at a time. Both come with libr
 functions are left out here, for these reasons (an hour of 48 kHz stereo FLAC, two cores):
 
 - `librosa.load` takes the whole file at once: 2,214 MB and 8.5 s of processor time, where this
-  module takes 910 MB and 6.8 s; a small FLAC that unpacks to hours has no limit there; samples that
+  module takes 719 MB and 6.2 s; a small FLAC that unpacks to hours has no limit there; samples that
   are not finite are an error; and what soundfile refuses goes on to audioread and ffmpeg.
 - `librosa.stream` with `librosa.resample` resamples all at once: 2,132 MB and 6.3 s. The resampler
   is the same soxr at the same quality.
