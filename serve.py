@@ -21,8 +21,8 @@ from api.server import address_of, is_local, listening_socket, run
 from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import PhiSightError, run_main
+from speech.recordings import read_audio
 from speech.spoken import loaded_once
-from speech.whisper import read_audio
 
 KEY = "PHISIGHT_API_KEY"
 

@@ -75,7 +75,9 @@ class Layout:
 
 def project(linear: nn.Module, x: Tensor, layout: Layout) -> Tensor:
     """`linear(x)`; an adapter's dropout draws by the keys of the rows."""
-    return linear(x, layout.row_keys) if isinstance(linear, LoRALinear) else linear(x)
+    if isinstance(linear, LoRALinear):
+        return linear(x, layout.row_keys)
+    return operations_for(x).linear(x, linear)
 
 
 class RMSNorm(nn.Module):

@@ -8,9 +8,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ops.plain import adapted_linear, gated, rms_norm, rotate
+from ops.plain import adapted_linear, gated, linear, rms_norm, rotate
 
-__all__ = ["adapted_linear", "gated", "packed_attention", "rms_norm", "rotate", "runs_on"]
+__all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", "rotate", "runs_on"]
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:

@@ -75,6 +75,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, window: int | No
     )[0].transpose(0, 1)
 
 
+def linear(x: Tensor, base: nn.Linear) -> Tensor:
+    """(…, inputs) -> (…, outputs) by a frozen layer, which may be a 4-bit one."""
+    return base(x)
+
+
 def adapted_linear(
     x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: Tensor, kept: Tensor | None,
     scale: float,
@@ -84,9 +89,15 @@ def adapted_linear(
     x: (…, inputs); a: (rank, inputs) float32; b: (outputs, rank) float32; kept: uint8 of the shape
     of x, or None for everywhere. The low-rank product is float32 whatever the dtype of x is.
     """
+    result = base(x)
+    return result + low_rank_update(x, a, b, scaling, kept, scale).to(result.dtype)
+
+
+def low_rank_update(
+    x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, kept: Tensor | None, scale: float
+) -> Tensor:
+    """scaling * ((x where kept, times scale) A^T) B^T, (…, outputs) float32."""
     masked = x.to(a.dtype)
     if kept is not None:
         masked = masked * (kept * scale).to(a.dtype)
-    update = (masked @ a.T) @ b.T * scaling  # (…, outputs)
-    result = base(x)
-    return result + update.to(result.dtype)
+    return (masked @ a.T) @ b.T * scaling
