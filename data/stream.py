@@ -133,7 +133,8 @@ class _Window:
 
 
 def _after_white_space(text: str, position: int) -> int:
-    return WHITE_SPACE.match(text, position).end()
+    match = WHITE_SPACE.match(text, position)
+    return match.end() if match else position
 
 
 # -- one record a line ----------------------------------------------------------------------------

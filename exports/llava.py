@@ -1,4 +1,4 @@
-"""The whole model, eyes included, as a `LlavaForConditionalGeneration` folder with its processor.
+"""The whole model with its CLIP as a `LlavaForConditionalGeneration` folder with its processor.
 
 LLaVA-1.5 (arXiv:2310.03744) is the same arithmetic: CLIP patches of one hidden layer, two linear
 layers with a GELU between, spliced in where the picture token stands. So nothing is approximated:
@@ -9,7 +9,9 @@ read the same files.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -33,7 +35,9 @@ from exports.folder import (
     plain_config,
     rounded,
 )
+from exports.form import Form, folder_to_write
 from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
+from exports.measured import export_measured
 from lora.merge import merged_state
 from model.base import BaseModel, find_folder, finish
 from model.projector import ImageProjector
@@ -56,22 +60,32 @@ CHAT_TEMPLATE = (
 
 
 def export_llava(
-    assistant: Assistant, out: str | Path, dtype: torch.dtype, probe: Probe, tolerance: Tolerance
-) -> dict[str, object]:
+    assistant: Assistant,
+    out: str | Path,
+    dtype: torch.dtype,
+    probe: Probe,
+    tolerance: Tolerance | None,
+) -> dict[str, Any]:
     """Merge, write, read back with transformers, measure both sides, keep it if they agree.
 
     Returns the certificate. The measurement takes language model and projector from the folder;
     features come from the run's own store on both sides.
 
     Raises:
-        PhiSightError: the run has pooled pictures, a weight does not fit into `dtype`, the folder
-            cannot be written, or the result is past the tolerance. Nothing is left then.
+        PhiSightError: the run pools its pictures' patches, a weight does not fit into `dtype`, the
+            folder cannot be written, or the result is past the tolerance. Nothing is left then.
     """
     config = assistant.config
     if config.vision_features != "patches":
         raise PhiSightError(
             f"--llava: {assistant.source} sees one pooled vector, LLaVA reads patches; export a run"
             " that was trained with --vision-features patches"
+        )
+    if config.feature_pooling > 1:
+        raise PhiSightError(
+            f"--llava: {assistant.source} averages {config.feature_pooling} x"
+            f" {config.feature_pooling} patches into one token, LLaVA reads every patch; export a"
+            " run that was trained with --feature-pooling 1"
         )
     base_folder = find_folder(config.base, config.base_revision or None)
     with new_folder(out) as folder:
@@ -158,3 +172,17 @@ def read_back(assistant: Assistant, folder: Path) -> Assistant:
         language_model, base.tokenizer, base.fingerprint, str(folder), base.compute_dtype
     )
     return measure.with_language_model(assistant, written, copied)
+
+
+def run(options: argparse.Namespace) -> str:
+    """`export.py --llava DIR`."""
+    return export_measured(options, folder_to_write(options, "--llava"), export_llava)
+
+
+FORM = Form(
+    run,
+    {
+        "metavar": "DIR",
+        "help": "the whole model as LlavaForConditionalGeneration, with its processor",
+    },
+)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 from assistant.assistant import Assistant
@@ -62,7 +63,7 @@ class Probe:
     prompts: list[RenderedSample]
     store: FeatureStore
     data: TrainingData
-    facts: dict[str, object]
+    facts: dict[str, Any]
     """what a certificate says about all this"""
 
 
@@ -84,7 +85,9 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
     if greedy_answers < 1:
         raise PhiSightError(f"--greedy-answers {greedy_answers}: must be at least 1")
     config, parts = assistant.config, assistant.parts
-    store = FeatureStore(config.features, parts.vision.key, parts.vision.shape)
+    store = FeatureStore(
+        config.features, parts.vision.key, parts.vision.shape, config.feature_storage
+    )
     data = prepare(
         config, parts.chat_format, store, lambda: VisionTower(parts.vision, parts.device)
     )
@@ -162,8 +165,8 @@ def certificate(
     before: Measured,
     after: Measured,
     tolerance: Tolerance | None,
-    **more: object,
-) -> dict[str, object]:
+    **more: Any,
+) -> dict[str, Any]:
     """What was done, measured on what, with which result; `tolerance` None refuses nothing."""
     difference = after.loss - before.loss
     equal = equal_percent(before.answers, after.answers)
@@ -199,7 +202,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def check(found: dict[str, object]) -> None:
+def check(found: dict[str, Any]) -> None:
     """Raises `PhiSightError` with both numbers if the certificate is past its tolerance."""
     if found["within_tolerance"]:
         return
@@ -221,8 +224,8 @@ def certify(
     before: Measured,
     after: Measured,
     tolerance: Tolerance | None,
-    **more: object,
-) -> dict[str, object]:
+    **more: Any,
+) -> dict[str, Any]:
     """Write the certificate of the finished folder that `path` lies in, and return it.
 
     Raises `PhiSightError` as `check` does; nothing is written then.
@@ -245,7 +248,7 @@ def files_of(folder: Path) -> dict[str, str]:
     return found
 
 
-def summary(found: dict[str, object], out: str) -> str:
+def summary(found: dict[str, Any], out: str) -> str:
     """The certificate in a line or two."""
     facts = found["measured_on"]
     line = (

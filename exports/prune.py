@@ -9,9 +9,12 @@ weight is trained, so some of the quality goes; the certificate says how much.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +32,9 @@ from exports.calibrate import (
     phi3_in,
 )
 from exports.folder import new_folder, phi3_of, write_phi3
+from exports.form import Form, folder_to_write
 from exports.measure import Probe, Tolerance
+from exports.measured import export_measured
 from model.base import find_folder, load_base
 from model.vlm import VisionLanguageModel
 
@@ -61,7 +66,7 @@ def export_pruned(
     tolerance: Tolerance | None,
     share: float,
     conversations: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Merge, cut, fit, write a plain `Phi3ForCausalLM` with narrower MLPs, read back, measure.
 
     Returns the certificate; with `tolerance` None no loss is refused.
@@ -115,10 +120,13 @@ def export_pruned(
 
 def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> list[Tensor]:
     """For each decoder layer, (channels,): the sum over tokens of |activation * d loss / d it|."""
-    layers = model.language_model.model.layers
-    effects = [
-        layer.mlp.down_proj.weight.new_zeros(layer.mlp.down_proj.in_features) for layer in layers
+    down_projections = [
+        module
+        for name, module in model.language_model.named_modules()
+        if name.endswith(".mlp.down_proj")
     ]
+    weights = [module.get_parameter("weight") for module in down_projections]
+    effects = [weight.new_zeros(weight.shape[1]) for weight in weights]
     seen: list[Tensor] = []
 
     def hook(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -128,7 +136,7 @@ def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> lis
         seen.append(activation)
         return (activation,)
 
-    handles = [layer.mlp.down_proj.register_forward_pre_hook(hook) for layer in layers]
+    handles = [module.register_forward_pre_hook(hook) for module in down_projections]
     try:
         with torch.enable_grad():
             for batch in batches:
@@ -136,6 +144,7 @@ def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> lis
                 loss, _ = model(**vars(batch))
                 loss.backward()
                 for effect, activation in zip(effects, seen, strict=True):
+                    assert activation.grad is not None  # it was retained
                     effect += (activation * activation.grad).detach().abs().sum((0, 1))
     finally:
         for handle in handles:
@@ -166,3 +175,19 @@ def cut(
         gate, up = state[gate_up].chunk(2)
         state[gate_up] = torch.cat([gate[chosen], up[chosen]])
     return state
+
+
+def run(options: argparse.Namespace) -> str:
+    """`export.py --prune SHARE`; some quality goes, so nothing is refused unless it is asked."""
+    write = partial(export_pruned, share=options.prune, conversations=options.calibration)
+    return export_measured(options, folder_to_write(options), write, usual=None)
+
+
+FORM = Form(
+    run,
+    {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "merged, with this share of the MLP channels cut out",
+    },
+)

@@ -2,15 +2,17 @@
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from reading import read_all
 
 from config import Config, default_config, replace
+from data import dataset
 from data.chat import ChatFormat, RenderedSample, load_tokenizer, render
-from data.dataset import load_conversations
 from data.features import FeatureStore
 from data.packed import PackedSamples
 from data.prepare import TrainingData, evenly_spaced, prepare
@@ -84,7 +86,7 @@ def pictures_of(samples) -> set[str]:
 
 
 def test_the_world_is_used_whole_and_split_by_picture(prepared, world):
-    conversations = load_conversations(world / "train.json").conversations
+    conversations = read_all(world / "train.json")[0]
     assert prepared.quarantined == []
     assert len(prepared.train) + len(prepared.validation) == len(conversations)
     train, validation = pictures_of(prepared.train), pictures_of(prepared.validation)
@@ -95,7 +97,7 @@ def test_the_world_is_used_whole_and_split_by_picture(prepared, world):
 
 def test_samples_are_what_the_renderer_gives(workspace):
     data = workspace.prepare()
-    conversations = load_conversations(workspace.folder / "data.json").conversations
+    conversations = read_all(workspace.folder / "data.json")[0]
     expected = {c.images: render(c.messages, workspace.chat_format) for c in conversations}
     samples = data.train + data.validation
     assert {sample.images: sample for sample in samples} == expected
@@ -114,6 +116,21 @@ def test_first_exchanges_are_the_first_question_and_answer(workspace, chat_forma
         assert exchange.input_ids[-1] == chat_format.end_of_text_id
         assert exchange.input_ids.count(chat_format.assistant_id) == 1
         assert sum(exchange.supervised) == len(chat_format.encode_text("red")) + 1
+
+
+def test_each_conversation_is_tokenised_once_and_the_file_read_twice(workspace, monkeypatch):
+    encoded: list[str] = []
+    opened: list[Path] = []
+    encode, read = ChatFormat.encode_text, dataset.read_records
+    monkeypatch.setattr(
+        ChatFormat, "encode_text", lambda self, text: encoded.append(text) or encode(self, text)
+    )
+    monkeypatch.setattr(dataset, "read_records", lambda path: opened.append(path) or read(path))
+    data = workspace.prepare()
+    assert data.first_exchanges and data.validation
+    texts = [turn for record in workspace.records for turn in record["conversations"]]
+    assert len(encoded) == len(texts)
+    assert opened == [workspace.folder / "data.json"] * 2
 
 
 def test_evaluation_looks_at_as_many_conversations_as_asked(workspace):
