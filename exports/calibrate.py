@@ -74,7 +74,7 @@ def input_moments(
     language model: (inputs, inputs) float32 by name. Padding is left out, and so are the decoder
     layers from `depth` on, which the named ones do not depend on."""
     moments: dict[str, Tensor] = {}
-    real = torch.empty(0)  # of the batch under way: which tokens are no padding
+    real = torch.empty(0)  # of the batch under way: which tokens are not padding
 
     def hook_for(name: str):
         def hook(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -158,7 +158,7 @@ def equal_percent(first: Sequence[str], second: Sequence[str]) -> float:
     return round(100 * same / len(first), 2)
 
 
-def certificate(
+def certificate_of(
     what: str,
     assistant: Assistant,
     probe: Probe,
@@ -202,17 +202,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def check(found: dict[str, Any]) -> None:
+def check(certificate: dict[str, Any]) -> None:
     """Raises `PhiSightError` with both numbers if the certificate is past its tolerance."""
-    if found["within_tolerance"]:
+    if certificate["within_tolerance"]:
         return
-    allowed = found["tolerance"]
+    allowed = certificate["tolerance"]
     raise PhiSightError(
-        f"{found['what']}: refused, nothing was written: the loss went from"
-        f" {found['loss_before']:.4f} to {found['loss_after']:.4f} (at most"
-        f" {allowed['loss_difference']:g} apart is allowed) and {found['greedy_equal']:g} % of the"
-        f" greedy answers stayed equal (at least {allowed['greedy_equal']:g} % is asked); use"
-        " another --dtype, or say with --max-loss-difference and --min-greedy-equal what you accept"
+        f"{certificate['what']}: refused, nothing was written: the loss went from"
+        f" {certificate['loss_before']:.4f} to {certificate['loss_after']:.4f} (at most"
+        f" {allowed['loss_difference']:g} apart is allowed) and {certificate['greedy_equal']:g} %"
+        f" of the greedy answers stayed equal (at least {allowed['greedy_equal']:g} % is asked);"
+        " use another --dtype, or say with --max-loss-difference and --min-greedy-equal what you accept"
     )
 
 
@@ -230,40 +230,41 @@ def certify(
 
     Raises `PhiSightError` as `check` does; nothing is written then.
     """
-    found = certificate(
+    certificate = certificate_of(
         what, assistant, probe, before, after, tolerance, **more, files=files_of(path.parent)
     )
-    check(found)
-    write_json(path, found)
-    return found
+    check(certificate)
+    write_json(path, certificate)
+    return certificate
 
 
 def files_of(folder: Path) -> dict[str, str]:
     """sha256 of every file in a folder, by name."""
-    found = {}
+    hashes = {}
     for path in sorted(folder.iterdir()):
         if path.is_file():
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
-def summary(found: dict[str, Any], out: str) -> str:
+def summary(certificate: dict[str, Any], out: str) -> str:
     """The certificate in a line or two."""
-    facts = found["measured_on"]
+    facts = certificate["measured_on"]
     line = (
-        f"{out}: {found['what']}: loss {found['loss_before']:.5f} -> {found['loss_after']:.5f}"
-        f" ({found['loss_difference']:+.5f}) over {facts['answer_tokens']:,} answer tokens of"
-        f" {facts['conversations']} conversations; {found['greedy_equal']:g} % of"
+        f"{out}: {certificate['what']}: loss"
+        f" {certificate['loss_before']:.5f} -> {certificate['loss_after']:.5f}"
+        f" ({certificate['loss_difference']:+.5f}) over {facts['answer_tokens']:,} answer tokens of"
+        f" {facts['conversations']} conversations; {certificate['greedy_equal']:g} % of"
         f" {facts['questions']} greedy answers equal"
     )
-    if naive := found.get("naive"):
+    if naive := certificate.get("naive"):
         line += (
             f"\nrounded naively: loss {naive['loss_after']:.5f}"
             f" ({naive['loss_difference']:+.5f}), {naive['greedy_equal']:g} % equal"
         )
-    if weights := found.get("weights"):
-        channels = found["channels"]
+    if weights := certificate.get("weights"):
+        channels = certificate["channels"]
         line += (
             f"\n{channels['before']} -> {channels['after']} MLP channels a layer,"
             f" {weights['before']:,} -> {weights['after']:,} weights"

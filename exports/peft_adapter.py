@@ -212,7 +212,7 @@ def import_peft(source: str | Path, out: str | Path, config: Config) -> str:
     The projector is read from `image_projector.safetensors` in the same folder.
 
     Raises:
-        PhiSightError: the folder is no LoRA adapter of this base, does more than LoRA, or has no
+        PhiSightError: the folder is not a LoRA adapter of this base, does more than LoRA, or has no
             projector.
     """
     source = Path(source)
@@ -259,8 +259,8 @@ def read_peft_config(source: Path) -> dict:
         )
     rank, alpha = settings.get("r"), finite_number(settings.get("lora_alpha"))
     dropout = finite_number(settings.get("lora_dropout", 0.0))
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if not whole or alpha is None or alpha <= 0 or dropout is None or not 0 <= dropout < 1:
+    whole_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if not whole_rank or alpha is None or alpha <= 0 or dropout is None or not 0 <= dropout < 1:
         named = ("r", "lora_alpha", "lora_dropout")
         given = ", ".join(f"{name} {settings.get(name)!r}"[:80] for name in named)
         raise PhiSightError(f"{path}: {given} make no adapter; {REMEDY}")
@@ -276,7 +276,7 @@ def lora_from_peft(
     nothing to what the model computes.
     """
     rows, sizes = part_sizes(base), input_sizes(base)
-    found: dict[tuple[int, str], dict[str, dict[str, Tensor]]] = {}
+    by_layer: dict[tuple[int, str], dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         name = match[3] if match else ""
@@ -289,9 +289,9 @@ def lora_from_peft(
         outputs, inputs = rows.get(name, sizes[kind][0]), sizes[kind][1]
         shape = (rank, inputs) if match[4] == "A" else (outputs, rank)
         matrix = need_matrix(source, key, tensor, *shape)
-        found.setdefault((int(match[1]), kind), {}).setdefault(name, {})[match[4]] = matrix
+        by_layer.setdefault((int(match[1]), kind), {}).setdefault(name, {})[match[4]] = matrix
     layers = {}
-    for (layer, kind), given in found.items():
+    for (layer, kind), given in by_layer.items():
         for name, pair in given.items():
             if set(pair) != {"A", "B"}:
                 raise PhiSightError(f"{source}: {name} of layer {layer} lacks its A or B; {REMEDY}")

@@ -49,13 +49,13 @@ def kept_channels(width: int, share: float) -> int:
     """
     if not 0 < share < 1:
         raise PhiSightError(f"--prune {share:g}: must be a share between 0 and 1, such as 0.1")
-    kept = round(width * (1 - share) / GRAIN) * GRAIN
-    if not 0 < kept < width:
+    left = round(width * (1 - share) / GRAIN) * GRAIN
+    if not 0 < left < width:
         raise PhiSightError(
-            f"--prune {share:g}: of {width} channels in multiples of {GRAIN} that keeps {kept};"
+            f"--prune {share:g}: of {width} channels in multiples of {GRAIN} that keeps {left};"
             " ask for another share"
         )
-    return kept
+    return left
 
 
 def export_pruned(
@@ -77,16 +77,16 @@ def export_pruned(
     config, parts = assistant.config, assistant.parts
     base_folder = find_folder(config.base, config.base_revision or None)
     width = parts.base.model.config.intermediate_size
-    kept = kept_channels(width, share)
+    left = kept_channels(width, share)
     batches = calibration_batches(assistant, probe, conversations)
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before")
         changed = merged_assistant(assistant)
         model = phi3_in(changed)
         weights = sum(tensor.numel() for tensor in model.parameters())
-        state = cut(model, changed.model, channel_effects(changed.model, batches), kept, batches)
+        state = cut(model, changed.model, channel_effects(changed.model, batches), left, batches)
         narrow = copy.deepcopy(model.config)
-        narrow.intermediate_size = kept
+        narrow.intermediate_size = left
         written = phi3_of(narrow, state.items(), dtype)
         smaller = sum(tensor.numel() for tensor in written.parameters())
         write_phi3(folder, written, base_folder)
@@ -105,9 +105,9 @@ def export_pruned(
             " down_proj refitted by least squares",
             channels={
                 "before": width,
-                "after": kept,
+                "after": left,
                 "asked_share": share,
-                "share": round(1 - kept / width, 4),
+                "share": round(1 - left / width, 4),
             },
             weights={"before": weights, "after": smaller},
             calibration={
@@ -157,17 +157,17 @@ def cut(
     model: Phi3ForCausalLM,
     whole: VisionLanguageModel,
     effects: Sequence[Tensor],
-    kept: int,
+    left: int,
     batches: Sequence[Batch],
 ) -> dict[str, Tensor]:
-    """The state of the narrower model. `down_proj` W becomes W M[:, kept] M[kept, kept]^-1, M being
-    the sum of x x^T over its inputs: of all weights over the kept inputs the ones that come
+    """The state of the narrower model. `down_proj` W becomes W M[:, left] M[left, left]^-1, M being
+    the sum of x x^T over its inputs: of all weights over the left inputs the ones that come
     nearest to the old output."""
     state = dict(model.state_dict())
     names = [f"model.layers.{i}.mlp.down_proj" for i in range(len(effects))]
     moments = input_moments(whole, names, batches)
     for name, effect in zip(names, effects, strict=True):
-        chosen = effect.topk(kept).indices.sort().values
+        chosen = effect.topk(left).indices.sort().values
         moment = damped(moments[name], 1e-4)
         fitted = torch.linalg.solve(moment[chosen][:, chosen], moment[chosen]).float()
         state[f"{name}.weight"] = state[f"{name}.weight"] @ fitted.T

@@ -10,7 +10,7 @@ block. The result is a plain 4-bit model: no adapter and no extra tensor.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,16 +141,11 @@ def export_requantized(
         blocks = {name: block_size(layer) for name, layer in four_bit_layers(empty)}
         naive = measured_naively(changed, blocks, probe)
         quantised = compensate(changed, blocks, batches)
-        rest = [
-            (name, tensor)
-            for name, tensor in model.state_dict().items()
-            if name.removesuffix(".weight") not in blocks
-        ]
-        write_four_bit(folder, empty, quantised, rest, dtype)
+        write_four_bit(folder, empty, quantised, model.state_dict(), dtype)
         copy_tokenizer(base_folder, folder)
         copy_generation_config(base_folder, folder)
         after = measure.measure(read_back(assistant, folder), probe, "after")
-        naive_increase, increase = naive.loss - before.loss, after.loss - before.loss
+        naive_increase = naive.loss - before.loss
         return measure.certify(
             folder / CERTIFICATE,
             "requantize",
@@ -171,7 +166,7 @@ def export_requantized(
                 "loss_difference": naive_increase,
                 "greedy_equal": measure.equal_percent(before.answers, naive.answers),
             },
-            under_a_quarter_of_naive=increase < SHARE * naive_increase,
+            under_a_quarter_of_naive=after.loss - before.loss < SHARE * naive_increase,
         )
 
 
@@ -254,15 +249,19 @@ def write_four_bit(
     folder: Path,
     empty: Phi3ForCausalLM,
     quantised: dict[str, FourBit],
-    rest: Iterable[tuple[str, Tensor]],
+    weights: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """model.safetensors and config.json as transformers writes a model that is in NF4."""
-    tied = empty.config.tie_word_embeddings
+    """model.safetensors and config.json as transformers writes a model that is in NF4.
+
+    `weights`: of the whole model by name; what is not in `quantised` is written in `dtype`.
+    """
+    tied = {"lm_head.weight"} if empty.config.tie_word_embeddings else set()
+    left_out = tied | {f"{name}.weight" for name in quantised}
     tensors = {
         name: rounded(name, tensor, dtype)
-        for name, tensor in rest
-        if not (tied and name == "lm_head.weight")
+        for name, tensor in weights.items()
+        if name not in left_out
     }
     for name, layer in four_bit_layers(empty):
         tensors |= packed(name, quantised[name], block_size(layer), dtype)

@@ -101,7 +101,7 @@ def load_archive(path: Path) -> dict[str, object]:
             f" code ({reason}); {REMEDY}"
         ) from None
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise PhiSightError(f"{path}: is no dictionary of names; {REMEDY}")
+        raise PhiSightError(f"{path}: holds no dictionary of names; {REMEDY}")
     return dict(content)
 
 

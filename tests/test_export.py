@@ -182,7 +182,7 @@ def test_past_the_tolerance_nothing_is_written(tmp_path, monkeypatch, module, as
 def test_tolerance_is_two_sided_and_no_number_is_within_none(assistant, probe, loss, equal, within):
     answers = [str(i) for i in range(100)]
     other = ["another"] * int(100 - equal) + answers[int(100 - equal) :]
-    found = measure.certificate(
+    found = measure.certificate_of(
         "merge",
         assistant,
         probe,

@@ -1,5 +1,6 @@
 """From files to rendered conversations: what is set aside, what stops, what is fingerprinted."""
 
+import hashlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -16,6 +17,7 @@ from data.chat import ChatFormat, RenderedSample, load_tokenizer, render
 from data.features import FeatureStore
 from data.packed import PackedSamples
 from data.prepare import TrainingData, evenly_spaced, prepare
+from data.splits import split_by_image
 from errors import PhiSightError
 
 TOKENS = 3  # a picture, for a tower that is not there
@@ -131,6 +133,48 @@ def test_each_conversation_is_tokenised_once_and_the_file_read_twice(workspace, 
     texts = [turn for record in workspace.records for turn in record["conversations"]]
     assert len(encoded) == len(texts)
     assert opened == [workspace.folder / "data.json"] * 2
+
+
+def test_all_is_what_a_plain_preparation_gives(workspace, chat_format):
+    """Each part from its definition, with conversations that are cut, too long, and bad."""
+    for number, record_ in enumerate(workspace.records):
+        record_["conversations"][2]["value"] += " please" * (7 * number)
+    workspace.records[5]["conversations"][0]["value"] += " please" * 90
+    workspace.records[6]["conversations"].pop()
+    (workspace.folder / "images" / workspace.names[7]).unlink()
+    limit = 100
+    data = workspace.prepare(max_text_tokens=limit, evaluation_conversations=2)
+
+    def fits(messages) -> bool:
+        ids = render(messages, chat_format).input_ids
+        return sum(i != chat_format.image_id for i in ids) <= limit
+
+    conversations, malformed = read_all(workspace.folder / "data.json")
+    usable = [c for c in conversations if workspace.names[7] not in c.images]
+    sides = split_by_image(usable, 0.3, 0)
+    samples, too_long, cut = ([], []), [], 0
+    for side, chosen in zip(sides, samples):
+        for conversation in side:
+            lengths = [n for n in (6, 4, 2) if fits(conversation.messages[:n])]
+            if lengths:
+                chosen.append(render(conversation.messages[: lengths[0]], chat_format))
+                cut += lengths[0] < 6
+            else:
+                too_long.append(conversation.id)
+    asked = evenly_spaced(sides[1], 2)
+    assert list(data.train) == samples[0]
+    assert data.validation == evenly_spaced(samples[1], 2)
+    assert data.first_exchanges == [
+        render(c.messages[:2], chat_format) for c in asked if fits(c.messages[:2])
+    ]
+    assert data.shortened == cut > 0
+    assert [q.id for q in data.quarantined] == [malformed[0].id, "about 07.png", *too_long]
+    assert too_long == ["about 05.png"] and len(malformed) == 1
+    total = hashlib.sha256()
+    for sample in samples[0] + samples[1]:
+        hashes = [(workspace.store.hash_of(n), workspace.store.check_of(n)) for n in sample.images]
+        total.update(json.dumps([sample.input_ids, sample.supervised, hashes]).encode())
+    assert data.fingerprint == total.hexdigest()
 
 
 def test_evaluation_looks_at_as_many_conversations_as_asked(workspace):
