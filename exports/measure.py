@@ -212,7 +212,8 @@ def check(certificate: dict[str, Any]) -> None:
         f" {certificate['loss_before']:.4f} to {certificate['loss_after']:.4f} (at most"
         f" {allowed['loss_difference']:g} apart is allowed) and {certificate['greedy_equal']:g} %"
         f" of the greedy answers stayed equal (at least {allowed['greedy_equal']:g} % is asked);"
-        " use another --dtype, or say with --max-loss-difference and --min-greedy-equal what you accept"
+        " use another --dtype, or say with --max-loss-difference and --min-greedy-equal what you"
+        " accept"
     )
 
 
