@@ -9,7 +9,18 @@ PNGs, a JSON in the form of LLaVA-Instruct-150K, and question files in the form 
 """
 
 from data.world.files import questions_of, records_of, write_world
-from data.world.questions import DETAIL, KINDS, TWO_STEP, ask, ask_many, describe, detail
+from data.world.questions import (
+    DETAIL,
+    KINDS,
+    NUMBERS,
+    PLURALS,
+    TWO_STEP,
+    ask,
+    ask_many,
+    describe,
+    detail,
+    with_article,
+)
 from data.world.scenes import (
     CELL,
     COLOURS,
@@ -30,8 +41,10 @@ __all__ = [
     "DETAIL",
     "HELD_OUT_PAIRS",
     "KINDS",
+    "NUMBERS",
     "PIXELS",
     "PLACES",
+    "PLURALS",
     "SHAPES",
     "SIZES",
     "TWO_STEP",
@@ -45,5 +58,6 @@ __all__ = [
     "make_scene",
     "questions_of",
     "records_of",
+    "with_article",
     "write_world",
 ]
