@@ -7,6 +7,7 @@ python app.py --host 0.0.0.0                    # lets other machines on the net
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import config as configs
@@ -14,6 +15,7 @@ from api.server import address_of, listening_socket, run
 from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import run_main
+from speech.flags import add_speech_flag, add_voice_flag
 from speech.spoken import loaded_once
 from web.app import load_voice, whole_app
 
@@ -29,14 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder of the saved conversations (%(default)s)",
     )
     parser.add_argument("--runs", default="runs", help="folder of the training tab's runs")
-    parser.add_argument(
-        "--speech", help="Whisper: name or .pt file; empty for none (default: the preset's)"
-    )
-    parser.add_argument(
-        "--voice",
-        default="espeak-ng",
-        help="espeak-ng, or folder or hub id of a VITS model; empty for none",
-    )
+    add_speech_flag(parser)
+    add_voice_flag(parser)
     options = parser.parse_args(arguments)
     with listening_socket(options.host, options.port) as bound:
         assistant = load_assistant(options)
@@ -54,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def web_app(assistant: Assistant, options: Any) -> Any:
+def web_app(assistant: Assistant, options: argparse.Namespace) -> Any:
     """The page as a whole ASGI application, as the options say."""
     name = assistant.config.speech if options.speech is None else options.speech
     return whole_app(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,14 +15,16 @@ from model.rope import rope_crossing
 from model.vlm import VisionLanguageModel
 
 
-@dataclass(eq=False)
-class Row:
-    """One sequence: what was fed of it, and the features of its pictures."""
+class Row(Protocol):
+    """One sequence: what was fed of it, and the features of its pictures. An `Answer` is one."""
 
     ids: list[int]
     """prompt and what was chosen since"""
     image_features: Tensor
     """(images, tokens, vision dim)"""
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 @dataclass
@@ -62,12 +65,12 @@ class KeyValues:
         )
 
 
-class Decoding:
+class Decoding(Generic[AnyRow]):
     """Rows with one key-value cache, padded on the left, and the logits of their next tokens."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         self.model = model
-        self.rows: list[Row] = []
+        self.rows: list[AnyRow] = []
         self.crossing = rope_crossing(model.language_model.config)
         self.device = next(model.parameters()).device
         self._cache: KeyValues | None = None
@@ -75,13 +78,13 @@ class Decoding:
         self.logits = torch.zeros(0, 0)  # (rows, vocabulary) float32
 
     @torch.no_grad()
-    def add(self, rows: Sequence[Row], past: KeyValues | None = None) -> None:
+    def add(self, rows: Sequence[AnyRow], past: KeyValues | None = None) -> None:
         """Feed the ids of new rows and let them take part.
 
         `past`: keys and values that a single row's first tokens have already; the caller vouches
         that they are of the same ids, pictures and LongRoPE factors.
         """
-        joined = Decoding(self.model)
+        joined: Decoding[AnyRow] = Decoding(self.model)
         joined.rows = list(rows)
         done = past.length if past else 0
         length = max(len(row.ids) for row in rows)
@@ -156,7 +159,7 @@ class Decoding:
         # A slot for a picture that does not exist is nothing to say, however hot the sampling.
         self.logits[:, self.model.placeholder_id] = float("-inf")
 
-    def _join(self, other: Decoding) -> None:
+    def _join(self, other: Decoding[AnyRow]) -> None:
         """Take over the rows of another decoding, behind the own ones."""
         if not self.rows:
             self.rows, self._cache = other.rows, other._cache

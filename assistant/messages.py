@@ -10,7 +10,7 @@ from errors import PhiSightError
 
 
 class Reply(Protocol):
-    """An answer on its way: see infer.py's `Reply`."""
+    """What a page or a terminal needs of an answer on its way: see `assistant.answer.Answer`."""
 
     finish_reason: str | None
     completion_tokens: int
