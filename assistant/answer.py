@@ -115,8 +115,9 @@ class Answer:
     def next_piece(self) -> str | None:
         """Wait for a piece of the text; None at the end. Raises what made the answer fail."""
         if self._arrived is None:
-            self._arrived = queue.SimpleQueue()
-            self.subscribe(self._arrived.put)
+            arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+            self.subscribe(arrived.put)
+            self._arrived = arrived
         piece = None if self._read_to_end else self._arrived.get()
         if piece is None:
             self._read_to_end = True

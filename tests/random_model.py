@@ -1,8 +1,15 @@
 """A whole model of random weights whose every answer depends on every token and picture."""
 
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from assistant.answer import Answer
+from assistant.engine import Engine
 from model.projector import ImageProjector
 from model.rope import SegmentLongRope
 from model.vlm import VisionLanguageModel
@@ -50,3 +57,33 @@ def phi(crossing: int, ours: bool = True) -> VisionLanguageModel:
 def tokens(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY - 1, (length,), generator=generator).tolist()
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence for `Decoding` alone."""
+
+    ids: list[int]
+    image_features: torch.Tensor
+
+
+def continued(
+    model: VisionLanguageModel,
+    prompts: Sequence[tuple[Sequence[int], torch.Tensor]],
+    stop_ids: Collection[int],
+    limit: int,
+    **options: object,
+) -> list[list[int]]:
+    """The tokens with which an engine continues prompts (ids, features), all in one batch."""
+    engine = Engine(
+        model, frozenset(stop_ids), prompts[0][1].shape[1], max_rows=len(prompts), queue_limit=0
+    )
+    answers = [Answer(list(ids), limit, features, **options) for ids, features in prompts]
+    try:
+        engine.submit(*answers)
+        for answer in answers:
+            answer.wait()
+            assert len(answer.tokens) == answer.completion_tokens
+    finally:
+        engine.close()
+    return [answer.tokens for answer in answers]
