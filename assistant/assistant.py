@@ -158,7 +158,7 @@ class Assistant:
         return Answer(
             prompt,
             min(max_new_tokens, room),
-            self.features([]),
+            torch.zeros(0, *self.parts.vision.shape),
             sampling=sampling,
             seed=seed,
             text=TextStream(self.parts.base.tokenizer, stop, self.content_filter),

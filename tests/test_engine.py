@@ -10,15 +10,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_model import FEATURES, NO_PICTURES, PLACEHOLDER, Row, continued, phi, tokens
+from random_model import (
+    FEATURES,
+    NO_PICTURES,
+    PLACEHOLDER,
+    Row,
+    continued,
+    phi,
+    reference_phi,
+    tokens,
+)
 
 from assistant.answer import Answer
-from assistant.decoding import Decoding, KeyValues
+from assistant.decoding import Decoding
 from assistant.engine import Busy, Engine
 from assistant.prefix import CONVERSATIONS, SHORTEST, PrefixCache, token_keys
 from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
 from errors import PhiSightError
+from model.cache import KeyValues, Memory
 
 LIMIT = 12
 NEVER = frozenset({0})  # a stop id: the pad token, which random weights seldom say
@@ -366,7 +376,7 @@ def test_a_seed_means_the_same_among_others(engine):
 @torch.no_grad()
 def test_the_repetition_penalty_is_that_of_transformers(engine, model):
     request = ask(tokens(20, 1), [], sampling=Sampling(repetition_penalty=1.3))
-    theirs = model.language_model.generate(
+    theirs = reference_phi(64).generate(
         input_ids=torch.tensor([request.ids]),
         max_new_tokens=LIMIT,
         do_sample=False,
@@ -374,9 +384,9 @@ def test_the_repetition_penalty_is_that_of_transformers(engine, model):
         repetition_penalty=1.3,
         eos_token_id=sorted(NEVER),
         suppress_tokens=[PLACEHOLDER],
-    )[0, request.prompt_tokens :].tolist()
-    assert said_in(submitted(engine(), request)) == theirs == alone(model, request)
-    assert theirs != alone(model, ask(tokens(20, 1), []))
+    )[0, request.prompt_tokens :]
+    assert said_in(submitted(engine(), request)) == theirs.tolist() == alone(model, request)
+    assert theirs.tolist() != alone(model, ask(tokens(20, 1), []))
 
 
 # -- what was read before -------------------------------------------------------------------------
@@ -413,8 +423,8 @@ def test_another_picture_is_not_taken_for_the_one_before(engine, model):
         assert said_in(answer) == alone(model, answer)
 
 
-def keys_values(length: int, value: float = 0.0) -> KeyValues:
-    return KeyValues([(torch.full((1, 1, length, 2), value), torch.zeros(1, 1, length, 2))])
+def keys_values(length: int) -> KeyValues:
+    return KeyValues(Memory(torch.zeros(1, 2, 1, length, 2), length), length)
 
 
 @given(
