@@ -54,14 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if options.json:
         summary = {name: result["exact"] for name, result in results.items()}
-        first = results["held_out"]
+        first, others = results["held_out"], results.get("novel_pairs")
         print(
             json.dumps(
                 summary
                 | {
                     "questions": first["questions"],
                     "by_kind": first["by_kind"],
-                    "novel_by_kind": results.get("novel_pairs", {}).get("by_kind", {}),
+                    "novel_by_kind": others["by_kind"] if others else {},
                     "alignment": round(first["exact"] - results["swapped"]["exact"], 2),
                     "checkpoint": assistant.source,
                     "seconds": round(time.perf_counter() - started, 1),

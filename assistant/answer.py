@@ -110,7 +110,7 @@ class Answer:
             self._callback = callback
             untold, self._untold = self._untold, []
             for piece in untold:
-                self._call(piece)
+                self._call(self._callback, piece)
 
     def next_piece(self) -> str | None:
         """Wait for a piece of the text; None at the end. Raises what made the answer fail."""
@@ -187,11 +187,11 @@ class Answer:
             if self._callback is None:
                 self._untold.append(piece)
             else:
-                self._call(piece)
+                self._call(self._callback, piece)
 
-    def _call(self, piece: str | None) -> None:
+    def _call(self, callback: Callable[[str | None], None], piece: str | None) -> None:
         try:
-            self._callback(piece)
+            callback(piece)
         except Exception:
             log.exception("the reader of an answer failed; the answer is cancelled")
             self._callback = ignore

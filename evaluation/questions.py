@@ -14,6 +14,7 @@ from tqdm import tqdm
 from assistant.answer import Answer
 from assistant.assistant import Assistant
 from assistant.engine import Engine
+from assistant.text_stream import decode
 from data.chat import ChatFormat, RenderedSample, render
 from data.dataset import Message, Part, Question
 from data.features import FeatureStore
@@ -75,7 +76,6 @@ def answer_prompts(
         max_rows=BATCH,
         queue_limit=0,
     )
-    tokenizer = assistant.parts.base.tokenizer
     texts: list[str] = []
     starts = range(0, len(prompts), BATCH)
     try:
@@ -88,7 +88,7 @@ def answer_prompts(
             engine.submit(*answers)
             for answer in answers:
                 answer.wait()
-                texts.append(tokenizer.decode(answer.tokens, skip_special_tokens=True))
+                texts.append(decode(assistant.parts.base.tokenizer, answer.tokens))
     finally:
         engine.close()
     return texts
