@@ -13,6 +13,7 @@ import config as configs
 from api.server import address_of, listening_socket, run
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import run_main
+from speech.flags import add_speech_flag, add_voice_flag
 from speech.spoken import loaded_once
 from web.app import build_app, voices_loaded_once, web_application
 
@@ -28,14 +29,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="folder of the saved conversations (%(default)s)",
     )
     parser.add_argument("--runs", default="runs", help="folder of the training tab's runs")
-    parser.add_argument(
-        "--speech", help="Whisper: name or .pt file; empty for none (default: the preset's)"
-    )
-    parser.add_argument(
-        "--voice",
-        default="espeak-ng",
-        help="espeak-ng, or folder or hub id of a VITS model; empty for none",
-    )
+    add_speech_flag(parser)
+    add_voice_flag(parser)
     return parser.parse_args(arguments)
 
 

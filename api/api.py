@@ -34,7 +34,8 @@ from api.guards import (
 )
 from api.measures import MEDIA_TYPE, Measures
 from api.openai_api import Answer, ApiError, ChatRequest, Limits, Sound, bad, parse_request, usage
-from assistant.assistant import Assistant, Blocked, Reply
+from assistant.answer import Answer as Reply
+from assistant.assistant import Assistant, Blocked
 from assistant.engine import Busy
 from errors import PhiSightError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,8 @@ from model.cache import KeyValues
 from model.vlm import VisionLanguageModel
 
 
-@dataclass(eq=False)
-class Row:
-    """One sequence: what was fed of it, and the features of its pictures."""
+class Row(Protocol):
+    """One sequence: what was fed of it, and the features of its pictures. An `Answer` is one."""
 
     ids: list[int]
     """prompt and what was chosen since"""
@@ -22,7 +21,10 @@ class Row:
     """(images, tokens, vision dim)"""
 
 
-class Decoding:
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+class Decoding(Generic[AnyRow]):
     """Rows with a cache each, and the logits of their next tokens."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
@@ -30,12 +32,12 @@ class Decoding:
         self.decoder = model.language_model.model
         self.crossing = model.language_model.config.rope.crossing
         self.device = next(model.parameters()).device
-        self.rows: list[Row] = []
+        self.rows: list[AnyRow] = []
         self.caches: list[KeyValues] = []
         self.logits = torch.zeros(0, 0)  # (rows, vocabulary) float32
 
     @torch.no_grad()
-    def add(self, rows: Sequence[Row], past: KeyValues | None = None) -> None:
+    def add(self, rows: Sequence[AnyRow], past: KeyValues | None = None) -> None:
         """Feed the ids of new rows and let them take part.
 
         `past`: keys and values that a single row's first tokens have already; the caller vouches

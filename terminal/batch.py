@@ -14,14 +14,14 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from assistant.assistant import Reply
+from assistant.answer import Answer
 from assistant.messages import user_message
 from data.dataset import Message
 from errors import PhiSightError
 
 MAX_LINE = 1_000_000  # bytes; a question is not longer
 
-Ask = Callable[[Message, int], Reply]
+Ask = Callable[[Message, int], Answer]
 """A message and the number of its line -> its answer, at once."""
 
 
@@ -105,7 +105,7 @@ class AnswersUnderWay:
     def __init__(self, out: BinaryIO, ask: Ask) -> None:
         self.out, self.ask = out, ask
         self.answered = self.failed = 0
-        self._waiting: deque[tuple[LineQuestion, Reply | PhiSightError]] = deque()
+        self._waiting: deque[tuple[LineQuestion, Answer | PhiSightError]] = deque()
 
     def __len__(self) -> int:
         return len(self._waiting)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from assistant.assistant import Reply
+from assistant.answer import Answer
 from assistant.messages import answer_message, user_message
 from data.dataset import Message
 from data.images import load_image
@@ -26,7 +26,7 @@ class Terminal:
 
     def __init__(
         self,
-        ask: Callable[[Sequence[Message]], Reply],
+        ask: Callable[[Sequence[Message]], Answer],
         listen: Callable[[str], str] | None = None,
         read: Callable[[str], str] = input,
         write: Callable[..., None] = print,

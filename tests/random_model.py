@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from assistant.answer import Answer
+from assistant.engine import Engine
 from model.base import language_model
 from model.decoder import LanguageModel
 from model.phi3 import decoder_config
@@ -81,3 +86,32 @@ def reference_phi(crossing: int) -> Phi3ForCausalLM:
 def tokens(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY - 1, (length,), generator=generator).tolist()
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence for `Decoding` alone."""
+
+    ids: list[int]
+    image_features: torch.Tensor
+
+
+def continued(
+    model: VisionLanguageModel,
+    prompts: Sequence[tuple[Sequence[int], torch.Tensor]],
+    stop_ids: Collection[int],
+    limit: int,
+    **options: object,
+) -> list[list[int]]:
+    """The tokens with which an engine continues prompts (ids, features), all in one batch."""
+    tokens_per_image = prompts[0][1].shape[1]
+    engine = Engine(model, frozenset(stop_ids), tokens_per_image, len(prompts), queue_limit=0)
+    answers = [Answer(list(ids), limit, features, **options) for ids, features in prompts]
+    try:
+        engine.submit(*answers)
+        for answer in answers:
+            answer.wait()
+            assert len(answer.tokens) == answer.completion_tokens
+    finally:
+        engine.close()
+    return [answer.tokens for answer in answers]

@@ -1,14 +1,14 @@
-"""Generation: against transformers, against itself without a cache, and the choice of a token."""
+"""What the engine says: against transformers, without a cache, alone; and the choice of a token."""
 
 import pytest
 import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_model import NO_PICTURES, PLACEHOLDER, phi, reference_phi, tokens
+from random_model import NO_PICTURES, PLACEHOLDER, continued, phi, reference_phi, tokens
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from assistant.sampling import Sampling, choose, generate
+from assistant.sampling import Sampling, choose
 from data.chat import RenderedSample, render
 from data.collate import Batch
 from data.dataset import Message, Part
@@ -47,23 +47,8 @@ def stop_ids(parts) -> set[int]:
     return {parts.chat_format.end_id, parts.chat_format.end_of_text_id}
 
 
-def rows_of(model, prompts, features, stop_ids, limit=NEW_TOKENS, **options) -> list[list[int]]:
-    """The whole answer of every row."""
-    rows = [[] for _ in prompts]
-    for step in generate(model, prompts, features, stop_ids, limit, **options):
-        assert len(step) == len(prompts)
-        for row, token in zip(rows, step):
-            row.append(token)
-    for row in rows:  # once ended, a row never speaks again
-        ended = row.index(None) if None in row else len(row)
-        assert all(token is None for token in row[ended:])
-        del row[ended:]
-    return rows
-
-
 def answer(model, prompt, stop_ids, limit=NEW_TOKENS, **options) -> list[int]:
-    ids, features = prompt
-    return rows_of(model, [ids], features, stop_ids, limit, **options)[0]
+    return continued(model, [prompt], stop_ids, limit, **options)[0]
 
 
 @pytest.fixture
@@ -129,16 +114,13 @@ def test_a_cache_does_not_outlive_the_factors_of_longrope(length):
     while len(said) < 20:
         logits = theirs(torch.tensor([ids + said])).logits[0, -1]
         said.append(logits[:PLACEHOLDER].argmax().item())
-    assert rows_of(ours, [ids], NO_PICTURES, {0}, 20) == [said]
+    assert answer(ours, (ids, NO_PICTURES), {0}, 20) == said
 
 
 def test_batched_rows_are_the_rows_alone(model, prompts, stops):
     alone = [answer(model, prompt, stops) for prompt in prompts]
     assert len({len(ids) for ids, _ in prompts}) > 1  # so some rows are padded
-    together = rows_of(
-        model, [ids for ids, _ in prompts], torch.cat([f for _, f in prompts]), stops
-    )
-    assert together == alone
+    assert continued(model, prompts, stops, NEW_TOKENS) == alone
 
 
 def test_positions_count_from_each_prompts_own_start(model, prompts, never):
@@ -149,7 +131,7 @@ def test_positions_count_from_each_prompts_own_start(model, prompts, never):
     )
     rows = [ids for ids, _ in prompts]
     with hook:
-        rows_of(model, rows, torch.cat([f for _, f in prompts]), never, limit=3)
+        continued(model, prompts, never, 3)
     assert seen[0] == [position for ids in rows for position in range(len(ids))]
     assert seen[1:] == [[len(ids) + step for ids in rows] for step in range(2)]
 
@@ -159,9 +141,7 @@ def test_a_stop_id_ends_its_row_only_and_is_not_given_out(model, prompts, never)
     assert all(len(row) == NEW_TOKENS for row in free)
     chosen = {free[0][3]}
     expected = [row[: next((i for i, t in enumerate(row) if t in chosen), None)] for row in free]
-    together = rows_of(
-        model, [ids for ids, _ in prompts], torch.cat([f for _, f in prompts]), chosen
-    )
+    together = continued(model, prompts, chosen, NEW_TOKENS)
     assert together == expected
     assert len(together[0]) <= 3
 
@@ -223,7 +203,7 @@ def test_a_seed_repeats_an_answer_and_another_seed_gives_another(model, prompts,
             prompts[0],
             never,
             sampling=Sampling(temperature=10.0),
-            generator=torch.Generator().manual_seed(seed),
+            seed=seed,
         )
 
     assert sampled(1) == sampled(1)

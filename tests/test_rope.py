@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from random_model import NO_PICTURES, PLACEHOLDER, phi, reference_phi, tokens
+from random_model import NO_PICTURES, PLACEHOLDER, Row, continued, phi, reference_phi, tokens
 from transformers import Phi3ForCausalLM
 
-from assistant.decoding import Decoding, Row
-from assistant.sampling import generate
+from assistant.decoding import Decoding
 from data.collate import Batch
 
 
@@ -57,13 +56,9 @@ def test_the_factors_matter_here():
 def test_rows_that_cross_at_different_times_say_what_they_say_alone(crossing):
     model = phi(crossing)
     prompts = [tokens(n, n) for n in (5, 17, crossing - 1, crossing, crossing + 3)]
-    together: list[list[int]] = [[] for _ in prompts]
-    for step in generate(model, prompts, NO_PICTURES, {0}, 14):
-        for said, token in zip(together, step):
-            said += [token] if token is not None else []
+    together = continued(model, [(prompt, NO_PICTURES) for prompt in prompts], {0}, 14)
     for prompt, said in zip(prompts, together):
-        alone = [t for (t,) in generate(model, [prompt], NO_PICTURES, {0}, 14)]
-        assert said == alone
+        assert [said] == continued(model, [(prompt, NO_PICTURES)], {0}, 14)
         greedy = list(prompt)
         for token in said:
             assert reference(reference_phi(crossing), greedy)[:PLACEHOLDER].argmax() == token

@@ -381,7 +381,8 @@ def test_what_fails_in_a_stream_is_told_in_the_stream(server, client, monkeypatc
 
     def breaks(*arguments: object):
         whole = reply(*arguments)
-        monkeypatch.setattr(whole, "_pieces", iter(broken(next(whole))))
+        pieces = broken(whole.next_piece())
+        monkeypatch.setattr(whole, "next_piece", lambda: next(pieces))
         return whole
 
     def broken(piece: str) -> Iterator[str]:

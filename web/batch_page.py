@@ -14,7 +14,8 @@ from weakref import WeakValueDictionary
 
 import gradio as gr
 
-from assistant.assistant import Assistant, Reply
+from assistant.answer import Answer
+from assistant.assistant import Assistant
 from data.dataset import Message, Part
 from errors import PhiSightError
 from web import texts
@@ -146,7 +147,7 @@ def answers(
 ) -> Iterator[tuple[int, str]]:
     """(index, answer) of every picture as it is ready, in no order. A picture that cannot be used
     gets its error as its answer; after `stop` is set nothing more comes."""
-    replies: list[Reply] = []
+    replies: list[Answer] = []
 
     def ask(index: int) -> tuple[int, str]:
         if stop.is_set():

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy
 
-from assistant.assistant import Assistant, Reply
+from assistant.answer import Answer
+from assistant.assistant import Assistant
 from data.dataset import Message, Part
 from data.images import decode_image
 from errors import PhiSightError
+from speech.recordings import read_audio
 from speech.voice import Voice
-from speech.whisper import NoSpeech, Segment, Speech, read_audio
+from speech.whisper import NoSpeech, Segment, Speech
 from web.conversation import SavedConversation, question_of, with_answer
 from web.conversation_store import ConversationStore
 from web.errors import RequestError, UploadError
@@ -46,7 +48,7 @@ class Talk:
     assistant: Assistant
     speech: Callable[[], Speech] | None = None
     voice: Callable[[str], Voice] | None = None
-    _running: dict[str, Reply] = field(default_factory=dict)  # by window
+    _running: dict[str, Answer] = field(default_factory=dict)  # by window
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     # -- in --------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def text_so_far(pieces: Iterable[str], seconds: float = REFRESH_SECONDS) -> Iter
         yield text
 
 
-def closing_note(reply: Reply, seconds: float) -> tuple[str, dict[str, str | int]]:
+def closing_note(reply: Answer, seconds: float) -> tuple[str, dict[str, str | int]]:
     """What to tell of a finished answer, as a key of web/texts.py and its values."""
     if reply.cached:
         return "status_cached", {}
