@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 import hub
+from config import QUANTIZATIONS
 from errors import PhiSightError
 from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
 from model import base_cache
 from model.rope import SegmentLongRope, rope_crossing
 
-QUANTIZATIONS = ("nf4", "nf4-nested", "none")
 LAYOUT = (
     "config.json, model.safetensors (or model.safetensors.index.json and its shards), "
     "tokenizer.json and tokenizer_config.json"

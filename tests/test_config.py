@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import config as configs
 from config import Config
 from errors import PhiSightError
+from training.options import add_config_flags, config_from_options, given_fields
 
 FIELDS = dataclasses.fields(Config)
 KINDS = typing.get_type_hints(Config)
@@ -27,12 +28,12 @@ def flag_of(name: str) -> str:
 
 def parse(*arguments: str) -> argparse.Namespace:
     parser = configs.Parser(prog="train.py")
-    configs.add_config_flags(parser)
+    add_config_flags(parser)
     return parser.parse_args(list(arguments))
 
 
 def config_of(*arguments: str) -> Config:
-    return configs.config_from_options(parse(*arguments))
+    return config_from_options(parse(*arguments))
 
 
 # -- flags ----------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def config_of(*arguments: str) -> Config:
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_every_field_is_a_flag_with_a_help_text(field):
     parser = configs.Parser(prog="train.py")
-    configs.add_config_flags(parser)
+    add_config_flags(parser)
     action = parser._option_string_actions[flag_of(field.name)]
     assert field.metadata["help"] and field.metadata["help"] in action.help
     assert repr(field.default) in action.help
@@ -50,7 +51,7 @@ def test_every_field_is_a_flag_with_a_help_text(field):
 
 def test_without_flags_a_config_is_its_preset():
     assert config_of() == GOOD
-    assert configs.given_fields(parse()) == {}
+    assert given_fields(parse()) == {}
     for preset in configs.PRESETS:
         assert config_of("--preset", preset) == configs.default_config(preset)
 
@@ -162,8 +163,8 @@ def test_flags_and_json_give_a_config_back(config):
 
 @given(CONFIGS)
 def test_what_was_typed_and_nothing_else_is_known_as_given(config):
-    given_fields = configs.given_fields(parse(*typed(config)[:3]))
-    assert list(given_fields) == [field.name for field in FIELDS[:3]]
+    names = given_fields(parse(*typed(config)[:3]))
+    assert list(names) == [field.name for field in FIELDS[:3]]
 
 
 # -- from a checkpoint's JSON ---------------------------------------------------------------------

@@ -22,7 +22,7 @@ from errors import PhiSightError
 from evaluation import meter
 from tools import torture_resume as torture
 from tools.torture_resume import KINDS, MARKER, MISSES, PLACES, Aim, Deal, Recipe, Run
-from training.optim import AdamW
+from training.optimizer import AdamW
 
 SHORT = ("--steps=12", "--pictures=24")
 

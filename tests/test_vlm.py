@@ -26,8 +26,8 @@ from lora.merge import merged_weight
 from model.build import assemble, load_model_state, model_state
 from model.vision import VisionTower
 from model.vlm import owner_of, segment_mask
-from train import train_step
-from training.optim import LossScaler
+from training.loss_scaler import LossScaler
+from training.step import train_step
 
 
 @pytest.fixture
