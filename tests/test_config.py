@@ -200,6 +200,31 @@ def test_a_checkpoint_from_before_the_field_that_no_training_depends_on_is_read(
     assert configs.from_dict(values, "here") == configs.replace(GOOD, speech="base")
 
 
+def test_a_checkpoint_from_before_the_base_was_cached_used_no_cache():
+    values = configs.to_dict(GOOD)
+    del values["base_cache"]
+    assert configs.from_dict(values, "here") == configs.replace(GOOD, base_cache="")
+
+
+def test_a_whole_number_that_no_float_can_hold_is_refused():
+    with pytest.raises(PhiSightError, match="here: config field lora_alpha is 1000"):
+        configs.from_dict(configs.to_dict(GOOD) | {"lora_alpha": 10**400}, "here")
+
+
+def test_the_fields_that_no_result_depends_on():
+    """A field more here lets a resume go on that may not be exact."""
+    assert set(configs.fields_without_effect()) == {
+        "run",
+        "features",
+        "base_cache",
+        "save_steps",
+        "save_every_minutes",
+        "keep_checkpoints",
+        "strict",
+        "speech",
+    }
+
+
 def test_values_from_a_file_are_validated_too():
     with pytest.raises(PhiSightError, match="--lora-rank must be at least 1, not 0"):
         configs.from_dict(configs.to_dict(GOOD) | {"lora_rank": 0}, "here")

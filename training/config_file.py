@@ -34,11 +34,9 @@ def to_toml(config: Config) -> str:
     """
     lines = ["# A run of PhiSight: python train.py --config FILE; --help explains each field.\n"]
     for name, value in to_dict(config).items():
-        # A JSON text is a TOML text but for one character, which TOML wants escaped too. A float's
-        # repr is the shortest text that reads back as the same float.
-        is_float = isinstance(value, float)
-        text = repr(value) if is_float else json.dumps(value, ensure_ascii=False)
-        text = text.replace("\x7f", "\\u007f")
+        # JSON's numbers, booleans, texts and lists are TOML's, but for one character in a text that
+        # TOML wants escaped too. Floats are written so that they read back as the same float.
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise PhiSightError(
                 f"{flag_of(name)} {value!r}: TOML holds Unicode text only; rename"
