@@ -41,18 +41,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora.fused  # noqa: E402
-
 import config as configs  # noqa: E402
-import model.vlm  # noqa: E402
 import train  # noqa: E402
 from config import Config, Parser  # noqa: E402
 from data.chat import load_tokenizer  # noqa: E402
 from data.collate import IGNORED, Batch, collate  # noqa: E402
 from data.world import write_world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
-from lora.dropout import key_of, set_row_keys  # noqa: E402
+from lora.dropout import key_of  # noqa: E402
 from lora.layer import LoRALinear  # noqa: E402
+from model.base import BaseModel  # noqa: E402
 from training.batches import chunks, load_batches  # noqa: E402
 from training.options import RunOptions  # noqa: E402
 from training.ranks import Ranks  # noqa: E402
@@ -73,14 +71,6 @@ KINDS = (
     ((1, 1), 23, (2.22, 0.26), (4.62, 0.23)),  # description
     ((1, 1), 77, (2.68, 0.25), (4.92, 0.23)),  # explanation
 )
-# Ours with one thing less each, for --ablation.
-LESS = {
-    "ours-mkl": "ours, products by MKL",
-    "ours-separate": "ours, adapters of separate operations",
-    "ours-row-mask": "ours, attention over whole rows",
-    "ours-all-logits": "ours, logits of every token",
-    "ours-filled": "ours, every new tensor filled",
-}
 WARM_UP = 2  # steps that are not counted
 
 
@@ -245,31 +235,6 @@ def a_row_a_sample(run: Run, samples: Sequence[int]) -> Batch:
     )
 
 
-def take_away(side: str) -> None:
-    """Put what was there before in the place of one thing that makes ours fast."""
-    if side == "ours-mkl":
-        lora.fused.onednn_is_faster = lambda: False
-    elif side == "ours-separate":
-        LoRALinear.trained_in_float32 = lambda self, x: (
-            self.base(x) + self.dropout(x) @ self.lora_A.T @ self.lora_B.T * self.scaling
-        )
-    elif side == "ours-row-mask":
-        model.vlm.segment_lengths = lambda segment_ids: None
-    elif side == "ours-filled":
-        torch.utils.deterministic.fill_uninitialized_memory = True
-    elif side == "ours-all-logits":
-        model.vlm.VisionLanguageModel.forward = with_all_logits
-
-
-def with_all_logits(self: nn.Module, labels: Tensor, row_keys: Any, **batch: Any) -> tuple:
-    """`VisionLanguageModel.forward`, as causal models of transformers compute their loss."""
-    set_row_keys(self.language_model, row_keys)
-    logits = self.language_model.lm_head(self.hidden_states(**batch)).float()
-    targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    return loss, int((targets != IGNORED).sum())
-
-
 # -- theirs ----------------------------------------------------------------------------------------
 
 
@@ -307,10 +272,11 @@ def peft_model(run: Run) -> PeftWithPictures:
     """
     import peft
 
-    base, config = run.parts.base.model, run.config
-    ours = {name: module for name, module in base.named_modules() if isinstance(module, LoRALinear)}
+    own, config = run.parts.base.model, run.config
+    ours = {name: module for name, module in own.named_modules() if isinstance(module, LoRALinear)}
     for name, layer in ours.items():
-        base.set_submodule(name, layer.base)
+        own.set_submodule(name, layer.base)
+    base = hub_base(run.parts.base)
     base.is_loaded_in_4bit = config.quantization != "none"  # PEFT chooses its layer class by it
     adapted = peft.get_peft_model(
         base,
@@ -328,6 +294,23 @@ def peft_model(run: Run) -> PeftWithPictures:
             theirs.lora_A["default"].weight.copy_(layer.lora_A)
             theirs.lora_B["default"].weight.copy_(layer.lora_B)
     return PeftWithPictures(adapted, run.parts.model.projector, run.parts.chat_format.image_id)
+
+
+def hub_base(base: BaseModel) -> nn.Module:
+    """transformers' own Phi-3 over the very weights of our base, quantised as they are."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config.from_dict(dict(base.hub_config))
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        theirs = Phi3ForCausalLM(config)
+    for name, module in base.model.named_modules():
+        if isinstance(module, nn.Linear):
+            theirs.set_submodule(name, module)
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):
+            theirs.get_submodule(name).weight = module.weight
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=config)
+    return theirs.requires_grad_(False)
 
 
 class Samples(torch.utils.data.Dataset):
@@ -463,7 +446,6 @@ def measure(side: str, config: Config, steps: int) -> dict[str, Any]:
         clocks.append((time.perf_counter(), time.process_time()))
 
     if side.startswith("ours"):
-        take_away(side)
         for loss in train_ours(run, WARM_UP + steps, packed=side != "ours-unpacked"):
             losses.append(loss)
             after_step()
@@ -514,7 +496,7 @@ def in_a_process(*arguments: object) -> dict[str, Any]:
 
 def compare(shape: str, config_file: Path, options: Any) -> None:
     """Every side in turn, `--repeats` times; medians, and ratios to the Trainer."""
-    sides = options.sides.split(",") + (list(LESS) if options.ablation else [])
+    sides = options.sides.split(",")
     found: dict[str, list[dict]] = {side: [] for side in sides}
     bar = tqdm(total=options.repeats * len(found), desc=shape, disable=None)
     for _ in range(options.repeats):
@@ -556,7 +538,7 @@ def line_of(side: str, mine: list[dict], theirs: list[dict]) -> str:
     spread = sorted(result["seconds"] for result in mine)
     memory = statistics.median(result["memory_mb"] for result in theirs)
     return (
-        f"{(SIDES | LESS)[side]:38}{samples / seconds:>10.2f}{tokens / seconds:>10,.0f}"
+        f"{SIDES[side]:38}{samples / seconds:>10.2f}{tokens / seconds:>10,.0f}"
         f"{seconds:>8.2f}{f'{spread[0]:.2f} to {spread[-1]:.2f}':>16}"
         f"{median('processor_seconds'):>8.2f}{median('memory_mb'):>9,.0f}"
         f"{ratio('seconds'):>7.2f}x{ratio('processor_seconds'):>9.2f}x"
@@ -594,10 +576,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--picture-tokens", type=int, default=144, help="of mid; a square number")
     parser.add_argument("--parity", action="store_true", help="compare losses instead of speed")
-    parser.add_argument("--ablation", action="store_true", help="ours with one thing less each")
-    parser.add_argument(
-        "--side", choices=SIDES | LESS, help="one measurement; for this program itself"
-    )
+    parser.add_argument("--side", choices=SIDES, help="one measurement; for this program itself")
     parser.add_argument("--config", type=Path, help="the run to measure; goes with --side")
     options = parser.parse_args()
     if options.side:

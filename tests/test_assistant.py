@@ -24,8 +24,8 @@ from assistant.messages import answer_message, user_message
 from assistant.sampling import Sampling
 from data.dataset import load_conversations
 from errors import PhiSightError
+from speech.recordings import read_audio
 from speech.voice import Voice, write_wav
-from speech.whisper import read_audio
 from terminal.batch import answer_file, parse_line
 from terminal.chat import Terminal
 

@@ -353,8 +353,8 @@ class Toy(torch.nn.Module):
         self.projector = torch.nn.Linear(1, 1, bias=False)
         self.factor = factor
 
-    def forward(self, input_ids, labels, **_) -> tuple[torch.Tensor, int]:
-        chosen = input_ids[labels != IGNORED].float()
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        chosen = batch.input_ids[batch.labels != IGNORED].float()
         return (self.projector.weight * chosen).sum() * self.factor, len(chosen)
 
 

@@ -1,1 +1,1 @@
-"""Programs for those who work on PhiSight; nothing imports them but tests and each other."""
+"""Programs about the project: they make the tiny preset, run the demo, and test resume."""

@@ -151,8 +151,7 @@ def make_optimizer(config: Config, parts: Assembled) -> tuple[AdamW, LossScaler]
     """The model in training mode, with what updates it."""
     model = parts.model.train()
     if config.gradient_checkpointing:
-        language_model: Any = model.language_model
-        language_model.activation_checkpointing_enable({"use_reentrant": False})
+        model.language_model.model.recompute_activations = True
     optimizer = AdamW(
         model.trainable(),
         (config.adam_beta1, config.adam_beta2),

@@ -58,7 +58,7 @@ def train_step(
     supervised, tokens, places = count_tokens(batches, ranks)
     loss_sum = 0.0
     for batch in batches:
-        loss, _ = model(**vars(batch))  # summed over the supervised tokens: 0-dim float32
+        loss, _ = model(batch)  # summed over the supervised tokens: 0-dim float32
         scaler.scale_loss(loss / supervised).backward()
         loss_sum += loss.item()
     ranks.sum_gradients(parameters.values())
