@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hub
 from config import QUANTIZATIONS
+from data import chat
 from errors import PhiSightError
 from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
@@ -199,18 +200,7 @@ def load_tokenizer(folder: Path, config: DecoderConfig) -> PreTrainedTokenizerFa
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise PhiSightError(f"base model {folder}: {name} is missing; the layout is {LAYOUT}")
-    try:
-        # Not AutoTokenizer: it builds Phi-3's tokenizer anew from the class name "LlamaTokenizer",
-        # with a pre-tokenizer other than that of tokenizer.json, and so with other ids.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhiSightError(f"tokenizer of {folder}: {error}; download it again") from error
-    if len(tokenizer) > config.vocab_size:
-        raise PhiSightError(
-            f"tokenizer of {folder}: it has {len(tokenizer)} tokens and the model "
-            f"{config.vocab_size} embeddings; use the tokenizer that belongs to the model"
-        )
-    return tokenizer
+    return chat.load_tokenizer(folder, embeddings=config.vocab_size)
 
 
 # Tensors: matched by name and shape before one is read, then put in place one at a time

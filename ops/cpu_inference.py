@@ -3,6 +3,7 @@ into memory that is used again."""
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,6 +14,8 @@ __all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", 
 
 
 def linear(x: Tensor, base: nn.Linear) -> Tensor:
+    if not isinstance(base, bnb.nn.Linear4bit):
+        return base(x)
     return functional.linear(x, dense_weight(base, x.dtype), base.bias)
 
 

@@ -24,9 +24,9 @@ from assistant.assistant import Assistant
 from assistant.flags import add_model_flags
 from assistant.messages import user_message
 from assistant.sampling import Sampling
-from data import world
 from data.dataset import load_questions
 from data.images import load_image
+from data.world import __main__ as world
 from errors import PhiSightError, run_main
 from evaluation.questions import REPORTED_ONLY
 from training.reporting import resume_command
