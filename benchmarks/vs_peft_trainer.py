@@ -51,8 +51,12 @@ from errors import PhiSightError, run_main  # noqa: E402
 from lora.dropout import key_of  # noqa: E402
 from lora.layer import LoRALinear  # noqa: E402
 from model.base import BaseModel  # noqa: E402
-from training.optim import lr_at  # noqa: E402
+from training.batches import chunks, load_batches  # noqa: E402
+from training.options import RunOptions  # noqa: E402
 from training.ranks import Ranks  # noqa: E402
+from training.run import Run, prepare_run  # noqa: E402
+from training.schedule import lr_at  # noqa: E402
+from training.step import train_step  # noqa: E402
 
 SIDES = {
     "ours": "ours, packed rows",
@@ -180,26 +184,24 @@ def llava_like(pictures: Sequence[str], count: int) -> Iterator[dict]:
         yield {"id": str(number), "image": pictures[number % len(pictures)], "conversations": said}
 
 
-def prepared(config: Config) -> train.Run:
+def prepared(config: Config) -> Run:
     """All that `train.py` has before its first step."""
-    return train.prepare_run(config, None, train.RunOptions(overwrite=True), Ranks())
+    return prepare_run(config, None, RunOptions(overwrite=True), Ranks())
 
 
-def samples_of_steps(run: train.Run, steps: int) -> list[list[list[int]]]:
+def samples_of_steps(run: Run, steps: int) -> list[list[list[int]]]:
     """step -> micro-batch -> samples, for the first steps of training."""
     found: list[list[list[int]]] = []
     for rows in run.plans:
-        micro = [
-            [i for row in chunk for i in row] for chunk in train.chunks(rows, run.config.batch_size)
-        ]
-        found += train.chunks(micro, run.config.accumulation)
+        micro = [[i for row in chunk for i in row] for chunk in chunks(rows, run.config.batch_size)]
+        found += chunks(micro, run.config.accumulation)
     return found[:steps]
 
 
 # -- ours ------------------------------------------------------------------------------------------
 
 
-def train_ours(run: train.Run, steps: int, packed: bool = True) -> Iterator[float]:
+def train_ours(run: Run, steps: int, packed: bool = True) -> Iterator[float]:
     """Each step's loss, by the functions of `train.py` that its loop calls."""
     config, progress = run.config, run.progress
     chosen = samples_of_steps(run, steps)
@@ -207,14 +209,14 @@ def train_ours(run: train.Run, steps: int, packed: bool = True) -> Iterator[floa
         rows = len(run.plans[progress.epoch])
         end = min(progress.row + config.batch_size * config.accumulation, rows)
         batches = (
-            train.load_batches(run, list(range(progress.row, end)))
+            load_batches(run, list(range(progress.row, end)))
             if packed
             else [a_row_a_sample(run, micro) for micro in chosen[step]]
         )
         rate = lr_at(
             step, run.total_steps, config.warmup_fraction, config.learning_rate, config.schedule
         )
-        result = train.train_step(
+        result = train_step(
             run.parts.model, run.optimizer, run.scaler, batches, rate, config.max_gradient_norm
         )
         progress.row = end % rows
@@ -222,7 +224,7 @@ def train_ours(run: train.Run, steps: int, packed: bool = True) -> Iterator[floa
         yield result.loss_sum / result.supervised_tokens
 
 
-def a_row_a_sample(run: train.Run, samples: Sequence[int]) -> Batch:
+def a_row_a_sample(run: Run, samples: Sequence[int]) -> Batch:
     """Rows of one sample each, padded to the longest."""
     return collate(
         [[run.data.train[i]] for i in samples],
@@ -263,7 +265,7 @@ class PeftWithPictures(nn.Module):
         )
 
 
-def peft_model(run: train.Run) -> PeftWithPictures:
+def peft_model(run: Run) -> PeftWithPictures:
     """The model of `run`, its LoRA layers replaced by PEFT's with the same A and B.
 
     `run`'s own model is taken apart for it: the base is there once.
@@ -314,7 +316,7 @@ def hub_base(base: BaseModel) -> nn.Module:
 class Samples(torch.utils.data.Dataset):
     """Rendered samples as the Trainer takes them."""
 
-    def __init__(self, run: train.Run) -> None:
+    def __init__(self, run: Run) -> None:
         self.samples, self.store = run.data.train, run.store
 
     def __len__(self) -> int:
@@ -334,7 +336,7 @@ class Samples(torch.utils.data.Dataset):
         }
 
 
-def trainer_of(run: train.Run, model: nn.Module, batches: list[list[int]], total: int) -> Any:
+def trainer_of(run: Run, model: nn.Module, batches: list[list[int]], total: int) -> Any:
     """A Trainer that takes these micro-batches in this order."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -381,7 +383,7 @@ def trainer_of(run: train.Run, model: nn.Module, batches: list[list[int]], total
 
 
 def train_theirs(
-    run: train.Run, steps: list[list[list[int]]], on_step: Any = lambda: None
+    run: Run, steps: list[list[list[int]]], on_step: Any = lambda: None
 ) -> list[float]:
     """Each step's loss, by the Trainer; `on_step` is called after each."""
     from transformers import TrainerCallback
@@ -414,7 +416,7 @@ def train_theirs(
     return losses
 
 
-def grouped(run: train.Run, steps: list[list[list[int]]]) -> list[list[list[int]]]:
+def grouped(run: Run, steps: list[list[list[int]]]) -> list[list[list[int]]]:
     """The same samples as Trainer's group_by_length orders them, in batches of one size."""
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -425,7 +427,7 @@ def grouped(run: train.Run, steps: list[list[list[int]]]) -> list[list[list[int]
         lengths=[len(run.data.train[i].input_ids) for i in samples],
         generator=torch.Generator().manual_seed(run.config.seed),
     )
-    return [[batch] for batch in train.chunks([samples[place] for place in order], size)]
+    return [[batch] for batch in chunks([samples[place] for place in order], size)]
 
 
 # -- one measurement, in a process of its own ------------------------------------------------------
@@ -555,7 +557,7 @@ def parity(config: Config, steps: int, folder: Path) -> list[float]:
         save_steps=steps,
         run=str(folder / "ours"),
     )
-    train.train(config, None, train.RunOptions(overwrite=True))
+    train.train(config, None, RunOptions(overwrite=True))
     log = [json.loads(line) for line in (folder / "ours/metrics.jsonl").read_text().splitlines()]
     ours = [record["loss"] for record in log if record["kind"] == "train"]
     run = prepared(configs.replace(config, run=str(folder / "theirs")))

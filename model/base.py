@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import hub
+from config import QUANTIZATIONS
 from data import chat
 from errors import PhiSightError
 from files import byte_bar, hash_files
@@ -28,7 +29,6 @@ from model.phi3 import decoder_config
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
 """model_type of a config.json -> how it is read"""
-QUANTIZATIONS = ("nf4", "nf4-nested", "none")
 LAYOUT = (
     "config.json, model.safetensors (or model.safetensors.index.json and its shards), "
     "tokenizer.json and tokenizer_config.json"
