@@ -78,6 +78,10 @@ NOT_RUN = {
 SERVERS = ("app.py", "serve.py")
 
 
+# A module that another test has imported is run again under the name __main__.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
+
 @dataclass(frozen=True)
 class Command:
     """One command line of a page."""
@@ -180,6 +184,7 @@ def project(material, monkeypatch) -> Path:
     shutil.copytree(runs.finished_run(), material / "runs/tiny")
     monkeypatch.chdir(material)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one thread, as in the suite's other runs
     return material
 
 
