@@ -139,7 +139,7 @@ def prepare_run(
 
     model = parts.model.train()
     if config.gradient_checkpointing:
-        model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        model.language_model.model.recompute_activations = True
     optimizer = AdamW(
         model.trainable(),
         (config.adam_beta1, config.adam_beta2),
@@ -444,7 +444,7 @@ def train_step(
     )
     loss_sum = 0.0
     for batch in batches:
-        loss, _ = model(**vars(batch))
+        loss, _ = model(batch)
         scaler.scale_loss(loss / supervised).backward()
         loss_sum += loss.item()
     named = list(optimizer.parameters.items())

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from data.collate import IGNORED
 from errors import PhiSightError
 from lora.layer import LoRALinear
+from model.base import BaseModel
 from train import Run
 
 
@@ -54,11 +55,11 @@ def peft_model(run: Run) -> PeftWithPictures:
     """
     import peft
 
-    base: Any = run.parts.base.model  # whose submodules PEFT replaces
-    config = run.config
-    ours = {name: module for name, module in base.named_modules() if isinstance(module, LoRALinear)}
+    own, config = run.parts.base.model, run.config
+    ours = {name: module for name, module in own.named_modules() if isinstance(module, LoRALinear)}
     for name, layer in ours.items():
-        base.set_submodule(name, layer.base)
+        own.set_submodule(name, layer.base)
+    base = hub_base(run.parts.base)
     base.is_loaded_in_4bit = config.quantization != "none"  # PEFT chooses its layer class by it
     adapted = peft.get_peft_model(
         base,
@@ -76,6 +77,23 @@ def peft_model(run: Run) -> PeftWithPictures:
             theirs.lora_A["default"].weight.copy_(layer.lora_A)
             theirs.lora_B["default"].weight.copy_(layer.lora_B)
     return PeftWithPictures(adapted, run.parts.model.projector, run.parts.chat_format.image_id)
+
+
+def hub_base(base: BaseModel) -> Any:
+    """transformers' own Phi-3 over the very weights of our base, quantised as they are."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config.from_dict(dict(base.hub_config))
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        theirs: Any = Phi3ForCausalLM(config)
+    for name, module in base.model.named_modules():
+        if isinstance(module, nn.Linear):
+            theirs.set_submodule(name, module)
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):
+            theirs.get_submodule(name).weight = module.weight
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=config)
+    return theirs.requires_grad_(False)
 
 
 class Samples(torch.utils.data.Dataset):

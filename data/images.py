@@ -39,13 +39,15 @@ def load_image(
     return decode_image(read_image_bytes(path, max_bytes), str(path), max_pixels)
 
 
-def read_image_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of a picture file, not decoded.
+def read_image_bytes(
+    path: str | Path, max_bytes: int = MAX_BYTES, name: str | None = None
+) -> bytes:
+    """The bytes of a picture file, not decoded; `name` stands in the errors for its path.
 
     Raises PhiSightError (file, reason, remedy) if there is no readable regular file of at most
     `max_bytes` bytes there.
     """
-    name = _one_line(path)
+    name = _one_line(path if name is None else name)
     try:
         # A pipe or a device must be refused before it is opened: reading one may never end.
         status = Path(path).stat()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from errors import PhiSightError
+from model.base import BaseModel
 
 # Copied, not saved anew: transformers may rewrite a tokenizer as another class with other ids.
 TOKENIZER_FILES = (
@@ -80,6 +80,15 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return small.contiguous()
 
 
+def hub_config(base: BaseModel, dtype: torch.dtype) -> Phi3Config:
+    """What transformers makes of the base's config.json; it names no code and says `dtype`."""
+    config = Phi3Config.from_dict(dict(base.hub_config))
+    config.dtype = dtype
+    if hasattr(config, "auto_map"):  # it names Python files that are not part of the folder
+        delattr(config, "auto_map")
+    return config
+
+
 def phi3_of(
     config: Phi3Config, state: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Phi3ForCausalLM:
@@ -87,22 +96,12 @@ def phi3_of(
 
     Its rotary tables are not filled: it is there to be saved, not to be run.
     """
-    config = plain_config(config, dtype)
     with torch.device("meta"):
         model = Phi3ForCausalLM(config)
     tensors = {name: rounded(name, tensor, dtype) for name, tensor in state}
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     return model
-
-
-def plain_config(config: Phi3Config, dtype: torch.dtype) -> Phi3Config:
-    """A copy that names no code of its own and says `dtype`."""
-    config = copy.deepcopy(config)
-    config.dtype = dtype
-    if hasattr(config, "auto_map"):  # it names Python files that are not part of the folder
-        delattr(config, "auto_map")
-    return config
 
 
 def write_phi3(folder: Path, model: Phi3ForCausalLM, base_folder: Path) -> None:

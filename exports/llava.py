@@ -9,6 +9,7 @@ read the same files.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    Phi3ForCausalLM,
 )
 
 from assistant.assistant import Assistant
@@ -28,14 +28,14 @@ from exports import measure
 from exports.folder import (
     copy_generation_config,
     copy_tokenizer,
+    hub_config,
     new_folder,
     phi3_of,
-    plain_config,
     rounded,
 )
 from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
 from lora.merge import merged_state
-from model.base import BaseModel, find_folder, finish
+from model.base import find_folder, language_model
 from model.projector import ImageProjector
 from model.vision import VisionTower
 
@@ -102,7 +102,7 @@ def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGen
     vision_config.dtype = dtype
     config = LlavaConfig(
         vision_config=vision_config,
-        text_config=plain_config(parts.base.model.config, dtype),
+        text_config=hub_config(parts.base, dtype),
         image_token_index=parts.chat_format.image_id,
         image_seq_length=spec.shape[0],
         projector_hidden_act="gelu",
@@ -112,7 +112,7 @@ def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGen
     config.dtype = dtype
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
-    phi3 = phi3_of(parts.base.model.config, merged_state(parts.base.model), dtype)
+    phi3 = phi3_of(hub_config(parts.base, dtype), merged_state(parts.base.model), dtype)
     for theirs, ours in (
         (llava.model.vision_tower, VisionTower(spec).model),
         (llava.model.multi_modal_projector, parts.model.projector),
@@ -147,14 +147,12 @@ def read_back(assistant: Assistant, folder: Path) -> Assistant:
     llava = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=base.compute_dtype, local_files_only=True
     )
-    with torch.device("meta"):
-        language_model = Phi3ForCausalLM(plain_config(base.model.config, base.compute_dtype))
-    language_model.model, language_model.lm_head = llava.model.language_model, llava.lm_head
-    finish(language_model, torch.device("cpu"))
+    weights = [(f"model.{n}", t) for n, t in llava.model.language_model.state_dict().items()]
+    if not base.model.config.tie_word_embeddings:
+        weights.append(("lm_head.weight", llava.lm_head.weight))
+    model = language_model(base.model.config, weights)
     projector = assistant.model.projector
     copied = ImageProjector(projector.linear_1.in_features, projector.linear_1.out_features)
     copied.load_state_dict(llava.model.multi_modal_projector.state_dict(), strict=True)
-    written = BaseModel(
-        language_model, base.tokenizer, base.fingerprint, str(folder), base.compute_dtype
-    )
+    written = dataclasses.replace(base, model=model, name=str(folder))
     return measure.with_language_model(assistant, written, copied)

@@ -12,7 +12,7 @@ import torch
 
 from assistant.assistant import Assistant
 from exports import measure
-from exports.folder import new_folder, phi3_of, write_phi3
+from exports.folder import hub_config, new_folder, phi3_of, write_phi3
 from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
 from lora.merge import merged_state
 from model.base import find_folder, load_base
@@ -34,7 +34,7 @@ def export_merged(
     base_folder = find_folder(config.base, config.base_revision or None)
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before merging")
-        model = phi3_of(parts.base.model.config, merged_state(parts.base.model), dtype)
+        model = phi3_of(hub_config(parts.base, dtype), merged_state(parts.base.model), dtype)
         write_phi3(folder, model, base_folder)
         del model
         written = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Phi3Config
 
 from assistant.assistant import Assistant
 from config import Config
@@ -28,6 +27,7 @@ from exports.folder import new_folder, read_tensors, write_json
 from exports.imported import model_for, need_matrix, write_run
 from lora.state import lora_state
 from model.base import find_folder, read_config, read_json
+from model.decoder import DecoderConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROJECTOR = "image_projector.safetensors"  # PEFT does not look at it
@@ -70,12 +70,11 @@ _KEY = re.compile(
 )
 
 
-def part_sizes(config: Phi3Config) -> dict[str, int]:
+def part_sizes(config: DecoderConfig) -> dict[str, int]:
     """Rows of each part of the fused projections, by Llama's names."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = config.num_key_value_heads * head
+    keys = config.num_key_value_heads * config.head_dim
     return {
-        "q_proj": config.num_attention_heads * head,
+        "q_proj": config.num_attention_heads * config.head_dim,
         "k_proj": keys,
         "v_proj": keys,
         "gate_proj": config.intermediate_size,
@@ -83,7 +82,7 @@ def part_sizes(config: Phi3Config) -> dict[str, int]:
     }
 
 
-def input_sizes(config: Phi3Config) -> dict[str, tuple[int, int]]:
+def input_sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of each projection that can have an adapter."""
     rows = part_sizes(config)
     return {
@@ -246,7 +245,7 @@ def read_peft_config(source: Path) -> dict:
 
 
 def lora_from_peft(
-    source: Path, tensors: Mapping[str, Tensor], base: Phi3Config, rank: int, scaling: float
+    source: Path, tensors: Mapping[str, Tensor], base: DecoderConfig, rank: int, scaling: float
 ) -> tuple[dict[str, Tensor], tuple[str, ...], int]:
     """PEFT's tensors -> `lora.state`'s, the layer names that they adapt, and their common rank.
 

@@ -9,13 +9,11 @@ weight is trained, so some of the quality goes; the certificate says how much.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Phi3ForCausalLM
 
 from assistant.assistant import Assistant
 from data.collate import Batch
@@ -25,12 +23,13 @@ from exports.calibrate import (
     calibration_batches,
     damped,
     input_moments,
+    language_model_in,
     merged_assistant,
-    phi3_in,
 )
-from exports.folder import new_folder, phi3_of, write_phi3
+from exports.folder import hub_config, new_folder, phi3_of, write_phi3
 from exports.measure import Probe, Tolerance
 from model.base import find_folder, load_base
+from model.decoder import LanguageModel
 from model.vlm import VisionLanguageModel
 
 CERTIFICATE = "prune_certificate.json"
@@ -77,10 +76,10 @@ def export_pruned(
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before")
         changed = merged_assistant(assistant)
-        model = phi3_in(changed)
+        model = language_model_in(changed)
         weights = sum(tensor.numel() for tensor in model.parameters())
         state = cut(model, changed.model, channel_effects(changed.model, batches), kept, batches)
-        narrow = copy.deepcopy(model.config)
+        narrow = hub_config(parts.base, dtype)
         narrow.intermediate_size = kept
         written = phi3_of(narrow, state.items(), dtype)
         smaller = sum(tensor.numel() for tensor in written.parameters())
@@ -133,7 +132,7 @@ def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> lis
         with torch.enable_grad():
             for batch in batches:
                 seen.clear()
-                loss, _ = model(**vars(batch))
+                loss, _ = model(batch)
                 loss.backward()
                 for effect, activation in zip(effects, seen, strict=True):
                     effect += (activation * activation.grad).detach().abs().sum((0, 1))
@@ -145,7 +144,7 @@ def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> lis
 
 @torch.no_grad()
 def cut(
-    model: Phi3ForCausalLM,
+    model: LanguageModel,
     whole: VisionLanguageModel,
     effects: Sequence[Tensor],
     kept: int,

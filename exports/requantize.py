@@ -9,6 +9,7 @@ block. The result is a plain 4-bit model: no adapter and no extra tensor.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import bitsandbytes as bnb
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM
+from transformers import BitsAndBytesConfig, Phi3Config
 
 from assistant.assistant import Assistant
 from exports import measure
@@ -25,24 +26,24 @@ from exports.calibrate import (
     calibration_batches,
     damped,
     input_moments,
+    language_model_in,
     merged_assistant,
-    phi3_in,
 )
 from exports.folder import (
     copy_generation_config,
     copy_tokenizer,
+    hub_config,
     new_folder,
-    plain_config,
     read_tensors,
     rounded,
 )
 from exports.measure import Probe, Tolerance
-from model.base import BaseModel, find_folder, finish, swap_linear_layers
+from model.base import find_folder, finish, swap_linear_layers
+from model.decoder import DecoderConfig, LanguageModel
 
 CERTIFICATE = "requantize_certificate.json"
 WEIGHTS = "model.safetensors"
 SHARE = 0.25  # of the naive increase that the compensated one should stay under
-STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def export_requantized(
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before")
         changed = merged_assistant(assistant)
-        model = phi3_in(changed)
+        model = language_model_in(changed)
         empty = empty_four_bit(model.config, dtype)
         blocks = {name: layer.weight.blocksize for name, layer in four_bit_layers(empty)}
         originals = {name: model.get_submodule(name).weight.detach().clone() for name in blocks}
@@ -146,7 +147,8 @@ def export_requantized(
             for name, tensor in model.state_dict().items()
             if name.removesuffix(".weight") not in blocks
         ]
-        write_four_bit(folder, empty, quantised, rest, dtype)
+        written = hub_config(assistant.parts.base, dtype)
+        write_four_bit(folder, empty, written, quantised, rest, dtype)
         copy_tokenizer(base_folder, folder)
         copy_generation_config(base_folder, folder)
         after = measure.measure(read_back(assistant, folder, dtype), probe, "after")
@@ -183,10 +185,10 @@ def four_bit_layers(model: nn.Module) -> list[tuple[str, bnb.nn.Linear4bit]]:
     ]
 
 
-def empty_four_bit(config: Phi3Config, dtype: torch.dtype) -> Phi3ForCausalLM:
+def empty_four_bit(config: DecoderConfig, dtype: torch.dtype) -> LanguageModel:
     """A model on the meta device with `Linear4bit` where `model.base` puts them."""
     with torch.device("meta"):
-        model = Phi3ForCausalLM(plain_config(config, dtype))
+        model = LanguageModel(config)
     swap_linear_layers(model, dtype, nested=False)
     return model
 
@@ -198,7 +200,7 @@ def put(model: nn.Module, name: str, weight: Tensor) -> None:
 
 def compensate(changed: Assistant, blocks: dict[str, int], batches: list) -> dict[str, FourBit]:
     """Round every layer of `blocks`, decoder layer by decoder layer, in place in the model too."""
-    model, quantised = phi3_in(changed), {}
+    model, quantised = language_model_in(changed), {}
     for number in range(model.config.num_hidden_layers):
         names = [name for name in blocks if name.startswith(f"model.layers.{number}.")]
         moments = input_moments(changed.model, names, batches, number + 1)
@@ -227,7 +229,8 @@ def packed(name: str, value: FourBit, block: int, dtype: torch.dtype) -> dict[st
 
 def write_four_bit(
     folder: Path,
-    empty: Phi3ForCausalLM,
+    empty: LanguageModel,
+    config: Phi3Config,
     quantised: dict[str, FourBit],
     rest: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
@@ -242,7 +245,6 @@ def write_four_bit(
     for name, layer in four_bit_layers(empty):
         tensors |= packed(name, quantised[name], layer.weight.blocksize, dtype)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = plain_config(empty.config, dtype)
     config.architectures = ["Phi3ForCausalLM"]
     config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -274,5 +276,5 @@ def read_back(assistant: Assistant, folder: Path, dtype: torch.dtype) -> Assista
         parameter = nn.Parameter(tensor.to(base.compute_dtype), requires_grad=False)
         setattr(model.get_submodule(module_name), parameter_name, parameter)
     finish(model, torch.device("cpu"))
-    written = BaseModel(model, base.tokenizer, base.fingerprint, str(folder), base.compute_dtype)
+    written = dataclasses.replace(base, model=model, name=str(folder))
     return measure.with_language_model(assistant, written)
