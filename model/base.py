@@ -26,6 +26,7 @@ from lora.layer import secure_four_bit
 from model import base_cache
 from model.decoder import DecoderConfig, LanguageModel, RotaryPositions
 from model.phi3 import decoder_config
+from ops.nf4 import packed_weight
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
 """model_type of a config.json -> how it is read"""
@@ -93,13 +94,9 @@ def load_base(
         fill(model, sources, compute_dtype, device)
     else:
         swap_linear_layers(model, compute_dtype, nested=quantization == "nf4-nested")
-        fill_quantised(
-            model,
-            sources,
-            compute_dtype,
-            device,
-            cache and (Path(cache) / base_cache.key_of(fingerprint, quantization, device)),
-        )
+        key = base_cache.key_of(fingerprint, quantization, device)
+        kept = Path(cache) / key if cache else None
+        fill_quantised(model, sources, compute_dtype, device, kept)
     finish(model, device)
     hub_config = read_json(folder / "config.json")
     return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype, hub_config)
@@ -270,7 +267,7 @@ def swap_linear_layers(model: nn.Module, compute_dtype: torch.dtype, nested: boo
         )
         # 64 is the block size of QLoRA. A row that is no whole number of them gets smaller blocks,
         # for the reason that `secure_four_bit` gives; Phi-3.5-mini (3072, 8192) has 64 throughout.
-        four_bit.weight.blocksize = 64 if linear.in_features % 64 == 0 else 32
+        packed_weight(four_bit).blocksize = 64 if linear.in_features % 64 == 0 else 32
         secure_four_bit(four_bit)
         setattr(model.get_submodule(parent_name), child_name, four_bit)
 
@@ -280,11 +277,11 @@ def fill_quantised(
     sources: dict[str, Path],
     compute_dtype: torch.dtype,
     device: torch.device,
-    kept: Path | str,
+    kept: Path | None,
 ) -> None:
     """Read the weights from the cache entry `kept`, or quantise them, and keep them there if it has
     a name."""
-    if not kept:
+    if kept is None:
         fill(model, sources, compute_dtype, device)
         return
     if base_cache.read_into(model, kept, set(sources), compute_dtype, device):
@@ -324,6 +321,7 @@ def fill(
                     stored = file.get_tensor(name)
                 module_name, _, parameter_name = name.rpartition(".")
                 module = model.get_submodule(module_name)
+                parameter: nn.Parameter
                 if isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight":
                     parameter = quantize(stored, module, compute_dtype, device)
                 else:
@@ -342,14 +340,17 @@ def quantize(
     weight: Tensor, module: bnb.nn.Linear4bit, compute_dtype: torch.dtype, device: torch.device
 ) -> bnb.nn.Params4bit:
     """An (out_features, in_features) weight in NF4 on `device`, to become `module.weight`."""
+    empty = packed_weight(module)
     parameter = bnb.nn.Params4bit(
         weight,
         requires_grad=False,
-        blocksize=module.weight.blocksize,
-        compress_statistics=module.weight.compress_statistics,
+        blocksize=empty.blocksize,
+        compress_statistics=empty.compress_statistics,
         quant_type="nf4",
         module=module,
-    ).to(device)  # the first move of an unquantised Params4bit is what quantises it
+    )
+    # The first move of an unquantised Params4bit is what quantises it.
+    parameter = parameter.to(device)  # type: ignore[misc]  # bitsandbytes annotates `self` wrongly
     # Dequantisation returns this dtype, which starts as that of the file. The forward dequantises
     # to the compute dtype but the backward to this one, so they must agree: a bfloat16 file run in
     # float32 would otherwise get gradients through weights rounded a second time.

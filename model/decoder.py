@@ -73,7 +73,7 @@ class Layout:
     """a key for each row, which dropout masks are drawn by; see `RowDropout`"""
 
 
-def project(linear: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+def project(linear: nn.Linear | LoRALinear, x: Tensor, layout: Layout) -> Tensor:
     """`linear(x)`; an adapter's dropout draws by the keys of the rows."""
     if isinstance(linear, LoRALinear):
         return linear(x, layout.row_keys)
@@ -96,6 +96,8 @@ class RotaryPositions(nn.Module):
     A long neighbour in the row or the batch changes nothing in a short conversation; transformers
     picks one set of factors for a whole batch, by its largest position.
     """
+
+    frequencies: Tensor
 
     def __init__(self, rope: Rope) -> None:
         super().__init__()
@@ -144,14 +146,16 @@ class Attention(nn.Module):
             query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
             mixed = ops.packed_attention(query, key, value, layout.lengths, self.window)
         else:
-            mixed = self.attend_to_caches(qkv, layout)
+            mixed = self.attend_to_caches(qkv, layout.caches, layout.lengths)
         mixed = mixed.reshape(*x.shape[:-1], self.heads * self.head_dim)
         return project(self.o_proj, mixed, layout)
 
-    def attend_to_caches(self, qkv: Tensor, layout: Layout) -> Tensor:
+    def attend_to_caches(
+        self, qkv: Tensor, caches: Sequence[KeyValues], lengths: Sequence[int]
+    ) -> Tensor:
         """Each conversation's new tokens over its own cache, (tokens, heads, dim)."""
         mixed = []
-        for cache, new in zip(layout.caches, qkv.split(list(layout.lengths)), strict=True):
+        for cache, new in zip(caches, qkv.split(list(lengths)), strict=True):
             query, key_value = new[:, : self.heads], new[:, self.heads :]
             key_value = key_value.unflatten(1, (2, self.kv_heads))  # (new, 2, kv heads, dim)
             key, value = cache.write(self.number, key_value)
@@ -211,8 +215,8 @@ class Decoder(nn.Module):
         position_ids: (rows, length); lengths, caches, row_keys: see `Layout`. Tokens that were fed
         with caches have been added to them afterwards.
         """
-        caches_or_none = caches or [None] * len(lengths)
-        totals = [n + (c.length if c else 0) for n, c in zip(lengths, caches_or_none, strict=True)]
+        before = [cache.length for cache in caches] if caches else [0] * len(lengths)
+        totals = [past + new for past, new in zip(before, lengths, strict=True)]
         angles = self.rotary(position_ids.flatten(), lengths, totals)
         cosines, sines = (part.to(x.dtype) for part in angles)
         layout = Layout(lengths, cosines, sines, caches, row_keys)

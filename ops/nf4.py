@@ -11,6 +11,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import bitsandbytes as bnb
 import torch
@@ -26,11 +27,17 @@ def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     """
     if not isinstance(linear, bnb.nn.Linear4bit):
         return linear.weight.detach()
-    packed, state = linear.weight.data, linear.weight.quant_state
+    weight = packed_weight(linear)
+    packed, state = weight.data, weight.quant_state
     dequantise = cpu_dequantiser()
     if packed.device.type != "cpu" or dtype != torch.float32 or dequantise is None:
         return bnb.functional.dequantize_4bit(packed, state).to(dtype)
     return dequantise(packed, block_scales(state), state.blocksize, *state.shape)
+
+
+def packed_weight(linear: bnb.nn.Linear4bit) -> bnb.nn.Params4bit:
+    """The weight of a 4-bit layer, which bitsandbytes' own annotations call a tensor."""
+    return cast(bnb.nn.Params4bit, linear.weight)
 
 
 def block_scales(state: bnb.functional.QuantState) -> Tensor:

@@ -68,7 +68,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, window: int | No
         distance = positions[total - new :, None] - positions  # (new, total), 0 for itself
         mask = (distance >= 0) & (distance < (window or total))
     return functional.scaled_dot_product_attention(
-        *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),
+        query.transpose(0, 1)[None],  # (1, heads, tokens, dim)
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
         attn_mask=mask,
         is_causal=mask is None and new > 1,
         enable_gqa=query.shape[1] != key.shape[1],
