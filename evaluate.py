@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import config as configs
-from assistant.flags import add_model_flags, load_assistant
+from assistant.flags import add_length_flag, add_model_flags, check_length, load_assistant
 from config import need_file
 from data.dataset import load_questions
 from data.features import FeatureStore
 from data.prepare import DATA_REMEDY
-from errors import PhiSightError, run_main
-from evaluation.questions import evaluate, table
+from errors import run_main
+from evaluation.questions import score_table, scores_of_sets
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,11 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--novel-pair-questions", help="JSONL, in place of the run's own")
     parser.add_argument("--images", help="folder of the questions' pictures")
     parser.add_argument("--features", help="folder of the feature store")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
+    add_length_flag(parser, 96)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args(arguments)
-    if options.max_new_tokens < 1:  # no answer at all would be scored as a wrong one
-        raise PhiSightError("--max-new-tokens: must be at least 1")
+    check_length(options)  # no answer at all would be scored as a wrong one
     assistant = load_assistant(options)
     config = assistant.config
     held_out = options.held_out_questions or config.held_out_questions
@@ -50,19 +49,19 @@ def main(arguments: list[str] | None = None) -> int:
         options.features or config.features, vision.key, vision.shape, config.feature_storage
     )
     started = time.perf_counter()
-    results = evaluate(
+    results = scores_of_sets(
         assistant, sets, Path(options.images or config.images), store, options.max_new_tokens
     )
     if options.json:
         summary = {name: result["exact"] for name, result in results.items()}
-        first = results["held_out"]
+        first, others = results["held_out"], results.get("novel_pairs")
         print(
             json.dumps(
                 summary
                 | {
                     "questions": first["questions"],
                     "by_kind": first["by_kind"],
-                    "novel_by_kind": results.get("novel_pairs", {}).get("by_kind", {}),
+                    "novel_by_kind": others["by_kind"] if others else {},
                     "alignment": round(first["exact"] - results["swapped"]["exact"], 2),
                     "checkpoint": assistant.source,
                     "seconds": round(time.perf_counter() - started, 1),
@@ -70,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         )
         return 0
-    print(table(results))
+    print(score_table(results))
     gap = results["held_out"]["exact"] - results["swapped"]["exact"]
     print(
         f"alignment: {gap:.1f} points between the right picture and a swapped one"

@@ -7,6 +7,7 @@ python serve.py --app                                   # the web app too, on th
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -19,15 +20,16 @@ from api.errors import ApiError
 from api.requests import MIB, Limits
 from api.server import address_of, is_local, listening_socket, run
 from assistant.assistant import Assistant
-from assistant.flags import add_assistant_flags, load_assistant
+from assistant.flags import add_assistant_flags, add_length_flag, load_assistant
 from errors import PhiSightError, run_main
+from speech.flags import VOICES, add_speech_flag, add_voice_flag
+from speech.recordings import read_audio
 from speech.spoken import loaded_once
-from speech.whisper import read_audio
 
 KEY = "PHISIGHT_API_KEY"
 
 
-def parse(arguments: list[str] | None) -> object:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     limits = Limits()
     parser = configs.Parser(prog="serve.py", description=__doc__.splitlines()[0])
     add_assistant_flags(parser)
@@ -45,12 +47,7 @@ def parse(arguments: list[str] | None) -> object:
         default=64,
         help="answers that may wait for a place (%(default)s)",
     )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=limits.new_tokens,
-        help="tokens of the longest answer (%(default)s)",
-    )
+    add_length_flag(parser, limits.new_tokens, "tokens of the longest answer (%(default)s)")
     parser.add_argument(
         "--max-body",
         type=int,
@@ -65,15 +62,8 @@ def parse(arguments: list[str] | None) -> object:
         metavar="SECONDS",
         help="in which answers may end after Ctrl-C or SIGTERM (%(default)s)",
     )
-    parser.add_argument(
-        "--speech", help="Whisper: name or .pt file; empty for none (default: the preset's)"
-    )
-    parser.add_argument(
-        "--voice",
-        default="espeak-ng",
-        help="of the app: espeak-ng, or folder or"
-        " hub id of a VITS model; empty for none (%(default)s)",
-    )
+    add_speech_flag(parser)
+    add_voice_flag(parser, f"of the app: {VOICES}")
     parser.add_argument("--app", action="store_true", help="serve the web app at / too")
     options = parser.parse_args(arguments)
     for name, low, high in (
@@ -117,9 +107,10 @@ def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
 
 def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> Any:
     """The web app, to stand at the paths that the API does not take."""
-    from web.app import load_voice, whole_app
+    from web.app import build_app, voices_loaded_once, web_application
 
-    return whole_app(assistant, speech=speech, voice=load_voice(voice))
+    page = build_app(assistant, speech=speech, voice=voices_loaded_once(voice))
+    return web_application(page)
 
 
 def main(arguments: list[str] | None = None) -> int:

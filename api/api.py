@@ -29,7 +29,8 @@ from api.responses import (
     usage_of,
 )
 from api.stream import in_thread, pieces_of
-from assistant.assistant import Assistant, Reply
+from assistant.answer import Answer
+from assistant.assistant import Assistant
 from errors import PhiSightError
 
 CHAT, MODELS, HEALTH, METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
@@ -65,11 +66,11 @@ class Api(FastAPI):
         self.listen = listen
         self.measures, self.budget = Measures(), Budget(limits.body_bytes * BODIES)
         self.created = int(time.time())
-        self.running: set[Reply] = set()
+        self.running: set[Answer] = set()
         self.closing = False
         # One request at a time looks at pictures and one listens: each takes memory by the file.
         self.reading = asyncio.Semaphore(READERS)
-        self.looking, self.listening = asyncio.Lock(), asyncio.Lock()
+        self.looking, self.listening = asyncio.Semaphore(1), asyncio.Semaphore(1)
         self.include_router(router)
         self.add_exception_handler(HTTPException, pass_on)
         # A request meets the one that is added last first.
@@ -90,8 +91,8 @@ class Api(FastAPI):
     def close(self) -> None:
         """Take in nothing more, and end the answers that are under way with an error."""
         self.closing = True
-        for reply in self.running:
-            reply.cancel()
+        for answer in self.running:
+            answer.cancel()
 
     @contextmanager
     def taken_in(self) -> Iterator[None]:
@@ -109,16 +110,22 @@ class Api(FastAPI):
     def model(self) -> dict[str, object]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "phisight"}
 
-    async def ask(self, question: ChatRequest) -> Reply:
-        """Order an answer, after what has to be heard and seen first. Raises `ApiError`."""
-        heard: Mapping[str, str] = {}
-        if question.sounds:
-            heard = await in_thread(self.listening, self._write_down, question.sounds)
-        turn = self.looking if question.pictures else self.reading
-        return await in_thread(turn, self._reply, question, heard)
+    @contextmanager
+    def running_answer(self, answer: Answer) -> Iterator[None]:
+        """Ends the answer when the block is left, or by `close`."""
+        self.running.add(answer)
+        try:
+            if self.closing:
+                raise shutting_down()
+            yield
+        finally:
+            answer.cancel()
+            self.running.discard(answer)
+            if not answer.cached:
+                self.measures.generated(answer.completion_tokens)
 
-    def _write_down(self, sounds: list[Sound]) -> Mapping[str, str]:
-        """What is said, by where it stands."""
+    def listen_to(self, sounds: list[Sound]) -> Mapping[str, str]:
+        """What is said, by where it stands. Raises `ApiError`."""
         heard: dict[str, str] = {}
         for sound in sounds:
             if self.listen is None:
@@ -129,9 +136,10 @@ class Api(FastAPI):
                 raise bad(sound.where, str(error), "invalid_audio") from error
         return heard
 
-    def _reply(self, question: ChatRequest, heard: Mapping[str, str]) -> Reply:
+    def ask(self, question: ChatRequest, heard: Mapping[str, str]) -> Answer:
+        """The answer, not yet begun. Raises `ApiError`."""
         try:
-            return self.assistant.reply(
+            return self.assistant.ask(
                 question.conversation(lambda sound: heard[sound.where]),
                 question.max_new_tokens,
                 question.sampling,
@@ -142,20 +150,27 @@ class Api(FastAPI):
         except PhiSightError as error:
             raise refused_by_assistant(error) from error
 
-    async def pieces(self, reply: Reply, began: float) -> AsyncIterator[str]:
-        """The text as it comes. Raises what ended the reply before its end."""
+    def start(self, answer: Answer) -> None:
+        """Look at the answer's pictures and hand it to the engine. Raises `ApiError`."""
+        try:
+            self.assistant.start(answer)
+        except PhiSightError as error:
+            raise refused_by_assistant(error) from error
+
+    async def pieces(self, answer: Answer, began: float) -> AsyncIterator[str]:
+        """The text as it comes. Raises what ended the answer before its end."""
         first = True
-        async for piece in pieces_of(reply):
+        async for piece in pieces_of(answer):
             if first:
                 self.measures.first_token.observe(time.perf_counter() - began)
                 first = False
             yield piece
-        if reply.finish_reason == "cancelled":
+        if answer.finish_reason == "cancelled":
             raise shutting_down()
         self.measures.whole_request.observe(time.perf_counter() - began)
 
     async def events(
-        self, reply: Reply, pieces: AsyncIterator[str], include_usage: bool
+        self, answer: Answer, pieces: AsyncIterator[str], include_usage: bool
     ) -> AsyncIterator[str]:
         """Server-sent events. What fails after the status is told as an event, as OpenAI does."""
         head = completion_head(self.name)
@@ -170,9 +185,9 @@ class Api(FastAPI):
             self.measures.errors[error.code] += 1
             yield event(error.json())
             return
-        yield event(chunk(head, {}, reply.finish_reason) | also)
+        yield event(chunk(head, {}, answer.finish_reason) | also)
         if include_usage:
-            usage = usage_of(reply.prompt_tokens, reply.completion_tokens)
+            usage = usage_of(answer.prompt_tokens, answer.completion_tokens)
             yield event(usage_chunk(head, usage))
         yield event("[DONE]")
 
@@ -183,37 +198,33 @@ async def pass_on(request: Request, failure: Exception) -> Response:
     raise failure
 
 
-async def asked(request: Request) -> AsyncIterator[tuple[ChatRequest, Reply]]:
-    """A chat request and the reply to it, which ends with the response however that ends."""
+async def asked(request: Request) -> AsyncIterator[tuple[ChatRequest, Answer]]:
+    """A chat request and the answer to it, which ends with the response however that ends."""
     api: Api = request.app
     body = await request.body()
     question = await in_thread(api.reading, parse_request, body, api.name, api.limits)
-    reply = await api.ask(question)
-    api.running.add(reply)
-    try:
-        if api.closing:
-            raise shutting_down()
-        yield question, reply
-    finally:
-        reply.cancel()
-        api.running.discard(reply)
-        if not reply.cached:
-            api.measures.generated(reply.completion_tokens)
+    heard: Mapping[str, str] = {}
+    if question.sounds:
+        heard = await in_thread(api.listening, api.listen_to, question.sounds)
+    answer = await in_thread(api.reading, api.ask, question, heard)
+    with api.running_answer(answer):
+        await in_thread(api.looking if question.pictures else api.reading, api.start, answer)
+        yield question, answer
 
 
 @router.post(CHAT)
 async def chat(
-    request: Request, asked: Annotated[tuple[ChatRequest, Reply], Depends(asked)]
+    request: Request, asked: Annotated[tuple[ChatRequest, Answer], Depends(asked)]
 ) -> Response:
     api: Api = request.app
-    question, reply = asked
-    pieces = api.pieces(reply, request.state.began)
+    question, answer = asked
+    pieces = api.pieces(answer, request.state.began)
     if question.stream:
-        events = api.events(reply, pieces, question.include_usage)
+        events = api.events(answer, pieces, question.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=EVENT_HEADERS)
     text = "".join([piece async for piece in pieces])
-    usage = usage_of(reply.prompt_tokens, reply.completion_tokens)
-    return AsciiJSON(completion(api.name, text, reply.finish_reason, usage))
+    usage = usage_of(answer.prompt_tokens, answer.completion_tokens)
+    return AsciiJSON(completion(api.name, text, answer.finish_reason, usage))
 
 
 @router.api_route(MODELS, methods=READ)

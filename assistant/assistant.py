@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 
 import checkpoints
 import config as configs
+from assistant.answer import Answer
 from assistant.caches import LeastRecentlyUsed
-from assistant.engine import Engine, Generation, Request
+from assistant.engine import Engine
 from assistant.filter import ContentFilter
 from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
@@ -35,92 +35,6 @@ TOWER_PICTURES = 8  # encoded at once
 
 class Blocked(PhiSightError):
     """The content filter does not let a question pass."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A whole answer as it was shown, for when the same is asked again."""
-
-    text: str
-    finish_reason: str
-    completion_tokens: int
-
-
-class Reply:
-    """An answer on its way: iterate for its pieces of text as they come.
-
-    Its generation ends with its reader: when the iteration is left, `cancel` is called, or the
-    last reference goes.
-    """
-
-    def __init__(
-        self,
-        prompt_tokens: int,
-        generation: Generation | None,
-        text: TextStream | None,
-        answered: Answered | None = None,
-        remember: Callable[[Answered], None] = lambda _: None,
-    ) -> None:
-        """Either a `generation` with the `text` it becomes, or what was `answered` before."""
-        self.prompt_tokens = prompt_tokens
-        self.cached = answered is not None
-        self._generation, self._text, self._answered = generation, text, answered
-        self._pieces = self._known() if answered else self._generated(remember)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def __del__(self) -> None:
-        self.cancel()
-
-    def cancel(self) -> None:
-        """End the generation within a token, from any thread; of no effect once it has ended."""
-        if self._generation is not None:
-            self._generation.cancel()
-
-    @property
-    def finish_reason(self) -> str | None:
-        """None while it runs; "stop", "length", "filtered", "cancelled" or "failed"."""
-        if self._answered is not None:
-            return self._answered.finish_reason
-        return self._text.finished or self._generation.finish_reason
-
-    @property
-    def completion_tokens(self) -> int:
-        if self._answered is not None:
-            return self._answered.completion_tokens
-        return len(self._generation.tokens)
-
-    @property
-    def seconds_to_first_token(self) -> float | None:
-        return 0.0 if self.cached else self._generation.seconds_to_first_token
-
-    @property
-    def reused_tokens(self) -> int:
-        """Tokens of the prompt whose keys and values were known from before."""
-        return self._generation.reused_tokens if self._generation else 0
-
-    def _known(self) -> Iterator[str]:
-        if self._answered.text:
-            yield self._answered.text
-
-    def _generated(self, remember: Callable[[Answered], None]) -> Iterator[str]:
-        generation, text = self._generation, self._text
-        try:
-            for token in generation:
-                if piece := text.push(token):
-                    yield piece
-                if text.finished:
-                    break
-            if piece := text.end():
-                yield piece
-            if self.finish_reason in ("stop", "length", "filtered"):
-                remember(Answered(text.shown, self.finish_reason, len(generation.tokens)))
-        finally:
-            generation.cancel()
 
 
 class Assistant:
@@ -153,30 +67,40 @@ class Assistant:
         self._features: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(
             FEATURE_BYTES if cache else 0, lambda features: features.nbytes
         )
-        self._answers: LeastRecentlyUsed[Answered] = LeastRecentlyUsed(ANSWERS if cache else 0)
+        # The text of greedy answers, why they ended, and their length in tokens.
+        self._answers: LeastRecentlyUsed[tuple[str, str, int]] = LeastRecentlyUsed(
+            ANSWERS if cache else 0
+        )
         self._tower: VisionTower | None = None
-        self._looking = threading.Lock()  # one picture batch at a time through the CLIP
+        self._encoding = threading.Lock()  # one picture batch at a time through the CLIP
 
     @classmethod
     def load(
         cls,
         run_or_checkpoint: str | Path,
         *,
+        base: str | None = None,
+        vision: str | None = None,
+        base_cache: str | None = None,
+        device: str | None = None,
         cache: bool = True,
         max_rows: int = 16,
         queue_limit: int = 64,
         content_filter: ContentFilter | None = None,
-        **overrides: object,
     ) -> Assistant:
         """From a run's newest valid checkpoint or from one checkpoint folder.
 
-        `overrides` replace fields of the saved config, such as `base` for a folder that has moved.
-        Raises `PhiSightError` when there is none, it does not verify, or is of another base.
+        `base`, `vision`, `base_cache` and `device` stand in for those of the saved config, such as
+        `base` for a folder that has moved. Raises `PhiSightError` when there is no checkpoint, it
+        does not verify, or is of another base.
         """
         checkpoint = checkpoints.resolve(run_or_checkpoint)
         where = str(checkpoint.path)
         config = configs.from_dict(checkpoint.config["config"], where)
-        config = configs.replace(config, **overrides)
+        moved = {"base": base, "vision": vision, "base_cache": base_cache, "device": device}
+        config = configs.replace(
+            config, **{name: value for name, value in moved.items() if value is not None}
+        )
         torch.set_num_threads(config.threads or torch.get_num_threads())
         parts = assemble(config)
         for what, saved, found in (
@@ -199,13 +123,28 @@ class Assistant:
         seed: int | None = None,
         stop: Sequence[str] = (),
         pictures: Mapping[str, Image.Image | bytes] | None = None,
-    ) -> Reply:
-        """Begin to answer a conversation that ends with the user's turn; returns at once.
+    ) -> Answer:
+        """Begin to answer a conversation; returns when its pictures are encoded, before the first
+        token. Takes and raises what `ask` and `start` do."""
+        answer = self.ask(messages, max_new_tokens, sampling, seed, stop, pictures)
+        self.start(answer)
+        return answer
+
+    def ask(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 256,
+        sampling: Sampling = Sampling(),
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        pictures: Mapping[str, Image.Image | bytes] | None = None,
+    ) -> Answer:
+        """The answer to a conversation that ends with the user's turn, not yet begun: `start` it.
 
         A picture part names one of `pictures` (encoded bytes or an RGB picture), else a file.
         `seed` makes sampling repeatable; an answer ends before the first of the `stop` strings.
-        Raises `PhiSightError` for a picture that cannot be used and a conversation that leaves no
-        room for an answer, `Blocked` for what the filter refuses, `Busy` when too many wait.
+        Raises `PhiSightError` for a conversation that leaves no room for an answer, and `Blocked`
+        for what the filter refuses. Opens no file and does not wait.
         """
         self._check(messages)
         prompt = render(messages, self.parts.chat_format, add_generation_prompt=True).input_ids
@@ -215,28 +154,41 @@ class Assistant:
                 f"conversation: {len(prompt)} tokens, the model reads {room + len(prompt)};"
                 " shorten it or send fewer pictures"
             )
-        images = Conversation("chat", tuple(messages)).images
-        image_keys, features = self._look(images, pictures or {})
-        limit = min(max_new_tokens, room)
-        asked = (tuple(prompt), tuple(image_keys), limit, tuple(stop), sampling)
-        if sampling.temperature == 0 and (answered := self._answers.get(asked)):
-            return Reply(len(prompt), None, None, answered)
-        request = Request(prompt, features, image_keys, limit, sampling, seed)
-        text = TextStream(self.parts.base.tokenizer, stop, self.content_filter)
-        return Reply(
-            len(prompt),
-            self.engine.submit(request),
-            text,
-            remember=lambda answered: (
-                sampling.temperature == 0 and self._answers.put(asked, answered)
-            ),
+        given = pictures or {}
+        return Answer(
+            prompt,
+            min(max_new_tokens, room),
+            torch.zeros(0, *self.parts.vision.shape),
+            sampling=sampling,
+            seed=seed,
+            text=TextStream(self.parts.base.tokenizer, stop, self.content_filter),
+            pictures=[
+                (name, given.get(name)) for name in Conversation("chat", tuple(messages)).images
+            ],
         )
+
+    def start(self, answer: Answer) -> None:
+        """Read and encode the pictures of an answer, and hand it to the engine; an answer that is
+        remembered ends at once. May be called in any thread; returns early if it is cancelled.
+
+        Raises `PhiSightError` for a picture that cannot be used, and `Busy` when too many wait; a
+        subscriber of the answer is told of its end too.
+        """
+        try:
+            self._encode_pictures(answer)
+            if answer.cancelled:
+                answer.end("cancelled")
+            elif not self._recall(answer):
+                self.engine.submit(answer)
+        except BaseException as error:
+            answer.end("failed", error)
+            raise
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
         """(pictures, tokens, vision dim) float32, rounded as the feature store rounds them."""
         if not pictures:
             return torch.zeros(0, *self.parts.vision.shape)
-        with self._looking:
+        with self._encoding:
             if self._tower is None:
                 self._tower = VisionTower(self.parts.vision, self.parts.device)
             return as_stored(self._tower(pictures), self.config.feature_storage)
@@ -270,36 +222,58 @@ class Assistant:
             if message.role == "user" and self.content_filter(text, True) is None:
                 raise Blocked("question: is not let through by the content filter; rephrase it")
 
-    def _look(
-        self, names: Sequence[str], given: Mapping[str, Image.Image | bytes]
-    ) -> tuple[list[str], Tensor]:
-        """The content keys and the (pictures, tokens, dim) features of pictures, in order."""
+    def _recall(self, answer: Answer) -> bool:
+        """End a greedy answer with what is remembered of the same question, or have it remembered
+        when it ends. Whether it has ended."""
+        text = answer.text
+        if answer.sampling.temperature != 0 or text is None:
+            return False
+        limit, sampling = answer.max_new_tokens, answer.sampling
+        asked = (tuple(answer.ids), tuple(answer.image_keys), limit, text.stop, sampling)
+        if known := self._answers.get(asked):
+            answer.recall(*known)
+            return True
+
+        def remember(reason: str) -> None:
+            self._answers.put(asked, (text.shown, reason, answer.completion_tokens))
+
+        answer.remember = remember
+        return False
+
+    def _encode_pictures(self, answer: Answer) -> None:
+        """Give an answer the content keys and the features of its pictures, in slot order. Leaves
+        off when it is cancelled."""
         keys: dict[str, str] = {}
         known: dict[str, Tensor] = {}
         unseen: dict[str, Image.Image] = {}
-        for name in dict.fromkeys(names):
-            picture = given[name] if name in given else read_image_bytes(name)
+        for name, content in answer.pictures:
+            if answer.cancelled:
+                return
+            if name in keys:
+                continue
+            picture = read_image_bytes(name) if content is None else content
             keys[name] = key = content_key(picture)
             if key in known or key in unseen:
                 continue
             features = self._features.get(key)
             if features is not None:
                 known[key] = features
+            elif isinstance(picture, bytes):
+                unseen[key] = decode_image(picture, name)
             else:
-                unseen[key] = (
-                    decode_image(picture, name)
-                    if isinstance(picture, bytes)
-                    else picture.convert("RGB")
-                )
+                unseen[key] = picture.convert("RGB")
         order = list(unseen)
         for start in range(0, len(order), TOWER_PICTURES):
+            if answer.cancelled:
+                return
             chosen = order[start : start + TOWER_PICTURES]
             for key, features in zip(chosen, self.features([unseen[k] for k in chosen])):
                 known[key] = features.clone()  # alone: a slice would keep its whole batch
                 self._features.put(key, known[key])
-        image_keys = [keys[name] for name in names]
-        features = [known[key] for key in image_keys]
-        return image_keys, torch.stack(features) if features else self.features([])
+        answer.image_keys = [keys[name] for name, _ in answer.pictures]
+        if answer.image_keys:
+            answer.image_features = torch.stack([known[key] for key in answer.image_keys])
+        answer.pictures = ()  # their bytes are of no further use
 
 
 def content_key(picture: Image.Image | bytes) -> str:

@@ -1,6 +1,8 @@
-"""The flags that the commands which talk share, and what they ask for."""
+"""The flags of the commands that ask a trained model, each defined once, and what they ask for."""
 
 from __future__ import annotations
+
+import argparse
 
 import config as configs
 from assistant.assistant import Assistant
@@ -9,8 +11,8 @@ from assistant.sampling import Sampling
 from errors import PhiSightError
 
 
-def add_model_flags(parser: configs.Parser) -> None:
-    """The flags that every command that asks a trained model shares."""
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which trained model, and where its parts lie."""
     default = configs.default_config(configs.DEFAULT_PRESET).run
     parser.add_argument("--run", default=default, help="run or checkpoint folder (%(default)s)")
     parser.add_argument("--base", help="where the base lies now, if not where it was trained")
@@ -19,8 +21,8 @@ def add_model_flags(parser: configs.Parser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
-def add_assistant_flags(parser: configs.Parser) -> None:
-    """The flags of everything that talks: caches, the filter, how many at once."""
+def add_assistant_flags(parser: argparse.ArgumentParser) -> None:
+    """The model's flags, and those of everything that talks: caches, the filter, rows."""
     add_model_flags(parser)
     parser.add_argument(
         "--no-cache",
@@ -36,8 +38,12 @@ def add_assistant_flags(parser: configs.Parser) -> None:
     )
 
 
-def add_sampling_flags(parser: configs.Parser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+def add_length_flag(parser: argparse.ArgumentParser, default: int, help: str | None = None) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=default, help=help)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    add_length_flag(parser, 256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -48,22 +54,37 @@ def add_sampling_flags(parser: configs.Parser) -> None:
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
 
 
-def load_assistant(options: object) -> Assistant:
-    given = {name: getattr(options, name) for name in ("base", "vision", "base_cache", "device")}
-    if getattr(options, "max_rows", 1) < 1:
+def load_assistant(options: argparse.Namespace) -> Assistant:
+    """The model that the flags of a command name, ready to answer.
+
+    Takes what `add_model_flags` gives, and where the command has them the assistant's flags and
+    `queue_limit`. Raises `PhiSightError` for values that no assistant can be made with.
+    """
+    given = vars(options)
+    if given.get("max_rows", 1) < 1:
         raise PhiSightError("--max-rows: must be at least 1")
-    for name in ("cache", "max_rows", "queue_limit"):
-        if hasattr(options, name):
-            given[name] = getattr(options, name)
-    if getattr(options, "content_filter", None):
-        given["content_filter"] = WordFilter(load_words(options.content_filter))
-    return Assistant.load(options.run, **{k: v for k, v in given.items() if v is not None})
+    words = given.get("content_filter")
+    own = {name: given[name] for name in ("cache", "max_rows", "queue_limit") if name in given}
+    return Assistant.load(
+        options.run,
+        base=options.base,
+        vision=options.vision,
+        base_cache=options.base_cache,
+        device=options.device,
+        content_filter=WordFilter(load_words(words)) if words else None,
+        **own,
+    )
 
 
-def sampling_of(options: object) -> Sampling:
-    """Raises `PhiSightError` for values that no answer can be made with."""
+def check_length(options: argparse.Namespace) -> None:
+    """Raises `PhiSightError` for --max-new-tokens that leave no room for an answer."""
     if options.max_new_tokens < 1:
         raise PhiSightError("--max-new-tokens: must be at least 1")
+
+
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """Raises `PhiSightError` for values that no answer can be made with."""
+    check_length(options)
     if options.seed is not None and not 0 <= options.seed < 2**64:  # what torch's generators take
         raise PhiSightError(f"--seed {options.seed}: must be from 0 to {2**64 - 1}")
     if not all(options.stop):

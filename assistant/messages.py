@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from data.dataset import IMAGE_TAG, Message, Part
 from errors import PhiSightError
-
-
-class Reply(Protocol):
-    """An answer on its way: see infer.py's `Reply`."""
-
-    finish_reason: str | None
-    completion_tokens: int
-    cached: bool
-
-    def __iter__(self) -> Iterator[str]: ...
-    def cancel(self) -> None: ...
 
 
 def user_message(prompt: str, images: Sequence[str]) -> Message:

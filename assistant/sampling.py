@@ -1,16 +1,14 @@
-"""Choosing tokens, and continuing many prompts at once."""
+"""Choosing the next token."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from assistant.decoding import Decoding, Row
 from errors import PhiSightError
-from model.vlm import VisionLanguageModel, slots_filled
 
 COLDEST = 1e-6  # a float32 divided by less than this could be infinite
 
@@ -69,58 +67,3 @@ def penalize(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     ids = torch.tensor(sorted(set(seen)), device=logits.device)
     scores = logits[ids]
     return logits.index_copy(0, ids, torch.where(scores > 0, scores / penalty, scores * penalty))
-
-
-@torch.no_grad()
-def generate(
-    model: VisionLanguageModel,
-    prompts: Sequence[Sequence[int]],
-    image_features: Tensor,
-    stop_ids: Collection[int],
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    generator: torch.Generator | None = None,
-) -> Iterator[list[int | None]]:
-    """Continue every prompt; yields one list a step with each row's token, None once it has ended.
-
-    Args: `prompts`: token ids, one list a row, padded here on the left; `image_features` (images,
-    tokens, vision dim) of all rows in order; a stop id ends its row and is not given out.
-    """
-    rows = split_features(prompts, image_features, model.placeholder_id)
-    decoding = Decoding(model)
-    if max_new_tokens:
-        decoding.add(rows)
-    for step in range(max_new_tokens):
-        logits = decoding.logits
-        if sampling.repetition_penalty != 1:
-            logits = torch.stack(
-                [
-                    penalize(row_logits, row.ids, sampling.repetition_penalty)
-                    for row_logits, row in zip(logits, decoding.rows, strict=True)
-                ]
-            )
-        chosen = choose(logits, sampling, generator).tolist()
-        going_on = [i for i, token in enumerate(chosen) if token not in stop_ids]
-        if not going_on:
-            return
-        said = {id(decoding.rows[i]): chosen[i] for i in going_on}
-        yield [said.get(id(row)) for row in rows]
-        if step + 1 == max_new_tokens:
-            return
-        if len(going_on) < len(chosen):
-            decoding.keep(going_on)
-        decoding.advance([chosen[i] for i in going_on])
-
-
-def split_features(
-    prompts: Sequence[Sequence[int]], image_features: Tensor, placeholder_id: int
-) -> list[Row]:
-    """Every prompt with its share of the (images, tokens, vision dim) features, in order.
-
-    Raises `PhiSightError` naming both numbers when there are not as many pictures as slots.
-    """
-    slots = [sum(token == placeholder_id for token in prompt) for prompt in prompts]
-    given = slots_filled(sum(slots), image_features)
-    shares = [count // image_features.shape[1] if given else 0 for count in slots]
-    features = image_features.split(shares)
-    return [Row(list(prompt), share) for prompt, share in zip(prompts, features, strict=True)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 
@@ -26,7 +28,7 @@ class TextStream:
         self.finished: str | None = None
         """"stop" after a stop string, "filtered" after blocked content: nothing more is shown"""
         self.shown = ""
-        self._said = ""
+        self._text = ""
         self._ids: list[int] = []
         self._before = self._done = 0  # where the piece before began, where the last one ended
 
@@ -35,13 +37,13 @@ class TextStream:
         if self.finished:
             return ""
         self._ids.append(token)
-        text = self._decode(self._ids[self._before :])
+        text = decode(self.tokenizer, self._ids[self._before :])
         if text.endswith(HALF):  # half a character waits for its other bytes
             return ""
-        piece = text[len(self._decode(self._ids[self._before : self._done])) :]
+        piece = text[len(decode(self.tokenizer, self._ids[self._before : self._done])) :]
         if not piece:  # a special token: what follows is still decoded with what came before it
             return ""
-        self._said += piece
+        self._text += piece
         self._before, self._done = self._done, len(self._ids)
         return self._show(final=False)
 
@@ -49,11 +51,8 @@ class TextStream:
         """Nothing more comes: what was held back. Half a character is never shown."""
         return "" if self.finished else self._show(final=True)
 
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
     def _show(self, final: bool) -> str:
-        text = self._said
+        text = self._text
         found = [place for mark in self.stop if (place := text.find(mark)) >= 0]
         if found:
             text, final, self.finished = text[: min(found)], True, "stop"
@@ -67,6 +66,11 @@ class TextStream:
         piece = text[len(self.shown) : limit]
         self.shown += piece
         return piece
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """Token ids -> their text, without special tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def held_back(text: str, stop: Sequence[str]) -> int:

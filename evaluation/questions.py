@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict
 
-from torch import Tensor, stack
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from assistant.answer import Answer
 from assistant.assistant import Assistant
-from assistant.sampling import generate
+from assistant.engine import Engine
+from assistant.text_stream import decode
 from data.chat import ChatFormat, RenderedSample, render
 from data.dataset import Message, Part, Question
 from data.features import FeatureStore
@@ -22,7 +26,8 @@ BATCH = 64
 REPORTED_ONLY = ("two_step",)  # kinds outside the totals
 
 
-def normalise(answer: str) -> str:
+def normalised(answer: str) -> str:
+    """What is compared: without case, white space around it, and a final full stop."""
     return answer.strip().casefold().removesuffix(".").strip()
 
 
@@ -32,14 +37,14 @@ def question_prompt(question: Question, chat_format: ChatFormat) -> RenderedSamp
     return render([message], chat_format, add_generation_prompt=True)
 
 
-def answer_all(
+def answer_questions(
     assistant: Assistant,
     questions: Sequence[Question],
     features_of: Callable[[str], Tensor],
     max_new_tokens: int,
     label: str,
 ) -> list[str]:
-    """Greedy answers, in the order of the questions, many at a time."""
+    """Greedy answers, in the order of the questions; arguments as for `answer_prompts`."""
     # Alike questions together: they are of one length and their answers end at about one time.
     order = sorted(range(len(questions)), key=lambda i: (questions[i].kind, questions[i].text))
     prompts = [question_prompt(questions[i], assistant.parts.chat_format) for i in order]
@@ -58,27 +63,35 @@ def answer_prompts(
     max_new_tokens: int,
     label: str,
 ) -> list[str]:
-    """Greedy continuations of rendered prompts, in their order, many at a time."""
-    tokenizer, answers = assistant.parts.base.tokenizer, []
-    for start in tqdm(
-        range(0, len(prompts), BATCH), desc=label, unit="batch", leave=False, disable=None
-    ):
-        chosen = prompts[start : start + BATCH]
-        features = [features_of(name) for prompt in chosen for name in prompt.images]
-        stacked = stack(features) if features else assistant.features([])
-        ids: list[list[int]] = [[] for _ in chosen]
-        for tokens in generate(
-            assistant.model,
-            [prompt.input_ids for prompt in chosen],
-            stacked,
-            assistant.stop_ids,
-            max_new_tokens,
-        ):
-            for row, token in enumerate(tokens):
-                if token is not None:
-                    ids[row].append(token)
-        answers += [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-    return answers
+    """Greedy continuations of rendered prompts, in their order, `BATCH` at a time.
+
+    Args: `features_of`: the name of a picture -> its (tokens, vision dim) features; `label`: what
+    the progress bar says.
+    """
+    # Of its own: more rows than a conversation needs, and no memory of what was asked.
+    engine = Engine(
+        assistant.model,
+        assistant.stop_ids,
+        assistant.parts.chat_format.tokens_per_image,
+        max_rows=BATCH,
+        queue_limit=0,
+    )
+    texts: list[str] = []
+    starts = range(0, len(prompts), BATCH)
+    try:
+        for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=None):
+            answers = []
+            for prompt in prompts[start : start + BATCH]:
+                features = [features_of(name) for name in prompt.images]
+                stacked = torch.stack(features) if features else assistant.features([])
+                answers.append(Answer(list(prompt.input_ids), max_new_tokens, stacked))
+            engine.submit(*answers)
+            for answer in answers:
+                answer.wait()
+                texts.append(decode(assistant.parts.base.tokenizer, answer.tokens))
+    finally:
+        engine.close()
+    return texts
 
 
 def add_pictures(
@@ -96,11 +109,23 @@ def add_pictures(
         raise PhiSightError(f"{len(bad)} pictures cannot be used, first: {first}")
 
 
-def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, object]:
-    """{"exact": percent over the kinds that count, "questions": how many, "by_kind": percents}."""
+class Scores(TypedDict):
+    """How many answers to a set of questions are exactly right."""
+
+    exact: float
+    """percent of the questions whose kinds count"""
+    questions: int
+    """how many those are"""
+    by_kind: dict[str, float]
+    """percent of every kind"""
+    asked_by_kind: dict[str, int]
+
+
+def scores_by_kind(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    """Compare every answer with its label, after folding case and dropping a final full stop."""
     right: dict[str, list[bool]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
-        right[question.kind or "question"].append(normalise(answer) == normalise(question.answer))
+        right[question.kind or "question"].append(normalised(answer) == normalised(question.answer))
     counted = [good for kind, all_ in right.items() if kind not in REPORTED_ONLY for good in all_]
     return {
         "exact": round(100 * sum(counted) / max(1, len(counted)), 2),
@@ -110,13 +135,13 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, ob
     }
 
 
-def evaluate(
+def scores_of_sets(
     assistant: Assistant,
     sets: dict[str, list[Question]],
     images: Path,
     store: FeatureStore,
     max_new_tokens: int,
-) -> dict[str, dict[str, object]]:
+) -> dict[str, Scores]:
     """Scores by name: the first set under all three conditions, the others with the right one."""
     add_pictures(
         assistant,
@@ -124,22 +149,24 @@ def evaluate(
         images,
         store,
     )
-    results = {}
+    results: dict[str, Scores] = {}
     for number, (name, questions) in enumerate(sets.items()):
         swapped = swapped_names([question.image for question in questions])
         for condition in CONDITIONS if number == 0 else CONDITIONS[:1]:
-            answers = answer_all(
+            answers = answer_questions(
                 assistant,
                 questions,
                 features_under(condition, store, swapped),
                 max_new_tokens,
                 f"{name}, {condition} picture",
             )
-            results[name if condition == "right" else condition] = score(questions, answers)
+            results[name if condition == "right" else condition] = scores_by_kind(
+                questions, answers
+            )
     return results
 
 
-def table(results: dict[str, dict[str, object]]) -> str:
+def score_table(results: dict[str, Scores]) -> str:
     """Kinds down, conditions across, percent exact."""
     kinds = sorted({kind for result in results.values() for kind in result["by_kind"]})
     kinds = [k for k in kinds if k not in REPORTED_ONLY] + [k for k in kinds if k in REPORTED_ONLY]
@@ -149,8 +176,8 @@ def table(results: dict[str, dict[str, object]]) -> str:
             f"{result['by_kind'].get(kind, float('nan')):13.1f}" for result in results.values()
         )
         lines.append(f"{kind + (' *' if kind in REPORTED_ONLY else ''):20}{cells}")
-    for label, key, form in (("all", "exact", "13.1f"), ("questions", "questions", "13d")):
-        lines.append(f"{label:20}" + "".join(f"{r[key]:{form}}" for r in results.values()))
+    lines.append(f"{'all':20}" + "".join(f"{r['exact']:13.1f}" for r in results.values()))
+    lines.append(f"{'questions':20}" + "".join(f"{r['questions']:13d}" for r in results.values()))
     if any(kind in REPORTED_ONLY for kind in kinds):
         lines.append("* reported, not part of the totals")
     return "\n".join(lines)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
 from errors import PhiSightError
-from kernels.fused import AdaptedProduct
 from lora.dropout import RowDropout
+from ops import operations_for
+from ops.nf4 import packed_weight
 
 
 def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
@@ -29,13 +31,14 @@ def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
     Raises:
         PhiSightError: the weight is repacked already, or its rows are no whole number of blocks.
     """
-    if linear.in_features % linear.weight.blocksize:
+    weight = packed_weight(linear)
+    if linear.in_features % weight.blocksize:
         raise PhiSightError(
             f"4-bit layer: {linear.in_features} inputs are no multiple of the NF4 block size "
-            f"{linear.weight.blocksize}, which bitsandbytes dequantises wrongly on some CPUs; "
+            f"{weight.blocksize}, which bitsandbytes dequantises wrongly on some CPUs; "
             'use a model with other sizes, or quantization "none"'
         )
-    if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
         raise PhiSightError(
             "4-bit layer: its weight has been repacked for CPU inference, which loses precision; "
             "load the base model again and do not run it before it is wrapped"
@@ -60,6 +63,8 @@ class LoRALinear(nn.Module):
         PhiSightError: the base is no linear layer, is a 4-bit one that is not quantised yet or
             cannot be used safely, or a number makes no adapter.
     """
+
+    scaling: Tensor
 
     def __init__(
         self,
@@ -86,32 +91,15 @@ class LoRALinear(nn.Module):
         self.register_buffer("scaling", torch.tensor(alpha / rank, device=device))
         self.dropout = RowDropout(dropout, dropout_key)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in_features) -> (…, out_features), in the dtype that the base returns."""
-        if (
-            self.training
-            and torch.is_grad_enabled()
-            and x.device.type == "cpu"
-            and (x.dtype == torch.float32)
-        ):
-            return self.trained_in_float32(x)
-        result = self.base(x)
-        update = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.T  # (…, rank)
-        update = (update @ self.lora_B.T) * self.scaling  # (…, out_features)
-        return result + update.to(result.dtype)
+    def forward(self, x: Tensor, row_keys: Sequence[int] | None = None) -> Tensor:
+        """(…, in_features) -> (…, out_features), in the dtype that the base returns.
 
-    def trained_in_float32(self, x: Tensor) -> Tensor:
-        """What `forward` says, but for rounding: faster on a CPU, and with less to remember."""
-        kept, scale = self.dropout.kept(x)
-        result = AdaptedProduct.apply(
-            x.flatten(0, -2),
-            self.lora_A,
-            self.lora_B,
-            self.base,
-            self.scaling.item() * scale,
-            None if kept is None else kept.flatten(0, -2),
+        row_keys: what dropout draws by, one a row of (rows, length, in_features); see `RowDropout`.
+        """
+        mask, scale = self.dropout.mask(x, row_keys)
+        return operations_for(x).adapted_linear(
+            x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale
         )
-        return result.unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling.item():g}"
@@ -124,7 +112,7 @@ def check_base(base: nn.Module) -> None:
             f"LoRA base: {type(base).__name__} is no linear layer; wrap nn.Linear or Linear4bit"
         )
     if isinstance(base, bnb.nn.Linear4bit):
-        if base.weight.quant_state is None:
+        if packed_weight(base).quant_state is None:
             raise PhiSightError(
                 "LoRA base: the 4-bit layer is not quantised yet; move it to its device first"
             )

@@ -7,25 +7,29 @@ the quantised model plus one tensor. No pickle is opened and no code of the fold
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import hub
+from config import QUANTIZATIONS
+from data import chat
 from errors import PhiSightError
 from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
 from model import base_cache
-from model.rope import SegmentLongRope, rope_crossing
+from model.decoder import DecoderConfig, LanguageModel, RotaryPositions
+from model.phi3 import decoder_config
+from ops.nf4 import packed_weight
 
-QUANTIZATIONS = ("nf4", "nf4-nested", "none")
+FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
+"""model_type of a config.json -> how it is read"""
 LAYOUT = (
     "config.json, model.safetensors (or model.safetensors.index.json and its shards), "
     "tokenizer.json and tokenizer_config.json"
@@ -38,12 +42,14 @@ STORED_DTYPES = ("F32", "F16", "BF16")
 class BaseModel:
     """A frozen language model with what is needed to name it, feed it and recognise it."""
 
-    model: Phi3ForCausalLM
+    model: LanguageModel
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
     """sha256 over config.json and the weight files: a checkpoint resumes on this base only."""
     name: str
     compute_dtype: torch.dtype
+    hub_config: dict[str, object]
+    """config.json as it stands"""
 
 
 def load_base(
@@ -80,25 +86,20 @@ def load_base(
     weight_files = find_weight_files(folder)
     tokenizer = load_tokenizer(folder, config)
 
-    config.dtype = compute_dtype
-    config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = Phi3ForCausalLM(config)
+        model = LanguageModel(config)
     sources = match_tensors(model, weight_files)
     fingerprint = hash_files([folder / "config.json", *weight_files], cache)
     if quantization == "none":
         fill(model, sources, compute_dtype, device)
     else:
         swap_linear_layers(model, compute_dtype, nested=quantization == "nf4-nested")
-        fill_quantised(
-            model,
-            sources,
-            compute_dtype,
-            device,
-            cache and (Path(cache) / base_cache.key_of(fingerprint, quantization, device)),
-        )
+        key = base_cache.key_of(fingerprint, quantization, device)
+        kept = Path(cache) / key if cache else None
+        fill_quantised(model, sources, compute_dtype, device, kept)
     finish(model, device)
-    return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype)
+    hub_config = read_json(folder / "config.json")
+    return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype, hub_config)
 
 
 def choose_compute_dtype(device: torch.device | str) -> tuple[torch.dtype, str]:
@@ -126,13 +127,17 @@ def find_folder(id_or_folder: str | Path, revision: str | None) -> Path:
     return hub.find_folder(id_or_folder, revision, "base model", LAYOUT, DOWNLOADED)
 
 
-def read_config(folder: Path) -> Phi3Config:
-    """config.json as a `Phi3Config`. Raises `PhiSightError` if it is missing, broken or other."""
+def read_config(folder: Path) -> DecoderConfig:
+    """What config.json says of the decoder.
+
+    Raises `PhiSightError` if it is missing, broken, or of a family that is not in `FAMILIES`.
+    """
     path = folder / "config.json"
     raw = read_json(path)
-    if raw.get("model_type") != "phi3":
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise PhiSightError(
-            f"{path}: model_type is {raw.get('model_type')!r}, not 'phi3'; "
+            f"{path}: model_type is {family!r}, not {' or '.join(map(repr, FAMILIES))}; "
             "choose Phi-3.5-mini-instruct or another model of the Phi-3 layout"
         )
     if raw.get("quantization_config"):
@@ -140,9 +145,8 @@ def read_config(folder: Path) -> Phi3Config:
             f"{path}: the weights are quantised already; give the original 16-bit model"
         )
     try:
-        # The class itself, not AutoConfig: nothing that config.json names is imported.
-        return Phi3Config.from_dict(raw)
-    except (ValueError, TypeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+        return FAMILIES[family](raw)
+    except PhiSightError as error:
         raise PhiSightError(f"{path}: {error}; restore the model's own config.json") from error
 
 
@@ -188,29 +192,18 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def load_tokenizer(folder: Path, config: Phi3Config) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, config: DecoderConfig) -> PreTrainedTokenizerFast:
     """The folder's tokenizer. Raises `PhiSightError` if absent or larger than the embedding."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise PhiSightError(f"base model {folder}: {name} is missing; the layout is {LAYOUT}")
-    try:
-        # Not AutoTokenizer: it builds Phi-3's tokenizer anew from the class name "LlamaTokenizer",
-        # with a pre-tokenizer other than that of tokenizer.json, and so with other ids.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhiSightError(f"tokenizer of {folder}: {error}; download it again") from error
-    if len(tokenizer) > config.vocab_size:
-        raise PhiSightError(
-            f"tokenizer of {folder}: it has {len(tokenizer)} tokens and the model "
-            f"{config.vocab_size} embeddings; use the tokenizer that belongs to the model"
-        )
-    return tokenizer
+    return chat.load_tokenizer(folder, embeddings=config.vocab_size)
 
 
 # Tensors: matched by name and shape before one is read, then put in place one at a time
 
 
-def match_tensors(model: Phi3ForCausalLM, weight_files: list[Path]) -> dict[str, Path]:
+def match_tensors(model: LanguageModel, weight_files: list[Path]) -> dict[str, Path]:
     """The file of each tensor that `model` (on the meta device) needs.
 
     Raises:
@@ -274,7 +267,7 @@ def swap_linear_layers(model: nn.Module, compute_dtype: torch.dtype, nested: boo
         )
         # 64 is the block size of QLoRA. A row that is no whole number of them gets smaller blocks,
         # for the reason that `secure_four_bit` gives; Phi-3.5-mini (3072, 8192) has 64 throughout.
-        four_bit.weight.blocksize = 64 if linear.in_features % 64 == 0 else 32
+        packed_weight(four_bit).blocksize = 64 if linear.in_features % 64 == 0 else 32
         secure_four_bit(four_bit)
         setattr(model.get_submodule(parent_name), child_name, four_bit)
 
@@ -284,11 +277,11 @@ def fill_quantised(
     sources: dict[str, Path],
     compute_dtype: torch.dtype,
     device: torch.device,
-    kept: Path | str,
+    kept: Path | None,
 ) -> None:
     """Read the weights from the cache entry `kept`, or quantise them, and keep them there if it has
     a name."""
-    if not kept:
+    if kept is None:
         fill(model, sources, compute_dtype, device)
         return
     if base_cache.read_into(model, kept, set(sources), compute_dtype, device):
@@ -328,6 +321,7 @@ def fill(
                     stored = file.get_tensor(name)
                 module_name, _, parameter_name = name.rpartition(".")
                 module = model.get_submodule(module_name)
+                parameter: nn.Parameter
                 if isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight":
                     parameter = quantize(stored, module, compute_dtype, device)
                 else:
@@ -346,14 +340,17 @@ def quantize(
     weight: Tensor, module: bnb.nn.Linear4bit, compute_dtype: torch.dtype, device: torch.device
 ) -> bnb.nn.Params4bit:
     """An (out_features, in_features) weight in NF4 on `device`, to become `module.weight`."""
+    empty = packed_weight(module)
     parameter = bnb.nn.Params4bit(
         weight,
         requires_grad=False,
-        blocksize=module.weight.blocksize,
-        compress_statistics=module.weight.compress_statistics,
+        blocksize=empty.blocksize,
+        compress_statistics=empty.compress_statistics,
         quant_type="nf4",
         module=module,
-    ).to(device)  # the first move of an unquantised Params4bit is what quantises it
+    )
+    # The first move of an unquantised Params4bit is what quantises it.
+    parameter = parameter.to(device)  # type: ignore[misc]  # bitsandbytes annotates `self` wrongly
     # Dequantisation returns this dtype, which starts as that of the file. The forward dequantises
     # to the compute dtype but the backward to this one, so they must agree: a bfloat16 file run in
     # float32 would otherwise get gradients through weights rounded a second time.
@@ -361,24 +358,22 @@ def quantize(
     return parameter
 
 
-def finish(model: Phi3ForCausalLM, device: torch.device) -> None:
+def finish(model: LanguageModel, device: torch.device) -> None:
     """Tie what is tied, build the buffers that no file holds, freeze, and switch to eval mode."""
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    # The rotary frequencies are computed, not stored. On the meta device they came out empty, and
-    # `to_empty` would fill them with noise: build the module again, for real.
-    longrope = rope_crossing(model.config) is not None
-    rotary = SegmentLongRope if longrope else type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=model.config).to(device)
-    empty = [
-        name
-        for name, tensor in list(model.named_parameters()) + list(model.named_buffers())
-        if tensor.is_meta
-    ]
-    if empty:
-        raise PhiSightError(
-            f"base model: {', '.join(empty)} has no value after loading; "
-            "this version of transformers adds a buffer that is not handled, use another one"
-        )
+    model.tie()
+    # The rotary frequencies are computed, not stored; on the meta device they came out empty.
+    model.model.rotary = RotaryPositions(model.config.rope).to(device)
     model.requires_grad_(False)
     model.eval()
+
+
+def language_model(config: DecoderConfig, weights: Iterable[tuple[str, Tensor]]) -> LanguageModel:
+    """A frozen model of these weights as they are, all of which are given, each once."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    state = dict(weights)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    finish(model, state["model.embed_tokens.weight"].device)
+    return model

@@ -68,7 +68,10 @@ def read_vision_spec(
     folder = find_clip(id_or_folder, revision or None)
     try:
         config = CLIPVisionConfig.from_pretrained(folder)
-        side = config.image_size // config.patch_size  # of the grid of patches
+        image_size, patch_size = config.image_size, config.patch_size
+        if not isinstance(image_size, int) or not isinstance(patch_size, int):
+            raise TypeError(f"image_size {image_size} and patch_size {patch_size} are not numbers")
+        side = image_size // patch_size  # of the grid of patches
     except (
         OSError,
         ValueError,

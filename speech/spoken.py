@@ -15,24 +15,6 @@ from speech.voice import Voice, write_wav
 from speech.whisper import NoSpeech, Speech
 
 
-def add_speech_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--speech",
-        metavar="NAME",
-        help="Whisper that listens: its name or a .pt file; default: the preset's",
-    )
-    parser.add_argument("--language", help="that is spoken, such as en or Spanish; default: heard")
-    parser.add_argument("--translate", action="store_true", help="what is heard, into English")
-    parser.add_argument("--denoise", action="store_true", help="reduce steady noise first")
-    parser.add_argument("--speak", metavar="WAV", help="the answer as sound, written there")
-    parser.add_argument(
-        "--voice",
-        default="espeak-ng",
-        metavar="NAME",
-        help="espeak-ng, or a VitsModel's folder or hub id (%(default)s)",
-    )
-
-
 def loaded_once(name: str, device: str = "cpu") -> Callable[[], Speech] | None:
     """What gives the Whisper called `name`, loaded when it is first needed, from any thread; None
     for an empty name."""
@@ -57,11 +39,16 @@ def listener(
     """Audio as `read_audio` gives it -> what is said in it; the first one loads the model.
 
     `show` gets every piece as it is understood. The function raises `NoSpeech` where nothing is
-    said.
+    said, `PhiSightError` where no model is named.
     """
     load = loaded_once(options.speech or preset, device)
 
     def listen(audio: numpy.ndarray) -> str:
+        if load is None:
+            raise PhiSightError(
+                "--speech: neither this flag nor the run names a Whisper; name one, such as base,"
+                " or a .pt file"
+            )
         said = []
         for segment in load().transcribe(
             audio, options.language, options.translate, options.denoise

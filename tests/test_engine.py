@@ -10,13 +10,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_model import FEATURES, NO_PICTURES, PLACEHOLDER, phi, tokens
+from random_model import (
+    FEATURES,
+    NO_PICTURES,
+    PLACEHOLDER,
+    Row,
+    continued,
+    phi,
+    reference_phi,
+    tokens,
+)
 
-from assistant.decoding import Decoding, KeyValues, Row
-from assistant.engine import Busy, Engine, Generation, Request
+from assistant.answer import Answer
+from assistant.decoding import Decoding
+from assistant.engine import Busy, Engine
 from assistant.prefix import CONVERSATIONS, SHORTEST, PrefixCache, token_keys
-from assistant.sampling import Sampling, generate
+from assistant.sampling import Sampling
+from assistant.text_stream import TextStream
 from errors import PhiSightError
+from model.cache import KeyValues, Memory
 
 LIMIT = 12
 NEVER = frozenset({0})  # a stop id: the pad token, which random weights seldom say
@@ -28,8 +40,31 @@ def model():
     return phi(64)
 
 
-@pytest.fixture
-def requests() -> list[Request]:
+def ask(words: list[int], names: list[str], limit: int = LIMIT, **options) -> Answer:
+    """Pictures first, then text. Every token is a piece of the answer's text: see `Letters`."""
+    features = torch.stack([picture(name) for name in names]) if names else NO_PICTURES
+    ids = [1] + [PLACEHOLDER] * (FEATURES[0] * len(names)) + words
+    stream = TextStream(Letters())
+    return Answer(ids, limit, features, names, **{"text": stream} | options)
+
+
+class Letters:
+    """A tokenizer: every token is one letter."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(0x100 + token) for token in ids)
+
+
+def tokens_in(text: str) -> list[int]:
+    return [ord(letter) - 0x100 for letter in text]
+
+
+def picture(name: str) -> torch.Tensor:
+    """(tokens, dim) features that belong to a name."""
+    return torch.randn(FEATURES, generator=torch.Generator().manual_seed(ord(name)))
+
+
+def questions() -> list[Answer]:
     """Prompts of different lengths with one, two and no pictures."""
     return [
         ask(tokens(20, 1), ["a"]),
@@ -39,30 +74,27 @@ def requests() -> list[Request]:
     ]
 
 
-def picture(name: str) -> torch.Tensor:
-    """(tokens, dim) features that belong to a name."""
-    return torch.randn(FEATURES, generator=torch.Generator().manual_seed(ord(name)))
+def alone(model, answer: Answer, stop_ids=NEVER) -> list[int]:
+    """What the same prompt is continued with when nothing runs beside it."""
+    prompt = answer.ids[: answer.prompt_tokens]
+    (said,) = continued(
+        model,
+        [(prompt, answer.image_features)],
+        stop_ids,
+        answer.max_new_tokens,
+        sampling=answer.sampling,
+    )
+    return said
 
 
-def ask(text: list[int], names: list[str], limit: int = LIMIT, *more, **options) -> Request:
-    """Pictures first, then text."""
-    features = torch.stack([picture(name) for name in names]) if names else NO_PICTURES
-    ids = [1] + [PLACEHOLDER] * (FEATURES[0] * len(names)) + text
-    return Request(ids, features, names, limit, *more, **options)
+def submitted(engine: Engine, answer: Answer) -> Answer:
+    engine.submit(answer)
+    return answer
 
 
-def alone(model, request: Request, stop_ids=NEVER) -> list[int]:
-    return [
-        token
-        for (token,) in generate(
-            model,
-            [request.input_ids],
-            request.image_features,
-            stop_ids,
-            request.max_new_tokens,
-            request.sampling,
-        )
-    ]
+def said_in(answer: Answer) -> list[int]:
+    """Its tokens, by the text that its reader gets."""
+    return tokens_in("".join(answer))
 
 
 def test_answers_here_depend_on_every_picture_and_token(model):
@@ -76,7 +108,7 @@ def test_answers_here_depend_on_every_picture_and_token(model):
         ask(text, [], 30),
         ask([3, *text[1:]], ["a"], 30),
     ]
-    said = [tuple(alone(model, request)) for request in variants]
+    said = [tuple(alone(model, answer)) for answer in variants]
     assert len(set(said)) >= len(said) - 1 and all(len(set(tokens)) > 3 for tokens in said)
 
 
@@ -94,108 +126,248 @@ def engine(model):
     assert not set(threading.enumerate()) - before
 
 
-def test_answers_together_are_the_answers_alone(engine, model, requests):
-    expected = [alone(model, request) for request in requests]
+def test_answers_together_are_the_answers_alone(engine, model):
+    answers = questions()
+    expected = [alone(model, answer) for answer in answers]
     one = engine(max_rows=3)  # the fourth waits until another has ended
-    generations = [one.submit(request) for request in requests]
-    assert [list(generation) for generation in generations] == expected
-    assert {generation.finish_reason for generation in generations} == {"length"}
+    one.submit(*answers)
+    assert [said_in(answer) for answer in answers] == expected
+    assert [answer.tokens for answer in answers] == expected
+    assert {answer.finish_reason for answer in answers} == {"length"}
     assert one.statistics()["running"] == one.statistics()["waiting"] == 0
     assert one.statistics()["tokens_generated"] == sum(map(len, expected))
 
 
-def test_requests_that_come_later_join_the_batch(engine, model, requests):
-    expected = [alone(model, request) for request in requests]
+def test_answers_that_come_later_join_the_batch(engine, model):
+    answers = questions()
+    expected = [alone(model, answer) for answer in answers]
     one = engine()
-    generations = []
-    for request in requests:
-        generations.append(one.submit(request))
-        next(iter(generations[-1]))  # the ones before are under way
-    for generation, wanted in zip(generations, expected):
-        assert wanted[:1] + list(generation) == wanted == generation.tokens
+    firsts = []
+    for answer in answers:
+        firsts.append(submitted(one, answer).next_piece())  # the ones before are under way
+    for answer, first, wanted in zip(answers, firsts, expected):
+        assert tokens_in(first + "".join(answer)) == wanted == answer.tokens
 
 
-def test_a_stop_id_ends_one_row_and_not_its_neighbours(model, requests):
-    whole = [alone(model, request) for request in requests]
+def test_a_stop_id_ends_one_row_and_not_its_neighbours(model):
+    answers = questions()
+    whole = [alone(model, answer) for answer in answers]
     stop = frozenset({whole[0][3]})
     one = Engine(model, stop, FEATURES[0])
-    generations = [one.submit(request) for request in requests]
-    for generation, wanted in zip(generations, whole):
-        said = list(generation)
+    one.submit(*answers)
+    for answer, wanted in zip(answers, whole):
+        said = said_in(answer)
         cut = [token in stop for token in wanted]
         assert said == (wanted[: cut.index(True)] if any(cut) else wanted)
-        assert generation.finish_reason == ("stop" if any(cut) else "length")
+        assert answer.finish_reason == ("stop" if any(cut) else "length")
     one.close()
 
 
-def test_a_reader_who_goes_costs_at_most_a_token_more(engine, requests):
+def test_a_reader_who_goes_costs_at_most_a_token_more(engine):
     one = engine()
-    generation = one.submit(ask(tokens(20, 5), ["a"], 150))
-    for count, _ in enumerate(generation, start=1):
-        if count == 3:
-            generation.cancel()
-            had = len(generation.tokens)
-    assert generation.finish_reason == "cancelled"
-    assert len(generation.tokens) <= had + 1
+    answer = submitted(one, ask(tokens(20, 5), ["a"], 150))
+    for _ in range(3):
+        answer.next_piece()
+    answer.cancel()
+    had = len(answer.tokens)
+    answer.wait()
+    assert answer.finish_reason == "cancelled"
+    assert len(answer.tokens) <= had + 1
     assert one.statistics()["running"] == 0
 
 
-def test_one_that_is_cancelled_while_it_waits_never_runs(engine, requests):
+def test_leaving_the_loop_over_an_answer_ends_it(engine):
+    answer = submitted(engine(), ask(tokens(20, 5), ["a"], 150))
+    with pytest.raises(ZeroDivisionError):
+        for _ in answer:
+            raise ZeroDivisionError  # a page that fails: nobody reads on
+    answer.wait()
+    assert answer.finish_reason == "cancelled" and len(answer.tokens) < 150
+
+
+def test_one_that_is_cancelled_while_it_waits_never_runs(engine):
     one = engine(max_rows=1)
-    first, second = one.submit(requests[0]), one.submit(requests[1])
+    first, second = questions()[:2]
+    one.submit(first, second)
     second.cancel()
-    assert len(list(first)) == LIMIT
-    assert list(second) == [] and second.finish_reason == "cancelled"
+    assert len(said_in(first)) == LIMIT
+    assert said_in(second) == [] and second.finish_reason == "cancelled"
 
 
-def test_a_full_queue_says_so(engine, requests):
-    one = engine(max_rows=1, queue_limit=2)
-    running = one.submit(ask(tokens(20, 5), [], 150))
-    next(iter(running))
-    waiting = [one.submit(requests[2]) for _ in range(2)]
-    with pytest.raises(Busy, match="2 questions wait"):
-        one.submit(requests[2])
-    waiting[0].cancel()  # whoever has gone takes no place
-    waiting.append(one.submit(requests[2]))
-    assert list(waiting.pop(0)) == []
+def test_one_that_is_cancelled_while_it_waits_ends_before_those_that_run(engine):
+    one = engine(max_rows=1)
+    running = submitted(one, ask(tokens(20, 5), [], 150))
+    running.next_piece()
+    waiting = submitted(one, questions()[2])
+    waiting.cancel()
+    waiting.wait()
+    assert waiting.finish_reason == "cancelled" and running.finish_reason is None
     running.cancel()
-    assert all(len(list(generation)) == LIMIT for generation in waiting)
 
 
-def test_a_request_that_fails_tells_its_reader_and_harms_no_other(engine, model, requests):
+def test_a_full_queue_says_so(engine):
+    one = engine(max_rows=1, queue_limit=2)
+    running = submitted(one, ask(tokens(20, 5), [], 150))
+    running.next_piece()
+    waiting = [submitted(one, questions()[2]) for _ in range(2)]
+    with pytest.raises(Busy, match="2 questions wait"):
+        one.submit(questions()[2])
+    waiting[0].cancel()  # whoever has gone takes no place
+    waiting.append(submitted(one, questions()[2]))
+    assert said_in(waiting.pop(0)) == []
+    running.cancel()
+    assert all(len(said_in(answer)) == LIMIT for answer in waiting)
+
+
+def test_without_a_queue_there_is_room_for_what_runs_at_once(engine):
+    one = engine(max_rows=3, queue_limit=0)
+    answers = questions()
+    with pytest.raises(Busy):
+        one.submit(*answers)  # all or none
+    assert one.statistics()["waiting"] == 0
+    one.submit(*answers[:3])
+    assert all(len(said_in(answer)) == LIMIT for answer in answers[:3])
+
+
+def test_an_answer_that_fails_tells_its_reader_and_harms_no_other(engine, model):
     one = engine()
-    ids = requests[0].input_ids
-    broken = Request(ids, requests[0].image_features[:, :-1], ["a"], LIMIT)
-    running = one.submit(ask(tokens(20, 5), [], 40))
-    said = [next(iter(running))]
+    good = questions()
+    broken = Answer(good[0].ids, LIMIT, good[0].image_features[:, :-1], ["a"])
+    running = submitted(one, ask(tokens(20, 5), [], 40))
+    first = running.next_piece()
+    one.submit(broken)
     with pytest.raises(PhiSightError, match="picture slots"):
-        list(one.submit(broken))
-    assert said + list(running) == alone(model, running.request)
-    assert list(one.submit(requests[1])) == alone(model, requests[1])
+        list(broken)
+    assert broken.finish_reason == "failed"
+    assert tokens_in(first + "".join(running)) == alone(model, running)
+    assert said_in(submitted(one, good[1])) == alone(model, good[1])
 
 
-def test_closing_ends_what_runs(model, requests):
+def test_closing_ends_what_runs(model):
     one = Engine(model, NEVER, FEATURES[0])
-    generation = one.submit(ask(tokens(20, 5), [], 5000))
-    next(iter(generation))
+    answer = submitted(one, ask(tokens(20, 5), [], 5000))
+    answer.next_piece()
     one.close()
-    list(generation)
-    assert generation.finish_reason == "cancelled"
+    answer.wait()
+    assert answer.finish_reason == "cancelled"
     with pytest.raises(PhiSightError, match="closed"):
-        one.submit(requests[0])
+        one.submit(questions()[0])
+
+
+# -- who reads ------------------------------------------------------------------------------------
+
+
+class Heard:
+    """A subscriber that keeps what it is told, by which thread."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str | None] = []
+        self.threads: set[str] = set()
+        self.ended = threading.Event()
+
+    def __call__(self, piece: str | None) -> None:
+        self.pieces.append(piece)
+        self.threads.add(threading.current_thread().name)
+        if piece is None:
+            self.ended.set()
+
+
+def test_a_subscriber_is_told_every_piece_and_the_end_by_the_engine(engine, model):
+    answer, heard = questions()[0], Heard()
+    answer.subscribe(heard)
+    engine().submit(answer)
+    assert heard.ended.wait(60)
+    *pieces, end = heard.pieces
+    assert tokens_in("".join(pieces)) == alone(model, answer) and end is None
+    assert None not in pieces and "" not in pieces
+    assert heard.threads == {"engine"} and answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("when", ["under way", "ended"])
+def test_who_subscribes_late_misses_nothing(engine, model, when):
+    answer, heard = ask(tokens(20, 1), ["a"], 40), Heard()
+    one = engine()
+    one.submit(answer)
+    deadline = time.monotonic() + 60
+    while not (answer.finish_reason if when == "ended" else answer.tokens):
+        assert time.monotonic() < deadline
+    answer.subscribe(heard)
+    assert heard.ended.wait(60)
+    assert tokens_in("".join(heard.pieces[:-1])) == alone(model, answer)
+    assert heard.pieces[-1] is None
+
+
+def test_an_answer_has_one_reader(engine):
+    answer = questions()[0]
+    answer.subscribe(Heard())
+    for again in (lambda: answer.subscribe(Heard()), answer.next_piece, lambda: list(answer)):
+        with pytest.raises(RuntimeError, match="a reader already"):
+            again()
+
+
+def test_a_subscriber_that_fails_ends_its_answer_and_no_other(engine, model, caplog):
+    one, broken, good = engine(), ask(tokens(20, 5), [], 150), questions()[0]
+
+    def fail(piece: str | None) -> None:
+        raise ZeroDivisionError
+
+    broken.subscribe(fail)
+    one.submit(broken, good)
+    assert said_in(good) == alone(model, good)
+    deadline = time.monotonic() + 60
+    while broken.finish_reason is None:
+        assert time.monotonic() < deadline
+    assert broken.finish_reason == "cancelled" and len(broken.tokens) <= 2
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_subscriber_may_cancel(engine):
+    answer, heard = ask(tokens(20, 5), [], 150), Heard()
+
+    def one_piece_is_enough(piece: str | None) -> None:
+        heard(piece)
+        answer.cancel()
+
+    answer.subscribe(one_piece_is_enough)
+    engine().submit(answer)
+    assert heard.ended.wait(60)
+    assert len(heard.pieces) == 2 and answer.finish_reason == "cancelled"
+
+
+def test_a_filter_that_fails_harms_no_other_answer(engine, model):
+    def fail(text: str, final: bool) -> int | None:
+        raise ZeroDivisionError
+
+    one, good = engine(), questions()[0]
+    broken = ask(tokens(5, 4), ["a"], text=TextStream(Letters(), content_filter=fail))
+    one.submit(broken, good)
+    with pytest.raises(ZeroDivisionError):
+        broken.wait()
+    assert broken.finish_reason == "failed" and said_in(good) == alone(model, good)
+
+
+def test_a_stop_string_ends_its_row_at_its_token(engine, model):
+    whole = alone(model, questions()[0])
+    mark = Letters().decode(whole[4:6], True)
+    place = Letters().decode(whole, True).index(mark)
+    answer = ask(tokens(20, 1), ["a"], text=TextStream(Letters(), [mark]))
+    one = engine()
+    one.submit(answer)
+    assert said_in(answer) == whole[:place] and answer.finish_reason == "stop"
+    assert answer.tokens == whole[: place + 2] and answer.completion_tokens == place + 2 < LIMIT
 
 
 # -- each by its own settings ---------------------------------------------------------------------
 
 
-def test_a_seed_means_the_same_among_others(engine, requests):
+def test_a_seed_means_the_same_among_others(engine):
     def sampled(one: Engine, seed: int, beside: int) -> list[int]:
-        generation = one.submit(ask(tokens(20, 1), ["a"], LIMIT, Sampling(temperature=2.0), seed))
-        others = [one.submit(requests[n]) for n in range(1, 1 + beside)]
-        said = list(generation)
+        answer = ask(tokens(20, 1), ["a"], sampling=Sampling(temperature=2.0), seed=seed)
+        others = questions()[1 : 1 + beside]
+        one.submit(answer, *others)
         for other in others:
-            list(other)
-        return said
+            other.wait()
+        return said_in(answer)
 
     assert sampled(engine(), 1, 0) == sampled(engine(), 1, 3)
     assert sampled(engine(), 1, 0) != sampled(engine(), 2, 0)
@@ -203,18 +375,18 @@ def test_a_seed_means_the_same_among_others(engine, requests):
 
 @torch.no_grad()
 def test_the_repetition_penalty_is_that_of_transformers(engine, model):
-    request = ask(tokens(20, 1), [], LIMIT, Sampling(repetition_penalty=1.3))
-    theirs = model.language_model.generate(
-        input_ids=torch.tensor([request.input_ids]),
+    request = ask(tokens(20, 1), [], sampling=Sampling(repetition_penalty=1.3))
+    theirs = reference_phi(64).generate(
+        input_ids=torch.tensor([request.ids]),
         max_new_tokens=LIMIT,
         do_sample=False,
-        attention_mask=torch.ones(1, len(request.input_ids), dtype=torch.long),
+        attention_mask=torch.ones(1, request.prompt_tokens, dtype=torch.long),
         repetition_penalty=1.3,
         eos_token_id=sorted(NEVER),
         suppress_tokens=[PLACEHOLDER],
-    )[0, len(request.input_ids) :].tolist()
-    assert list(engine().submit(request)) == theirs == alone(model, request)
-    assert theirs != alone(model, ask(tokens(20, 1), []))
+    )[0, request.prompt_tokens :]
+    assert said_in(submitted(engine(), request)) == theirs.tolist() == alone(model, request)
+    assert theirs.tolist() != alone(model, ask(tokens(20, 1), []))
 
 
 # -- what was read before -------------------------------------------------------------------------
@@ -230,10 +402,11 @@ def test_a_next_turn_is_not_read_from_its_start_and_says_the_same(engine, model,
         text = tokens(25 if crosses and turn == 2 else 2, turn)
         ids = [*ids, *[PLACEHOLDER] * FEATURES[0], *text]
         features = torch.stack([picture(n) for n in names])
-        request = Request(ids, features, names, LIMIT)
-        again = kept.submit(request)
-        said = list(again)
-        assert said == list(fresh.submit(request)) == alone(model, request)
+        again, anew = (
+            Answer(list(ids), LIMIT, features, names, text=TextStream(Letters())) for _ in range(2)
+        )
+        said = said_in(submitted(kept, again))
+        assert said == said_in(submitted(fresh, anew)) == alone(model, again)
         past_crossing = len(ids) > 64
         assert past_crossing == (crosses and turn == 2)
         assert again.reused_tokens == (0 if past_crossing or not turn else fed - 1)
@@ -246,12 +419,12 @@ def test_a_next_turn_is_not_read_from_its_start_and_says_the_same(engine, model,
 def test_another_picture_is_not_taken_for_the_one_before(engine, model):
     kept = engine(prefix_bytes=2**30)
     for name in "abab":
-        request = ask(tokens(20, 1), [name])
-        assert list(kept.submit(request)) == alone(model, request)
+        answer = submitted(kept, ask(tokens(20, 1), [name]))
+        assert said_in(answer) == alone(model, answer)
 
 
-def keys_values(length: int, value: float = 0.0) -> KeyValues:
-    return KeyValues([(torch.full((1, 1, length, 2), value), torch.zeros(1, 1, length, 2))])
+def keys_values(length: int) -> KeyValues:
+    return KeyValues(Memory(torch.zeros(1, 2, 1, length, 2), length), length)
 
 
 @given(
@@ -308,9 +481,9 @@ def test_a_picture_is_reused_whole_or_not_at_all():
 
 
 @torch.no_grad()
-def test_rows_keep_their_logits_whoever_joins_and_leaves(model, requests):
+def test_rows_keep_their_logits_whoever_joins_and_leaves(model):
     """The batch itself: logits after joins and drops are those of a batch of one."""
-    rows = [Row(list(r.input_ids), r.image_features) for r in requests]
+    rows = [Row(list(a.ids), a.image_features) for a in questions()]
     batch = Decoding(model)
     batch.add(rows[:2])
     batch.advance([5, 6])
@@ -324,9 +497,8 @@ def test_rows_keep_their_logits_whoever_joins_and_leaves(model, requests):
     assert batch.past_of(0).length == len(batch.rows[0].ids)
 
 
-def test_time_to_first_token_is_told(engine, requests):
-    generation = engine().submit(requests[0])
+def test_time_to_first_token_is_told(engine):
+    answer = submitted(engine(), questions()[0])
     started = time.perf_counter()
-    list(generation)
-    assert 0 < generation.seconds_to_first_token <= time.perf_counter() - started + 1
-    assert isinstance(generation, Generation)
+    list(answer)
+    assert 0 < answer.seconds_to_first_token <= time.perf_counter() - started + 1

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import openai
 import pytest
@@ -366,7 +366,7 @@ def test_what_fails_inside_is_a_500_that_tells_nothing(server, monkeypatch, capl
     def fail(*arguments: object) -> None:
         raise RuntimeError("the secret reason")
 
-    monkeypatch.setattr(server.api.assistant, "reply", fail)
+    monkeypatch.setattr(server.api.assistant, "start", fail)
     status, _, body = server.exchange(post(ask()))
     assert status == 500 and b"secret" not in body
     assert json.loads(body)["error"]["type"] == "server_error"
@@ -377,19 +377,26 @@ def test_what_fails_inside_is_a_500_that_tells_nothing(server, monkeypatch, capl
 
 def test_what_fails_in_a_stream_is_told_in_the_stream(server, client, monkeypatch):
     assistant = server.api.assistant
-    reply = assistant.reply
+    ask_assistant = assistant.ask
 
     def breaks(*arguments: object):
-        whole = reply(*arguments)
-        monkeypatch.setattr(whole, "_pieces", iter(broken(next(whole))))
-        return whole
+        answer = ask_assistant(*arguments)
+        pieces = broken(answer.text.push)
+        next(pieces)
+        monkeypatch.setattr(answer.text, "push", lambda token: pieces.send(token))
+        return answer
 
-    def broken(piece: str) -> Iterator[str]:
+    def broken(push: Callable[[int], str]) -> Iterator[str]:
+        piece = ""
+        while not piece:
+            piece = push((yield piece))
         yield piece
         raise RuntimeError("the secret reason")
 
-    monkeypatch.setattr(assistant, "reply", breaks)
-    stream = client.chat.completions.create(model="tiny", messages=ask()["messages"], stream=True)
+    monkeypatch.setattr(assistant, "ask", breaks)
+    stream = client.chat.completions.create(
+        model="tiny", messages=ask(DESCRIBE)["messages"], stream=True, max_tokens=99
+    )
     with pytest.raises(openai.APIError, match="failed") as raised:
         list(stream)
     assert raised.value.code == "internal_error"
