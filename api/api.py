@@ -14,10 +14,11 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from api.errors import ApiError, as_api_error, bad, busy, refused_by_assistant, shutting_down
+from api.errors import ApiError, as_api_error, bad, busy, shutting_down
+from api.forms import Limits
 from api.guards import Beside, Budget, Intake, KeyGuard, Reporting
 from api.measures import MEDIA_TYPE, Measures
-from api.requests import ChatRequest, Limits, Sound, parse_request
+from api.requests import ChatRequest, Sound, parse_request
 from api.responses import (
     EVENT_HEADERS,
     AsciiJSON,
@@ -136,27 +137,6 @@ class Api(FastAPI):
                 raise bad(sound.where, str(error), "invalid_audio") from error
         return heard
 
-    def ask(self, question: ChatRequest, heard: Mapping[str, str]) -> Answer:
-        """The answer, not yet begun. Raises `ApiError`."""
-        try:
-            return self.assistant.ask(
-                question.conversation(lambda sound: heard[sound.where]),
-                question.max_new_tokens,
-                question.sampling,
-                question.seed,
-                question.stop,
-                question.pictures,
-            )
-        except PhiSightError as error:
-            raise refused_by_assistant(error) from error
-
-    def start(self, answer: Answer) -> None:
-        """Look at the answer's pictures and hand it to the engine. Raises `ApiError`."""
-        try:
-            self.assistant.start(answer)
-        except PhiSightError as error:
-            raise refused_by_assistant(error) from error
-
     async def pieces(self, answer: Answer, began: float) -> AsyncIterator[str]:
         """The text as it comes. Raises what ended the answer before its end."""
         first = True
@@ -206,9 +186,22 @@ async def asked(request: Request) -> AsyncIterator[tuple[ChatRequest, Answer]]:
     heard: Mapping[str, str] = {}
     if question.sounds:
         heard = await in_thread(api.listening, api.listen_to, question.sounds)
-    answer = await in_thread(api.reading, api.ask, question, heard)
+
+    def answer_of() -> Answer:
+        messages = question.conversation(lambda sound: heard[sound.where])
+        return api.assistant.ask(
+            messages,
+            question.max_new_tokens,
+            question.sampling,
+            question.seed,
+            question.stop,
+            question.pictures,
+        )
+
+    answer = await in_thread(api.reading, answer_of)
     with api.running_answer(answer):
-        await in_thread(api.looking if question.pictures else api.reading, api.start, answer)
+        turns = api.looking if question.pictures else api.reading
+        await in_thread(turns, api.assistant.start, answer)
         yield question, answer
 
 

@@ -52,6 +52,14 @@ def as_api_error(failure: Exception, what: str, path: str = "") -> ApiError:
     failed, and told without details."""
     if isinstance(failure, ApiError):
         return failure
+    if isinstance(failure, Busy):
+        return busy("too many questions wait")
+    if isinstance(failure, Blocked):
+        return ApiError(400, str(failure), "content_filter", "messages")
+    if isinstance(failure, PhiSightError):  # the assistant does not take the question
+        where, colon, _ = str(failure).partition(": ")
+        param = where if colon and where.startswith("messages[") else None
+        return ApiError(400, str(failure), "invalid_value", param)
     if isinstance(failure, HTTPException) and failure.status_code == 404:
         return ApiError(404, "no such path; see /v1/models and /v1/chat/completions", "not_found")
     if isinstance(failure, HTTPException) and failure.status_code == 405:
@@ -60,18 +68,6 @@ def as_api_error(failure: Exception, what: str, path: str = "") -> ApiError:
         return ApiError(405, message, "method_not_allowed", headers={"Allow": method})
     log.error("%s failed", what, exc_info=failure)
     return ApiError(500, "the server failed at this request; its log says why", "internal_error")
-
-
-def refused_by_assistant(error: PhiSightError) -> ApiError:
-    """What the client is told when the assistant does not take a question."""
-    if isinstance(error, Busy):
-        return busy("too many questions wait")
-    message = str(error)
-    if isinstance(error, Blocked):
-        return ApiError(400, message, "content_filter", "messages")
-    where, colon, _ = message.partition(": ")
-    param = where if colon and where.startswith("messages[") else None
-    return ApiError(400, message, "invalid_value", param)
 
 
 def bad(param: str | None, reason: str, code: str = "invalid_value") -> ApiError:

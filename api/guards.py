@@ -19,8 +19,8 @@ import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ApiError, ClientGone, as_api_error, busy
+from api.forms import Limits
 from api.measures import Measures
-from api.requests import Limits
 from api.responses import error_response
 
 OPEN = "/health"  # the one path that needs no key
@@ -171,11 +171,17 @@ class Intake:
             with anyio.CancelScope() as client:
                 watch = asyncio.create_task(cancel_when_gone(receive, client))
                 try:
-                    await self.app(scope, replay(body, anyio.sleep_forever), send)
+                    await self.app(scope, replay(body, never), send)
                 finally:
                     watch.cancel()
             if client.cancelled_caught:
                 raise ClientGone
+
+
+async def never() -> Message:
+    """What an application is told after the body: nothing, until it is cancelled."""
+    await anyio.sleep_forever()
+    raise AssertionError
 
 
 async def cancel_when_gone(receive: Receive, client: anyio.CancelScope) -> None:

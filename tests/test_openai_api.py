@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from api.errors import ApiError
-from api.requests import MIB, ChatRequest, Limits, Sound, parse_request
+from api.forms import MIB, Limits
+from api.requests import ChatRequest, Sound, parse_request
 from assistant.sampling import Sampling
 from data.dataset import Message, Part
 

@@ -26,7 +26,7 @@ from live_server import (
     with_pictures,
 )
 
-from api.requests import Limits
+from api.forms import Limits
 from assistant.filter import WordFilter
 from assistant.sampling import Sampling
 from data.dataset import Message, Part
