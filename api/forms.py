@@ -128,7 +128,7 @@ class ImageURL(Form):
 
 
 class ImagePart(Form):
-    image_url: ImageURL
+    image_url: ImageURL = Field(description="send an object")
 
 
 class InputAudio(Form):
@@ -137,7 +137,7 @@ class InputAudio(Form):
 
 
 class AudioPart(Form):
-    input_audio: InputAudio
+    input_audio: InputAudio = Field(description="send an object")
 
 
 def tag_of_part(value: object) -> str:
@@ -186,7 +186,7 @@ class ChatBody(Form):
         min_length=1, description="send a list of messages"
     )
     stream: bool = Field(False, description="send true or false")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="send an object")
     temperature: float = Field(0.0, ge=0, le=2, description="must be a number from 0 to 2")
     top_p: float = Field(1.0, ge=0, le=1, description="must be a number from 0 to 1")
     top_k: int = Field(0, ge=0, le=2**31, description=f"must be a whole number from 0 to {2**31}")
@@ -212,8 +212,11 @@ class ChatBody(Form):
     )
 
 
-FORMS = (TextPart, ImageURL, InputAudio, ChatMessage, StreamOptions, ChatBody)
-REASONS = {name: f.description for form in FORMS for name, f in form.model_fields.items()}
+REASONS = {
+    name: field.description or ""
+    for form in Form.__subclasses__()
+    for name, field in form.model_fields.items()
+}
 OBJECTS = {"ChatMessage": "an object with role and content", "TextPart": "an object with a type"}
 
 
@@ -232,14 +235,14 @@ def as_refusal(error: ValidationError) -> ApiError:
         return ApiError(413, f"{where}: {fault['msg']}", kind, where)
     if kind == "unsupported_parameter":
         return bad(where, fault["msg"], kind)
-    if kind == "string_unicode":
+    if kind == "string_unicode" and where == "stop":
         return bad(where, "is not valid Unicode; send whole characters")
     if kind == "missing" and where == "messages":
         return bad(where, "is missing; send a list", "missing_required_parameter")
     if kind == "model_type":
         reason = f"send {OBJECTS.get(fault['ctx']['class_name'], 'an object')}"
     else:
-        reason = REASONS[name] or "send an object"
+        reason = REASONS[name]
     if not reason.startswith("must"):
         reason = f"is {kind_of(None if kind == 'missing' else found)}; {reason}"
     return bad(where, reason)

@@ -282,6 +282,18 @@ REFUSED = [
         "invalid_value",
     ),
     (
+        {"messages": user({"type": "image_url"})},
+        400,
+        "messages[0].content[0].image_url",
+        "invalid_value",
+    ),
+    (
+        {"messages": user({"type": "input_audio", "input_audio": None})},
+        400,
+        "messages[0].content[0].input_audio",
+        "invalid_value",
+    ),
+    (
         {"messages": user({"type": "image_url", "image_url": {"url": None}})},
         400,
         "messages[0].content[0].image_url.url",
