@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ClientGone
 from api.guards import parts_of_body, replay
+from api.responses import AsciiJSON
 
 MAX_JSON = 4 * 1024 * 1024  # of one event's inputs; files come by another way
 ADDRESSES = "addresses of other machines are not fetched here"
@@ -125,5 +125,5 @@ async def _read(receive: Receive) -> bytes:
     return bytes(body)
 
 
-def refused(status: int, reason: str) -> JSONResponse:
-    return JSONResponse({"detail": reason}, status)
+def refused(status: int, reason: str) -> AsciiJSON:
+    return AsciiJSON({"detail": reason}, status)

@@ -100,14 +100,14 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             winding_down.cancel()
+            # What is cancelled from here on was told to end: nothing that anybody has to look into.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
     async def _wind_down(self) -> None:
         await self._wait(self._grace)
         self._hurry()
         await self._wait(TOLD_SECONDS)
         await asyncio.sleep(TOLD_SECONDS)  # what was written last is on its way
-        # What is cancelled from here on was told to end: nothing that anybody has to look into.
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.force_exit = True
 
     async def _wait(self, seconds: float) -> None:
