@@ -18,7 +18,7 @@ from api.errors import ApiError, as_api_error, bad, busy, shutting_down
 from api.forms import Limits
 from api.guards import Beside, Budget, Intake, KeyGuard, Reporting
 from api.measures import MEDIA_TYPE, Measures
-from api.requests import ChatRequest, Sound, parse_request
+from api.requests import ChatRequest, parse_request
 from api.responses import (
     EVENT_HEADERS,
     AsciiJSON,
@@ -125,17 +125,35 @@ class Api(FastAPI):
             if not answer.cached:
                 self.measures.generated(answer.completion_tokens)
 
-    def listen_to(self, sounds: list[Sound]) -> Mapping[str, str]:
-        """What is said, by where it stands. Raises `ApiError`."""
+    def read(self, body: bytes) -> tuple[ChatRequest, Answer | None]:
+        """What is asked, and the answer, not yet begun; None while there is speech to listen to.
+
+        Raises `ApiError` and `PhiSightError`.
+        """
+        question = parse_request(body, self.name, self.limits)
+        return question, None if question.sounds else self.answer_to(question, {})
+
+    def listen_to(self, question: ChatRequest) -> Answer:
+        """The answer to a question with speech, not yet begun. Raises as `read` does."""
         heard: dict[str, str] = {}
-        for sound in sounds:
+        for sound in question.sounds:
             if self.listen is None:
                 raise bad(sound.where, "this server does not listen; send text")
             try:
                 heard[sound.where] = self.listen(sound.data)
             except PhiSightError as error:
                 raise bad(sound.where, str(error), "invalid_audio") from error
-        return heard
+        return self.answer_to(question, heard)
+
+    def answer_to(self, question: ChatRequest, heard: Mapping[str, str]) -> Answer:
+        return self.assistant.ask(
+            question.conversation(lambda sound: heard[sound.where]),
+            question.max_new_tokens,
+            question.sampling,
+            question.seed,
+            question.stop,
+            question.pictures,
+        )
 
     async def pieces(self, answer: Answer, began: float) -> AsyncIterator[str]:
         """The text as it comes. Raises what ended the answer before its end."""
@@ -182,26 +200,14 @@ async def asked(request: Request) -> AsyncIterator[tuple[ChatRequest, Answer]]:
     """A chat request and the answer to it, which ends with the response however that ends."""
     api: Api = request.app
     body = await request.body()
-    question = await in_thread(api.reading, parse_request, body, api.name, api.limits)
-    heard: Mapping[str, str] = {}
-    if question.sounds:
-        heard = await in_thread(api.listening, api.listen_to, question.sounds)
-
-    def answer_of() -> Answer:
-        messages = question.conversation(lambda sound: heard[sound.where])
-        return api.assistant.ask(
-            messages,
-            question.max_new_tokens,
-            question.sampling,
-            question.seed,
-            question.stop,
-            question.pictures,
-        )
-
-    answer = await in_thread(api.reading, answer_of)
+    question, answer = await in_thread(api.reading, api.read, body)
+    if answer is None:
+        answer = await in_thread(api.listening, api.listen_to, question)
     with api.running_answer(answer):
-        turns = api.looking if question.pictures else api.reading
-        await in_thread(turns, api.assistant.start, answer)
+        if question.pictures:
+            await in_thread(api.looking, api.assistant.start, answer)
+        else:
+            api.assistant.start(answer)
         yield question, answer
 
 

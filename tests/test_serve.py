@@ -447,6 +447,33 @@ def test_a_client_that_goes_away_stops_its_answer(stream):
     assistant.close()
 
 
+def test_a_client_that_waits_for_its_turn_to_be_heard_can_leave():
+    """The recording that is being listened to is finished; those behind it are dropped at once."""
+    begun, go_on = threading.Event(), threading.Event()
+    heard = []
+
+    def slowly(data: bytes) -> str:
+        begun.set()
+        assert go_on.wait(60)
+        heard.append(data)
+        return data.decode()
+
+    sound = {"data": base64.b64encode(b"x").decode(), "format": "wav"}
+    question = [{"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}]
+    assistant = assistant_of()
+    with live(assistant, limits=LIMITS, listen=slowly) as server:
+        connections = [server.send(post({"messages": question})) for _ in range(3)]
+        wait_until(lambda: server.api.measures.in_flight == 3 and begun.is_set())
+        for connection in connections:
+            connection.close()
+        wait_until(lambda: server.api.measures.in_flight == 0)
+        assert heard == [] and server.api.budget.held == 0
+        go_on.set()
+        wait_until(lambda: stops(assistant))
+        assert heard == [b"x"] and assistant.statistics()["tokens_generated"] == 0
+    assistant.close()
+
+
 def test_a_reply_that_is_cancelled_says_not_one_token_more():
     """The server's part of "within a token" is that it cancels; this is the engine's."""
     assistant = endless()
