@@ -42,12 +42,12 @@ from data.prepare import TrainingData, prepare
 from data.sampler import plan
 from errors import PhiSightError, SurvivingOutput, run_main
 from evaluation import meter
+from files import RunLock
 from lora.dropout import key_of
 from model.build import Assembled, assemble, load_model_state, model_state
 from model.vision import VisionTower
 from model.vlm import owner_of
 from reports.metrics import MetricsLog, console_line, draw_curves, peak_memory_mb, read_metrics
-from training.lock import RunLock
 from training.optim import AdamW, LossScaler, clip_gradients, lr_at, owner_gradient_norms
 from training.ranks import Ranks, joined
 from training.rng import rng_state, set_rng_state

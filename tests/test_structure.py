@@ -17,6 +17,7 @@ ORDER = (
     "config",
     "hub",
     "files",
+    "tensors",
     "data",
     "kernels",
     "lora",
@@ -40,7 +41,7 @@ ORDER = (
 )
 OUTSIDE = ("tests", "tools", "benchmarks")  # may import everything, and nobody imports them
 COMMANDS = ("train", "infer", "evaluate", "export", "app", "serve")  # nothing imports them
-LORA_KNOWS = {"torch", "bitsandbytes", "errors", "kernels", "lora"}
+LORA_KNOWS = {"torch", "bitsandbytes", "errors", "tensors", "kernels", "lora"}
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 # The one thing that happens on an import, and where: see the comment there.
 QUIETENING = ("lora/__init__.py", "logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel")
@@ -109,7 +110,9 @@ def wrong_arrows(path: Path, tree: ast.AST) -> list[str]:
         ):
             wrong.append(f"{path} imports {name}: the batch is all that model knows of data")
         elif room == "lora" and target not in LORA_KNOWS:
-            wrong.append(f"{path} imports {target}: lora knows torch, bitsandbytes and kernels")
+            wrong.append(
+                f"{path} imports {target}: lora knows torch, bitsandbytes, tensors and kernels"
+            )
     return wrong
 
 
@@ -148,7 +151,7 @@ def test_an_arrow_that_runs_the_wrong_way_is_found(path, line):
     assert len(wrong_arrows(Path(path), ast.parse(line))) == 1
 
 
-def test_lora_knows_torch_bitsandbytes_and_kernels_only():
+def test_lora_knows_torch_bitsandbytes_tensors_and_kernels_only():
     for path, tree in TREES.items():
         if room_of(path) == "lora":
             known = {name.split(".")[0] for name in imports_of(tree)} - sys.stdlib_module_names
