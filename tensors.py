@@ -7,6 +7,7 @@ one that it is copied into. Nothing is copied otherwise.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import numpy
@@ -34,6 +35,25 @@ def dtype_name(tensor: Tensor) -> str:
 def shape_and_dtype(tensor: Tensor) -> str:
     """As people read them: "(8, 64) float32"."""
     return f"{tuple(tensor.shape)} {dtype_name(tensor)}"
+
+
+def as_float64(tensor: Tensor) -> Tensor:
+    """A copy to compute with; a complex one gets a last dimension of 2."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to(torch.float64)
+
+
+def finite(value: float) -> float | None:
+    """None for NaN and infinities, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
+def distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float | None:
+    """The L2 norm of the differences of the tensors of the same names; None if it is not finite."""
+    squares = [
+        (as_float64(tensor) - as_float64(first[name])).square().sum().item()
+        for name, tensor in second.items()
+    ]
+    return finite(math.sqrt(sum(squares)))
 
 
 def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:

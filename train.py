@@ -47,7 +47,10 @@ from lora.dropout import key_of
 from model.build import Assembled, assemble, load_model_state, model_state
 from model.vision import VisionTower
 from model.vlm import owner_of
-from reports.metrics import MetricsLog, console_line, draw_curves, peak_memory_mb, read_metrics
+from reports.compare import compare_configs
+from reports.curves import draw_curves
+from reports.log import MetricsLog, peak_memory_mb, read_metrics
+from reports.show import console_line
 from training.optim import AdamW, LossScaler, clip_gradients, lr_at, owner_gradient_norms
 from training.ranks import Ranks, joined
 from training.rng import rng_state, set_rng_state
@@ -559,7 +562,7 @@ def check_same_run(
             " same samples, order and global batch; sums are taken in another order, so losses"
             " agree to rounding and not to the bit"
         )
-    changes = checkpoints.compare_configs(saved, current, free)
+    changes = compare_configs(saved, current, free)
     if not changes:
         return
     listed = "; ".join(changes)
@@ -894,7 +897,7 @@ def is_over(config: Config, checkpoint: checkpoints.Checkpoint) -> bool:
     """Whether the run is finished, and nothing was typed that would make it another one."""
     free = tuple(f"config.{name}" for name in FREE_FIELDS)
     saved = {"config": checkpoint.config["config"]}
-    changed = checkpoints.compare_configs(saved, {"config": configs.to_dict(config)}, free)
+    changed = compare_configs(saved, {"config": configs.to_dict(config)}, free)
     return bool(checkpoint.trainer_state["finished"]) and not changed
 
 

@@ -20,7 +20,7 @@ from data.features import FeatureStore
 from errors import PhiSightError
 from files import RunLock
 from lora.dropout import RowDropout, key_of, set_row_keys
-from reports import metrics
+from reports.log import MetricsLog, read_metrics
 from training.saver import BackgroundSaver
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,7 +195,7 @@ def edited(folder: Path, line: int, old: str, new: str) -> None:
 def test_a_finished_run_is_intact_and_an_edited_log_is_not(tmp_path, capsys):
     run = runs.copy_of(runs.finished_run(), tmp_path)
     assert checkpoints.main(["verify", str(run)]) == 0
-    log = metrics.read_metrics(run / "metrics.jsonl")
+    log = read_metrics(run / "metrics.jsonl")
     edited(run, 1, f'"step":{log[1]["step"]}', f'"step":{log[1]["step"] + 1}')
     capsys.readouterr()
     assert checkpoints.main(["verify", "--json", str(run)]) == 1
@@ -205,7 +205,7 @@ def test_a_finished_run_is_intact_and_an_edited_log_is_not(tmp_path, capsys):
 
 def test_timings_are_no_part_of_the_chain(tmp_path):
     run = runs.copy_of(runs.finished_run(), tmp_path)
-    log = metrics.read_metrics(run / "metrics.jsonl")
+    log = read_metrics(run / "metrics.jsonl")
     edited(run, 0, f'"seconds":{log[0]["timing"]["seconds"]}', '"seconds":1e9')
     assert checkpoints.main(["verify", str(run)]) == 0
 
@@ -221,8 +221,8 @@ def test_a_missing_line_shows(tmp_path):
 def test_a_log_of_another_run_shows(tmp_path):
     """Whole in itself, but not what the checkpoint came with."""
     run = runs.copy_of(runs.finished_run(), tmp_path)
-    log = metrics.MetricsLog(tmp_path / "other.jsonl")
-    for record in metrics.read_metrics(run / "metrics.jsonl"):
+    log = MetricsLog(tmp_path / "other.jsonl")
+    for record in read_metrics(run / "metrics.jsonl"):
         log.write({key: value for key, value in record.items() if key != "chain"} | {"lr": 1.0})
     (tmp_path / "other.jsonl").replace(run / "metrics.jsonl")
     problems = checkpoints.verify_run(run)

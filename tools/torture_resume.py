@@ -38,7 +38,7 @@ import checkpoints  # noqa: E402
 import config as configs  # noqa: E402
 from data.world import write_world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
-from reports.metrics import TIMING, deterministic_part, read_metrics  # noqa: E402
+from reports.log import TIMING, deterministic_part, read_metrics  # noqa: E402
 
 MARKER = "torture.json"  # a folder without it was not made here and is not touched
 MISSES = 10  # attempts of one kind in a row that ended before their place: then it is never reached
@@ -83,8 +83,8 @@ PLACES: dict[str, dict[str, Place]] = {
         "end": Place(_VERIFY, "after"),
     },
     "rename": {
-        "before": Place("os:replace", "before", calls=2),  # the folder's and LATEST's
-        "after": Place("os:replace", "after", calls=2),
+        "before": Place("os:replace", "before"),
+        "after": Place("os:replace", "after"),
     },
     "prune": {
         "before": Place("shutil:rmtree", "before"),
@@ -574,18 +574,14 @@ def write_world_quietly(folder: Path, pictures: int) -> None:
 def look_at(run: Path, before: int | None, problems: list[str]) -> int | None:
     """The step of the newest checkpoint of a run, None before the first save is complete. What a
     kill must never leave behind is added to `problems`; `before` is the newest step before it."""
-    if (
-        before is None
-        and not checkpoints.checkpoints_in(run)
-        and not (run / checkpoints.LATEST).exists()
-    ):
+    if before is None and not checkpoints.checkpoints_in(run):
         return None
     for folder in checkpoints.checkpoints_in(run):  # a name is given to what was verified only
         problems += [
             f"{folder}: left damaged, {problem}" for problem in checkpoints.verify(folder)[:1]
         ]
     try:
-        step = checkpoints.load(checkpoints.find_newest_valid(run)[0]).step
+        step = checkpoints.find_newest(run)[0].step
     except PhiSightError as error:
         problems.append(str(error))
         return None

@@ -13,7 +13,8 @@ import pandas
 
 from errors import PhiSightError
 from evaluation.meter import CONDITIONS
-from reports.metrics import points, read_metrics
+from reports.curves import points
+from reports.log import read_metrics
 from web import texts
 from web.chat_page import Session
 from web.page import Translated
