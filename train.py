@@ -880,8 +880,14 @@ def starting_point(
     if options.resume and options.overwrite:
         raise PhiSightError("--resume --overwrite: go on, or start anew? give one of them")
     if options.resume or (options.resume_if_any and existing):
-        path = ranks.from_first(lambda: str(checkpoints.newest_with_warnings(config.run)))
-        checkpoint = checkpoints.load(path)
+        loaded: list[checkpoints.Checkpoint] = []  # what the first process has read is read
+
+        def newest() -> str:
+            loaded.append(checkpoints.load_newest(config.run))
+            return str(loaded[0].path)
+
+        path = ranks.from_first(newest)
+        checkpoint = loaded[0] if loaded else checkpoints.load(path)
         saved = configs.from_dict(checkpoint.config["config"], str(path))
         # What was typed wins over what was saved; `check_same_run` says what that would cost.
         return dataclasses.replace(saved, **(options.typed | {"run": config.run})), checkpoint
