@@ -3,6 +3,7 @@ full disk leaves a run without an intact checkpoint."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -354,6 +356,44 @@ def test_newest_valid_tells_of_damaged_newer_ones(tmp_path: Path) -> None:
     for folder in (tmp_path / "nothing", tmp_path / "checkpoint-000001"):
         with pytest.raises(PhiSightError, match="start one with python train.py"):
             checkpoints.find_newest(folder)
+
+
+def test_the_newest_is_read_and_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, 1, tokenizer=FakeTokenizer())
+    opened: Counter[str] = Counter()
+    hashed = [0]
+    open_, safe_open, sha256 = Path.open, manifest.safe_open, hashlib.sha256
+    file_digest = hashlib.file_digest
+
+    def counting_open(self: Path, *arguments, **named):
+        opened[self.relative_to(path).as_posix()] += 1
+        return open_(self, *arguments, **named)
+
+    def counting_safe_open(file: Path, **named):
+        opened[f"tensors of {file.name}"] += 1
+        return safe_open(file, **named)
+
+    def counting_sha256(data: bytes = b""):
+        hashed[0] += memoryview(data).nbytes
+        return sha256(data)
+
+    def counting_file_digest(file, name: str):
+        hashed[0] += os.fstat(file.fileno()).st_size
+        return file_digest(file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", counting_open)
+        patch.setattr(manifest, "safe_open", counting_safe_open)
+        patch.setattr(hashlib, "sha256", counting_sha256)
+        patch.setattr(hashlib, "file_digest", counting_file_digest)
+        loaded = checkpoints.load_newest(tmp_path)
+    assert_same(loaded.state, make_state(1))
+    tensor_files = [f"tensors of {stem}.safetensors" for stem in checkpoints.OWNERS]
+    assert opened == dict.fromkeys([*FILES, *tensor_files], 1)  # of those, the header by itself
+    seal = (path / "MANIFEST.json").read_bytes().splitlines(keepends=True)[-2:]
+    assert hashed[0] == sum((path / name).stat().st_size for name in FILES) - len(b"".join(seal))
 
 
 def test_pruning(tmp_path: Path) -> None:

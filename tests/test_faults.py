@@ -572,6 +572,23 @@ def test_a_checkpoint_of_another_run_is_refused_without_flags_too(tmp_path):
     assert hashes(run) == before, "the run's own checkpoint was lost to the stranger's"
 
 
+def test_a_resume_reads_a_checkpoint_once(whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    runs.start(run, "--stop-at-step=2", **FEW | {"keep_checkpoints": 2})
+    older, newest = checkpoints.checkpoints_in(run)
+    read_folder, read = manifest.read_folder, []
+    monkeypatch.setattr(
+        manifest,
+        "read_folder",
+        lambda folder, *rest: read.append(folder) or read_folder(folder, *rest),
+    )
+    options = train.parse(["--resume", "--run", str(run)])
+    assert train.starting_point(*options, Ranks())[1].path == newest and read == [newest]
+    flip(newest / "optimizer.safetensors", -1)
+    read.clear()
+    assert train.starting_point(*options, Ranks())[1].path == older and read == [newest, older]
+
+
 def test_a_damaged_checkpoint_of_a_real_run_of_every_kind_of_file(whole, tmp_path, capsys):
     """The files that a real run writes; the one before is used, with a warning."""
     run = tmp_path / "run"
