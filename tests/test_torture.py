@@ -260,8 +260,10 @@ def test_what_a_kill_must_never_leave_behind_is_seen(tmp_path):
     checkpoints.remove_all(tmp_path)
     assert torture.look_at(tmp_path, 5, problems) is None
     assert "no checkpoint in" in problems.pop()
-    (tmp_path / checkpoints.LATEST).write_text("checkpoint-000005\n")
-    assert torture.look_at(tmp_path, None, problems) is None and problems
+    (tmp_path / "metrics.jsonl").write_text('{"step":8}\n')
+    assert torture.look_at(tmp_path, None, problems, save_steps=4) is None and problems == []
+    (tmp_path / "metrics.jsonl").write_text('{"step":8}\n{"step":9}\n')
+    assert torture.look_at(tmp_path, None, problems, save_steps=4) is None and problems
 
 
 def test_a_run_that_ended_otherwise_is_seen(tmp_path):

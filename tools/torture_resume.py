@@ -452,7 +452,7 @@ class Torture:
             self._stop_unless(
                 code == 0 or (code == -signal.SIGKILL and aim is not None), run.folder, code
             )
-            found = look_at(run.folder / "run", newest, run.problems)
+            found = look_at(run.folder / "run", newest, run.problems, self.recipe.save_steps)
             finished = code == 0 and not more
             if code:
                 self.deal.hit(kind)
@@ -571,10 +571,14 @@ def write_world_quietly(folder: Path, pictures: int) -> None:
         sys.stdout = stdout
 
 
-def look_at(run: Path, before: int | None, problems: list[str]) -> int | None:
+def look_at(
+    run: Path, before: int | None, problems: list[str], save_steps: int = Recipe().save_steps
+) -> int | None:
     """The step of the newest checkpoint of a run, None before the first save is complete. What a
     kill must never leave behind is added to `problems`; `before` is the newest step before it."""
-    if before is None and not checkpoints.checkpoints_in(run):
+    nothing_saved = before is None and not checkpoints.checkpoints_in(run)
+    # The second save waits for the first: what is logged behind it comes after a checkpoint.
+    if nothing_saved and last_logged(run) <= 2 * save_steps:
         return None
     for folder in checkpoints.checkpoints_in(run):  # a name is given to what was verified only
         problems += [
@@ -588,6 +592,13 @@ def look_at(run: Path, before: int | None, problems: list[str]) -> int | None:
     if before is not None and step < before:
         problems.append(f"{run}: step {before} was saved, the newest checkpoint is of step {step}")
     return step
+
+
+def last_logged(run: Path) -> int:
+    """The last step in the log of a run, 0 for none."""
+    log = run / "metrics.jsonl"
+    records = read_metrics(log, whole_bytes=0) if log.is_file() else []
+    return max((record.get("step", 0) for record in records), default=0)
 
 
 def differences(reference: Path, run: Path) -> list[str]:
