@@ -31,7 +31,7 @@ import checkpoints
 import config as configs
 from data.world import write_world
 from errors import PhiSightError, run_main
-from reports.metrics import TIMING, read_metrics
+from reports.log import TIMING, read_metrics
 from tools.torture.deal import Deal, Recipe, draw_aim, left
 from tools.torture.findings import differences, look_at
 from tools.torture.kills import KINDS, RANDOM, Aim, train_with_trap
@@ -159,7 +159,7 @@ class Torture:
                 return
             killed = code == -signal.SIGKILL and attempt.aim is not None
             self._stop_unless(code == 0 or killed, run.folder, code)
-            saved = look_at(run.folder / "run", newest, run.problems)
+            saved = look_at(run.folder / "run", newest, run.problems, self.recipe.save_steps)
             finished = code == 0 and not attempt.flags
             if attempt.kind:
                 self._count(run, attempt, killed, saved)

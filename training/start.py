@@ -27,8 +27,14 @@ def starting_point(
     if options.resume and options.overwrite:
         raise PhiSightError("--resume --overwrite: go on, or start anew? give one of them")
     if options.resume or (options.resume_if_any and names):
-        path = ranks.from_first(lambda: str(checkpoints.newest_with_warnings(config.run)))
-        checkpoint = checkpoints.load(path)
+        loaded: list[checkpoints.Checkpoint] = []  # what the first process has read is read
+
+        def newest() -> str:
+            loaded.append(checkpoints.load_newest(config.run))
+            return str(loaded[0].path)
+
+        path = ranks.from_first(newest)
+        checkpoint = loaded[0] if loaded else checkpoints.load(path)
         saved = configs.from_dict(checkpoint.config["config"], path)
         # What was given wins over what was saved; `check_same_run` says what that would cost.
         return configs.replace(saved, **(options.given | {"run": config.run})), checkpoint
