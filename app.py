@@ -7,18 +7,17 @@ python app.py --host 0.0.0.0                    # lets other machines on the net
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
 
 import config as configs
 from api.server import address_of, listening_socket, run
-from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import run_main
 from speech.spoken import loaded_once
-from web.app import load_voice, whole_app
+from web.app import build_app, voices_loaded_once, web_application
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = configs.Parser(prog="app.py", description=__doc__.splitlines()[0])
     add_assistant_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
@@ -37,13 +36,25 @@ def main(arguments: list[str] | None = None) -> int:
         default="espeak-ng",
         help="espeak-ng, or folder or hub id of a VITS model; empty for none",
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     with listening_socket(options.host, options.port) as bound:
         assistant = load_assistant(options)
         try:
+            speech = assistant.config.speech if options.speech is None else options.speech
+            page = build_app(
+                assistant,
+                conversations=options.conversations,
+                runs=options.runs,
+                speech=loaded_once(speech),
+                voice=voices_loaded_once(options.voice),
+            )
             announcement = f"PhiSight with {assistant.source}: {address_of(bound)}"
             run(
-                web_app(assistant, options),
+                web_application(page),
                 bound,
                 f"{announcement}  (Ctrl-C ends it)",
                 grace=0.0,
@@ -52,18 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             assistant.close()
     return 0
-
-
-def web_app(assistant: Assistant, options: Any) -> Any:
-    """The page as a whole ASGI application, as the options say."""
-    name = assistant.config.speech if options.speech is None else options.speech
-    return whole_app(
-        assistant,
-        conversations=options.conversations,
-        runs=options.runs,
-        speech=loaded_once(name),
-        voice=load_voice(options.voice),
-    )
 
 
 if __name__ == "__main__":

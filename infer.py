@@ -23,8 +23,8 @@ from assistant.sampling import Sampling
 from data.dataset import Message
 from data.images import load_image
 from errors import PhiSightError, run_main
+from speech.recordings import read_audio
 from speech.spoken import SpokenAnswer, add_speech_flags, listener, tell_heard
-from speech.whisper import read_audio
 from terminal.batch import answer_file
 from terminal.chat import Terminal
 

@@ -21,8 +21,8 @@ from api.server import address_of, is_local, listening_socket, run
 from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import PhiSightError, run_main
+from speech.recordings import read_audio
 from speech.spoken import loaded_once
-from speech.whisper import read_audio
 
 KEY = "PHISIGHT_API_KEY"
 
@@ -117,9 +117,10 @@ def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
 
 def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> App:
     """The web app, to stand at the paths that the API does not take."""
-    from web.app import load_voice, whole_app
+    from web.app import build_app, voices_loaded_once, web_application
 
-    return whole_app(assistant, speech=speech, voice=load_voice(voice))
+    page = build_app(assistant, speech=speech, voice=voices_loaded_once(voice))
+    return web_application(page)
 
 
 def main(arguments: list[str] | None = None) -> int:

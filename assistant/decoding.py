@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from model.rope import rope_crossing
+from model.cache import KeyValues
 from model.vlm import VisionLanguageModel
 
 
@@ -24,54 +22,16 @@ class Row:
     """(images, tokens, vision dim)"""
 
 
-@dataclass
-class KeyValues:
-    """The keys and values of every layer, (rows, heads, length, head dim) each."""
-
-    layers: list[tuple[Tensor, Tensor]]
-
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].shape[2]
-
-    @property
-    def bytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
-
-    def as_cache(self) -> DynamicCache:
-        """What transformers takes, over the same memory: its own `update` of an empty cache would
-        copy all of it, at every token."""
-        cache = DynamicCache()
-        for keys, values in self.layers:
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            cache.layers.append(layer)
-        return cache
-
-    def row(self, index: int, start: int, end: int) -> KeyValues:
-        """A copy of some positions of one row."""
-        return KeyValues(
-            [
-                (
-                    keys[index : index + 1, :, start:end].clone(),
-                    values[index : index + 1, :, start:end].clone(),
-                )
-                for keys, values in self.layers
-            ]
-        )
-
-
 class Decoding:
-    """Rows with one key-value cache, padded on the left, and the logits of their next tokens."""
+    """Rows with a cache each, and the logits of their next tokens."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         self.model = model
-        self.rows: list[Row] = []
-        self.crossing = rope_crossing(model.language_model.config)
+        self.decoder = model.language_model.model
+        self.crossing = model.language_model.config.rope.crossing
         self.device = next(model.parameters()).device
-        self._cache: KeyValues | None = None
-        self._mask = torch.zeros(0, 0, dtype=torch.long)  # (rows, length), 0 where padded
+        self.rows: list[Row] = []
+        self.caches: list[KeyValues] = []
         self.logits = torch.zeros(0, 0)  # (rows, vocabulary) float32
 
     @torch.no_grad()
@@ -81,25 +41,18 @@ class Decoding:
         `past`: keys and values that a single row's first tokens have already; the caller vouches
         that they are of the same ids, pictures and LongRoPE factors.
         """
-        joined = Decoding(self.model)
-        joined.rows = list(rows)
-        done = past.length if past else 0
-        length = max(len(row.ids) for row in rows)
-        padding = self.model.language_model.config.pad_token_id or 0
-        input_ids = torch.full((len(rows), length), padding)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for index, row in enumerate(rows):
-            input_ids[index, length - len(row.ids) :] = torch.tensor(row.ids)
-            mask[index, length - len(row.ids) :] = 1
-        input_ids = input_ids[:, done:].to(self.device)
+        caches = [past] if past else [self.decoder.empty_cache() for _ in rows]
+        new = [row.ids[cache.length :] for row, cache in zip(rows, caches, strict=True)]
+        input_ids = torch.tensor([sum(new, [])], device=self.device)  # (1, all new tokens)
         features = torch.cat([row.image_features for row in rows]).to(self.device)
-        if done:  # the pictures of the tokens that are fed: the last ones
+        if past:  # the pictures of the tokens that are fed: the last ones
             slots = int((input_ids == self.model.placeholder_id).sum())
             features = features[features.shape[0] - slots // features.shape[1] :]
-        joined._mask = mask.to(self.device)
-        joined._cache = past
-        joined._feed(self.model.embed(input_ids, features))
-        self._join(joined)
+        logits = self._feed(
+            self.model.embed(input_ids, features), [len(ids) for ids in new], caches
+        )
+        self.rows, self.caches = [*self.rows, *rows], [*self.caches, *caches]
+        self.logits = torch.cat([self.logits, logits]) if len(self.logits) else logits
 
     @torch.no_grad()
     def advance(self, tokens: Sequence[int]) -> None:
@@ -112,74 +65,34 @@ class Decoding:
         if crossed:
             self.keep([i for i, row in enumerate(self.rows) if row not in crossed])
         if self.rows:
-            newest = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.device)
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
-            self._feed(self.model.language_model.model.embed_tokens(newest))
+            newest = torch.tensor([[row.ids[-1] for row in self.rows]], device=self.device)
+            embeddings = self.decoder.embed_tokens(newest)  # (1, rows, dim)
+            self.logits = self._feed(embeddings, [1] * len(self.rows), self.caches)
         for row in crossed:
             self.add([row])
 
     def keep(self, indices: Sequence[int]) -> None:
         """Drop all rows but these, and take this order."""
         self.rows = [self.rows[i] for i in indices]
-        if not self.rows:
-            self._cache = None
-            return
-        chosen = torch.tensor(indices, device=self.device)
-        mask = self._mask[chosen]
-        start = int(mask.any(0).long().argmax())  # padding that no row is left to need
-        self._mask, self.logits = mask[:, start:], self.logits[chosen]
-        self._cache = KeyValues(
-            [
-                (keys[chosen][:, :, start:], values[chosen][:, :, start:])
-                for keys, values in self._cache.layers
-            ]
-        )
+        self.caches = [self.caches[i] for i in indices]
+        self.logits = self.logits[list(indices)]
 
     def past_of(self, index: int) -> KeyValues:
-        """A copy of the keys and values of one row, without padding."""
-        end = self._mask.shape[1]
-        return self._cache.row(index, end - int(self._mask[index].sum()), end)
+        """The keys and values of one row, to go on from later."""
+        return self.caches[index]
 
-    def _feed(self, embeddings: Tensor) -> None:
-        """(rows, new tokens, dim), the last of those that the mask tells of."""
-        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
-        cache = self._cache.as_cache() if self._cache else DynamicCache()
-        hidden = self.model.language_model.model(
-            inputs_embeds=embeddings,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        self._cache = KeyValues([(layer.keys, layer.values) for layer in cache.layers])
-        self.logits = self.model.language_model.lm_head(hidden).float()
+    def _feed(
+        self, embeddings: Tensor, lengths: Sequence[int], caches: Sequence[KeyValues]
+    ) -> Tensor:
+        """(1, new tokens, dim), `lengths` of them behind each of `caches` -> the logits of each
+        one's next token, (rows, vocabulary) float32."""
+        positions = torch.cat([
+            torch.arange(cache.length, cache.length + length, device=self.device)
+            for cache, length in zip(caches, lengths, strict=True)
+        ])  # fmt: skip
+        hidden = self.decoder(embeddings, positions[None], lengths, caches)[0]  # (new tokens, dim)
+        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        logits = self.model.language_model.lm_head(hidden[last]).float()
         # A slot for a picture that does not exist is nothing to say, however hot the sampling.
-        self.logits[:, self.model.placeholder_id] = float("-inf")
-
-    def _join(self, other: Decoding) -> None:
-        """Take over the rows of another decoding, behind the own ones."""
-        if not self.rows:
-            self.rows, self._cache = other.rows, other._cache
-            self._mask, self.logits = other._mask, other.logits
-            return
-        length = max(self._mask.shape[1], other._mask.shape[1])
-
-        def both(mine: Tensor, theirs: Tensor, dimension: int) -> Tensor:
-            padded = []
-            for tensor in (mine, theirs):
-                shape = list(tensor.shape)
-                shape[dimension] = length - tensor.shape[dimension]
-                padded.append(torch.cat([tensor.new_zeros(shape), tensor], dim=dimension))
-            return torch.cat(padded)
-
-        self.rows = [*self.rows, *other.rows]
-        self._mask = both(self._mask, other._mask, 1)
-        self.logits = torch.cat([self.logits, other.logits])
-        self._cache = KeyValues(
-            [
-                (both(keys, more_keys, 2), both(values, more_values, 2))
-                for (keys, values), (more_keys, more_values) in zip(
-                    self._cache.layers, other._cache.layers, strict=True
-                )
-            ]
-        )
+        logits[:, self.model.placeholder_id] = float("-inf")
+        return logits

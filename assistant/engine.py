@@ -18,11 +18,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from assistant.decoding import Decoding, KeyValues, Row
+from assistant.decoding import Decoding, Row
 from assistant.prefix import PrefixCache, token_keys
 from assistant.sampling import Sampling, choose, penalize
 from errors import PhiSightError
-from model.rope import rope_crossing
+from model.cache import KeyValues
 from model.vlm import VisionLanguageModel
 
 FED_AT_ONCE = 8192  # tokens, padding included, of new requests that are fed in one pass
@@ -108,7 +108,7 @@ class Engine:
         them; `prefix_bytes`: room for keys and values of conversations that may go on."""
         self.model, self.stop_ids, self.tokens_per_image = model, stop_ids, tokens_per_image
         self.max_rows, self.queue_limit = max_rows, queue_limit
-        crossing = rope_crossing(model.language_model.config)
+        crossing = model.language_model.config.rope.crossing
         self.prefixes = PrefixCache(prefix_bytes, crossing, tokens_per_image)
         self.counts: Counter[str] = Counter()
         self._waiting: list[Generation] = []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy
 
-from assistant.decoding import KeyValues
+from model.cache import KeyValues
 
 SHORTEST = 8  # tokens; copying less than this saves nothing
 CONVERSATIONS = 64  # each is compared with every new prompt
@@ -38,7 +38,7 @@ class PrefixCache:
         self._entries: OrderedDict[bytes, tuple[numpy.ndarray, KeyValues]] = OrderedDict()
 
     def longest(self, keys: numpy.ndarray) -> KeyValues | None:
-        """A copy of the keys and values of the longest known beginning of `keys`.
+        """The keys and values of the longest known beginning of `keys`, over shared memory.
 
         At least the last token is left to be fed, and no picture is cut: its slots begin where a
         negative key follows one that is not of the same picture.
@@ -55,7 +55,7 @@ class PrefixCache:
         if chosen is None:
             return None
         self._entries.move_to_end(chosen)
-        return self._entries[chosen][1].row(0, 0, best)
+        return self._entries[chosen][1].prefix(best)
 
     def put(self, keys: numpy.ndarray, past: KeyValues) -> None:
         """Keep a conversation, in the place of the shorter ones that it goes on from."""

@@ -41,20 +41,22 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora.fused  # noqa: E402
-
 import config as configs  # noqa: E402
-import model.vlm  # noqa: E402
 import train  # noqa: E402
 from config import Config, Parser  # noqa: E402
 from data.chat import load_tokenizer  # noqa: E402
 from data.collate import IGNORED, Batch, collate  # noqa: E402
 from data.world import write_world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
-from lora.dropout import key_of, set_row_keys  # noqa: E402
+from lora.dropout import key_of  # noqa: E402
 from lora.layer import LoRALinear  # noqa: E402
-from training.optim import lr_at  # noqa: E402
+from model.base import BaseModel  # noqa: E402
+from training.batches import chunks, load_batches  # noqa: E402
+from training.options import RunOptions  # noqa: E402
 from training.ranks import Ranks  # noqa: E402
+from training.run import Run, prepare_run  # noqa: E402
+from training.schedule import lr_at  # noqa: E402
+from training.step import train_step  # noqa: E402
 
 SIDES = {
     "ours": "ours, packed rows",
@@ -69,14 +71,6 @@ KINDS = (
     ((1, 1), 23, (2.22, 0.26), (4.62, 0.23)),  # description
     ((1, 1), 77, (2.68, 0.25), (4.92, 0.23)),  # explanation
 )
-# Ours with one thing less each, for --ablation.
-LESS = {
-    "ours-mkl": "ours, products by MKL",
-    "ours-separate": "ours, adapters of separate operations",
-    "ours-row-mask": "ours, attention over whole rows",
-    "ours-all-logits": "ours, logits of every token",
-    "ours-filled": "ours, every new tensor filled",
-}
 WARM_UP = 2  # steps that are not counted
 
 
@@ -190,26 +184,24 @@ def llava_like(pictures: Sequence[str], count: int) -> Iterator[dict]:
         yield {"id": str(number), "image": pictures[number % len(pictures)], "conversations": said}
 
 
-def prepared(config: Config) -> train.Run:
+def prepared(config: Config) -> Run:
     """All that `train.py` has before its first step."""
-    return train.prepare_run(config, None, train.RunOptions(overwrite=True), Ranks())
+    return prepare_run(config, None, RunOptions(overwrite=True), Ranks())
 
 
-def samples_of_steps(run: train.Run, steps: int) -> list[list[list[int]]]:
+def samples_of_steps(run: Run, steps: int) -> list[list[list[int]]]:
     """step -> micro-batch -> samples, for the first steps of training."""
     found: list[list[list[int]]] = []
     for rows in run.plans:
-        micro = [
-            [i for row in chunk for i in row] for chunk in train.chunks(rows, run.config.batch_size)
-        ]
-        found += train.chunks(micro, run.config.accumulation)
+        micro = [[i for row in chunk for i in row] for chunk in chunks(rows, run.config.batch_size)]
+        found += chunks(micro, run.config.accumulation)
     return found[:steps]
 
 
 # -- ours ------------------------------------------------------------------------------------------
 
 
-def train_ours(run: train.Run, steps: int, packed: bool = True) -> Iterator[float]:
+def train_ours(run: Run, steps: int, packed: bool = True) -> Iterator[float]:
     """Each step's loss, by the functions of `train.py` that its loop calls."""
     config, progress = run.config, run.progress
     chosen = samples_of_steps(run, steps)
@@ -217,14 +209,14 @@ def train_ours(run: train.Run, steps: int, packed: bool = True) -> Iterator[floa
         rows = len(run.plans[progress.epoch])
         end = min(progress.row + config.batch_size * config.accumulation, rows)
         batches = (
-            train.load_batches(run, list(range(progress.row, end)))
+            load_batches(run, list(range(progress.row, end)))
             if packed
             else [a_row_a_sample(run, micro) for micro in chosen[step]]
         )
         rate = lr_at(
             step, run.total_steps, config.warmup_fraction, config.learning_rate, config.schedule
         )
-        result = train.train_step(
+        result = train_step(
             run.parts.model, run.optimizer, run.scaler, batches, rate, config.max_gradient_norm
         )
         progress.row = end % rows
@@ -232,7 +224,7 @@ def train_ours(run: train.Run, steps: int, packed: bool = True) -> Iterator[floa
         yield result.loss_sum / result.supervised_tokens
 
 
-def a_row_a_sample(run: train.Run, samples: Sequence[int]) -> Batch:
+def a_row_a_sample(run: Run, samples: Sequence[int]) -> Batch:
     """Rows of one sample each, padded to the longest."""
     return collate(
         [[run.data.train[i]] for i in samples],
@@ -241,31 +233,6 @@ def a_row_a_sample(run: train.Run, samples: Sequence[int]) -> Batch:
         run.store.shape,
         row_keys=[key_of(run.config.seed, 0, i) for i in samples],
     )
-
-
-def take_away(side: str) -> None:
-    """Put what was there before in the place of one thing that makes ours fast."""
-    if side == "ours-mkl":
-        lora.fused.onednn_is_faster = lambda: False
-    elif side == "ours-separate":
-        LoRALinear.trained_in_float32 = lambda self, x: (
-            self.base(x) + self.dropout(x) @ self.lora_A.T @ self.lora_B.T * self.scaling
-        )
-    elif side == "ours-row-mask":
-        model.vlm.segment_lengths = lambda segment_ids: None
-    elif side == "ours-filled":
-        torch.utils.deterministic.fill_uninitialized_memory = True
-    elif side == "ours-all-logits":
-        model.vlm.VisionLanguageModel.forward = with_all_logits
-
-
-def with_all_logits(self: nn.Module, labels: Tensor, row_keys: Any, **batch: Any) -> tuple:
-    """`VisionLanguageModel.forward`, as causal models of transformers compute their loss."""
-    set_row_keys(self.language_model, row_keys)
-    logits = self.language_model.lm_head(self.hidden_states(**batch)).float()
-    targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    return loss, int((targets != IGNORED).sum())
 
 
 # -- theirs ----------------------------------------------------------------------------------------
@@ -298,17 +265,18 @@ class PeftWithPictures(nn.Module):
         )
 
 
-def peft_model(run: train.Run) -> PeftWithPictures:
+def peft_model(run: Run) -> PeftWithPictures:
     """The model of `run`, its LoRA layers replaced by PEFT's with the same A and B.
 
     `run`'s own model is taken apart for it: the base is there once.
     """
     import peft
 
-    base, config = run.parts.base.model, run.config
-    ours = {name: module for name, module in base.named_modules() if isinstance(module, LoRALinear)}
+    own, config = run.parts.base.model, run.config
+    ours = {name: module for name, module in own.named_modules() if isinstance(module, LoRALinear)}
     for name, layer in ours.items():
-        base.set_submodule(name, layer.base)
+        own.set_submodule(name, layer.base)
+    base = hub_base(run.parts.base)
     base.is_loaded_in_4bit = config.quantization != "none"  # PEFT chooses its layer class by it
     adapted = peft.get_peft_model(
         base,
@@ -328,10 +296,27 @@ def peft_model(run: train.Run) -> PeftWithPictures:
     return PeftWithPictures(adapted, run.parts.model.projector, run.parts.chat_format.image_id)
 
 
+def hub_base(base: BaseModel) -> nn.Module:
+    """transformers' own Phi-3 over the very weights of our base, quantised as they are."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config.from_dict(dict(base.hub_config))
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        theirs = Phi3ForCausalLM(config)
+    for name, module in base.model.named_modules():
+        if isinstance(module, nn.Linear):
+            theirs.set_submodule(name, module)
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):
+            theirs.get_submodule(name).weight = module.weight
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=config)
+    return theirs.requires_grad_(False)
+
+
 class Samples(torch.utils.data.Dataset):
     """Rendered samples as the Trainer takes them."""
 
-    def __init__(self, run: train.Run) -> None:
+    def __init__(self, run: Run) -> None:
         self.samples, self.store = run.data.train, run.store
 
     def __len__(self) -> int:
@@ -351,7 +336,7 @@ class Samples(torch.utils.data.Dataset):
         }
 
 
-def trainer_of(run: train.Run, model: nn.Module, batches: list[list[int]], total: int) -> Any:
+def trainer_of(run: Run, model: nn.Module, batches: list[list[int]], total: int) -> Any:
     """A Trainer that takes these micro-batches in this order."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -398,7 +383,7 @@ def trainer_of(run: train.Run, model: nn.Module, batches: list[list[int]], total
 
 
 def train_theirs(
-    run: train.Run, steps: list[list[list[int]]], on_step: Any = lambda: None
+    run: Run, steps: list[list[list[int]]], on_step: Any = lambda: None
 ) -> list[float]:
     """Each step's loss, by the Trainer; `on_step` is called after each."""
     from transformers import TrainerCallback
@@ -431,7 +416,7 @@ def train_theirs(
     return losses
 
 
-def grouped(run: train.Run, steps: list[list[list[int]]]) -> list[list[list[int]]]:
+def grouped(run: Run, steps: list[list[list[int]]]) -> list[list[list[int]]]:
     """The same samples as Trainer's group_by_length orders them, in batches of one size."""
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -442,7 +427,7 @@ def grouped(run: train.Run, steps: list[list[list[int]]]) -> list[list[list[int]
         lengths=[len(run.data.train[i].input_ids) for i in samples],
         generator=torch.Generator().manual_seed(run.config.seed),
     )
-    return [[batch] for batch in train.chunks([samples[place] for place in order], size)]
+    return [[batch] for batch in chunks([samples[place] for place in order], size)]
 
 
 # -- one measurement, in a process of its own ------------------------------------------------------
@@ -461,7 +446,6 @@ def measure(side: str, config: Config, steps: int) -> dict[str, Any]:
         clocks.append((time.perf_counter(), time.process_time()))
 
     if side.startswith("ours"):
-        take_away(side)
         for loss in train_ours(run, WARM_UP + steps, packed=side != "ours-unpacked"):
             losses.append(loss)
             after_step()
@@ -512,7 +496,7 @@ def in_a_process(*arguments: object) -> dict[str, Any]:
 
 def compare(shape: str, config_file: Path, options: Any) -> None:
     """Every side in turn, `--repeats` times; medians, and ratios to the Trainer."""
-    sides = options.sides.split(",") + (list(LESS) if options.ablation else [])
+    sides = options.sides.split(",")
     found: dict[str, list[dict]] = {side: [] for side in sides}
     bar = tqdm(total=options.repeats * len(found), desc=shape, disable=None)
     for _ in range(options.repeats):
@@ -554,7 +538,7 @@ def line_of(side: str, mine: list[dict], theirs: list[dict]) -> str:
     spread = sorted(result["seconds"] for result in mine)
     memory = statistics.median(result["memory_mb"] for result in theirs)
     return (
-        f"{(SIDES | LESS)[side]:38}{samples / seconds:>10.2f}{tokens / seconds:>10,.0f}"
+        f"{SIDES[side]:38}{samples / seconds:>10.2f}{tokens / seconds:>10,.0f}"
         f"{seconds:>8.2f}{f'{spread[0]:.2f} to {spread[-1]:.2f}':>16}"
         f"{median('processor_seconds'):>8.2f}{median('memory_mb'):>9,.0f}"
         f"{ratio('seconds'):>7.2f}x{ratio('processor_seconds'):>9.2f}x"
@@ -573,7 +557,7 @@ def parity(config: Config, steps: int, folder: Path) -> list[float]:
         save_steps=steps,
         run=str(folder / "ours"),
     )
-    train.train(config, None, train.RunOptions(overwrite=True))
+    train.train(config, None, RunOptions(overwrite=True))
     log = [json.loads(line) for line in (folder / "ours/metrics.jsonl").read_text().splitlines()]
     ours = [record["loss"] for record in log if record["kind"] == "train"]
     run = prepared(configs.replace(config, run=str(folder / "theirs")))
@@ -592,10 +576,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--picture-tokens", type=int, default=144, help="of mid; a square number")
     parser.add_argument("--parity", action="store_true", help="compare losses instead of speed")
-    parser.add_argument("--ablation", action="store_true", help="ours with one thing less each")
-    parser.add_argument(
-        "--side", choices=SIDES | LESS, help="one measurement; for this program itself"
-    )
+    parser.add_argument("--side", choices=SIDES, help="one measurement; for this program itself")
     parser.add_argument("--config", type=Path, help="the run to measure; goes with --side")
     options = parser.parse_args()
     if options.side:

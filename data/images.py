@@ -39,13 +39,15 @@ def load_image(
     return decode_image(read_image_bytes(path, max_bytes), str(path), max_pixels)
 
 
-def read_image_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of a picture file, not decoded.
+def read_image_bytes(
+    path: str | Path, max_bytes: int = MAX_BYTES, name: str | None = None
+) -> bytes:
+    """The bytes of a picture file, not decoded; `name` stands in the errors for its path.
 
     Raises PhiSightError (file, reason, remedy) if there is no readable regular file of at most
     `max_bytes` bytes there.
     """
-    name = _one_line(path)
+    name = _one_line(path if name is None else name)
     try:
         # A pipe or a device must be refused before it is opened: reading one may never end.
         status = Path(path).stat()
@@ -83,9 +85,9 @@ def looks_whole(path: Path, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PI
             if image.format == "WEBP":  # its header tells the size of the rest
                 file.seek(4)
                 return int.from_bytes(file.read(4), "little") + 8 <= status.st_size
-            mark = END_MARKS.get(image.format)
+            mark = END_MARKS.get(image.format or "")
             return mark is not None and mark in end and image.mode not in ("I", "F")
-    except Exception:  # as in `decode_image`: strangers' bytes make PIL raise anything
+    except Exception:  # as in `decode_image`: untrusted bytes make PIL raise anything
         return False
 
 

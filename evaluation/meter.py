@@ -62,7 +62,7 @@ def validation_loss(model: VisionLanguageModel, batches: Sequence[tuple[Batch, l
     """Mean cross-entropy over the supervised tokens, in nats."""
     total, count = 0.0, 0
     for batch, _ in batches:
-        loss_sum, tokens = model(**vars(batch))
+        loss_sum, tokens = model(batch)
         total, count = total + loss_sum.item(), count + tokens
     return total / count
 
@@ -76,7 +76,7 @@ def exact_answers(model: VisionLanguageModel, batches: Sequence[tuple[Batch, lis
     """
     right = total = 0
     for batch, samples in batches:
-        logits, targets = model.supervised_logits(**vars(batch))
+        logits, targets = model.supervised_logits(batch)
         correct = (logits.argmax(-1) == targets).tolist()
         start = 0
         for sample in samples:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import Phi3ForCausalLM
 
 from assistant.assistant import Assistant
 from data.collate import Batch
@@ -15,23 +14,22 @@ from data.prepare import evenly_spaced
 from errors import PhiSightError
 from evaluation.meter import packed_batches
 from exports import measure
-from exports.folder import phi3_of
 from exports.measure import Probe
 from lora.merge import merged_state
-from model.base import finish
+from model.base import language_model
+from model.decoder import LanguageModel
 from model.vlm import VisionLanguageModel
 
 
 def merged_assistant(assistant: Assistant) -> Assistant:
     """The same assistant over its merged language model, unquantised, in float32: to be changed."""
     base = assistant.parts.base
-    model = phi3_of(base.model.config, merged_state(base.model), torch.float32)
-    finish(model, torch.device("cpu"))
+    model = language_model(base.model.config, merged_state(base.model))
     merged = dataclasses.replace(base, model=model, compute_dtype=torch.float32)
     return measure.with_language_model(assistant, merged)
 
 
-def phi3_in(assistant: Assistant) -> Phi3ForCausalLM:
+def language_model_in(assistant: Assistant) -> LanguageModel:
     return assistant.parts.base.model
 
 
@@ -74,11 +72,11 @@ def input_moments(
     language model: (inputs, inputs) float32 by name. Padding is left out, and so are the decoder
     layers from `depth` on, which the named ones do not depend on."""
     moments: dict[str, Tensor] = {}
-    kept = torch.empty(0)
+    real = torch.empty(0)  # of the batch under way: which tokens are not padding
 
     def hook_for(name: str):
         def hook(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            seen = inputs[0].flatten(0, 1)[kept].float()  # (tokens, inputs)
+            seen = inputs[0].flatten(0, 1)[real].float()  # (tokens, inputs)
             moments[name] = moments.get(name, 0) + seen.T @ seen
 
         return hook
@@ -92,10 +90,8 @@ def input_moments(
     decoder.layers = layers[:depth]
     try:
         for batch in batches:
-            kept = (batch.segment_ids > 0).flatten()
-            model.hidden_states(
-                batch.input_ids, batch.position_ids, batch.segment_ids, batch.image_features
-            )
+            real = (batch.segment_ids > 0).flatten()
+            model.hidden_states(batch)
     finally:
         decoder.layers = layers
         for handle in handles:

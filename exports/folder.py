@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config
 
 from errors import PhiSightError
 from files import whole_folder
+from model.base import BaseModel
 
 # Copied, not saved anew: transformers may rewrite a tokenizer as another class with other ids.
 TOKENIZER_FILES = (
@@ -77,35 +78,34 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return small.contiguous()
 
 
-def phi3_of(
-    config: Phi3Config, state: Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> Phi3ForCausalLM:
-    """A plain model with exactly these weights, rounded to `dtype`, on the CPU.
-
-    Its rotary tables are not filled: it is there to be saved, not to be run.
-    """
-    config = plain_config(config, dtype)
-    with torch.device("meta"):
-        model = Phi3ForCausalLM(config)
-    tensors = {name: rounded(name, tensor, dtype) for name, tensor in state}
-    model.load_state_dict(tensors, strict=True, assign=True)
-    model.tie_weights()
-    return model
-
-
-def plain_config(config: Phi3Config, dtype: torch.dtype) -> Phi3Config:
-    """A copy that names no code of its own and says `dtype`."""
-    config = copy.deepcopy(config)
+def hub_config(base: BaseModel, dtype: torch.dtype) -> Phi3Config:
+    """What transformers makes of the base's config.json; it names no code and says `dtype`."""
+    config = Phi3Config.from_dict(dict(base.hub_config))
     config.dtype = dtype
     if hasattr(config, "auto_map"):  # it names Python files that are not part of the folder
         delattr(config, "auto_map")
     return config
 
 
-def write_phi3(folder: Path, model: Phi3ForCausalLM, base_folder: Path) -> None:
-    """`model` as a `Phi3ForCausalLM` folder (safetensors, in shards where it is large), with the
-    tokenizer of `base_folder`, byte for byte, and its defaults for generation."""
-    model.save_pretrained(folder)
+def rounded_state(
+    weights: Iterable[tuple[str, Tensor]], base: BaseModel, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Weights of a language model by name, in `dtype` and on the CPU, as a file holds them: a head
+    that is the embedding stands there once."""
+    state = {name: rounded(name, tensor, dtype) for name, tensor in weights}
+    if base.model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state
+
+
+def write_phi3(
+    folder: Path, config: Phi3Config, state: dict[str, Tensor], base_folder: Path
+) -> None:
+    """A `Phi3ForCausalLM` folder (safetensors, in shards where it is large), with the tokenizer of
+    `base_folder`, byte for byte, and its defaults for generation."""
+    config.architectures = ["Phi3ForCausalLM"]
+    config.save_pretrained(folder)
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
     copy_tokenizer(base_folder, folder)
     copy_generation_config(base_folder, folder)
 

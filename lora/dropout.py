@@ -21,7 +21,7 @@ def key_of(*parts: object) -> int:
 
 
 class RowDropout(nn.Module):
-    """Inverted dropout; while `row_keys` is set, a mask is a function of row key and layer key.
+    """Inverted dropout whose mask, with `row_keys`, is a function of row key and layer key.
 
     A mask drawn from a global generator depends on everything that was drawn before it, and on
     which process draws it. One drawn from the row's own key is the same in whatever micro-batch and
@@ -31,62 +31,54 @@ class RowDropout(nn.Module):
     Rows must be padded to one length for a whole run: a mask is drawn for the padded row.
 
     Attributes:
-        row_keys: one key a row of the input that follows, or None for masks from torch's own
-            generator.
         layer_key: tells the layers apart, which would otherwise share one mask.
     """
 
     def __init__(self, probability: float, layer_key: int = 0) -> None:
         super().__init__()
         self.probability, self.layer_key = probability, layer_key
-        self.row_keys: Sequence[int] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(rows, length, features) -> the same shape; any shape while there are no row keys.
+    def forward(self, x: Tensor, row_keys: Sequence[int] | None = None) -> Tensor:
+        """(rows, length, features) -> the same shape; any shape without row keys.
+
+        row_keys: one key a row, or None for a mask from torch's own generator.
 
         Raises:
             PhiSightError: the input has another number of rows than there are keys.
         """
-        kept, scale = self.kept(x)
-        return x if kept is None else x * (kept * scale).to(x.dtype)
+        mask, scale = self.mask(x, row_keys)
+        return x if mask is None else x * (mask * scale).to(x.dtype)
 
-    def kept(self, x: Tensor) -> tuple[Tensor | None, float]:
+    def mask(self, x: Tensor, row_keys: Sequence[int] | None) -> tuple[Tensor | None, float]:
         """Where `x` is kept (uint8 of its shape: 1 or 0; None: everywhere), and its scale there.
 
         Raises as `forward` does.
         """
         if not self.training or self.probability == 0:
             return None, 1.0
-        if self.row_keys is None:
-            kept = nn.functional.dropout(torch.ones_like(x), self.probability) != 0
-            return kept.view(torch.uint8), 1 / (1 - self.probability)
-        if len(self.row_keys) != len(x):
+        if row_keys is None:
+            mask = nn.functional.dropout(torch.ones_like(x), self.probability) != 0
+            return mask.view(torch.uint8), 1 / (1 - self.probability)
+        if len(row_keys) != len(x):
             raise PhiSightError(
-                f"dropout: {len(x)} rows came with {len(self.row_keys)} row keys; give one a row"
+                f"dropout: {len(x)} rows came with {len(row_keys)} row keys; give one a row"
             )
         dropped = min(round(self.probability * STEPS), STEPS - 1)
-        kept = self.draws(x) >= dropped - STEPS // 2
+        mask = self.draws(x, row_keys) >= dropped - STEPS // 2
         # A CPU multiplies floats by uint8 in a third of the time that it takes for bool.
-        return kept.view(torch.uint8), STEPS / (STEPS - dropped)
+        return mask.view(torch.uint8), STEPS / (STEPS - dropped)
 
-    def draws(self, x: Tensor) -> Tensor:
+    def draws(self, x: Tensor, row_keys: Sequence[int]) -> Tensor:
         """A random int16 for each element of (rows, length, features).
 
         Four come from each number of 64 bits: three times as fast on a CPU as drawing a float for
         each. A probability is thereby rounded to a multiple of 1/65536, and the scale with it.
         """
         words = torch.empty(len(x), -(-x[0].numel() // 4), dtype=torch.int64, device=x.device)
-        for row, key in zip(words, self.row_keys, strict=True):
+        for row, key in zip(words, row_keys, strict=True):
             generator = torch.Generator(x.device).manual_seed(key ^ self.layer_key)
             row.random_(-(2**63), None, generator=generator)
         return words.view(torch.int16)[:, : x[0].numel()].reshape(x.shape)
 
     def extra_repr(self) -> str:
         return f"probability={self.probability}"
-
-
-def set_row_keys(model: nn.Module, keys: Sequence[int] | None) -> None:
-    """Tell every `RowDropout` in `model` which rows the next forward and backward will see."""
-    for module in model.modules():
-        if isinstance(module, RowDropout):
-            module.row_keys = keys

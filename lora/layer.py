@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
 from errors import PhiSightError
-from kernels.fused import AdaptedProduct
 from lora.dropout import RowDropout
+from ops import operations_for
 
 
 def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
@@ -86,32 +87,15 @@ class LoRALinear(nn.Module):
         self.register_buffer("scaling", torch.tensor(alpha / rank, device=device))
         self.dropout = RowDropout(dropout, dropout_key)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in_features) -> (…, out_features), in the dtype that the base returns."""
-        if (
-            self.training
-            and torch.is_grad_enabled()
-            and x.device.type == "cpu"
-            and (x.dtype == torch.float32)
-        ):
-            return self.trained_in_float32(x)
-        result = self.base(x)
-        update = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.T  # (…, rank)
-        update = (update @ self.lora_B.T) * self.scaling  # (…, out_features)
-        return result + update.to(result.dtype)
+    def forward(self, x: Tensor, row_keys: Sequence[int] | None = None) -> Tensor:
+        """(…, in_features) -> (…, out_features), in the dtype that the base returns.
 
-    def trained_in_float32(self, x: Tensor) -> Tensor:
-        """What `forward` says, but for rounding: faster on a CPU, and with less to remember."""
-        kept, scale = self.dropout.kept(x)
-        result = AdaptedProduct.apply(
-            x.flatten(0, -2),
-            self.lora_A,
-            self.lora_B,
-            self.base,
-            self.scaling.item() * scale,
-            None if kept is None else kept.flatten(0, -2),
+        row_keys: what dropout draws by, one a row of (rows, length, in_features); see `RowDropout`.
+        """
+        mask, scale = self.dropout.mask(x, row_keys)
+        return operations_for(x).adapted_linear(
+            x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale
         )
-        return result.unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling.item():g}"

@@ -7,25 +7,28 @@ the quantised model plus one tensor. No pickle is opened and no code of the fold
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import hub
+from config import QUANTIZATIONS
+from data import chat
 from errors import PhiSightError
 from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
 from model import base_cache
-from model.rope import SegmentLongRope, rope_crossing
+from model.decoder import DecoderConfig, LanguageModel, RotaryPositions
+from model.phi3 import decoder_config
 
-QUANTIZATIONS = ("nf4", "nf4-nested", "none")
+FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
+"""model_type of a config.json -> how it is read"""
 LAYOUT = (
     "config.json, model.safetensors (or model.safetensors.index.json and its shards), "
     "tokenizer.json and tokenizer_config.json"
@@ -38,12 +41,14 @@ STORED_DTYPES = ("F32", "F16", "BF16")
 class BaseModel:
     """A frozen language model with what is needed to name it, feed it and recognise it."""
 
-    model: Phi3ForCausalLM
+    model: LanguageModel
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
     """sha256 over config.json and the weight files: a checkpoint resumes on this base only."""
     name: str
     compute_dtype: torch.dtype
+    hub_config: dict[str, object]
+    """config.json as it stands"""
 
 
 def load_base(
@@ -80,10 +85,8 @@ def load_base(
     weight_files = find_weight_files(folder)
     tokenizer = load_tokenizer(folder, config)
 
-    config.dtype = compute_dtype
-    config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = Phi3ForCausalLM(config)
+        model = LanguageModel(config)
     sources = match_tensors(model, weight_files)
     fingerprint = hash_files([folder / "config.json", *weight_files], cache)
     if quantization == "none":
@@ -98,7 +101,8 @@ def load_base(
             cache and (Path(cache) / base_cache.key_of(fingerprint, quantization, device)),
         )
     finish(model, device)
-    return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype)
+    hub_config = read_json(folder / "config.json")
+    return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype, hub_config)
 
 
 def choose_compute_dtype(device: torch.device | str) -> tuple[torch.dtype, str]:
@@ -126,13 +130,17 @@ def find_folder(id_or_folder: str | Path, revision: str | None) -> Path:
     return hub.find_folder(id_or_folder, revision, "base model", LAYOUT, DOWNLOADED)
 
 
-def read_config(folder: Path) -> Phi3Config:
-    """config.json as a `Phi3Config`. Raises `PhiSightError` if it is missing, broken or other."""
+def read_config(folder: Path) -> DecoderConfig:
+    """What config.json says of the decoder.
+
+    Raises `PhiSightError` if it is missing, broken, or of a family that is not in `FAMILIES`.
+    """
     path = folder / "config.json"
     raw = read_json(path)
-    if raw.get("model_type") != "phi3":
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise PhiSightError(
-            f"{path}: model_type is {raw.get('model_type')!r}, not 'phi3'; "
+            f"{path}: model_type is {family!r}, not {' or '.join(map(repr, FAMILIES))}; "
             "choose Phi-3.5-mini-instruct or another model of the Phi-3 layout"
         )
     if raw.get("quantization_config"):
@@ -140,9 +148,8 @@ def read_config(folder: Path) -> Phi3Config:
             f"{path}: the weights are quantised already; give the original 16-bit model"
         )
     try:
-        # The class itself, not AutoConfig: nothing that config.json names is imported.
-        return Phi3Config.from_dict(raw)
-    except (ValueError, TypeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+        return FAMILIES[family](raw)
+    except PhiSightError as error:
         raise PhiSightError(f"{path}: {error}; restore the model's own config.json") from error
 
 
@@ -188,29 +195,18 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def load_tokenizer(folder: Path, config: Phi3Config) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, config: DecoderConfig) -> PreTrainedTokenizerFast:
     """The folder's tokenizer. Raises `PhiSightError` if absent or larger than the embedding."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise PhiSightError(f"base model {folder}: {name} is missing; the layout is {LAYOUT}")
-    try:
-        # Not AutoTokenizer: it builds Phi-3's tokenizer anew from the class name "LlamaTokenizer",
-        # with a pre-tokenizer other than that of tokenizer.json, and so with other ids.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhiSightError(f"tokenizer of {folder}: {error}; download it again") from error
-    if len(tokenizer) > config.vocab_size:
-        raise PhiSightError(
-            f"tokenizer of {folder}: it has {len(tokenizer)} tokens and the model "
-            f"{config.vocab_size} embeddings; use the tokenizer that belongs to the model"
-        )
-    return tokenizer
+    return chat.load_tokenizer(folder, embeddings=config.vocab_size)
 
 
 # Tensors: matched by name and shape before one is read, then put in place one at a time
 
 
-def match_tensors(model: Phi3ForCausalLM, weight_files: list[Path]) -> dict[str, Path]:
+def match_tensors(model: LanguageModel, weight_files: list[Path]) -> dict[str, Path]:
     """The file of each tensor that `model` (on the meta device) needs.
 
     Raises:
@@ -361,24 +357,22 @@ def quantize(
     return parameter
 
 
-def finish(model: Phi3ForCausalLM, device: torch.device) -> None:
+def finish(model: LanguageModel, device: torch.device) -> None:
     """Tie what is tied, build the buffers that no file holds, freeze, and switch to eval mode."""
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    # The rotary frequencies are computed, not stored. On the meta device they came out empty, and
-    # `to_empty` would fill them with noise: build the module again, for real.
-    longrope = rope_crossing(model.config) is not None
-    rotary = SegmentLongRope if longrope else type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=model.config).to(device)
-    empty = [
-        name
-        for name, tensor in list(model.named_parameters()) + list(model.named_buffers())
-        if tensor.is_meta
-    ]
-    if empty:
-        raise PhiSightError(
-            f"base model: {', '.join(empty)} has no value after loading; "
-            "this version of transformers adds a buffer that is not handled, use another one"
-        )
+    model.tie()
+    # The rotary frequencies are computed, not stored; on the meta device they came out empty.
+    model.model.rotary = RotaryPositions(model.config.rope).to(device)
     model.requires_grad_(False)
     model.eval()
+
+
+def language_model(config: DecoderConfig, weights: Iterable[tuple[str, Tensor]]) -> LanguageModel:
+    """A frozen model of these weights as they are, all of which are given, each once."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    state = dict(weights)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    finish(model, state["model.embed_tokens.weight"].device)
+    return model

@@ -1,50 +1,28 @@
-"""The whole model: token embeddings with projected picture features spliced in, Phi-3, the loss."""
+"""The whole model: token embeddings with projected picture features spliced in, the decoder, the
+loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.collate import IGNORED, Batch
 from errors import PhiSightError
-from kernels.head import SummedCrossEntropy
-from lora.dropout import set_row_keys
-from model.layers import prepare_layers
+from model.decoder import LanguageModel
 from model.projector import ImageProjector
-
-IGNORED = -100
-
-
-def segment_mask(segment_ids: Tensor) -> Tensor:
-    """(rows, length) -> (rows, 1, length, length) bool: who may look at whom.
-
-    A token sees itself and what came before it in its own conversation, nothing of its neighbours
-    in the row. Padding is a conversation of its own (number 0), so every query sees something.
-    """
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (rows, length, length)
-    return same.tril()[:, None]
-
-
-def segment_lengths(segment_ids: Tensor) -> list[int]:
-    """Tokens of every conversation, and of every stretch of padding, row after row."""
-    rows = torch.arange(len(segment_ids), device=segment_ids.device)[:, None]
-    # Two rows may end and begin with the same number, as rows of one conversation do.
-    numbers = segment_ids + rows * (segment_ids.max() + 1)
-    return torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+from ops.head import summed_cross_entropy
 
 
 class VisionLanguageModel(nn.Module):
     """Owns no weights beyond its two parts: `language_model` (with its adapter) and `projector`."""
 
     def __init__(
-        self, language_model: nn.Module, projector: ImageProjector, placeholder_id: int
+        self, language_model: LanguageModel, projector: ImageProjector, placeholder_id: int
     ) -> None:
         super().__init__()
         self.language_model = language_model
-        prepare_layers(language_model)
         self.projector = projector
         self.placeholder_id = placeholder_id
 
@@ -58,52 +36,31 @@ class VisionLanguageModel(nn.Module):
             embeddings[slots] = projected.flatten(0, 1).to(embeddings.dtype)
         return embeddings
 
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, image_features: Tensor
-    ) -> Tensor:
+    def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states of packed rows, (rows, length, dim)."""
-        by_segment = self.training and segment_ids.device.type == "cpu"
         return self.language_model.model(
-            inputs_embeds=self.embed(input_ids, image_features),
-            position_ids=position_ids,
-            attention_mask=segment_mask(segment_ids),
-            segment_lengths=segment_lengths(segment_ids) if by_segment else None,
-            use_cache=False,
-        ).last_hidden_state
+            self.embed(batch.input_ids, batch.image_features),
+            batch.position_ids,
+            segment_lengths(batch.segment_ids),
+            row_keys=batch.row_keys,
+        )
 
-    def supervised_states(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        position_ids: Tensor,
-        segment_ids: Tensor,
-        image_features: Tensor,
-        row_keys: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def supervised_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """States (supervised, dim) from which a token is predicted that counts, and the tokens."""
-        set_row_keys(self.language_model, row_keys)
-        hidden = self.hidden_states(input_ids, position_ids, segment_ids, image_features)
-        targets = labels[:, 1:]  # the state at t predicts the token at t + 1
+        hidden = self.hidden_states(batch)
+        targets = batch.labels[:, 1:]  # the state at t predicts the token at t + 1
         chosen = targets != IGNORED
         return hidden[:, :-1][chosen], targets[chosen]
 
-    def supervised_logits(self, **batch: Any) -> tuple[Tensor, Tensor]:
+    def supervised_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (supervised, vocabulary) float32 where a token is trained on, and the tokens."""
-        states, targets = self.supervised_states(**batch)
+        states, targets = self.supervised_states(batch)
         return self.language_model.lm_head(states).float(), targets
 
-    def forward(self, **batch: Any) -> tuple[Tensor, int]:
-        """Summed cross-entropy over the supervised tokens (0-dim float32), and their count.
-
-        Takes a batch as `supervised_states` does. `row_keys`: one a row, from which dropout masks
-        are drawn; see `RowDropout`.
-        """
-        if self.training:
-            states, targets = self.supervised_states(**batch)
-            loss = SummedCrossEntropy.apply(states, self.language_model.lm_head.weight, targets)
-        else:
-            logits, targets = self.supervised_logits(**batch)
-            loss = F.cross_entropy(logits, targets, reduction="sum")
+    def forward(self, batch: Batch) -> tuple[Tensor, int]:
+        """Summed cross-entropy over the supervised tokens (0-dim float32), and their count."""
+        states, targets = self.supervised_states(batch)
+        loss = summed_cross_entropy(states, self.language_model.lm_head.weight, targets)
         return loss, targets.numel()
 
     def owners(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -117,6 +74,14 @@ class VisionLanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+
+
+def segment_lengths(segment_ids: Tensor) -> list[int]:
+    """Tokens of every conversation, and of every stretch of padding, row after row."""
+    rows = torch.arange(len(segment_ids), device=segment_ids.device)[:, None]
+    # Two rows may end and begin with the same number, as rows of one conversation do.
+    numbers = segment_ids + rows * (segment_ids.max() + 1)
+    return torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
 
 
 def slots_filled(wanted: int, image_features: Tensor) -> int:

@@ -7,58 +7,70 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
 
-from assistant.messages import Reply, user_message
+from assistant.assistant import Reply
+from assistant.messages import user_message
 from data.dataset import Message
 from errors import PhiSightError
 
 MAX_LINE = 1_000_000  # bytes; a question is not longer
 
+Ask = Callable[[Message, int], Reply]
+"""A message and the number of its line -> its answer, at once."""
+
 
 @dataclass(frozen=True)
-class Asked:
-    """One line of the input."""
+class LineQuestion:
+    """One line of the input: its question, or why it cannot be asked."""
 
     line: int
     key: str
     """digest of the line: an answer belongs to this content"""
-    record: dict[str, object]
+    record: dict[str, str | int | list[str]]
+    """what of the line is written beside its answer"""
     message: Message | None
     error: str | None
 
 
-def parse_line(number: int, line: bytes) -> Asked:
+def parse_line(number: int, line: bytes) -> LineQuestion:
     """A line such as {"prompt": "...", "image": "a.png"} (or "images": [...]; "id" is kept). What
-    cannot be used becomes an `Asked` with its error."""
+    cannot be used becomes a `LineQuestion` with its error."""
     key = hashlib.sha256(line.strip()).hexdigest()[:16]
-    record: dict[str, object] = {}
+    record: dict[str, str | int | list[str]] = {}
     try:
         if len(line) > MAX_LINE:
             raise PhiSightError(f"is longer than {MAX_LINE:,} bytes; shorten it")
         try:
-            found = json.loads(line)
+            given = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise PhiSightError(f"is no JSON ({' '.join(str(error).split())})") from None
-        if not isinstance(found, dict):
-            raise PhiSightError('is no JSON object; give {"prompt": ..., "image": ...}')
-        if isinstance(found.get("id"), str | int):
-            record["id"] = found["id"]
-        prompt, images = found.get("prompt"), found.get("images", found.get("image", []))
+            raise PhiSightError(f"holds no JSON ({' '.join(str(error).split())})") from None
+        if not isinstance(given, dict):
+            raise PhiSightError('holds no JSON object; give {"prompt": ..., "image": ...}')
+        if isinstance(given.get("id"), str | int):
+            record["id"] = given["id"]
+        prompt, images = given.get("prompt"), given.get("images", given.get("image", []))
         images = [images] if isinstance(images, str) else images
         if not isinstance(prompt, str):
             raise PhiSightError('has no text as "prompt"')
         if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-            raise PhiSightError('has "images" that are no list of paths')
+            raise PhiSightError('has "images" that are not a list of paths')
         record |= {"prompt": prompt, "images": images}
-        return Asked(number, key, record, user_message(prompt, images), None)
+        return LineQuestion(number, key, record, user_message(prompt, images), None)
     except PhiSightError as error:
-        return Asked(number, key, record, None, f"line {number}: {error}")
+        return LineQuestion(number, key, record, None, f"line {number}: {error}")
+
+
+def questions_in(lines: Iterable[bytes]) -> Iterator[LineQuestion]:
+    """The question of every line that is not blank."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield parse_line(number, line)
 
 
 def answered_lines(out: BinaryIO, path: Path) -> dict[int, str]:
@@ -83,72 +95,85 @@ def answered_lines(out: BinaryIO, path: Path) -> dict[int, str]:
     return done
 
 
-def answer_file(
-    source: Path,
-    out_path: Path,
-    ask: Callable[[Message, int], Reply],
-    in_flight: int,
-) -> tuple[int, int]:
+class AnswersUnderWay:
+    """Answers that are being generated, to be written in the order of their questions.
+
+    Attributes:
+        answered, failed: how many have been written.
+    """
+
+    def __init__(self, out: BinaryIO, ask: Ask) -> None:
+        self.out, self.ask = out, ask
+        self.answered = self.failed = 0
+        self._waiting: deque[tuple[LineQuestion, Reply | PhiSightError]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def begin(self, question: LineQuestion) -> None:
+        """Ask a question; its answer, or what is wrong with it, joins those that wait."""
+        try:
+            if question.message is None:
+                raise PhiSightError(question.error)
+            self._waiting.append((question, self.ask(question.message, question.line)))
+        except PhiSightError as error:
+            self._waiting.append((question, error))
+
+    def write_oldest(self) -> None:
+        """Write the first of those that wait, as soon as it is finished."""
+        question, reply = self._waiting.popleft()
+        record = {"line": question.line, "key": question.key} | question.record
+        try:
+            if isinstance(reply, PhiSightError):
+                raise reply
+            record["answer"] = "".join(reply)
+            record["finish_reason"] = reply.finish_reason
+            self.answered += 1
+        except PhiSightError as error:
+            record["error"] = " ".join(str(error).split())
+            self.failed += 1
+        self.out.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace"))
+        self.out.flush()
+
+
+def answer_file(source: Path, out_path: Path, ask: Ask, in_flight: int) -> tuple[int, int]:
     """Answer every line that has no answer yet; returns how many were answered and have failed.
 
-    Args: `ask`: a message and its line number -> its answer, at once; `in_flight`: how many answers
-    may be under way. Answers are written in the order of the lines, each as soon as it is there.
-    Raises `PhiSightError` when the output belongs to other questions or is being written.
+    `in_flight`: how many answers may be under way. Answers are written in the order of the lines,
+    each as soon as it is there. Raises `PhiSightError` when the output belongs to other questions
+    or is being written.
     """
-    counts = {True: 0, False: 0}  # answered, failed
     try:
         lines = source.open("rb")
     except OSError as error:
         raise PhiSightError(f"{source}: {error.strerror}; give a JSONL file") from None
-    with lines, _locked(out_path) as out:
+    with lines, _opened_alone(out_path) as out:
         done = answered_lines(out, out_path)
         total = sum(1 for line in lines if line.strip())
         lines.seek(0)
-        under_way: deque[tuple[Asked, Reply | PhiSightError]] = deque()
-
-        def write_oldest() -> None:
-            asked, answer = under_way.popleft()
-            record = {"line": asked.line, "key": asked.key} | asked.record
-            try:
-                if isinstance(answer, PhiSightError):
-                    raise answer
-                record["answer"] = "".join(answer)
-                record["finish_reason"] = answer.finish_reason
-            except PhiSightError as error:
-                record["error"] = " ".join(str(error).split())
-            out.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace"))
-            out.flush()
-            counts["answer" in record] += 1
-            bar.update()
-
+        answers = AnswersUnderWay(out, ask)
         with tqdm(total=total, unit="question", disable=None) as bar:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                asked = parse_line(number, line)
-                if number in done:
-                    if done[number] != asked.key:
+            for question in questions_in(lines):
+                if question.line in done:
+                    if done[question.line] != question.key:
                         raise PhiSightError(
-                            f"{out_path}: its line {number} answers another question than {source}"
-                            " has there; give another --out"
+                            f"{out_path}: its line {question.line} answers another question than"
+                            f" {source} has there; give another --out"
                         )
                     bar.update()
                     continue
-                try:
-                    if asked.error:
-                        raise PhiSightError(asked.error)
-                    under_way.append((asked, ask(asked.message, number)))
-                except PhiSightError as error:
-                    under_way.append((asked, error))
-                if len(under_way) >= in_flight:
-                    write_oldest()
-            while under_way:
-                write_oldest()
+                answers.begin(question)
+                if len(answers) >= in_flight:
+                    answers.write_oldest()
+                    bar.update()
+            while len(answers):
+                answers.write_oldest()
+                bar.update()
         os.fsync(out.fileno())
-    return counts[True], counts[False]
+    return answers.answered, answers.failed
 
 
-def _locked(path: Path) -> BinaryIO:
+def _opened_alone(path: Path) -> BinaryIO:
     """The output, open for reading and writing, by this process alone."""
     try:
         out = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from assistant.messages import Reply, answer_message, user_message
+from assistant.assistant import Reply
+from assistant.messages import answer_message, user_message
 from data.dataset import Message
 from data.images import load_image
 from errors import PhiSightError
@@ -31,14 +32,14 @@ class Terminal:
         write: Callable[..., None] = print,
     ) -> None:
         """`ask`: messages -> the answer; `listen`: an audio file -> what was said in it, or
-        None without ears."""
+        None without a speech model."""
         self.ask, self.listen, self.read, self.write = ask, listen, read, write
         self.messages: list[Message] = []
         self.images: list[str] = []
-        """shown, and not asked about yet"""
+        """paths of the pictures that the next question is about"""
 
     def run(self) -> int:
-        """Until /quit or the end of the input. An error is told, and the conversation goes on."""
+        """Until /quit or the end of the input. An error is printed, and it goes on."""
         self.write("Ask a question; /help tells more.")
         while True:
             try:
@@ -52,11 +53,12 @@ class Terminal:
             if line == "/quit":
                 return 0
             try:
-                self._do(line)
+                self._handle(line)
             except PhiSightError as error:
                 self.write(f"error: {error}")
 
-    def _do(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
+        """A command, or a question."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if not line:
@@ -67,15 +69,15 @@ class Terminal:
             self.messages, self.images = [], []
             self.write("a new conversation")
         elif command == "/image":
-            load_image(argument)  # a bad picture is told at once
+            load_image(argument)  # a picture that cannot be used is refused at once
             self.images.append(argument)
             self.write(f"picture {len(self.images)}: {argument}")
         elif command == "/audio":
             if self.listen is None:
                 raise PhiSightError("/audio: no speech model is loaded; type the question")
-            said = self.listen(argument)
-            self.write(f"heard: {said}")
-            self.answer(said)
+            question = self.listen(argument)
+            self.write(f"heard: {question}")
+            self.answer(question)
         elif command == "/save":
             self.save(argument)
         elif command.startswith("/"):
@@ -86,17 +88,17 @@ class Terminal:
     def answer(self, prompt: str) -> None:
         """Ask, print the pieces, and remember both. Ctrl-C stops the answer and keeps its part."""
         asked = [*self.messages, user_message(prompt, self.images)]
-        reply, said = self.ask(asked), ""
+        reply, text = self.ask(asked), ""
         try:
             for piece in reply:
-                said += piece
+                text += piece
                 self.write(piece, end="", flush=True)
         except KeyboardInterrupt:
             reply.cancel()
             self.write(" [stopped]", end="")
         self.write()
-        if said.strip():  # a question without any answer is forgotten
-            self.messages, self.images = [*asked, answer_message(said)], []
+        if text.strip():  # a question without any answer is forgotten
+            self.messages, self.images = [*asked, answer_message(text)], []
 
     def save(self, name: str) -> None:
         """Write the conversation in a form that the data reader takes. Never over a file."""
@@ -114,7 +116,7 @@ class Terminal:
         self.write(f"saved as {path}")
 
 
-def as_record(messages: Sequence[Message]) -> dict[str, object]:
+def as_record(messages: Sequence[Message]) -> dict[str, list]:
     """LLaMA-Factory's form: pictures as <image> in the text, their paths beside."""
     return {
         "messages": [

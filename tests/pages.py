@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs as test_runs
 import uvicorn
 from fastapi import FastAPI
 
@@ -81,6 +82,11 @@ def _watch(reached: list[str]) -> None:
             reached.append(str(host))
 
     sys.addaudithook(hook)
+
+
+def pictures(count: int) -> list[Path]:
+    """The first held-out pictures of the tests' world."""
+    return sorted((test_runs.world() / "images").glob("held_out_*.png"))[:count]
 
 
 def wait_for(happened: Any, seconds: float = WAIT / 1000) -> None:

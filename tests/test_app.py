@@ -1,4 +1,4 @@
-"""The web app in a real browser, and what nobody may do to it without one."""
+"""The web app in a real browser, and the command that serves it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import secrets
 import shutil
 from pathlib import Path
 
@@ -15,25 +14,16 @@ import numpy
 import pytest
 import runs
 import soundfile
-from hypothesis import given
-from pages import WAIT, Site, User, chromium, served, wait_for, wait_with
+from pages import WAIT, Site, User, chromium, pictures, served, wait_for, wait_with
 from PIL import Image
-from test_conversations import json_values
 
 import app
-from api.page_guard import MAX_JSON, names_an_address, reaches_out
 from assistant.assistant import Assistant
 from assistant.messages import user_message
 from data.images import MAX_BYTES
 from errors import PhiSightError
 from speech.spoken import loaded_once
-from web.app import load_voice
-from web.batch_page import write_csv
-from web.chat_page import Session, seed_of, settings_of
-from web.conversations import ID, KEY, new_conversation
-from web.page import Browser
-from web.talk import Unready
-from web.texts import LANGUAGES
+from web.app import voices_loaded_once
 
 LONG_ANSWER = "Describe the picture in detail."
 
@@ -70,10 +60,6 @@ def user(browser, site) -> User:
 def endless(site, monkeypatch):
     """A model that never says that it has finished."""
     monkeypatch.setattr(site.assistant.engine, "stop_ids", frozenset())
-
-
-def pictures(count: int) -> list[Path]:
-    return sorted((runs.world() / "images").glob("held_out_*.png"))[:count]
 
 
 def answer_to(site: Site, question: str, *images: Path) -> str:
@@ -202,15 +188,19 @@ def test_a_page_that_is_closed_stops_its_answer_and_finds_it_again(user, site, e
 
 @pytest.fixture(scope="module")
 def talking_site(site, tmp_path_factory) -> Site:
-    """The app with the tiny preset's ears and espeak-ng's voice."""
-    ears = runs.ROOT / "assets/tiny/whisper/tiny.pt"
-    if not ears.exists():
-        pytest.skip(f"{ears} is not there")
+    """The app with the tiny preset's Whisper and espeak-ng's voice."""
+    whisper = runs.ROOT / "assets/tiny/whisper/tiny.pt"
+    if not whisper.exists():
+        pytest.skip(f"{whisper} is not there")
     if shutil.which("espeak-ng") is None:
         pytest.skip("espeak-ng is not there: apt-get install espeak-ng")
     folder = tmp_path_factory.mktemp("talked")
     with served(
-        site.assistant, folder, folder, speech=loaded_once(str(ears)), voice=load_voice("espeak-ng")
+        site.assistant,
+        folder,
+        folder,
+        speech=loaded_once(str(whisper)),
+        voice=voices_loaded_once("espeak-ng"),
     ) as talking:
         yield talking
 
@@ -269,7 +259,7 @@ def test_a_recording_alone_is_a_question_and_silence_is_none(browser, talking_si
     user.close()
 
 
-def test_without_ears_a_recording_is_told_so(user, tmp_path):
+def test_without_a_speech_model_a_recording_is_refused(user, tmp_path):
     recording = tmp_path / "question.wav"
     soundfile.write(recording, numpy.zeros(16000), 16000)
     user.attach_recording(recording)
@@ -321,7 +311,7 @@ def test_two_users_at_once_keep_apart(user, browser, site, endless):
 # -- uploads that are refused ---------------------------------------------------------------------
 
 
-def test_an_upload_that_is_no_picture_is_one_line_and_the_chat_goes_on(user, tmp_path):
+def test_an_upload_that_is_not_a_picture_is_one_line_and_the_chat_goes_on(user, tmp_path):
     fake = tmp_path / "fake.png"
     fake.write_text("not a picture")
     user.attach(fake, pictures(1)[0])
@@ -456,214 +446,7 @@ def test_its_picture(user, site, tmp_path):
     assert Image.open(path).size == (1280, 860)
 
 
-# -- what nobody may do ---------------------------------------------------------------------------
-
-
-class Program:
-    """Talks to the app as a page does, with whatever data it likes."""
-
-    def __init__(self, site: Site) -> None:
-        self.site, self.session = site, secrets.token_hex(6)
-        config = httpx.get(f"{site.url}/config").json()
-        self.numbers = {d["api_name"]: d["id"] for d in config["dependencies"]}
-        assert self.send("on_load", [{}])[0] == "done"
-
-    def send(self, function: str, data: list) -> tuple[str, str]:
-        """("done", "failed" or the status of a refusal, all that was heard)."""
-        sent = httpx.post(
-            f"{self.site.url}/gradio_api/queue/join",
-            json={"data": data, "fn_index": self.numbers[function], "session_hash": self.session},
-        )
-        if sent.status_code != 200:
-            return str(sent.status_code), sent.text
-        heard = ""
-        with httpx.stream(
-            "GET",
-            f"{self.site.url}/gradio_api/queue/data",
-            timeout=60,
-            params={"session_hash": self.session},
-        ) as stream:
-            for line in stream.iter_lines():
-                heard += line + "\n"
-                if "process_completed" in line:
-                    break
-        return ("done" if '"success":true' in heard.replace(" ", "") else "failed"), heard
-
-    def ask(self, path: str) -> tuple[str, str]:
-        """Send a question about a file of the server."""
-        return self.send(
-            "on_text", [None, {"text": "What?", "files": [file_data(path)]}, *SETTINGS]
-        )
-
-    def upload(self, file: Path) -> str:
-        with file.open("rb") as stream:
-            sent = httpx.post(f"{self.site.url}/gradio_api/upload", files={"files": stream})
-        return sent.json()[0]
-
-
-def file_data(path: str) -> dict:
-    return {
-        "path": path,
-        "orig_name": "x.png",
-        "mime_type": "image/png",
-        "meta": {"_type": "gradio.FileData"},
-    }
-
-
-SETTINGS = [0, 1, 0, 1, 8, "", "", False, False, False]
-
-
-def test_no_file_of_the_server_can_be_read(site, tmp_path):
-    secret = tmp_path / "secret.png"
-    shutil.copy(pictures(1)[0], secret)
-    program = Program(site)
-    uploaded = program.upload(secret)
-    assert program.ask(uploaded)[0] == "done"
-    kept = next(site.conversations.rglob("*.png"))
-    for path in (
-        "/etc/passwd",
-        secret,
-        kept,
-        kept.with_name("conversation.json"),
-        runs.ROOT / "config.py",
-        runs.ROOT / "app.py",
-        "../../etc/passwd",
-    ):
-        got = httpx.get(f"{site.url}/gradio_api/file={path}")
-        assert got.status_code in (403, 404), path
-    assert httpx.get(f"{site.url}/gradio_api/file={uploaded}").content == secret.read_bytes()
-    before = sorted(site.conversations.rglob("*"))
-    for path in ("/etc/passwd", secret, kept, runs.ROOT / "config.py"):
-        outcome, heard = program.ask(str(path))
-        assert outcome == "failed" and "root:" not in heard, path
-    assert sorted(site.conversations.rglob("*")) == before
-
-
-def test_no_address_is_fetched_for_anybody(site):
-    address = "http://example.org/x.png"
-    for path in (f"file={address}", "file=HTTPS://example.org/x.png", f"proxy={address}"):
-        assert httpx.get(f"{site.url}/gradio_api/{path}").status_code == 403, path
-    assert Program(site).ask(address)[0] == "403"
-    assert site.reached == []
-
-
-def test_an_error_of_the_program_is_no_traceback(site, monkeypatch):
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("secret detail")
-
-    program = Program(site)
-    uploaded = program.upload(pictures(1)[0])
-    monkeypatch.setattr(site.assistant, "reply", broken)
-    outcome, heard = program.ask(uploaded)
-    assert outcome == "failed" and "secret detail" not in heard and "Traceback" not in heard
-
-
-def test_the_page_may_reach_no_other_machine(site, browser):
-    policy = httpx.get(site.url).headers["content-security-policy"]
-    assert "default-src 'self'" in policy and "http:" not in policy
-    page = browser.new_page()
-    page.goto(site.url)
-    blocked = page.evaluate("""() => new Promise(done => {
-        const found = [];
-        document.addEventListener("securitypolicyviolation", event => {
-            if (found.push(event.blockedURI) === 2) done(found);
-        });
-        new Image().src = "http://192.0.2.1/x.png";
-        fetch("http://192.0.2.1/y").catch(() => 0);
-    })""")
-    assert sorted(blocked) == ["http://192.0.2.1/x.png", "http://192.0.2.1/y"]
-    page.close()
-
-
-def test_an_event_that_is_too_large_is_refused(site):
-    sent = httpx.post(
-        f"{site.url}/gradio_api/queue/join",
-        content=b"[" + b" " * MAX_JSON + b"]",
-        headers={"content-type": "application/json"},
-    )
-    assert sent.status_code == 413
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"data": [{"files": [{"path": "https://x.org/a.png"}]}]},
-        [[{"path": " HTTP://x.org"}]],
-        {"a": {"b": [{"path": "//x.org/a"}]}},
-    ],
-)
-def test_an_address_is_found_wherever_it_stands(body):
-    assert names_an_address(json.dumps(body).encode())
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{",
-        b"[" * 100_000,
-        b'{"path": "/tmp/a.png", "url": "http://127.0.0.1/file=/tmp/a"}',
-        b'{"data": ["http://x.org is a place"]}',
-        b'{"path": 3}',
-    ],
-)
-def test_what_is_no_address_passes(body):
-    assert not names_an_address(body)
-
-
-def test_paths_that_reach_out():
-    assert reaches_out("/gradio_api/file=https://x.org/a") and reaches_out("/gradio_api/proxy=a")
-    assert reaches_out("/app/gradio_api/file=//x.org/a")
-    assert not reaches_out("/gradio_api/file=/tmp/a.png") and not reaches_out("/http://")
-
-
-@given(json_values)
-def test_whatever_a_browser_has_stored_is_sound_or_forgotten(stored):
-    browser = Browser.from_storage(stored)
-    for value, good in ((browser.key, KEY.match), (browser.open, ID.match)):
-        assert value is None or good(value)
-    assert browser.language in (None, *LANGUAGES)
-    assert Browser.from_storage(browser.to_storage()) == browser
-
-
-# -- the rest -------------------------------------------------------------------------------------
-
-
-def test_no_cell_of_a_csv_is_a_formula():
-    path = write_csv([["=1+1", "-2"], ["a,b", 'say "yes"'], ["ü", "@x\ny"]], "en")
-    rows = list(csv.reader(open(path, encoding="utf-8-sig", newline="")))
-    assert rows == [["Picture", "Answer"], ["'=1+1", "'-2"], ["a,b", 'say "yes"'], ["ü", "'@x\ny"]]
-
-
-@pytest.mark.parametrize(
-    ("typed", "seed"), [("", None), (" 7 ", 7), ("0", 0), (str(2**64 - 1), 2**64 - 1)]
-)
-def test_a_seed(typed, seed):
-    assert seed_of(typed) == seed
-
-
-@pytest.mark.parametrize("typed", ["-1", "1.5", "x", "²", "٣", str(2**64), "9" * 5000])
-def test_what_is_no_seed(typed):
-    with pytest.raises(Unready, match="bad_seed"):
-        seed_of(typed)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        [float("nan"), 1, 0, 1, 8],
-        [0, 0, 0, 1, 8],
-        [None, 1, 0, 1, 8],
-        [0, 1, float("inf"), 1, 8],
-        [0, 1, 0, "x", 8],
-        [0, 1, -1, 1, 8],
-        [0, 1, 0, 0, 8],
-    ],
-)
-def test_settings_that_no_slider_gives_are_one_line(values):
-    session = Session("0" * 32, new_conversation(), "en")
-    with pytest.raises(PhiSightError):
-        settings_of(session, [*values, "", "", False, False, False])
+# -- the command ---------------------------------------------------------------------------------
 
 
 def test_the_command_serves_until_it_is_ended(tmp_path):

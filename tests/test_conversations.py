@@ -12,10 +12,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.dataset import Message, Part
+from data.images import MAX_BYTES
 from errors import PhiSightError
-from web import conversations
-from web.conversations import Saved, Shelf, from_json, new_conversation, new_key, to_json
-from web.talk import Unready, before, grown, reworded, with_answer
+from web import conversation_store
+from web.conversation import (
+    SavedConversation,
+    before_question,
+    from_json,
+    new_conversation,
+    reworded,
+    to_json,
+    with_answer,
+)
+from web.conversation_store import ConversationStore, new_key
+from web.errors import RequestError
+from web.talk import text_so_far
+from web.uploads import read_picture
 
 NAME = "a" * 64 + ".png"
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -28,16 +40,16 @@ answered = st.builds(lambda text: Message("assistant", (Part("text", text),)), w
 
 
 @st.composite
-def saved_conversations(draw) -> Saved:
+def saved_conversations(draw) -> SavedConversation:
     pairs = draw(st.lists(st.tuples(questions, answered), max_size=3))
     messages = [message for pair in pairs for message in pair]
     if draw(st.booleans()):
         messages.append(draw(questions))
-    return Saved("0" * 16, tuple(messages))
+    return SavedConversation("0" * 16, tuple(messages))
 
 
-def question(text: str = "What is it?") -> Saved:
-    return Saved(new_conversation().id, (Message("user", (Part("text", text),)),))
+def question(text: str = "What is it?") -> SavedConversation:
+    return SavedConversation(new_conversation().id, (Message("user", (Part("text", text),)),))
 
 
 def picture(colour: str = "red", kind: str = "PNG") -> bytes:
@@ -112,28 +124,28 @@ def test_a_file_that_was_meddled_with_is_refused(change):
         from_json(json.dumps(record).encode(), "x")
 
 
-def test_a_shelf_lists_opens_and_deletes_what_it_keeps(tmp_path):
-    shelf = Shelf(tmp_path, new_key())
+def test_a_store_lists_opens_and_deletes_what_it_keeps(tmp_path):
+    store = ConversationStore(tmp_path, new_key())
     first, second = question("One?"), question("Two " + "long " * 40)
-    shelf.save(first)
-    name = shelf.keep_picture(second.id, picture(), "x.png")
-    shelf.save(second)
-    assert [id for id, _ in shelf.titles()] == [second.id, first.id]
-    assert shelf.titles()[1][1] == "One?" and shelf.titles()[0][1].endswith("…")
-    assert shelf.load(first.id) == first
-    assert shelf.picture(second.id, name).read_bytes() == picture()
-    shelf.delete(second.id)
-    assert [id for id, _ in shelf.titles()] == [first.id]
-    assert not shelf.picture(second.id, name).exists()
+    store.save(first)
+    name = store.keep_picture(second.id, picture(), "x.png")
+    store.save(second)
+    assert [id for id, _ in store.titles()] == [second.id, first.id]
+    assert store.titles()[1][1] == "One?" and store.titles()[0][1].endswith("…")
+    assert store.load(first.id) == first
+    assert store.picture(second.id, name).read_bytes() == picture()
+    store.delete(second.id)
+    assert [id for id, _ in store.titles()] == [first.id]
+    assert not store.picture(second.id, name).exists()
     with pytest.raises(PhiSightError, match="not there any more"):
-        shelf.load(second.id)
+        store.load(second.id)
 
 
-def test_nobody_finds_the_shelf_of_another(tmp_path):
+def test_nobody_finds_the_conversations_of_another(tmp_path):
     key = new_key()
     saved = question()
-    Shelf(tmp_path, key).save(saved)
-    other = Shelf(tmp_path, new_key())
+    ConversationStore(tmp_path, key).save(saved)
+    other = ConversationStore(tmp_path, new_key())
     assert other.titles() == []
     with pytest.raises(PhiSightError):
         other.load(saved.id)
@@ -143,50 +155,50 @@ def test_nobody_finds_the_shelf_of_another(tmp_path):
 @pytest.mark.parametrize("key", ["", "..", "a" * 31, "A" * 32, "a" * 32 + "\n", None, 3])
 def test_a_damaged_key_opens_nothing(tmp_path, key):
     with pytest.raises(PhiSightError):
-        Shelf(tmp_path, key)
+        ConversationStore(tmp_path, key)
 
 
 @pytest.mark.parametrize("id", ["", "..", "0" * 15 + "/", "../" + "0" * 13, None])
 def test_a_damaged_id_opens_nothing(tmp_path, id):
-    shelf = Shelf(tmp_path, new_key())
-    for use in (shelf.load, shelf.delete, lambda id: shelf.picture(id, NAME)):
+    store = ConversationStore(tmp_path, new_key())
+    for use in (store.load, store.delete, lambda id: store.picture(id, NAME)):
         with pytest.raises(PhiSightError):
             use(id)
     with pytest.raises(PhiSightError):
-        shelf.picture("0" * 16, "../conversation.json")
+        store.picture("0" * 16, "../conversation.json")
 
 
 def test_a_damaged_conversation_is_listed_so_that_it_can_be_deleted(tmp_path):
-    shelf = Shelf(tmp_path, new_key())
+    store = ConversationStore(tmp_path, new_key())
     saved = question()
-    shelf.save(saved)
-    file = shelf.folder / saved.id / conversations.FILE
+    store.save(saved)
+    file = store.folder / saved.id / conversation_store.FILE
     file.write_bytes(file.read_bytes()[:-5])
-    assert shelf.titles() == [(saved.id, "?")]
+    assert store.titles() == [(saved.id, "?")]
     other = question()
-    shelf.save(other)
-    file.write_bytes((shelf.folder / other.id / conversations.FILE).read_bytes())
+    store.save(other)
+    file.write_bytes((store.folder / other.id / conversation_store.FILE).read_bytes())
     with pytest.raises(PhiSightError, match="holds another one"):
-        shelf.load(saved.id)
+        store.load(saved.id)
 
 
 def test_the_oldest_goes_when_there_are_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversations, "MAX_CONVERSATIONS", 2)
-    shelf = Shelf(tmp_path, new_key())
+    monkeypatch.setattr(conversation_store, "MAX_CONVERSATIONS", 2)
+    store = ConversationStore(tmp_path, new_key())
     kept = [question(str(number)) for number in range(3)]
     for saved in kept:
-        shelf.save(saved)
-    assert [title for _, title in shelf.titles()] == ["2", "1"]
+        store.save(saved)
+    assert [title for _, title in store.titles()] == ["2", "1"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    shelf = Shelf(tmp_path / "file", new_key())
-    for use in (shelf.titles, lambda: shelf.save(question())):
+    store = ConversationStore(tmp_path / "file", new_key())
+    for use in (store.titles, lambda: store.save(question())):
         with pytest.raises(PhiSightError, match="make room or make the folder writable"):
             use()
     with pytest.raises(PhiSightError, match="--conversations .*; name a folder that can be"):
-        conversations.prepare_root(tmp_path / "file" / "below")
+        conversation_store.prepare_root(tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize(
@@ -194,18 +206,28 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     [("PNG", ".png"), ("JPEG", ".jpg"), ("GIF", ".gif"), ("TIFF", ".png"), ("BMP", ".png")],
 )
 def test_a_picture_is_kept_as_browsers_show_it(tmp_path, kind, suffix):
-    shelf = Shelf(tmp_path, new_key())
-    name = shelf.keep_picture("0" * 16, picture(kind=kind), "x")
+    store = ConversationStore(tmp_path, new_key())
+    name = store.keep_picture("0" * 16, picture(kind=kind), "x")
     assert name.endswith(suffix)
-    kept = Image.open(shelf.picture("0" * 16, name)).convert("RGB")
+    kept = Image.open(store.picture("0" * 16, name)).convert("RGB")
     assert kept.getpixel((0, 0))[0] > 250
 
 
-def test_what_is_no_picture_is_not_kept(tmp_path):
-    shelf = Shelf(tmp_path, new_key())
+def test_what_is_not_a_picture_is_not_kept(tmp_path):
+    store = ConversationStore(tmp_path, new_key())
     with pytest.raises(PhiSightError, match="x.png: not a picture"):
-        shelf.keep_picture("0" * 16, b"<svg onload='alert(1)'/>", "x.png")
+        store.keep_picture("0" * 16, b"<svg onload='alert(1)'/>", "x.png")
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_picture_that_cannot_be_read_is_named_without_its_folder(tmp_path):
+    path = tmp_path / "x.png"
+    with pytest.raises(PhiSightError, match="^x.png: cannot be read .*; send it again"):
+        read_picture(path)
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(PhiSightError, match="^x.png: .* is over the limit"):
+        read_picture(path)
 
 
 # -- back in a conversation ------------------------------------------------------------------------
@@ -213,26 +235,28 @@ def test_what_is_no_picture_is_not_kept(tmp_path):
 
 def test_going_back_to_a_question():
     saved = with_answer(question("One?"), "1")
-    saved = with_answer(Saved(saved.id, (*saved.messages, *question("Two?").messages)), "2")
+    saved = with_answer(
+        SavedConversation(saved.id, (*saved.messages, *question("Two?").messages)), "2"
+    )
     for index, start in ((0, 0), (1, 0), (2, 2), (3, 2)):
-        earlier, asked = before(saved, index)
+        earlier, asked = before_question(saved, index)
         assert earlier.messages == saved.messages[:start] and asked == saved.messages[start]
     for index in (-1, 4, None, "0"):
-        with pytest.raises(Unready):
-            before(saved, index)
+        with pytest.raises(RequestError):
+            before_question(saved, index)
 
 
 def test_other_words_keep_the_pictures():
     asked = Message("user", (Part("image", NAME), Part("text", "One?")))
     assert reworded(asked, " Two? ").parts == (Part("image", NAME), Part("text", "Two?"))
     assert reworded(asked, "").parts == (Part("image", NAME),)
-    with pytest.raises(Unready):
+    with pytest.raises(RequestError):
         reworded(Message("user", (Part("text", "One?"),)), " ")
 
 
 @given(st.lists(st.text(max_size=3), max_size=10))
 def test_a_growing_answer_ends_whole(pieces):
     for seconds in (0, 1000):
-        seen = list(grown(pieces, seconds))
+        seen = list(text_so_far(pieces, seconds))
         assert (seen[-1] if seen else "") == "".join(pieces)
         assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:]))

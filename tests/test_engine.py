@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_model import FEATURES, NO_PICTURES, PLACEHOLDER, phi, tokens
+from random_model import FEATURES, NO_PICTURES, PLACEHOLDER, phi, reference_phi, tokens
 
-from assistant.decoding import Decoding, KeyValues, Row
+from assistant.decoding import Decoding, Row
 from assistant.engine import Busy, Engine, Generation, Request
 from assistant.prefix import CONVERSATIONS, SHORTEST, PrefixCache, token_keys
 from assistant.sampling import Sampling, generate
 from errors import PhiSightError
+from model.cache import KeyValues, Memory
 
 LIMIT = 12
 NEVER = frozenset({0})  # a stop id: the pad token, which random weights seldom say
@@ -204,15 +205,19 @@ def test_a_seed_means_the_same_among_others(engine, requests):
 @torch.no_grad()
 def test_the_repetition_penalty_is_that_of_transformers(engine, model):
     request = ask(tokens(20, 1), [], LIMIT, Sampling(repetition_penalty=1.3))
-    theirs = model.language_model.generate(
-        input_ids=torch.tensor([request.input_ids]),
-        max_new_tokens=LIMIT,
-        do_sample=False,
-        attention_mask=torch.ones(1, len(request.input_ids), dtype=torch.long),
-        repetition_penalty=1.3,
-        eos_token_id=sorted(NEVER),
-        suppress_tokens=[PLACEHOLDER],
-    )[0, len(request.input_ids) :].tolist()
+    theirs = (
+        reference_phi(64)
+        .generate(
+            input_ids=torch.tensor([request.input_ids]),
+            max_new_tokens=LIMIT,
+            do_sample=False,
+            attention_mask=torch.ones(1, len(request.input_ids), dtype=torch.long),
+            repetition_penalty=1.3,
+            eos_token_id=sorted(NEVER),
+            suppress_tokens=[PLACEHOLDER],
+        )[0, len(request.input_ids) :]
+        .tolist()
+    )
     assert list(engine().submit(request)) == theirs == alone(model, request)
     assert theirs != alone(model, ask(tokens(20, 1), []))
 
@@ -250,8 +255,8 @@ def test_another_picture_is_not_taken_for_the_one_before(engine, model):
         assert list(kept.submit(request)) == alone(model, request)
 
 
-def keys_values(length: int, value: float = 0.0) -> KeyValues:
-    return KeyValues([(torch.full((1, 1, length, 2), value), torch.zeros(1, 1, length, 2))])
+def keys_values(length: int) -> KeyValues:
+    return KeyValues(Memory(torch.zeros(1, 2, 1, length, 2), length), length)
 
 
 @given(

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import evaluate
 from assistant.assistant import Assistant
 from data.chat import RenderedSample, render
 from data.dataset import Message, Part, Question, load_questions
 from data.features import BLANK, FeatureStore
 from evaluation import meter
+from evaluation import questions as asking
 
 LONGEST = 40  # tokens of an answer that is looked at here
 
@@ -25,7 +25,7 @@ LONGEST = 40  # tokens of an answer that is looked at here
 def store_of(assistant: Assistant, names: list[str]) -> FeatureStore:
     vision = assistant.parts.vision
     store = FeatureStore(runs.shared() / "features", vision.key, vision.shape)
-    tower = evaluate.VisionTower
+    tower = asking.VisionTower
     assert store.add(names, runs.world() / "images", lambda: tower(vision, "cpu")) == {}
     return store
 
@@ -63,7 +63,7 @@ def test_teacher_forcing_finds_right_what_greedy_decoding_answers():
     wrong for a model that has hardly been trained, the second right by construction."""
     assistant, questions = runs.assistant(), asked()
     store = store_of(assistant, [question.image for question in questions])
-    answers = evaluate.answer_all(assistant, questions, store.features_of, LONGEST, "asking")
+    answers = asking.answer_all(assistant, questions, store.features_of, LONGEST, "asking")
     encode = assistant.parts.chat_format.encode_text
     own, labelled = [], []
     for question, answer in zip(questions, answers, strict=True):
@@ -84,7 +84,7 @@ def test_teacher_forcing_finds_right_what_greedy_decoding_answers():
 def test_one_wrong_token_makes_an_answer_wrong():
     assistant, questions = runs.assistant(), asked()[:12]
     store = store_of(assistant, [question.image for question in questions])
-    answers = evaluate.answer_all(assistant, questions, store.features_of, LONGEST, "asking")
+    answers = asking.answer_all(assistant, questions, store.features_of, LONGEST, "asking")
     encode = assistant.parts.chat_format.encode_text
     question, answer = next(
         (q, a)
@@ -101,14 +101,13 @@ def test_answers_come_in_the_order_of_the_questions_whatever_the_batch(monkeypat
     store = store_of(assistant, [question.image for question in questions])
 
     def answers() -> list[str]:
-        return evaluate.answer_all(assistant, questions, store.features_of, 6, "asking")
+        return asking.answer_all(assistant, questions, store.features_of, 6, "asking")
 
     together = answers()
-    monkeypatch.setattr(evaluate, "BATCH", 2)
+    monkeypatch.setattr(asking, "BATCH", 2)
     assert answers() == together
     assert (
-        evaluate.answer_all(assistant, questions[::-1], store.features_of, 6, "")
-        == (together[::-1])
+        asking.answer_all(assistant, questions[::-1], store.features_of, 6, "") == (together[::-1])
     )
 
 
@@ -225,7 +224,7 @@ def test_the_three_conditions_show_three_pictures():
     ],
 )
 def test_case_and_a_final_full_stop_do_not_count(answer, label):
-    assert evaluate.normalise(answer) == evaluate.normalise(label)
+    assert asking.normalise(answer) == asking.normalise(label)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,7 @@ def test_case_and_a_final_full_stop_do_not_count(answer, label):
     [("no", "yes"), ("yes, it is", "yes"), ("", "yes"), ("yes..", "yes"), ("a  star", "a star")],
 )
 def test_everything_else_counts(answer, label):
-    assert evaluate.normalise(answer) != evaluate.normalise(label)
+    assert asking.normalise(answer) != asking.normalise(label)
 
 
 def question(kind: str, answer: str) -> Question:
@@ -248,7 +247,7 @@ def test_the_score_counts_by_kind_and_leaves_out_what_is_only_reported():
         question("two_step", "red"),
         question("", "yes"),
     ]
-    found = evaluate.score(questions, ["Red.", "green", "star", "red", "no"])
+    found = asking.score(questions, ["Red.", "green", "star", "red", "no"])
     assert found == {
         "exact": 50.0,
         "questions": 4,
@@ -260,21 +259,21 @@ def test_the_score_counts_by_kind_and_leaves_out_what_is_only_reported():
 
 def test_a_score_needs_an_answer_to_every_question():
     with pytest.raises(ValueError, match="zip"):
-        evaluate.score([question("colour", "red")], [])
+        asking.score([question("colour", "red")], [])
 
 
 def test_only_reported_questions_give_no_total():
-    found = evaluate.score([question("two_step", "red")], ["red"])
+    found = asking.score([question("two_step", "red")], ["red"])
     assert (found["exact"], found["questions"]) == (0.0, 0)
 
 
 def test_the_table_names_every_kind_and_condition_once():
     counted = [question("shape", "star"), question("two_step", "red")]
     results = {
-        "held_out": evaluate.score(counted, ["star", "red"]),
-        "blank": evaluate.score(counted[:1], ["circle"]),
+        "held_out": asking.score(counted, ["star", "red"]),
+        "blank": asking.score(counted[:1], ["circle"]),
     }
-    lines = evaluate.table(results).splitlines()
+    lines = asking.table(results).splitlines()
     assert lines[0].split() == ["exact", "answers,", "%", "held_out", "blank"]
     rows = {line[:20].strip(): line[20:].split() for line in lines[1:]}
     assert rows["shape"] == ["100.0", "0.0"]

@@ -1,18 +1,20 @@
 """Generation: against transformers, against itself without a cache, and the choice of a token."""
 
 import pytest
+import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from random_model import NO_PICTURES, PLACEHOLDER, phi, reference_phi, tokens
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from assistant.sampling import Sampling, choose, generate
 from data.chat import RenderedSample, render
+from data.collate import Batch
 from data.dataset import Message, Part
 from errors import PhiSightError
 from evaluation import meter
-from model.projector import ImageProjector
-from model.vlm import VisionLanguageModel
+from lora.merge import merged_state
 
 NEW_TOKENS = 12
 
@@ -79,10 +81,18 @@ def stops(request, stop_ids, never) -> set[int]:
     return stop_ids if request.param == "stopping" else never
 
 
+@pytest.fixture
+def reference(model) -> Phi3ForCausalLM:
+    """transformers' own model of the same weights, dequantised and merged."""
+    theirs = Phi3ForCausalLM(Phi3Config.from_pretrained(runs.BASE)).eval()
+    theirs.load_state_dict(dict(merged_state(model.language_model)), strict=True)
+    return theirs
+
+
 @torch.no_grad()
-def test_greedy_is_what_transformers_generates(model, prompts, stops):
+def test_greedy_is_what_transformers_generates(model, reference, prompts, stops):
     for ids, features in prompts:
-        theirs = model.language_model.generate(
+        theirs = reference.generate(
             inputs_embeds=model.embed(torch.tensor([ids]), features),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
             max_new_tokens=NEW_TOKENS,
@@ -101,12 +111,9 @@ def test_greedy_is_what_the_model_says_without_a_cache(model, prompts, stops):
         said: list[int] = []
         while len(said) < NEW_TOKENS:
             input_ids = torch.tensor([ids + said])
-            hidden = model.hidden_states(
-                input_ids,
-                torch.arange(input_ids.shape[1])[None],
-                torch.ones_like(input_ids),
-                features,
-            )
+            positions = torch.arange(input_ids.shape[1])[None]
+            one = torch.ones_like(input_ids)
+            hidden = model.hidden_states(Batch(input_ids, input_ids, positions, one, features))
             token = model.language_model.lm_head(hidden[:, -1]).argmax(-1).item()
             if token in stops:
                 break
@@ -117,35 +124,12 @@ def test_greedy_is_what_the_model_says_without_a_cache(model, prompts, stops):
 @torch.no_grad()
 @pytest.mark.parametrize("length", [5, 15, 16, 17])
 def test_a_cache_does_not_outlive_the_factors_of_longrope(length):
-    torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        original_max_position_embeddings=16,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 8,
-            "long_factor": [40.0] * 8,
-            "original_max_position_embeddings": 16,
-        },
-    )
-    language_model = Phi3ForCausalLM(config).eval()
-    for parameter in language_model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model = VisionLanguageModel(language_model, ImageProjector(4, 64), placeholder_id=96)
-    ids = torch.randint(1, 90, (length,)).tolist()
-    said: list[int] = []
+    ours, theirs = phi(16), reference_phi(16)
+    ids, said = tokens(length), []
     while len(said) < 20:
-        logits = language_model(torch.tensor([ids + said])).logits
-        said.append(logits[0, -1].argmax().item())
-    assert rows_of(model, [ids], torch.zeros(0, 1, 4), {95}, 20) == [said]
+        logits = theirs(torch.tensor([ids + said])).logits[0, -1]
+        said.append(logits[:PLACEHOLDER].argmax().item())
+    assert rows_of(ours, [ids], NO_PICTURES, {0}, 20) == [said]
 
 
 def test_batched_rows_are_the_rows_alone(model, prompts, stops):
@@ -159,16 +143,15 @@ def test_batched_rows_are_the_rows_alone(model, prompts, stops):
 
 def test_positions_count_from_each_prompts_own_start(model, prompts, never):
     """RoPE would not show a shift, but LongRoPE's choice of factors sees the largest position."""
-    seen: list[torch.Tensor] = []
+    seen: list[list[int]] = []
     hook = model.language_model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+        lambda module, args: seen.append(args[1][0].tolist())
     )
     rows = [ids for ids, _ in prompts]
     with hook:
         rows_of(model, rows, torch.cat([f for _, f in prompts]), never, limit=3)
-    for row, ids in enumerate(rows):
-        assert seen[0][row, -len(ids) :].tolist() == list(range(len(ids)))
-        assert [positions[row].tolist() for positions in seen[1:]] == [[len(ids)], [len(ids) + 1]]
+    assert seen[0] == [position for ids in rows for position in range(len(ids))]
+    assert seen[1:] == [[len(ids) + step for ids in rows] for step in range(2)]
 
 
 def test_a_stop_id_ends_its_row_only_and_is_not_given_out(model, prompts, never):

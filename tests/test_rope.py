@@ -2,20 +2,18 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from random_model import NO_PICTURES, PLACEHOLDER, phi, tokens
+from random_model import NO_PICTURES, PLACEHOLDER, phi, reference_phi, tokens
+from transformers import Phi3ForCausalLM
 
 from assistant.decoding import Decoding, Row
 from assistant.sampling import generate
-from model.rope import ends_of_segments
-from model.vlm import VisionLanguageModel
+from data.collate import Batch
 
 
 @torch.no_grad()
-def reference(model: VisionLanguageModel, ids: list[int]) -> torch.Tensor:
+def reference(model: Phi3ForCausalLM, ids: list[int]) -> torch.Tensor:
     """transformers' logits of the next token, without a cache, the sequence alone."""
-    return model.language_model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -26,7 +24,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("length", [4094, 4095, 4096, 4097, 4300])
 def test_next_to_short_rows_or_alone_cached_or_not(length):
     """At Phi-3.5's own crossing: 4,096 tokens."""
-    ours, theirs = phi(4096), phi(4096, ours=False)
+    ours, theirs = phi(4096), reference_phi(4096)
     prompts = [tokens(length), tokens(12, 1), tokens(70, 2)]
     batched, alone = Decoding(ours), [Decoding(ours) for _ in prompts]
     batched.add([Row(list(prompt), NO_PICTURES) for prompt in prompts])
@@ -48,10 +46,10 @@ def test_the_factors_matter_here():
     ours, ids = phi(4096), tokens(4097)
     decoding = Decoding(ours)
     decoding.add([Row(ids[:-1], NO_PICTURES)])
-    ours.language_model.model.rotary_emb.crossing = 10**6  # the cache outlives the crossing
+    ours.language_model.model.rotary.crossing = 10**6  # the cache outlives the crossing
     decoding.crossing = None
     decoding.advance(ids[-1:])
-    expected = reference(phi(4096, ours=False), ids)
+    expected = reference(reference_phi(4096), ids)
     assert (decoding.logits[0] - expected).abs().max() > 0.02 * expected.abs().max()
 
 
@@ -68,30 +66,21 @@ def test_rows_that_cross_at_different_times_say_what_they_say_alone(crossing):
         assert said == alone
         greedy = list(prompt)
         for token in said:
-            assert reference(phi(crossing, ours=False), greedy)[:PLACEHOLDER].argmax() == token
+            assert reference(reference_phi(crossing), greedy)[:PLACEHOLDER].argmax() == token
             greedy.append(token)
 
 
 @torch.no_grad()
 def test_a_packed_row_holds_short_and_long_conversations():
     """Training packs several conversations into a row: each turns by its own length."""
-    ours, theirs = phi(16), phi(16, ours=False)
+    ours, theirs = phi(16), reference_phi(16)
     parts = [tokens(9, 1), tokens(20, 2), tokens(16, 3), tokens(17, 4)]
     ids = torch.tensor([sum(parts, [])])
     positions = torch.cat([torch.arange(len(part)) for part in parts])[None]
     segments = torch.cat([torch.full((len(part),), n + 1) for n, part in enumerate(parts)])[None]
-    hidden = ours.hidden_states(ids, positions, segments, NO_PICTURES)
+    hidden = ours.hidden_states(Batch(ids, ids, positions, segments, NO_PICTURES))
     logits = ours.language_model.lm_head(hidden)[0]
     end = 0
     for part in parts:
         end += len(part)
         assert_close(logits[end - 1], reference(theirs, part))
-
-
-@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4))
-def test_every_token_knows_the_end_of_its_segment(rows):
-    width = max(map(sum, rows))
-    rows = [[1] * (width - sum(row)) + row for row in rows]  # left padding: segments of one token
-    positions = torch.tensor([[p for n in row for p in range(n)] for row in rows])
-    expected = torch.tensor([[n - 1 for n in row for _ in range(n)] for row in rows])
-    assert torch.equal(ends_of_segments(positions), expected)

@@ -14,20 +14,21 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+import ops
 from config import replace
 from data.chat import RenderedSample, render
 from data.collate import IGNORED, collate
 from data.dataset import Message, Part
 from errors import PhiSightError
-from kernels.head import SummedCrossEntropy
 from lora.dropout import RowDropout
 from lora.layer import LoRALinear
 from lora.merge import merged_weight
 from model.build import assemble, load_model_state, model_state
 from model.vision import VisionTower
-from model.vlm import owner_of, segment_mask
-from train import train_step
-from training.optim import LossScaler
+from model.vlm import owner_of, segment_lengths
+from ops.head import summed_cross_entropy
+from training.loss_scaler import LossScaler
+from training.step import train_step
 
 
 @pytest.fixture
@@ -55,11 +56,6 @@ def batch_of(parts, store):
     return make
 
 
-def hidden_inputs(batch) -> dict:
-    left_out = ("labels", "row_keys")
-    return {name: value for name, value in vars(batch).items() if name not in left_out}
-
-
 def turn_dropout_off(model, monkeypatch) -> None:
     for module in model.modules():
         if isinstance(module, RowDropout):
@@ -69,7 +65,7 @@ def turn_dropout_off(model, monkeypatch) -> None:
 @torch.no_grad()
 def all_logits(model, batch) -> torch.Tensor:
     """(rows, length, vocabulary)"""
-    return model.language_model.lm_head(model.hidden_states(**hidden_inputs(batch)))
+    return model.language_model.lm_head(model.hidden_states(batch))
 
 
 def by_segment(batch, values: torch.Tensor) -> list[torch.Tensor]:
@@ -84,19 +80,10 @@ def by_segment(batch, values: torch.Tensor) -> list[torch.Tensor]:
 # -- packing --------------------------------------------------------------------------------------
 
 
-def test_segment_mask_of_a_row_written_by_hand():
-    mask = segment_mask(torch.tensor([[1, 1, 2, 2, 0]]))
-    assert mask.int().tolist() == [
-        [
-            [
-                [1, 0, 0, 0, 0],
-                [1, 1, 0, 0, 0],
-                [0, 0, 1, 0, 0],
-                [0, 0, 1, 1, 0],
-                [0, 0, 0, 0, 1],
-            ]
-        ]
-    ]
+def test_segment_lengths_of_rows_written_by_hand():
+    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 0]])) == [2, 2, 1]
+    # one row ends and the next one begins with a conversation of the same number
+    assert segment_lengths(torch.tensor([[1, 1], [1, 0]])) == [2, 1, 1]
 
 
 def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batch_of):
@@ -110,53 +97,52 @@ def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batc
 
 def test_loss_of_a_packed_batch_is_the_sum_of_its_conversations(model, samples, batch_of):
     with torch.no_grad():
-        total, count = model(**vars(batch_of([samples[:5], samples[5:]])))
-        alone = [model(**vars(batch_of([[sample]]))) for sample in samples]
+        total, count = model(batch_of([samples[:5], samples[5:]]))
+        alone = [model(batch_of([[sample]])) for sample in samples]
     assert count == sum(n for _, n in alone) == sum(sum(s.supervised) for s in samples)
     assert total.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_on_a_cpu_computes_what_transformers_layers_do(
-    model, samples, batch_of, checkpointing, monkeypatch
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_by_the_fast_operations_is_one_by_the_plain_ones(
+    model, samples, batch_of, recompute, monkeypatch
 ):
-    """In training: attention by conversation, layers of one node, the head in chunks."""
-    batch = vars(batch_of([samples[:5], samples[5:]]))
+    batch = batch_of([samples[:5], samples[5:]])
     turn_dropout_off(model, monkeypatch)
-    found = {}
-    for mode in ("eval", "train"):
-        model.train(mode == "train")
-        if checkpointing and model.training:
-            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        loss, _ = model(**batch)
+    model.train()
+    monkeypatch.setattr(model.language_model.model, "recompute_activations", recompute)
+    results = {}
+    for target in (ops.cpu, ops.plain):
+        monkeypatch.setattr(ops, "choose", lambda *_, target=target: (target, ""))
+        loss, _ = model(batch)
         loss.backward()
-        found[mode] = loss.item(), {n: p.grad.clone() for n, p in model.trainable()}
+        results[target] = loss.item(), {n: p.grad.clone() for n, p in model.trainable()}
         model.zero_grad(set_to_none=True)
-    model.language_model.gradient_checkpointing_disable()
-    assert found["train"][0] == pytest.approx(found["eval"][0], rel=1e-6)
-    assert len(found["train"][1]) == 36
-    for name, gradient in found["train"][1].items():
-        expected = found["eval"][1][name]
+    (fast_loss, fast), (plain_loss, plain) = results.values()
+    assert fast_loss == pytest.approx(plain_loss, rel=1e-6)
+    assert len(fast) == 36
+    for name, gradient in fast.items():
+        expected = plain[name]
         largest = expected.abs().max().item()
         assert largest > 0
         torch.testing.assert_close(gradient, expected, atol=1e-5 * largest, rtol=1e-5, msg=name)
 
 
 def test_the_head_in_chunks_gives_the_loss_and_gradient_of_cross_entropy(monkeypatch):
-    monkeypatch.setattr("kernels.head.CHUNK_LOGITS", 50 * 7)  # 7 tokens at a time
+    monkeypatch.setattr("ops.head.CHUNK_LOGITS", 50 * 7)  # 7 tokens at a time
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(50, 8, generator=generator)
     targets = torch.randint(0, 50, (45,), generator=generator)
     mine = torch.randn(45, 8, generator=generator).requires_grad_()
     other = mine.detach().clone().requires_grad_()
-    loss = SummedCrossEntropy.apply(mine, weight, targets)
+    loss = summed_cross_entropy(mine, weight, targets)
     expected = torch.nn.functional.cross_entropy(other @ weight.T, targets, reduction="sum")
     (loss / 3).backward()
     (expected / 3).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(mine.grad, other.grad, atol=1e-6, rtol=1e-5)
     empty = torch.zeros(0, 8, requires_grad=True)
-    SummedCrossEntropy.apply(empty, weight, targets[:0]).backward()
+    summed_cross_entropy(empty, weight, targets[:0]).backward()
     assert empty.grad.shape == (0, 8)
 
 
@@ -186,7 +172,7 @@ def test_the_picture_alone_changes_the_logits(model, samples, batch_of):
 def test_supervised_logits_stand_only_where_a_token_is_trained_on(model, samples, batch_of):
     batch = batch_of([samples[:5], samples[5:]])
     with torch.no_grad():
-        logits, targets = model.supervised_logits(**vars(batch))
+        logits, targets = model.supervised_logits(batch)
     wanted = [
         token
         for sample in samples
@@ -210,7 +196,7 @@ def test_loss_is_cross_entropy_written_out(model, samples, batch_of):
         if trained
     )
     with torch.no_grad():
-        loss, _ = model(**vars(batch))
+        loss, _ = model(batch)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -219,11 +205,11 @@ def test_wrong_number_of_pictures_names_both_numbers(model, samples, batch_of, p
     tokens = parts.chat_format.tokens_per_image
     short = dataclasses.replace(batch, image_features=batch.image_features[:1])
     with pytest.raises(PhiSightError, match=rf"\b{2 * tokens}\b.*\b{tokens}\b"):
-        model(**vars(short))
+        model(short)
     no_slots = batch_of([[samples[-2]]])
     extra = dataclasses.replace(no_slots, image_features=batch.image_features)
     with pytest.raises(PhiSightError, match=rf"\b0\b.*\b{2 * tokens}\b"):
-        model(**vars(extra))
+        model(extra)
 
 
 # -- gradients ------------------------------------------------------------------------------------
@@ -265,7 +251,7 @@ def test_gradient_does_not_depend_on_how_the_window_is_cut(model, samples, batch
 
 
 def test_every_trained_tensor_gets_a_gradient_and_the_base_none(model, samples, batch_of):
-    model(**vars(batch_of([samples])))[0].backward()
+    model(batch_of([samples]))[0].backward()
     owners = model.owners()
     for name, parameter in owners["lora"] + owners["projector"]:
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -275,7 +261,7 @@ def test_every_trained_tensor_gets_a_gradient_and_the_base_none(model, samples, 
 
 def test_a_fresh_adapter_gets_its_gradient_through_b(tiny_config, samples, batch_of):
     model = assemble(tiny_config).model
-    model(**vars(batch_of([samples])))[0].backward()
+    model(batch_of([samples]))[0].backward()
     for name, parameter in model.owners()["lora"]:
         reached = bool(parameter.grad.abs().max() > 0)
         assert reached == name.endswith("lora_B"), name  # B is zero, so nothing comes through to A
@@ -295,7 +281,7 @@ def test_every_parameter_has_exactly_one_owner(model):
     assert {owner_of(name) for name in trained} == {"lora", "projector"}
 
 
-def test_gradient_checkpointing_changes_no_gradient(model, samples, batch_of):
+def test_gradient_checkpointing_changes_no_gradient(model, samples, batch_of, monkeypatch):
     batch = batch_of([samples[:4], samples[4:]])
     model.train()  # checkpointing works in training mode only, and then dropout is on too
 
@@ -304,12 +290,14 @@ def test_gradient_checkpointing_changes_no_gradient(model, samples, batch_of):
         return gradients_of(model, [batch])
 
     kept = gradients()
-    model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    try:
-        assert model.language_model.model.layers[0].gradient_checkpointing
+    forwards = []
+    hook = model.language_model.model.layers[0].register_forward_pre_hook(
+        lambda *_: forwards.append(1)
+    )
+    monkeypatch.setattr(model.language_model.model, "recompute_activations", True)
+    with hook:
         recomputed = gradients()
-    finally:
-        model.language_model.gradient_checkpointing_disable()
+    assert len(forwards) == 2
     for name, expected in kept.items():
         assert torch.equal(recomputed[name], expected), name
 
@@ -400,13 +388,14 @@ def test_logits_are_those_of_llava(unquantised, parts, world, tiny_config, adapt
 
     expected = llava(input_ids=batch.input_ids, pixel_values=pixels).logits
     embeddings = unquantised.embed(batch.input_ids, batch.image_features)
-    without_mask = unquantised.language_model(inputs_embeds=embeddings).logits
+    positions = torch.arange(embeddings.shape[1])[None]
+    hidden = unquantised.language_model.model(embeddings, positions, [embeddings.shape[1]])
+    as_one = unquantised.language_model.lm_head(hidden)
     if adapter == "fresh":  # nothing is added to the base, so bit for bit
-        assert torch.equal(without_mask, expected)
-    # An explicit mask, as packed rows have, takes another attention kernel, and a merged adapter
-    # other sums; logits reach some tens, and float32 rounds by their size.
+        assert torch.equal(as_one, expected)
+    # A merged adapter takes other sums; logits reach some tens, and float32 rounds by their size.
     rounding = 1e-5 * max(1.0, expected.abs().max().item())
-    for ours in (without_mask, all_logits(unquantised, batch)):
+    for ours in (as_one, all_logits(unquantised, batch)):
         torch.testing.assert_close(ours, expected, rtol=0, atol=rounding)
     swapped = llava(input_ids=batch.input_ids, pixel_values=pixels.flip(0)).logits
     assert (swapped - expected).abs().max() > 1e-2  # so the order of the pictures was compared too
@@ -420,5 +409,5 @@ def test_a_pooled_picture_takes_one_token(tiny_config, world):
     sample = conversation(pooled, [name])
     assert sample.input_ids.count(pooled.chat_format.image_id) == 1
     batch = collate([[sample]], features.__getitem__, 0, pooled.vision.shape)
-    loss, count = pooled.model(**vars(batch))
+    loss, count = pooled.model(batch)
     assert loss.isfinite() and count == sum(sample.supervised)

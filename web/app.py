@@ -1,4 +1,4 @@
-"""The whole page, and what mounts it into an ASGI application."""
+"""The page with its tabs, and what mounts it into an ASGI application."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from api.page_guard import Guard
 from assistant.assistant import Assistant
-from web.examples import drawn_examples
+from speech.voice import Voice
+from speech.whisper import Speech
+
+if TYPE_CHECKING:  # Gradio is imported after what it reads at that moment has been set
+    from fastapi import FastAPI
+    from gradio import Blocks
 
 MAX_UPLOAD = 20 * 1024 * 1024  # bytes of one file
 UPLOADS_KEPT = (3600, 24 * 3600)  # looked through every so many seconds; removed at that age
@@ -24,57 +30,56 @@ def build_app(
     *,
     conversations: str | Path = "cache/conversations",
     runs: str | Path = "runs",
-    speech: Callable[[], Any] | None = None,
-    voice: Callable[[str], Any] | None = None,
-) -> Any:
-    """The page, a `gradio.Blocks` to be mounted by `mount`.
+    speech: Callable[[], Speech] | None = None,
+    voice: Callable[[str], Voice] | None = None,
+) -> Blocks:
+    """The page, to be mounted by `mount`.
 
     Args: `conversations`: folder of the saved conversations; `runs`: folder whose runs the training
-    tab shows; `speech`, and `voice` with a language: load a speech/whisper.py Speech and a
-    speech/voice.py Voice when they are first needed, or None.
+    tab shows; `speech`, and `voice` with a language: give a model, loaded when it is first needed
+    (`loaded_once`, `voices_loaded_once`), or None.
     """
     _prepare_gradio()
     import gradio as gr
 
     from web.batch_page import BatchPage
-    from web.chat_page import ChatPage, Example
-    from web.conversations import prepare_root
+    from web.chat_page import ChatPage
+    from web.chat_view import ChatView
+    from web.conversation_store import prepare_root
+    from web.examples import draw_examples
     from web.page import Translated
     from web.talk import Talk
     from web.training_page import TrainingPage
 
     translated = Translated()
-    talk = Talk(assistant, prepare_root(conversations), speech, voice)
-    examples = [
-        Example(question, (path,))
-        for question, path, _ in drawn_examples(_temporary_folder("examples"))
-    ]
-    chat = ChatPage(talk, examples, translated)
-    batch = BatchPage(assistant, chat, translated)
+    examples = draw_examples(_temporary_folder("examples"))
+    view = ChatView(prepare_root(conversations), examples, translated)
+    chat = ChatPage(Talk(assistant, speech, voice), view)
+    batch = BatchPage(assistant, translated)
     with gr.Blocks(
         title="PhiSight", analytics_enabled=False, delete_cache=UPLOADS_KEPT, fill_width=True
     ) as blocks:
         with gr.Sidebar(width=300, open=False) as sidebar:
             gr.Markdown("# PhiSight", elem_id="brand")
             translated(gr.Markdown(elem_id="tagline"), value="tagline")
-            chat.build_sidebar()
-        training = TrainingPage(runs, translated, chat.session)
+            view.build_sidebar()
+        training = TrainingPage(runs, translated, view.session)
         with gr.Tabs(elem_id="tabs"):
             with translated(gr.Tab(id="chat"), label="chat"):
-                chat.build_main()
+                view.build_main()
             with translated(gr.Tab(id="batch"), label="batch"):
                 batch.build()
             with translated(gr.Tab(id="training"), label="training") as tab:
                 training.build()
         chat.connect(blocks, sidebar)
-        batch.connect()
+        batch.connect(view.session, view.settings)
         training.connect(tab, blocks)
     blocks.queue(max_size=256, api_open=False)
     return blocks
 
 
-def mount(app: Any, blocks: Any, path: str = "/") -> Any:
-    """Mount the page into a `FastAPI` application, with what keeps it to itself; returns that.
+def mount(app: FastAPI, blocks: Blocks, path: str = "/") -> FastAPI:
+    """Mount the page into an application, behind its guard; returns the application.
 
     Nothing outside the upload folder can be read back: Gradio checks the paths that a browser names
     only in an app that it has launched itself, so this one is marked as launched.
@@ -108,6 +113,28 @@ def mount(app: Any, blocks: Any, path: str = "/") -> Any:
     return app
 
 
+def web_application(page: Blocks) -> FastAPI:
+    """What `build_app` has built, as an ASGI application of its own."""
+    from fastapi import FastAPI
+
+    return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page)
+
+
+def voices_loaded_once(name: str) -> Callable[[str], Voice] | None:
+    """What gives the voice called `name` for a language, loaded when it is first needed, from any
+    thread; None for an empty name."""
+    loaded: dict[str, Voice] = {}
+    lock = threading.Lock()
+
+    def load(language: str) -> Voice:
+        with lock:
+            if language not in loaded:
+                loaded[language] = Voice.load(name, language)
+            return loaded[language]
+
+    return load if name else None
+
+
 def _prepare_gradio() -> None:
     """Set what Gradio reads when it is imported: no look-ups, and a folder of its own for uploads,
     which goes when the program ends."""
@@ -121,23 +148,3 @@ def _temporary_folder(name: str) -> str:
     folder = tempfile.mkdtemp(prefix=f"phisight-{name}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def load_voice(name: str) -> Callable[[str], Any] | None:
-    """What loads the voice called `name` for a language, or None for none."""
-
-    def load(language: str) -> Any:
-        from speech.voice import Voice
-
-        return Voice.load(name, language)
-
-    return load if name else None
-
-
-def whole_app(assistant: Assistant, **settings: Any) -> Any:
-    """The page as an ASGI application of its own; `settings` are those of `build_app`."""
-    from fastapi import FastAPI
-
-    return mount(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), build_app(assistant, **settings)
-    )

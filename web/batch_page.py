@@ -10,28 +10,35 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import gradio as gr
 
+from assistant.assistant import Assistant, Reply
 from data.dataset import Message, Part
 from errors import PhiSightError
 from web import texts
-from web.chat_page import ChatPage, Session, settings_of
-from web.conversations import clean_text
-from web.page import Translated, told
-from web.talk import Assistant, Settings, Unready, read_upload
+from web.conversation import clean_text
+from web.errors import RequestError
+from web.page import QUEUED, Translated, Updates, errors_shown, window_of
+from web.session import Session
+from web.settings import Settings, settings_from
+from web.settings_panel import SettingsPanel
+from web.uploads import read_picture
 
-MOST = 500
-AT_ONCE = 8  # so many wait for the engine, which computes them together
+MAX_PICTURES = 500
+AT_ONCE = 8  # questions that wait for the engine, which computes them together
+REFRESH_SECONDS = 0.2
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 
 class BatchPage:
     """Builds the tab inside the open `gr.Blocks` and answers its events."""
 
-    def __init__(self, assistant: Assistant, chat: ChatPage, translated: Translated) -> None:
-        self.assistant, self.chat, self.translated = assistant, chat, translated
-        self._stops: dict[str, threading.Event] = {}
+    def __init__(self, assistant: Assistant, translated: Translated) -> None:
+        self.assistant, self.translated = assistant, translated
+        # By window, as long as its batch runs.
+        self._stops: WeakValueDictionary[str, threading.Event] = WeakValueDictionary()
 
     def build(self) -> None:
         t = self.translated
@@ -73,15 +80,13 @@ class BatchPage:
                     gr.DownloadButton(visible=False, elem_id="batch-download"), label="download_csv"
                 )
 
-    def connect(self) -> None:
+    def connect(self, session: gr.State, settings: SettingsPanel) -> None:
         shown = [self.table, self.note, self.download]
         self.run.click(
             self.on_run,
-            [self.chat.session, self.files, self.question, *self.chat.settings],
+            [session, self.files, self.question, *settings.components],
             shown,
-            concurrency_limit=None,
-            show_progress="hidden",
-            api_visibility="private",
+            **QUEUED,
         )
         self.stop.click(self.on_stop, None, None, queue=False, api_visibility="private")
 
@@ -92,22 +97,22 @@ class BatchPage:
         files: list[str] | None,
         question: str,
         *values: Any,
-    ) -> Iterator[dict[Any, Any]]:
+    ) -> Iterator[Updates]:
         language = session.language
-        with told(language):
+        with errors_shown(language):
             question = clean_text(question or "").strip()
             if not files or not question:
-                raise Unready("batch_needs")
-            if len(files) > MOST:
-                raise PhiSightError(texts.text("batch_too_many", language, most=MOST))
-            settings = settings_of(session, values)
+                raise RequestError("batch_needs")
+            if len(files) > MAX_PICTURES:
+                raise PhiSightError(texts.text("batch_too_many", language, most=MAX_PICTURES))
+            settings = settings_from(values)
             rows = [[Path(path).name, ""] for path in files]
-            stop = self._stops[request.session_hash] = threading.Event()
+            stop = self._stops[window_of(request)] = threading.Event()
             yield self._shown(rows, 0, language)
             done, last = 0, time.perf_counter()
             for index, answer in answers(self.assistant, files, question, settings, stop):
                 rows[index][1], done = answer, done + 1
-                if time.perf_counter() - last > 0.2:
+                if time.perf_counter() - last > REFRESH_SECONDS:
                     yield self._shown(rows, done, language)
                     last = time.perf_counter()
             yield {
@@ -116,11 +121,11 @@ class BatchPage:
             }
 
     def on_stop(self, request: gr.Request) -> None:
-        stop = self._stops.pop(request.session_hash, None)
+        stop = self._stops.get(window_of(request))
         if stop is not None:
             stop.set()
 
-    def _shown(self, rows: list[list[str]], done: int, language: str) -> dict[Any, Any]:
+    def _shown(self, rows: list[list[str]], done: int, language: str) -> Updates:
         return {
             self.table: gr.update(value=[list(row) for row in rows], headers=header(language)),
             self.note: texts.text("batch_done", language, done=done, total=len(rows)),
@@ -140,8 +145,8 @@ def answers(
     stop: threading.Event,
 ) -> Iterator[tuple[int, str]]:
     """(index, answer) of every picture as it is ready, in no order. A picture that cannot be used
-    gets its error as its answer; after `stop` nothing more comes."""
-    replies: list[Any] = []
+    gets its error as its answer; after `stop` is set nothing more comes."""
+    replies: list[Reply] = []
 
     def ask(index: int) -> tuple[int, str]:
         if stop.is_set():
@@ -154,7 +159,7 @@ def answers(
                 settings.max_new_tokens,
                 settings.sampling,
                 settings.seed,
-                pictures={path.name: read_upload(path)},
+                pictures={path.name: read_picture(path)},
             )
             replies.append(reply)
             return index, "".join(reply).strip()
@@ -174,7 +179,8 @@ def answers(
 
 
 def write_csv(rows: Sequence[Sequence[str]], language: str) -> str:
-    """The path of a CSV that spreadsheets open as text: UTF-8 with its mark, no cell a formula."""
+    """The path of a CSV that spreadsheets open as text: UTF-8 with a byte order mark, and no
+    cell a formula."""
     with tempfile.NamedTemporaryFile(
         "w", prefix="answers-", suffix=".csv", delete=False, encoding="utf-8-sig", newline=""
     ) as file:

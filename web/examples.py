@@ -4,6 +4,7 @@ needed, so that they are there where no data has been."""
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.world import DETAIL, draw, make_scene, questions_of
@@ -12,8 +13,16 @@ from data.world import DETAIL, draw, make_scene, questions_of
 CHOSEN = ((5, "colour"), (11, "position"), (4, "count"), (0, DETAIL))
 
 
-def drawn_examples(folder: str | Path) -> list[tuple[str, str, str]]:
-    """Draw the pictures into `folder`; returns (question, path, right answer) of each."""
+@dataclass(frozen=True)
+class Example:
+    """A question about a picture that lies on the disk."""
+
+    question: str
+    picture: str
+
+
+def draw_examples(folder: str | Path) -> list[Example]:
+    """Draw the pictures into `folder`; returns the examples about them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
@@ -23,5 +32,5 @@ def drawn_examples(folder: str | Path) -> list[tuple[str, str, str]]:
         path = folder / f"example_{number:02d}.png"
         draw(scene).save(path)
         question = next(q for q in questions_of(scene, path.name, rng) if q["kind"] == kind)
-        examples.append((question["text"], str(path), question["label"]))
+        examples.append(Example(question["text"], str(path)))
     return examples

@@ -1,4 +1,5 @@
-"""What the tabs of the web app share: who is asking, in which language, and errors as one line."""
+"""What the tabs of the web app share: how events are attached, texts in the reader's language, and
+errors as one line."""
 
 from __future__ import annotations
 
@@ -6,87 +7,78 @@ import html
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
 import gradio as gr
+from gradio.blocks import Block
 
 from errors import PhiSightError
 from web import texts
-from web.conversations import ID, KEY
-from web.talk import Unready
+from web.errors import RequestError
+
+Updates: TypeAlias = dict[Block, Any]
+"""What an event changes: components, each with its new value or a `gr.update`."""
+
+AnyBlock = TypeVar("AnyBlock", bound=Block)
+Text = str | Callable[[str], str | list[str] | list[tuple[str, str]]]
+"""What a field of a component shows: a key of web/texts.py, or a function of the language."""
 
 
-@dataclass(frozen=True)
-class Browser:
-    """What a browser remembers: its key, the conversation that is open, the interface language."""
+class EventOptions(TypedDict):
+    """Keywords of Gradio's event listeners."""
 
-    key: str | None = None
-    open: str | None = None
-    language: str | None = None
+    concurrency_limit: None
+    show_progress: Literal["hidden"]
+    api_visibility: Literal["private"]
 
-    @classmethod
-    def from_storage(cls, value: object) -> Browser:
-        """From local storage, which anybody may have written: what is not sound is forgotten."""
-        found = value if isinstance(value, dict) else {}
 
-        def sound(name: str, good: Callable[[str], object]) -> str | None:
-            given = found.get(name)
-            return given if isinstance(given, str) and good(given) else None
+QUEUED: EventOptions = {
+    "concurrency_limit": None,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
 
-        return cls(
-            sound("key", KEY.match),
-            sound("open", ID.match),
-            sound("language", texts.LANGUAGES.__contains__),
-        )
 
-    def to_storage(self) -> dict[str, str | None]:
-        return {"key": self.key, "open": self.open, "language": self.language}
+def window_of(request: gr.Request) -> str:
+    """Names the window that an event came from, as long as it is open."""
+    return request.session_hash or ""
 
 
 @dataclass
 class Translated:
     """Components and which of their fields show which text; `updates` gives them in a language."""
 
-    rows: list[tuple[Any, dict[str, Callable[[str], Any]]]] = field(default_factory=list)
+    rows: list[tuple[Block, dict[str, Text]]] = field(default_factory=list)
 
-    def __call__(self, component: Any, **fields: str | Callable[[str], Any]) -> Any:
-        """Register `component`: each field is a key of the table, or a function of the language."""
-        self.rows.append(
-            (
-                component,
-                {
-                    name: value
-                    if callable(value)
-                    else (lambda language, key=value: texts.text(key, language))
-                    for name, value in fields.items()
-                },
-            )
-        )
+    def __call__(self, component: AnyBlock, **fields: Text) -> AnyBlock:
+        """Register `component`, and return it."""
+        self.rows.append((component, fields))
         return component
 
     @property
-    def components(self) -> list[Any]:
+    def components(self) -> list[Block]:
         return [component for component, _ in self.rows]
 
-    def updates(self, language: str) -> list[Any]:
+    def updates(self, language: str) -> list[dict[str, Any]]:
         """One update for each of `components`."""
         return [
-            gr.update(**{name: make(language) for name, make in fields.items()})
+            gr.update(**{name: in_language(text, language) for name, text in fields.items()})
             for _, fields in self.rows
         ]
 
 
+def in_language(text: Text, language: str) -> Any:
+    """The value that a field of a component gets: a text, or what its function returns."""
+    return text(language) if callable(text) else texts.text(text, language)
+
+
 @contextmanager
-def told(language: str) -> Iterator[None]:
+def errors_shown(language: str) -> Iterator[None]:
     """A PhiSightError inside becomes one line that the page shows; nothing else is caught."""
     try:
         yield
-    except Unready as error:
+    except RequestError as error:
         gr.Info(texts.text(str(error), language), title="")
     except PhiSightError as error:
-        warn(error)
-
-
-def warn(error: PhiSightError) -> None:
-    """Show one line. Gradio takes it for HTML, and names of files are strangers' words."""
-    gr.Warning(html.escape(" ".join(str(error).split())), title="")
+        # Gradio takes the line for HTML, and a file's name in it is untrusted.
+        gr.Warning(html.escape(" ".join(str(error).split())), title="")

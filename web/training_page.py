@@ -11,23 +11,28 @@ from typing import Any
 import gradio as gr
 import pandas
 
+from checkpoints import METRICS
 from errors import PhiSightError
 from evaluation.meter import CONDITIONS
 from reports.curves import points
 from reports.log import read_metrics
 from web import texts
-from web.chat_page import Session
-from web.page import Translated
+from web.page import QUEUED, Translated, Updates
+from web.session import Session
 
-LOG = "metrics.jsonl"
 REFRESH_SECONDS = 3
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito's palette
 
+Series = dict[str, list[tuple[float, float]]]
+"""(step, value) points by the name of their curve."""
+Drawn = tuple[str, str, int, int, tuple[str, ...]]
+"""What plots were drawn from: run, language, the log's size and time, the names of all runs."""
 
-def runs_in(folder: str | Path) -> list[str]:
+
+def run_names(folder: Path) -> list[str]:
     """The names of the runs below a folder, the last one that wrote first."""
     try:
-        logs = [(path.stat().st_mtime, path.parent.name) for path in Path(folder).glob(f"*/{LOG}")]
+        logs = [(path.stat().st_mtime, path.parent.name) for path in folder.glob(f"*/{METRICS}")]
     except OSError:  # a run that was removed at this moment
         return []
     return [name for _, name in sorted(logs, reverse=True)]
@@ -35,32 +40,32 @@ def runs_in(folder: str | Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Curves:
-    """What one log shows: (step, value) points by series, in the order of the plots."""
+    """What one log shows, in the order of the plots."""
 
-    loss: dict[str, list[tuple[float, float]]]
-    alignment: dict[str, list[tuple[float, float]]]
-    learning_rate: dict[str, list[tuple[float, float]]]
-    gradient_norm: dict[str, list[tuple[float, float]]]
+    loss: Series
+    alignment: Series
+    learning_rate: Series
+    gradient_norm: Series
 
     @classmethod
-    def of(cls, records: Sequence[Mapping[str, Any]], language: str) -> Curves:
+    def from_records(cls, records: Sequence[Mapping[str, Any]], language: str) -> Curves:
         train = [record for record in records if record.get("kind") == "train"]
         evaluations = [record for record in records if record.get("kind") == "evaluation"]
         norms = [record.get("gradient_norms") for record in train]
         owners = dict.fromkeys(owner for norm in norms if isinstance(norm, dict) for owner in norm)
 
-        def say(key: str) -> str:
+        def label(key: str) -> str:
             return texts.text(key, language)
 
         return cls(
             {
-                say("trained"): points(train, "loss"),
-                say("validated"): points(evaluations, "validation_loss"),
+                label("trained"): points(train, "loss"),
+                label("validated"): points(evaluations, "validation_loss"),
             },
-            {say(name): points(evaluations, "alignment", name) for name in CONDITIONS},
-            {say("learning_rate"): points(train, "lr")},
+            {label(name): points(evaluations, "alignment", name) for name in CONDITIONS},
+            {label("learning_rate"): points(train, "lr")},
             {str(owner): points(train, "gradient_norms", owner) for owner in owners}
-            or {say("gradient_norm"): points(train, "gradient_norm")},
+            or {label("gradient_norm"): points(train, "gradient_norm")},
         )
 
 
@@ -73,7 +78,7 @@ class TrainingPage:
     def build(self) -> None:
         t = self.translated
         t(gr.Markdown(), value="training_intro")
-        names = runs_in(self.folder)
+        names = run_names(self.folder)
         self.run = t(
             gr.Dropdown(names, value=names[0] if names else None, elem_id="run"), label="run"
         )
@@ -101,52 +106,45 @@ class TrainingPage:
                         )
                     )
         self.timer = gr.Timer(REFRESH_SECONDS)
-        self.shown = gr.State(None)  # what the plots were drawn from
+        self.drawn = gr.State(None)  # what the plots were drawn from
 
     def connect(self, tab: gr.Tab, blocks: gr.Blocks) -> None:
-        inputs = [self.session, self.run, self.shown]
-        outputs = [self.run, self.meter, self.shown, *self.plots]
+        inputs = [self.session, self.run, self.drawn]
+        outputs = [self.run, self.meter, self.drawn, *self.plots]
         for event in (self.timer.tick, self.run.input, tab.select):
-            event(
-                self.on_look,
-                inputs,
-                outputs,
-                concurrency_limit=None,
-                show_progress="hidden",
-                api_visibility="private",
-            )
+            event(self.on_look, inputs, outputs, **QUEUED)
 
-    def on_look(self, session: Session | None, name: str | None, shown: object) -> dict[Any, Any]:
+    def on_look(self, session: Session | None, name: str | None, drawn: Drawn | None) -> Updates:
         """Read the log again; draw only if it, the run or the language has changed."""
-        names = runs_in(self.folder)
+        names = run_names(self.folder)
         language = session.language if session else texts.DEFAULT
         name = name if name in names else (names[0] if names else None)
         if name is None:
-            return {self.meter: message(texts.text("no_runs", language))}
-        path = self.folder / name / LOG
+            return {self.meter: message_html(texts.text("no_runs", language))}
+        path = self.folder / name / METRICS
         try:
             status = path.stat()
-            now = (name, language, status.st_size, status.st_mtime_ns, tuple(names))
-            if now == shown:
-                return {self.shown: shown}
+            now: Drawn = (name, language, status.st_size, status.st_mtime_ns, tuple(names))
+            if now == drawn:
+                return {self.drawn: drawn}
             records = read_metrics(path)
         except OSError as error:
-            return {self.meter: message(f"{path}: {error.strerror}")}
+            return {self.meter: message_html(f"{path}: {error.strerror}")}
         except PhiSightError as error:
-            return {self.meter: message(str(error)), self.shown: None}
-        curves = Curves.of(records, language)
+            return {self.meter: message_html(str(error)), self.drawn: None}
+        curves = Curves.from_records(records, language)
         return {
             self.run: gr.update(choices=names, value=name),
-            self.shown: now,
-            self.meter: meter(records, curves, language),
+            self.drawn: now,
+            self.meter: meter_html(records, curves, language),
             **dict(
                 zip(
                     self.plots,
                     (
                         _plot(curves.loss),
-                        _plot(curves.alignment, [0, 100]),
-                        _plot(curves.learning_rate, [0, None]),
-                        _plot(curves.gradient_norm, [0, None]),
+                        _plot(curves.alignment, (0, 100)),
+                        _plot(curves.learning_rate, (0, None)),
+                        _plot(curves.gradient_norm, (0, None)),
                     ),
                     strict=True,
                 )
@@ -154,26 +152,29 @@ class TrainingPage:
         }
 
 
-def _plot(series: Mapping[str, Sequence[tuple[float, float]]], limits: list | None = None) -> Any:
+def _plot(
+    series: Series, limits: tuple[float | None, float | None] = (None, None)
+) -> dict[str, Any]:
+    """The update of a plot; `limits` are those of its vertical axis."""
     rows = [(step, value, name) for name, line in series.items() for step, value in line]
     return gr.update(
         value=pandas.DataFrame(rows, columns=["step", "value", "series"]),
         color_map={name: COLOURS[i % len(COLOURS)] for i, name in enumerate(series)},
-        y_lim=limits or [None, None],
+        y_lim=list(limits),
     )
 
 
 # -- the meter -------------------------------------------------------------------------------------
 
 
-def message(line: str) -> str:
+def message_html(line: str) -> str:
     return f'<p class="message">{html.escape(" ".join(line.split()))}</p>'
 
 
-def meter(records: Sequence[Mapping[str, Any]], curves: Curves, language: str) -> str:
+def meter_html(records: Sequence[Mapping[str, Any]], curves: Curves, language: str) -> str:
     """The newest figures as HTML: step, losses, and the three bars of the alignment meter."""
     if not records:
-        return message(texts.text("no_records", language))
+        return message_html(texts.text("no_records", language))
     last = records[-1].get("step")
     figures = [(texts.text("step", language), f"{last:,}" if isinstance(last, int) else "?")]
     loss = texts.text("loss", language)
@@ -183,10 +184,10 @@ def meter(records: Sequence[Mapping[str, Any]], curves: Curves, language: str) -
     cards = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>" for name, value in figures
     )
-    return f'<dl class="figures">{cards}</dl>{_bars(curves, language)}'
+    return f'<dl class="figures">{cards}</dl>{_bars_html(curves, language)}'
 
 
-def _bars(curves: Curves, language: str) -> str:
+def _bars_html(curves: Curves, language: str) -> str:
     values = {name: line[-1][1] for name, line in curves.alignment.items() if line}
     if not values:
         return ""

@@ -1,1 +1,0 @@
-"""Fast operations for training: one file a target."""

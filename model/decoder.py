@@ -1,0 +1,252 @@
+"""The language model, whole: a decoder-only transformer (arXiv:1706.03762) as Phi-3 has it.
+
+    embedding -> layers of (norm, attention, norm, gated MLP) -> norm -> head
+
+Parameters have the names of the hub's files, so that checkpoints and exports need no translation.
+Rows hold several conversations end to end (packed); attention and rotary positions are by
+conversation. With `caches` the tokens go on from those whose keys and values are known. What is
+computed by more than one formula for speed lies in `ops`; transformers is the reference in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora.layer import LoRALinear
+from model.cache import KeyValues
+from ops import operations_for
+from ops.plain import causal_attention
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions (arXiv:2104.09864): which dims turn, and how fast."""
+
+    theta: float
+    dims: int
+    """of each head that turn; the rest stay (partial rotary)"""
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    """LongRoPE (arXiv:2402.13753): what the wavelengths are multiplied by, a factor for two dims;
+    the long ones in conversations of more than `crossing` tokens"""
+    crossing: int | None = None
+    scaling: float = 1.0
+    """of cosines and sines"""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes and options of a decoder, by their names in the hub's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    sliding_window: int | None
+    """how many tokens a token sees, itself among them; None for all before it"""
+    rope: Rope
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens belong together: what every layer needs to know beside the states."""
+
+    lengths: Sequence[int]
+    """new tokens of each conversation and stretch of padding, in the order of the flattened rows"""
+    cosines: Tensor
+    sines: Tensor
+    """(tokens of all rows, half of the rotary dims)"""
+    caches: Sequence[KeyValues] | None
+    """of each conversation: tokens attend to these too, and are added to them"""
+    row_keys: Sequence[int] | None
+    """a key for each row, which dropout masks are drawn by; see `RowDropout`"""
+
+
+def project(linear: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+    """`linear(x)`; an adapter's dropout draws by the keys of the rows."""
+    if isinstance(linear, LoRALinear):
+        return linear(x, layout.row_keys)
+    return operations_for(x).linear(x, linear)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return operations_for(x).rms_norm(x, self.weight, self.epsilon)
+
+
+class RotaryPositions(nn.Module):
+    """Angles of each token by its position, with LongRoPE chosen by conversation.
+
+    A long neighbour in the row or the batch changes nothing in a short conversation; transformers
+    picks one set of factors for a whole batch, by its largest position.
+    """
+
+    def __init__(self, rope: Rope) -> None:
+        super().__init__()
+        self.scaling = rope.scaling
+        self.crossing = rope.crossing
+        steps = torch.arange(0, rope.dims, 2, dtype=torch.float) / rope.dims
+        factors = [rope.short_factors, rope.long_factors] if rope.crossing else [(1.0,)]
+        frequencies = [1.0 / (torch.tensor(f) * rope.theta**steps) for f in factors]
+        self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
+
+    @torch.no_grad()
+    def forward(
+        self, position_ids: Tensor, lengths: Sequence[int], totals: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """(tokens,) positions -> cosines and sines, (tokens, rotary dims / 2) float32.
+
+        lengths: tokens of each conversation here; totals: with those that came before them.
+        """
+        frequencies = self.frequencies  # (1 or 2, dims / 2)
+        if self.crossing:
+            is_long = torch.tensor([total > self.crossing for total in totals])
+            is_long = is_long.repeat_interleave(torch.tensor(lengths)).to(position_ids.device)
+            frequencies = frequencies[is_long.long()]  # (tokens, dims / 2)
+        angles = position_ids[:, None].float() * frequencies
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245) with fused projections."""
+
+    def __init__(self, config: DecoderConfig, number: int) -> None:
+        super().__init__()
+        self.number, self.window = number, config.sliding_window
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        ops = operations_for(x)
+        qkv = project(self.qkv_proj, x, layout)  # (rows, length, width)
+        qkv = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)  # (tokens, heads, dim)
+        qkv = ops.rotate(qkv, layout.cosines, layout.sines, self.heads + self.kv_heads)
+        if layout.caches is None:
+            query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+            mixed = ops.packed_attention(query, key, value, layout.lengths, self.window)
+        else:
+            mixed = self.attend_to_caches(qkv, layout)
+        mixed = mixed.reshape(*x.shape[:-1], self.heads * self.head_dim)
+        return project(self.o_proj, mixed, layout)
+
+    def attend_to_caches(self, qkv: Tensor, layout: Layout) -> Tensor:
+        """Each conversation's new tokens over its own cache, (tokens, heads, dim)."""
+        mixed = []
+        for cache, new in zip(layout.caches, qkv.split(list(layout.lengths)), strict=True):
+            query, key_value = new[:, : self.heads], new[:, self.heads :]
+            key_value = key_value.unflatten(1, (2, self.kv_heads))  # (new, 2, kv heads, dim)
+            key, value = cache.write(self.number, key_value)
+            mixed.append(causal_attention(query, key, value, self.window))
+        return torch.cat(mixed)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        both = project(self.gate_up_proj, x, layout)  # (rows, length, gate and up)
+        return project(self.down_proj, operations_for(x).gated(both), layout)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, number: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, number)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout)
+        return x + self.mlp(self.post_attention_layernorm(x), layout)
+
+
+class Decoder(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, number) for number in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryPositions(config.rope)
+        self.recompute_activations = False
+        """in the backward of a training, layer by layer (arXiv:1604.06174)"""
+
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        lengths: Sequence[int],
+        caches: Sequence[KeyValues] | None = None,
+        row_keys: Sequence[int] | None = None,
+    ) -> Tensor:
+        """(rows, length, dim) embeddings -> states of the same shape, normalised for the head.
+
+        position_ids: (rows, length); lengths, caches, row_keys: see `Layout`. Tokens that were fed
+        with caches have been added to them afterwards.
+        """
+        caches_or_none = caches or [None] * len(lengths)
+        totals = [n + (c.length if c else 0) for n, c in zip(lengths, caches_or_none, strict=True)]
+        angles = self.rotary(position_ids.flatten(), lengths, totals)
+        cosines, sines = (part.to(x.dtype) for part in angles)
+        layout = Layout(lengths, cosines, sines, caches, row_keys)
+        for cache, length in zip(caches or (), lengths):
+            cache.reserve(length)
+        for layer in self.layers:
+            if self.recompute_activations and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, layout, use_reentrant=False)
+            else:
+                x = layer(x, layout)
+        for cache, length in zip(caches or (), lengths):
+            cache.length += length
+        return self.norm(x)
+
+    def empty_cache(self) -> KeyValues:
+        """For a sequence to be decoded, as `forward` takes it."""
+        config, weight = self.config, self.embed_tokens.weight
+        return KeyValues.empty(
+            config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
+            weight.dtype, weight.device,
+        )  # fmt: skip
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its head: (…, dim) states -> (…, vocabulary) logits by `lm_head`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head the embedding, where the two are one; after parameters were replaced."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight

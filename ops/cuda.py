@@ -1,0 +1,38 @@
+"""Operations for CUDA GPUs: packed attention in one kernel; the rest is plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ops.plain import adapted_linear, gated, linear, rms_norm, rotate
+
+__all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", "rotate", "runs_on"]
+
+
+def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the attention kernel takes these: 16 bits, compute capability 8.0 or newer."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], window: int | None = None
+) -> Tensor:
+    """As `ops.plain.packed_attention`, all conversations in one call. Its backward is deterministic
+    where `torch.use_deterministic_algorithms` asks for it."""
+    from torch.nn.attention.varlen import varlen_attn  # only where there is a GPU
+
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+    longest = max(lengths)
+    return varlen_attn(
+        query.contiguous(), key.contiguous(), value.contiguous(), ends, ends, longest, longest,
+        window_size=(window - 1 if window else -1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""Saved conversations: one folder a conversation, kept apart by browser, checked when read back.
+
+    ROOT/<digest of the browser's key>/<id>/conversation.json
+                                          /<digest of its bytes>.png
+
+The browser keeps only its key, which nobody else knows; the disk keeps only the key's digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from data.images import decode_image
+from errors import PhiSightError
+from web.conversation import ID, MAX_MESSAGES, PICTURE, SavedConversation, from_json, to_json
+
+KEY = re.compile(r"[0-9a-f]{32}\Z")
+FILE = "conversation.json"
+MAX_BYTES = 8 * 1024 * 1024
+MAX_CONVERSATIONS = 100  # of one browser; the oldest goes when another is begun
+# What browsers show as it is. Anything else that can be decoded is kept as PNG.
+SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif"}
+
+
+def new_key() -> str:
+    """What a browser that has none yet is given."""
+    return secrets.token_hex(16)
+
+
+def prepare_root(root: str | Path) -> Path:
+    """The folder of all conversations, made if it is not there; PhiSightError if nothing can be
+    saved in it."""
+    try:
+        Path(root).mkdir(mode=0o700, parents=True, exist_ok=True)
+        (Path(root) / ".writable").write_bytes(b"")
+    except OSError as error:
+        raise PhiSightError(
+            f"--conversations {root}: {error.strerror or error}; name a folder that can be written"
+        ) from None
+    return Path(root)
+
+
+class ConversationStore:
+    """The saved conversations of one browser."""
+
+    def __init__(self, root: str | Path, key: str) -> None:
+        if not isinstance(key, str) or not KEY.match(key):
+            raise PhiSightError("conversations: the browser's key is damaged; reload the page")
+        self.folder = Path(root) / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+    def titles(self) -> list[tuple[str, str]]:
+        """(id, title) of every conversation, the newest first; an unreadable one has the title "?",
+        so that it can be seen and deleted."""
+        titles = []
+        for id in self._newest_first():
+            try:
+                titles.append((id, self.load(id).title))
+            except PhiSightError:
+                titles.append((id, "?"))
+        return titles
+
+    def load(self, id: str) -> SavedConversation:
+        """Raises PhiSightError for an unknown conversation and for a file that is damaged."""
+        path = self._folder_of(id) / FILE
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise PhiSightError(f"conversation {id}: is too large; delete it")
+            conversation = from_json(path.read_bytes(), f"conversation {id}")
+        except OSError:
+            raise PhiSightError(
+                f"conversation {id}: is not there any more; begin a new one"
+            ) from None
+        if conversation.id != id:
+            raise PhiSightError(f"conversation {id}: holds another one; delete it")
+        return conversation
+
+    def save(self, conversation: SavedConversation) -> None:
+        """Replace the saved conversation by this one; an error leaves the former."""
+        folder = self._folder_of(conversation.id)
+        data = to_json(conversation)
+        if len(data) > MAX_BYTES or len(conversation.messages) > MAX_MESSAGES:
+            raise PhiSightError("conversation: is too long to be saved; begin a new one")
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            partial = folder / f".{FILE}.{secrets.token_hex(4)}"
+            partial.write_bytes(data)
+            os.replace(partial, folder / FILE)
+        except OSError as error:
+            raise self._not_writable(error) from None
+        for id in self._newest_first()[MAX_CONVERSATIONS:]:
+            self.delete(id)
+
+    def delete(self, id: str) -> None:
+        """Remove a conversation and its pictures, if it is there."""
+        shutil.rmtree(self._folder_of(id), ignore_errors=True)
+
+    def keep_picture(self, id: str, data: bytes, name: str) -> str:
+        """Keep the bytes of a picture with conversation `id`; returns the name to call it by.
+
+        `name` stands in the errors. Raises PhiSightError for all that `decode_image` refuses.
+        """
+        picture = decode_image(data, name)
+        suffix = next((s for start, s in SUFFIXES.items() if data.startswith(start)), None)
+        kept = f"{hashlib.sha256(data).hexdigest()}{suffix or '.png'}"
+        path = self._folder_of(id) / kept
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if suffix is None:
+                picture.save(path)
+            else:
+                path.write_bytes(data)
+        except OSError as error:
+            raise self._not_writable(error) from None
+        return kept
+
+    def picture(self, id: str, name: str) -> Path:
+        """Where a kept picture lies."""
+        if not PICTURE.match(name):
+            raise PhiSightError(
+                f"picture {name!r}: is not the name of a kept picture; send it again"
+            )
+        return self._folder_of(id) / name
+
+    def _folder_of(self, id: str) -> Path:
+        if not isinstance(id, str) or not ID.match(id):
+            raise PhiSightError("conversation: its id is damaged; reload the page")
+        return self.folder / id
+
+    def _newest_first(self) -> list[str]:
+        """Ids of the saved conversations."""
+        dated = []
+        try:
+            for path in self.folder.iterdir():
+                if ID.match(path.name) and (path / FILE).is_file():
+                    dated.append(((path / FILE).stat().st_mtime_ns, path.name))
+        except FileNotFoundError:  # nothing saved yet, or deleted in another window
+            pass
+        except OSError as error:
+            raise self._not_writable(error) from None
+        return [id for _, id in sorted(dated, reverse=True)]
+
+    def _not_writable(self, error: OSError) -> PhiSightError:
+        return PhiSightError(
+            f"{self.folder}: {error.strerror or error}; make room or make the folder writable"
+        )
