@@ -56,7 +56,7 @@ _NAME = re.compile(r"checkpoint-(\d{6,})")
 class Tokenizer(Protocol):
     """What a checkpoint needs of a tokenizer."""
 
-    def save_pretrained(self, folder: str) -> Any: ...
+    def save_pretrained(self, folder: str, /) -> Any: ...
 
 
 @dataclass(frozen=True)

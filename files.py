@@ -80,7 +80,7 @@ def put_in_place(temporary: Path, final: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path to write a file to, which replaces `path` when the block ends well.
 
     Threads and processes may write the same file at once: one of them wins. The folder that it lies
@@ -98,7 +98,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
     """Write a file, whole or not at all; see `whole_file`."""
     with whole_file(path) as temporary, temporary.open("wb") as file:
         file.write(data)

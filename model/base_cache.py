@@ -4,7 +4,7 @@
     DIR/KEY/MANIFEST.json            shape, dtype and sha256 of every tensor, and its own sha256
 
 KEY stands for the fingerprint of the base, the quantisation, the kind of processor that computed
-it, and the versions of bitsandbytes and of this form. The compute dtype is no part of it: weights
+it, and the versions of bitsandbytes and of this form. The compute dtype does not count: weights
 are quantised as they are stored, and what is not quantised is kept as it is stored. What is read
 equals what quantising afresh gives, tensor by tensor and bit by bit; every tensor is compared with
 its sha256 on reading.

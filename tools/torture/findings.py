@@ -6,10 +6,13 @@ from pathlib import Path
 
 import checkpoints
 from errors import PhiSightError
-from reports.log import deterministic_part, read_metrics
+from reports.log import METRICS, deterministic_part, read_metrics
+from tools.torture.deal import Recipe
 
 
-def look_at(run: Path, before: int | None, problems: list[str], save_steps: int) -> int | None:
+def look_at(
+    run: Path, before: int | None, problems: list[str], save_steps: int = Recipe().save_steps
+) -> int | None:
     """The step of the newest checkpoint of a run, None before the first save is complete. What a
     kill must never leave behind is added to `problems`; `before` is the newest step before it."""
     nothing_saved = before is None and not checkpoints.checkpoints_in(run)
@@ -32,7 +35,7 @@ def look_at(run: Path, before: int | None, problems: list[str], save_steps: int)
 
 def last_logged(run: Path) -> int:
     """The last step in the log of a run, 0 for none."""
-    log = run / "metrics.jsonl"
+    log = run / METRICS
     records = read_metrics(log, whole_bytes=0) if log.is_file() else []
     return max((record.get("step", 0) for record in records), default=0)
 
