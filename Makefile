@@ -1,24 +1,38 @@
-# Both commands set up everything they need in .venv; nothing is installed outside this folder.
+# Every command sets up what it needs in .venv; nothing is installed outside this folder.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test clean
+.PHONY: demo test lint clean
 
 demo: .venv/demo.stamp
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest
 
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo.stamp: requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+# Makes the rooms importable for scripts that lie in a folder, such as tools/torture_resume.py.
+# The path is relative to .venv, so that the folder can be moved, and a git worktree that links
+# to this .venv imports its own files.
+.venv/path.stamp: | .venv/bin/python
+	$(BIN)/python -c 'import os, sysconfig; site = sysconfig.get_path("purelib"); \
+	open(os.path.join(site, "phisight.pth"), "w").write(os.path.relpath(".", site) + "\n")'
 	touch $@
 
-.venv/test.stamp: requirements-test.txt requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+.venv/demo.stamp: requirements.txt | .venv/path.stamp
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/test.stamp: requirements-test.txt requirements.txt | .venv/path.stamp
+	$(PIP) -r requirements-test.txt
 	touch $@ .venv/demo.stamp
 
 clean:

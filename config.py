@@ -1,7 +1,9 @@
-"""What a run is: one frozen dataclass, its presets, its validation, and its command line.
+"""What a run is: one frozen dataclass, its presets and its validation.
 
 The defaults are the full-size recipe (Phi-3.5-mini, CLIP ViT-L/14-336, one GPU). A preset overrides
-fields and says why beside each. Every field is a flag: `batch_size` is `--batch-size`.
+fields and says why beside each. All that is known of a field stands in its one declaration below:
+`training/options.py` makes a flag of it (`batch_size` is `--batch-size`), `training/config_file.py`
+a key of a `--config` file.
 """
 
 from __future__ import annotations
@@ -10,18 +12,67 @@ import argparse
 import dataclasses
 import difflib
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from errors import PhiSightError
 
 DEFAULT_PRESET = "tiny"
 LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+QUANTIZATIONS = ("nf4", "nf4-nested", "none")
+FEATURE_STORAGES = ("float16", "int8")
+SCHEDULES = ("linear", "cosine", "constant")
 
 
-def _doc(default: object, text: str, choices: tuple[str, ...] | None = None) -> typing.Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
+@dataclass(frozen=True)
+class Bounds:
+    """Which values a field may have: in words, for the error, and as a predicate."""
+
+    words: str
+    hold: Callable[[Any], bool]
+
+
+AT_LEAST_1 = Bounds("at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = Bounds("0 or more", lambda value: value >= 0)
+FINITE = Bounds("0 or more, and finite", lambda value: 0 <= value < float("inf"))
+POSITIVE = Bounds("a positive number", lambda value: 0 < value < float("inf"))
+UNDER_1 = Bounds("from 0 to under 1", lambda value: 0 <= value < 1)
+# Far more threads than any machine has would end the process when they are started.
+THREADS = Bounds("from 0 to 1024", lambda value: 0 <= value <= 1024)
+SEEDS = Bounds("from 0 to 4294967295", lambda value: 0 <= value < 2**32)  # what generators take
+
+
+def _field(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    bounds: Bounds | None = None,
+    changes_result: bool = True,
+    old_checkpoints: Any = dataclasses.MISSING,
+) -> Any:
+    """Declare a field.
+
+    Args:
+        text: the help of its flag.
+        changes_result: False where the field says where things lie, how often something is written
+            or what listens later, and never what the next step computes: it may then differ
+            between a checkpoint and the run that resumes it.
+        old_checkpoints: the value that describes the checkpoints written before the field existed;
+            without one, a checkpoint that lacks the field is refused.
+    """
+    if choices:
+        bounds = Bounds("one of " + ", ".join(choices), lambda value: value in choices)
+    metadata = {
+        "help": text,
+        "choices": choices,
+        "bounds": bounds,
+        "changes_result": changes_result,
+        "old_checkpoints": old_checkpoints,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -32,99 +83,160 @@ class Config:
     """
 
     # -- what is trained ---------------------------------------------------------------------------
-    base: str = _doc("microsoft/Phi-3.5-mini-instruct", "Phi-3 base: hub id or local folder")
-    base_revision: str = _doc("", "hub revision of the base; empty for the newest")
-    vision: str = _doc(
+    base: str = _field("microsoft/Phi-3.5-mini-instruct", "Phi-3 base: hub id or local folder")
+    base_revision: str = _field("", "hub revision of the base; empty for the newest")
+    vision: str = _field(
         "openai/clip-vit-large-patch14-336",
         "CLIP: hub id or local folder; the smaller"
         " openai/clip-vit-base-patch32 gives 49 tokens a picture, or one with"
         " --vision-features pooled",
     )
-    vision_revision: str = _doc("", "hub revision of the CLIP; empty for the newest")
-    base_cache: str = _doc(
+    vision_revision: str = _field("", "hub revision of the CLIP; empty for the newest")
+    base_cache: str = _field(
         "cache/bases",
         "folder that keeps the quantised base, so that the next start reads it"
         " (about 2.5 GB for Phi-3.5-mini) and does not quantise again; empty for none",
+        changes_result=False,
+        old_checkpoints="",
     )
-    quantization: str = _doc(
-        "nf4", "how the base's linear weights are kept", ("nf4", "nf4-nested", "none")
+    quantization: str = _field(
+        "nf4", "how the base's linear weights are kept", choices=QUANTIZATIONS
     )
-    vision_features: str = _doc(
-        "patches", "picture tokens: every patch, or one pooled vector", ("patches", "pooled")
+    vision_features: str = _field(
+        "patches",
+        "picture tokens: every patch, or one pooled vector",
+        choices=("patches", "pooled"),
     )
-    vision_layer: int = _doc(-2, "hidden layer of the CLIP that patch features are taken from")
-    feature_pooling: int = _doc(
-        1, "average N x N patches into one token; 2 leaves 144 of the 576 of CLIP L/14 at 336"
+    vision_layer: int = _field(-2, "hidden layer of the CLIP that patch features are taken from")
+    feature_pooling: int = _field(
+        1,
+        "average N x N patches into one token; 2 leaves 144 of the 576 of CLIP L/14 at 336",
+        bounds=AT_LEAST_1,
     )
-    feature_storage: str = _doc(
+    feature_storage: str = _field(
         "float16",
         "how stored picture features are kept; int8 halves the disk",
-        ("float16", "int8"),
+        choices=FEATURE_STORAGES,
     )
-    train_lora: bool = _doc(
+    train_lora: bool = _field(
         True, "train the adapter too; without, the projector alone, as LLaVA's first stage does"
     )
-    start_from: str = _doc(
+    start_from: str = _field(
         "", "run or checkpoint whose weights to begin with, such as those of a first stage"
     )
-    lora_rank: int = _doc(16, "rank of A and B")
-    lora_alpha: float = _doc(16.0, "B A is scaled by alpha / rank")
-    lora_dropout: float = _doc(0.05, "dropout on the input of A")
-    lora_targets: tuple[str, ...] = _doc(LORA_TARGETS, "names of the layers that get an adapter")
+    lora_rank: int = _field(16, "rank of A and B", bounds=AT_LEAST_1)
+    lora_alpha: float = _field(16.0, "B A is scaled by alpha / rank", bounds=POSITIVE)
+    lora_dropout: float = _field(0.05, "dropout on the input of A", bounds=UNDER_1)
+    lora_targets: tuple[str, ...] = _field(
+        LORA_TARGETS,
+        "names of the layers that get an adapter",
+        bounds=Bounds("at least one layer name", bool),
+    )
 
     # -- what listens ------------------------------------------------------------------------------
-    speech: str = _doc("base", "Whisper that hears questions: one of its names, or a .pt file")
+    speech: str = _field(
+        "base",
+        "Whisper that hears questions: one of its names, or a .pt file",
+        changes_result=False,
+        old_checkpoints="base",
+    )
 
     # -- data --------------------------------------------------------------------------------------
-    data: str = _doc("", "conversations: a JSON in the form of LLaVA-Instruct-150K, or JSONL")
-    images: str = _doc("", "folder that the picture names in the data are relative to")
-    held_out_questions: str = _doc("", "JSONL of questions about held-out pictures (POPE's form)")
-    novel_pair_questions: str = _doc("", "JSONL of questions about combinations never trained on")
-    data_fraction: float = _doc(1.0, "share of the training pictures to use")
-    validation_fraction: float = _doc(0.05, "share of the pictures kept for validation")
-    max_text_tokens: int = _doc(256, "longest conversation, picture tokens not counted")
-    row_tokens: int = _doc(0, "length of a packed row; 0 for one longest conversation")
-    strict: bool = _doc(False, "stop at the first bad record instead of quarantining it")
+    data: str = _field("", "conversations: a JSON in the form of LLaVA-Instruct-150K, or JSONL")
+    images: str = _field("", "folder that the picture names in the data are relative to")
+    held_out_questions: str = _field("", "JSONL of questions about held-out pictures (POPE's form)")
+    novel_pair_questions: str = _field("", "JSONL of questions about combinations never trained on")
+    data_fraction: float = _field(
+        1.0,
+        "share of the training pictures to use",
+        bounds=Bounds("over 0 and at most 1", lambda value: 0 < value <= 1),
+    )
+    validation_fraction: float = _field(
+        0.05,
+        "share of the pictures kept for validation",
+        bounds=Bounds("between 0 and 1", lambda value: 0 < value < 1),
+    )
+    max_text_tokens: int = _field(
+        256, "longest conversation, picture tokens not counted", bounds=AT_LEAST_1
+    )
+    row_tokens: int = _field(
+        0, "length of a packed row; 0 for one longest conversation", bounds=NOT_NEGATIVE
+    )
+    strict: bool = _field(
+        False, "stop at the first bad record instead of quarantining it", changes_result=False
+    )
 
     # -- optimisation ------------------------------------------------------------------------------
-    epochs: int = _doc(1, "passes over the training data")
-    max_steps: int = _doc(0, "end after this many optimiser steps; 0 for whole epochs")
-    batch_size: int = _doc(8, "packed rows a micro-batch")
-    accumulation: int = _doc(4, "micro-batches an optimiser step")
-    learning_rate: float = _doc(5e-4, "peak learning rate of the adapter")
-    schedule: str = _doc("linear", "after the warm-up", ("linear", "cosine", "constant"))
-    warmup_fraction: float = _doc(0.1, "share of the steps that warm up")
-    weight_decay: float = _doc(0.0, "decoupled weight decay")
-    adam_beta1: float = _doc(0.9, "AdamW: decay of the first moment")
-    adam_beta2: float = _doc(0.999, "AdamW: decay of the second moment")
-    adam_epsilon: float = _doc(1e-8, "AdamW: added to the root of the second moment")
-    max_gradient_norm: float = _doc(1.0, "gradients are clipped to this global norm")
-    gradient_checkpointing: bool = _doc(True, "recompute activations in the backward pass")
-    seed: int = _doc(0, "of the split, the order, the initial weights and the dropout")
+    epochs: int = _field(1, "passes over the training data", bounds=AT_LEAST_1)
+    max_steps: int = _field(
+        0, "end after this many optimiser steps; 0 for whole epochs", bounds=NOT_NEGATIVE
+    )
+    batch_size: int = _field(8, "packed rows a micro-batch", bounds=AT_LEAST_1)
+    accumulation: int = _field(4, "micro-batches an optimiser step", bounds=AT_LEAST_1)
+    learning_rate: float = _field(5e-4, "peak learning rate of the adapter", bounds=POSITIVE)
+    schedule: str = _field("linear", "after the warm-up", choices=SCHEDULES)
+    warmup_fraction: float = _field(0.1, "share of the steps that warm up", bounds=UNDER_1)
+    weight_decay: float = _field(0.0, "decoupled weight decay", bounds=FINITE)
+    adam_beta1: float = _field(0.9, "AdamW: decay of the first moment", bounds=UNDER_1)
+    adam_beta2: float = _field(0.999, "AdamW: decay of the second moment", bounds=UNDER_1)
+    adam_epsilon: float = _field(
+        1e-8, "AdamW: added to the root of the second moment", bounds=POSITIVE
+    )
+    max_gradient_norm: float = _field(
+        1.0, "gradients are clipped to this global norm", bounds=POSITIVE
+    )
+    gradient_checkpointing: bool = _field(True, "recompute activations in the backward pass")
+    seed: int = _field(
+        0, "of the split, the order, the initial weights and the dropout", bounds=SEEDS
+    )
 
     # -- evaluation, saving, logging ---------------------------------------------------------------
-    evaluate_steps: int = _doc(50, "evaluate every so many steps; 0 for never")
-    evaluation_conversations: int = _doc(200, "validation conversations an evaluation looks at")
-    early_stopping: int = _doc(0, "stop after so many evaluations without a better loss; 0 never")
-    save_steps: int = _doc(25, "save every so many steps")
-    save_every_minutes: float = _doc(0.0, "save as well every so many minutes; 0 for never")
-    keep_checkpoints: int = _doc(1, "checkpoints kept; older ones go once the newest is verified")
-    log_steps: int = _doc(25, "write metrics every so many steps")
+    evaluate_steps: int = _field(
+        50, "evaluate every so many steps; 0 for never", bounds=NOT_NEGATIVE
+    )
+    evaluation_conversations: int = _field(
+        200, "validation conversations an evaluation looks at", bounds=AT_LEAST_1
+    )
+    early_stopping: int = _field(
+        0, "stop after so many evaluations without a better loss; 0 never", bounds=NOT_NEGATIVE
+    )
+    save_steps: int = _field(
+        25, "save every so many steps", bounds=AT_LEAST_1, changes_result=False
+    )
+    save_every_minutes: float = _field(
+        0.0, "save as well every so many minutes; 0 for never", bounds=FINITE, changes_result=False
+    )
+    keep_checkpoints: int = _field(
+        1,
+        "checkpoints kept; older ones go once the newest is verified",
+        bounds=AT_LEAST_1,
+        changes_result=False,
+    )
+    log_steps: int = _field(25, "write metrics every so many steps", bounds=AT_LEAST_1)
 
     # -- where and on what -------------------------------------------------------------------------
-    run: str = _doc("runs/phi35", "folder of the run: checkpoints, metrics, curves")
-    features: str = _doc("cache/features", "folder of the picture feature store")
-    device: str = _doc("auto", "where to compute", ("auto", "cpu", "cuda"))
-    compute_type: str = _doc(
-        "auto", "type of the forward pass", ("auto", "float32", "bfloat16", "float16")
+    run: str = _field(
+        "runs/phi35",
+        "folder of the run: checkpoints, metrics, curves",
+        bounds=Bounds("a folder", bool),
+        changes_result=False,
     )
-    threads: int = _doc(0, "CPU threads; 0 for all cores, shared among the processes")
-    deterministic: bool = _doc(
+    features: str = _field(
+        "cache/features", "folder of the picture feature store", changes_result=False
+    )
+    device: str = _field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    compute_type: str = _field(
+        "auto", "type of the forward pass", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    threads: int = _field(
+        0, "CPU threads; 0 for all cores, shared among the processes", bounds=THREADS
+    )
+    deterministic: bool = _field(
         True, "algorithms that give the same bits every time; without them a resume is not exact"
     )
 
 
-TINY: dict[str, object] = {
+TINY: dict[str, Any] = {
     # Two cores, about 1 M weights, one epoch of 20,000 short conversations: see the README.
     "base": "assets/tiny/phi3",
     "vision": "assets/tiny/clip",
@@ -146,10 +258,10 @@ TINY: dict[str, object] = {
     "save_steps": 100,  # a step takes a quarter of a second; saving every 25 would be felt
 }
 
-# A checkpoint of before these fields were there lacks them, and did what these values do.
-ADDED_LATER: dict[str, object] = {"base_cache": "", "speech": Config.speech}
-
-PRESETS: dict[str, dict[str, object]] = {"phi35": {}, "tiny": TINY}
+PRESETS: dict[str, dict[str, Any]] = {"phi35": {}, "tiny": TINY}
+FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
+TYPES = typing.get_type_hints(Config)
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def default_config(preset: str) -> Config:
@@ -159,60 +271,94 @@ def default_config(preset: str) -> Config:
     return Config(**PRESETS[preset])
 
 
-def replace(config: Config, **fields: object) -> Config:
+def replace(config: Config, **fields: Any) -> Config:
     """`config` with some fields replaced, validated."""
     config = dataclasses.replace(config, **fields)
     validate(config)
     return config
 
 
+def fields_without_effect() -> tuple[str, ...]:
+    """Names of the fields that no result depends on; see `changes_result` in `_field`."""
+    return tuple(name for name, spec in FIELDS.items() if not spec.metadata["changes_result"])
+
+
 # -- validation -----------------------------------------------------------------------------------
+
+
+def flag_of(name: str) -> str:
+    """`batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
 
 
 def validate(config: Config) -> None:
     """Collect every problem of the config and raise them as one `PhiSightError`."""
-    problems = []
-
-    def need(good: bool, name: str, wanted: str) -> None:
-        if not good:
-            problems.append(
-                f"--{name.replace('_', '-')} must be {wanted}, not {getattr(config, name)!r}"
-            )
-
-    for spec in dataclasses.fields(config):
-        choices = spec.metadata["choices"]
-        if choices:
-            need(getattr(config, spec.name) in choices, spec.name, "one of " + ", ".join(choices))
-    for name in (
-        "feature_pooling",
-        "lora_rank",
-        "max_text_tokens",
-        "epochs",
-        "batch_size",
-        "accumulation",
-        "save_steps",
-        "log_steps",
-        "keep_checkpoints",
-        "evaluation_conversations",
-    ):
-        need(getattr(config, name) >= 1, name, "at least 1")
-    for name in ("row_tokens", "max_steps", "evaluate_steps", "early_stopping"):
-        need(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("weight_decay", "save_every_minutes"):
-        need(0 <= getattr(config, name) < float("inf"), name, "0 or more, and finite")
-    # Far more threads than any machine has would end the process when they are started.
-    need(0 <= config.threads <= 1024, "threads", "from 0 to 1024")
-    for name in ("learning_rate", "lora_alpha", "max_gradient_norm", "adam_epsilon"):
-        need(0 < getattr(config, name) < float("inf"), name, "a positive number")
-    for name in ("lora_dropout", "warmup_fraction", "adam_beta1", "adam_beta2"):
-        need(0 <= getattr(config, name) < 1, name, "from 0 to under 1")
-    need(0 <= config.seed < 2**32, "seed", "from 0 to 4294967295")  # what every generator takes
-    need(0 < config.data_fraction <= 1, "data_fraction", "over 0 and at most 1")
-    need(0 < config.validation_fraction < 1, "validation_fraction", "between 0 and 1")
-    need(len(config.lora_targets) > 0, "lora_targets", "at least one layer name")
-    need(bool(config.run), "run", "a folder")
-    if problems:
+    if problems := out_of_bounds(vars(config)):
         raise PhiSightError("config: " + "; ".join(problems))
+
+
+def out_of_bounds(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each of these fields whose value is of the right type and not allowed."""
+    return [
+        f"{flag_of(name)} must be {bounds.words}, not {shown(value)}"
+        for name, value in values.items()
+        if (bounds := FIELDS[name].metadata["bounds"]) and not bounds.hold(value)
+    ]
+
+
+def of_declared_type(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """These fields as a `Config` holds them, from JSON or TOML: lists become tuples and whole
+    numbers floats where the field is one. Raises PhiSightError naming the field."""
+    clean = {}
+    for name, value in values.items():
+        kind = TYPES[name]
+        if kind is float and type(value) is int and abs(value) < 2**1023:  # else it is no float
+            value = float(value)
+        is_names = typing.get_origin(kind) is tuple
+        if is_names and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            value = tuple(value)
+        if type(value) is not (tuple if is_names else kind):
+            wanted = "a list of texts" if is_names else TYPE_NAMES[kind]
+            raise PhiSightError(
+                f"{where}: config field {name} is {shown(value)}; expected {wanted}"
+            )
+        clean[name] = value
+    return clean
+
+
+def shown(value: Any) -> str:
+    """The value as an error names it; what a file holds may be of any length."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
+        return "a value too long to be shown"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+# -- JSON -----------------------------------------------------------------------------------------
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON values; the inverse of `from_dict`."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(config).items()
+    }
+
+
+def from_dict(values: Mapping[str, Any], where: str) -> Config:
+    """A `Config` from the JSON of a checkpoint; unknown, missing or ill-typed fields are errors."""
+    old = {name: spec.metadata["old_checkpoints"] for name, spec in FIELDS.items()}
+    values = {n: v for n, v in old.items() if v is not dataclasses.MISSING} | dict(values)
+    missing, unknown = sorted(FIELDS.keys() - values.keys()), sorted(values.keys() - FIELDS.keys())
+    if missing or unknown:
+        raise PhiSightError(
+            f"{where}: its config lacks {missing or 'nothing'} and has unknown"
+            f" {unknown or 'nothing'}; it was written by another version of PhiSight"
+        )
+    config = Config(**of_declared_type(values, where))
+    validate(config)
+    return config
 
 
 # -- the command line -----------------------------------------------------------------------------
@@ -244,104 +390,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: typing.Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() in ("true", "yes", "1", "on"):
-        return True
-    if text.lower() in ("false", "no", "0", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per config field, plus `--preset`. A flag not given keeps the preset's value."""
-    parser.add_argument("--preset", default=None, help=f"one of {', '.join(sorted(PRESETS))}")
-    hints = typing.get_type_hints(Config)
-    for spec in dataclasses.fields(Config):
-        flag = "--" + spec.name.replace("_", "-")
-        kind, text = hints[spec.name], spec.metadata["help"] + f" (default: {spec.default!r})"
-        if kind is bool:
-            parser.add_argument(
-                flag,
-                dest=spec.name,
-                type=_boolean,
-                nargs="?",
-                const=True,
-                default=argparse.SUPPRESS,
-                metavar="BOOL",
-                help=text.replace("%", "%%"),
-            )
-            parser.add_argument(
-                "--no-" + flag.removeprefix("--"),
-                dest=spec.name,
-                action="store_const",
-                const=False,
-                default=argparse.SUPPRESS,
-                help=f"the same as {flag} false",
-            )
-            continue
-        parse = _names if typing.get_origin(kind) is tuple else kind
-        parser.add_argument(
-            flag,
-            dest=spec.name,
-            type=parse,
-            default=argparse.SUPPRESS,
-            metavar=spec.name.upper(),
-            help=text.replace("%", "%%"),
-        )
-
-
-def given_fields(options: argparse.Namespace) -> dict[str, object]:
-    """The config fields that the person typed."""
-    names = {spec.name for spec in dataclasses.fields(Config)}
-    return {name: value for name, value in vars(options).items() if name in names}
-
-
-def config_from_options(options: argparse.Namespace) -> Config:
-    """Preset, then flags, then validation."""
-    return replace(default_config(options.preset or DEFAULT_PRESET), **given_fields(options))
-
-
-def to_dict(config: Config) -> dict[str, object]:
-    """Plain JSON values; the inverse of `from_dict`."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
-
-
-def from_dict(values: dict[str, object], where: str) -> Config:
-    """A `Config` from the JSON of a checkpoint; unknown, missing or ill-typed fields are errors."""
-    hints = typing.get_type_hints(Config)
-    values = ADDED_LATER | values
-    missing, unknown = sorted(hints.keys() - values.keys()), sorted(values.keys() - hints.keys())
-    if missing or unknown:
-        raise PhiSightError(
-            f"{where}: its config lacks {missing or 'nothing'} and has unknown"
-            f" {unknown or 'nothing'}; it was written by another version of PhiSight"
-        )
-    clean = {}
-    for name, value in values.items():
-        kind = hints[name]
-        if typing.get_origin(kind) is tuple:
-            good = isinstance(value, list) and all(isinstance(item, str) for item in value)
-            value = tuple(value) if good else value
-        elif kind is float:
-            good = isinstance(value, (int, float)) and not isinstance(value, bool)
-            value = float(value) if good else value
-        else:
-            good = type(value) is kind
-        if not good:
-            raise PhiSightError(f"{where}: config field {name} is {value!r}; expected {kind}")
-        clean[name] = value
-    config = Config(**clean)
-    validate(config)
-    return config
 
 
 def need_file(path: str, flag: str, remedy: str) -> Path:

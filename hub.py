@@ -61,6 +61,6 @@ def find_folder(
         if constants.is_offline_mode():
             reason = "HF_HUB_OFFLINE is set, and the hub's cache on this machine lacks it"
         raise PhiSightError(
-            f"{what} {name}: it is no folder and the hub did not give it ({reason}); "
+            f"{what} {name}: it is not a folder and the hub did not give it ({reason}); "
             f"download it elsewhere and give a folder with {layout}"
         ) from error

@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def chat(ask: Asker, options: argparse.Namespace, whisper: str) -> int:
     """A conversation in the terminal."""
+    from speech.recordings import read_audio
     from speech.spoken import listener
-    from speech.whisper import read_audio
     from terminal.chat import Terminal
 
     listen = listener(options, whisper, options.device)
@@ -103,8 +103,8 @@ def answer_one(options: argparse.Namespace) -> int:
         load_image(path)
     audio, spoken = None, None
     if options.audio is not None or options.speak:
+        from speech.recordings import read_audio
         from speech.spoken import SpokenAnswer, listener, tell_heard
-        from speech.whisper import read_audio
 
         audio = None if options.audio is None else read_audio(options.audio)
         spoken = SpokenAnswer(options) if options.speak else None

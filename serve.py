@@ -23,8 +23,8 @@ from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, add_length_flag, load_assistant
 from errors import PhiSightError, run_main
 from speech.flags import VOICES, add_speech_flag, add_voice_flag
+from speech.recordings import read_audio
 from speech.spoken import loaded_once
-from speech.whisper import read_audio
 
 KEY = "PHISIGHT_API_KEY"
 

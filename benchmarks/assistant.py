@@ -1,6 +1,6 @@
 """What the assistant's batching and its caches are worth: ratios within one run.
 
-    python benchmarks/assistant.py              # the trained tiny run; needs `make demo` once
+    python -m benchmarks.assistant              # the trained tiny run; needs `make demo` once
 
 Two tables: a file of questions answered one by one and side by side (`infer.py --batch`), and the
 time to the first token of a second turn by the length of the first, with and without the keys and
@@ -18,58 +18,69 @@ from pathlib import Path
 import config as configs
 from assistant.assistant import Assistant
 from assistant.messages import answer_message, user_message
-from data.dataset import Message
+from data.dataset import Message, load_questions
 from errors import PhiSightError, run_main
 from terminal.batch import answer_file
 
 REPEATS = 5
 
 
-def batched(run: str, rows: list[int], questions: int) -> dict[int, list[float]]:
-    """Rows at once -> questions a second, each repeat; interleaved. No cache, models loaded."""
-    held_out = Path(configs.default_config("tiny").held_out_questions)
-    if not held_out.is_file():
-        raise PhiSightError(f"{held_out}: no such file; run `make demo` first")
+def write_questions(path: Path, count: int) -> int:
+    """The first held-out questions in the form of `infer.py --batch`; how many there are."""
+    config = configs.default_config("tiny")
+    held_out = configs.need_file(
+        config.held_out_questions, "held-out questions", "run `make demo` first"
+    )
+    questions = load_questions(held_out)[:count]
+    lines = [
+        json.dumps({"prompt": question.text, "image": str(Path(config.images) / question.image)})
+        for question in questions
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return len(lines)
+
+
+def answer_all(run: str, source: Path, out: Path, rows: int) -> tuple[float, list[str]]:
+    """Questions a second with `rows` at once, and the answers. No cache, the model loaded."""
+    assistant = Assistant.load(run, cache=False, max_rows=rows)
+    started = time.perf_counter()
+    answered, failed = answer_file(
+        source, out, lambda message, _: assistant.reply([message]), 2 * rows
+    )
+    rate = answered / (time.perf_counter() - started)
+    assistant.close()
+    if failed:
+        raise PhiSightError(f"{failed} questions failed; see {out}")
+    return rate, [json.loads(line)["answer"] for line in out.read_text().splitlines()]
+
+
+def batched(run: str, rows: list[int], count: int) -> dict[int, list[float]]:
+    """Rows at once -> questions a second, each repeat; interleaved."""
+    rates: dict[int, list[float]] = {n: [] for n in rows}
+    answers: dict[int, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "questions.jsonl"
-        images = Path(configs.default_config("tiny").images)
-        lines = held_out.read_text().splitlines()[:questions]
-        records = [json.loads(line) for line in lines]
-        source.write_text(
-            "".join(
-                json.dumps({"prompt": r["text"], "image": str(images / r["image"])}) + "\n"
-                for r in records
-            )
-        )
-        rates: dict[int, list[float]] = {n: [] for n in rows}
-        answers: dict[int, list[str]] = {}
+        asked = write_questions(source, count)
         for repeat in range(REPEATS):
             for n in rows:
-                assistant = Assistant.load(run, cache=False, max_rows=n)
                 out = Path(folder) / f"answers-{n}-{repeat}.jsonl"
-                started = time.perf_counter()
-                answered, failed = answer_file(
-                    source, out, lambda message, _: assistant.reply([message]), 2 * n
-                )
-                rates[n].append(answered / (time.perf_counter() - started))
-                assistant.close()
-                answers[n] = [json.loads(line).get("answer") for line in out.open()]
-                if failed:
-                    raise PhiSightError(f"{failed} questions failed; see {out}")
-        for n in rows[1:]:
-            same = sum(a == b for a, b in zip(answers[rows[0]], answers[n]))
-            print(f"{n} at once: {same} of {len(records)} answers equal to those one by one")
-        return rates
+                rate, answers[n] = answer_all(run, source, out, n)
+                rates[n].append(rate)
+    for n in rows[1:]:
+        same = sum(a == b for a, b in zip(answers[rows[0]], answers[n]))
+        print(f"{n} at once: {same} of {asked} answers equal to those one by one")
+    return rates
 
 
 def first_tokens(assistant: Assistant, words: int) -> float:
     """Seconds to the first token of a second turn, after a first turn of so many words."""
     first = " ".join(["a big red star in the top left,"] * (words // 8)) + " how many objects?"
     messages: list[Message] = [user_message(first, [])]
-    said = "".join(assistant.reply(messages, max_new_tokens=4)) or "one"
-    messages += [answer_message(said), user_message("And what colour is it?", [])]
+    answer = "".join(assistant.reply(messages, max_new_tokens=4)) or "one"
+    messages += [answer_message(answer), user_message("And what colour is it?", [])]
     reply = assistant.reply(messages, max_new_tokens=1)
     list(reply)
+    assert reply.seconds_to_first_token is not None  # it has been read to its end
     return reply.seconds_to_first_token
 
 

@@ -1,6 +1,6 @@
 """Phi-3.5-mini and CLIP ViT-L/14-336 at full shape, with random weights, through the real path.
 
-    python benchmarks/full_shape.py [--folder DIR] [--layers 32] [--tokens 8] [--starts-only]
+    python -m benchmarks.full_shape [--folder DIR] [--layers 32] [--tokens 8] [--starts-only]
 
 Writes a base (32 layers, 3072 wide, fused projections, LongRoPE factors, sharded bfloat16
 safetensors) and a CLIP in the hub's layout to a temporary folder, and then types what a person
@@ -27,12 +27,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from config import Parser
+from data.world import write_world
+from errors import PhiSightError, run_main
 
-from config import Parser  # noqa: E402
-from data.world import write_world  # noqa: E402
-from errors import PhiSightError, run_main  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SHARD_BYTES = 5 * 10**9  # the hub's own file has 4.97 and 2.67 GB
 HEAD = 96  # dimensions of one head
@@ -88,7 +87,9 @@ def write_base(folder: Path, layers: int, shard_bytes: int = SHARD_BYTES, **chan
     for file in (ROOT / "assets/tiny/phi3").glob("tokenizer*"):
         shutil.copy(file, folder)
     width, inner = config["hidden_size"], config["intermediate_size"]
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], width)
+    }
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         shapes |= {
@@ -109,7 +110,8 @@ def write_base(folder: Path, layers: int, shard_bytes: int = SHARD_BYTES, **chan
         shards[-1][name] = shape
         size += 2 * math.prod(shape)
     generator = torch.Generator().manual_seed(0)
-    weight_map, largest = {}, 0
+    weight_map: dict[str, str] = {}
+    largest = 0
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(
@@ -160,9 +162,9 @@ print(json.dumps(round(time.perf_counter() - clock, 1)))
 """
 
 
-def measure_starts(base: Path, cache: Path) -> dict[str, dict[str, float]]:
+def measure_starts(base: Path, cache: Path) -> dict[str, object]:
     """Loading the base alone: seconds of `load_base`, and of the whole process."""
-    found = {}
+    found: dict[str, object] = {}
     for name, folder in (("without a cache", ""), ("first start", cache), ("second start", cache)):
         said, used = run("-c", LOAD, base, folder)
         found[name] = {"load_seconds": json.loads(said), **used}
@@ -171,21 +173,56 @@ def measure_starts(base: Path, cache: Path) -> dict[str, dict[str, float]]:
 
 
 def run(*arguments: object) -> tuple[str, dict[str, float]]:
-    """A command of the project to its end: what it said, its seconds and peak memory."""
+    """A command of the project to its end: its output, its seconds and peak memory."""
     clock = time.perf_counter()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE
-    )
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    ) as process:
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if status:
         raise PhiSightError(f"{arguments[0]}: ended with status {status}; see what it said above")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return said, {
+    return printed, {
         "seconds": round(time.perf_counter() - clock, 1),
         "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_memory_gb": round(peak / 1e9, 2),
     }
+
+
+def training_flags(folder: Path) -> list[object]:
+    """What is typed after `train.py`: one step of one row on what lies in `folder`."""
+    given = {
+        "preset": "phi35",
+        "base": folder / "phi",
+        "vision": folder / "clip",
+        "data": folder / "world/train.json",
+        "images": folder / "world/images",
+        "features": folder / "features",
+        "base-cache": folder / "cache",
+        "run": folder / "run",
+        "validation-fraction": 0.3,
+        "batch-size": 1,
+        "accumulation": 1,
+        "max-steps": 1,
+        "log-steps": 1,
+        "evaluate-steps": 0,
+    }
+    return [word for name, value in given.items() for word in (f"--{name}", value)]
+
+
+def measure_commands(folder: Path, tokens: int) -> None:
+    """Train one step and answer one question of `tokens` tokens; print what both took."""
+    write_world(folder / "world", pictures=8, held_out=1, turns=3)
+    printed, training = run("train.py", *training_flags(folder))
+    print(printed)
+    image = folder / "world/images/held_out_000000.png"
+    question = ("--image", image, "--prompt", "What is there?", "--max-new-tokens", tokens)
+    answer, answering = run("infer.py", "--run", folder / "run", *question, "--json")
+    facts = {"training": training, "answering": answering, "answer": json.loads(answer)}
+    print(json.dumps(facts, indent=1))
 
 
 def main() -> None:
@@ -209,59 +246,8 @@ def main() -> None:
             "starts": measure_starts(folder / "phi", folder / "cache"),
         }
         print(json.dumps(facts, indent=1), flush=True)
-        if options.starts_only:
-            return
-        write_world(folder / "world", pictures=8, held_out=1, turns=3)
-        flags = [
-            "--preset",
-            "phi35",
-            "--base",
-            folder / "phi",
-            "--vision",
-            folder / "clip",
-            "--data",
-            folder / "world/train.json",
-            "--images",
-            folder / "world/images",
-            "--features",
-            folder / "features",
-            "--base-cache",
-            folder / "cache",
-            "--run",
-            folder / "run",
-            "--validation-fraction",
-            0.3,
-            "--batch-size",
-            1,
-            "--accumulation",
-            1,
-            "--max-steps",
-            1,
-            "--log-steps",
-            1,
-            "--evaluate-steps",
-            0,
-        ]
-        said, training = run("train.py", *flags)
-        print(said)
-        answer, answering = run(
-            "infer.py",
-            "--run",
-            folder / "run",
-            "--image",
-            folder / "world/images/held_out_000000.png",
-            "--prompt",
-            "What is there?",
-            "--max-new-tokens",
-            options.tokens,
-            "--json",
-        )
-        print(
-            json.dumps(
-                {"training": training, "answering": answering, "answer": json.loads(answer)},
-                indent=1,
-            )
-        )
+        if not options.starts_only:
+            measure_commands(folder, options.tokens)
 
 
 if __name__ == "__main__":

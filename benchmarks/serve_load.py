@@ -1,6 +1,6 @@
 """The server under load: is every good request answered, and rightly, and does memory stay flat?
 
-    python benchmarks/serve_load.py [--run runs/tiny] [--requests 200] [--clients 16] [--more 1000]
+    python -m benchmarks.serve_load [--run runs/tiny] [--requests 200] [--clients 16] [--more 1000]
 
 Starts `serve.py --no-cache` as a person does, asks every question alone, one after the other, and
 keeps the answers. Then as many clients at once send the same questions, mixed with slow readers,
@@ -31,12 +31,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from config import Parser, default_config
+from data.dataset import load_questions
+from errors import PhiSightError, run_main
 
-from config import Parser, default_config  # noqa: E402
-from data.dataset import load_questions  # noqa: E402
-from errors import PhiSightError, run_main  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 # Of every twenty requests so many: read slowly, leave in the middle, send what is no request.
 SLOW, GONE, BAD, TWENTY = 3, 3, 2, 20

@@ -34,21 +34,30 @@ END_OF_TEXT = "<|endoftext|>"
 MARKS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", END_OF_TEXT, IMAGE_TOKEN)
 
 
-def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name: str | Path, revision: str | None = None, embeddings: int | None = None
+) -> PreTrainedTokenizerFast:
     """Load tokenizer.json exactly as it is, from a folder or a hub id.
 
     `AutoTokenizer` may rebuild the tokenizer from its class name instead (see the module's
-    docstring). Raises PhiSightError if it cannot be loaded.
+    docstring). `embeddings`: how many a model has that is to read its ids; None for no model.
+    Raises PhiSightError if it cannot be loaded, or has more tokens than the model has embeddings.
     """
     # Not by the hub id: transformers asks for seven files, and for minutes if nobody answers.
     folder = hub.find_folder(name, revision, "tokenizer", hub.TOKENIZER_LAYOUT, hub.TOKENIZER_FILES)
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PhiSightError(
             f"tokenizer {name}: cannot be loaded ({reason}); give a folder with tokenizer.json"
         ) from error
+    if embeddings is not None and len(tokenizer) > embeddings:
+        raise PhiSightError(
+            f"tokenizer of {name}: it has {len(tokenizer)} tokens and the model {embeddings} "
+            "embeddings; use the tokenizer that belongs to the model"
+        )
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,18 @@ class ChatFormat:
         if tokens_per_image < 1:
             raise PhiSightError(f"tokens per image: {tokens_per_image} is too few; give 1 or more")
         backend = tokenizer.backend_tokenizer
-        ids = [backend.token_to_id(mark) for mark in MARKS]
-        if missing := [mark for mark, mark_id in zip(MARKS, ids) if mark_id is None]:
+        ids = {mark: backend.token_to_id(mark) for mark in MARKS}
+        if missing := [mark for mark, mark_id in ids.items() if mark_id is None]:
             raise PhiSightError(
                 f"tokenizer {tokenizer.name_or_path}: has no {' '.join(missing)}; "
                 "use the tokenizer of a Phi-3 or Phi-3.5 mini"
             )
-        chat_format = cls(*ids, tokens_per_image, _plain_text_encoder(backend))
+        known = [mark_id for mark_id in ids.values() if mark_id is not None]
+        user, assistant, system, end, end_of_text, image = known
+        encoder = _plain_text_encoder(backend)
+        chat_format = cls(
+            user, assistant, system, end, end_of_text, image, tokens_per_image, encoder
+        )
         chat_format._check_pieces(tokenizer)
         return chat_format
 
@@ -149,17 +163,91 @@ def render(
 
     Raises PhiSightError for a picture in a message that is not the user's.
     """
-    input_ids: list[int] = []
-    supervised: list[bool] = []
-    images: list[str] = []
+    draft = _Draft(chat_format)
     for message in messages:
-        content, message_images = _message_ids(message, chat_format)
-        is_answer = message.role == "assistant"
-        input_ids += [chat_format.role_id(message.role), *content, chat_format.end_id]
-        supervised += [False, *[is_answer] * (len(content) + 1)]
-        images += message_images
+        draft.add(message)
     last = chat_format.assistant_id if add_generation_prompt else chat_format.end_of_text_id
-    return RenderedSample([*input_ids, last], [*supervised, False], tuple(images))
+    return draft.closed_by(last)
+
+
+def render_to_limit(
+    messages: Sequence[Message], chat_format: ChatFormat, max_text_tokens: int
+) -> tuple[RenderedSample, int]:
+    """Render a training conversation, without the last turns (question and answer) that do not fit.
+
+    Counted are all tokens but image ids, whose number the vision setting fixes; a system message
+    stays. Every message is tokenised once. Returns the sample, equal to what `render` gives for the
+    messages that are kept, and the number of turns dropped.
+
+    Raises PhiSightError, naming both numbers, if the first turn alone is too long, and ValueError
+    if the messages do not end with an answer.
+    """
+    if not messages or messages[-1].role != "assistant":
+        raise ValueError("the messages must end with the assistant's answer")
+    draft = _Draft(chat_format)
+    fitting: tuple[int, int] | None = None  # ids and pictures up to the last answer that fits
+    shortest = kept_turns = 0
+    for message in messages:
+        draft.add(message)
+        if message.role != "assistant":
+            continue
+        text_tokens = draft.text_tokens + 1  # 1: <|endoftext|>
+        shortest = shortest or text_tokens
+        if text_tokens > max_text_tokens:
+            break
+        fitting, kept_turns = (len(draft.input_ids), len(draft.images)), kept_turns + 1
+    if fitting is None:
+        raise PhiSightError(
+            f"conversation: its first turn has {shortest} text tokens and the limit is "
+            f"{max_text_tokens}; raise the limit or shorten the conversation"
+        )
+    draft.cut(*fitting)
+    turns = sum(message.role == "assistant" for message in messages)
+    return draft.closed_by(chat_format.end_of_text_id), turns - kept_turns
+
+
+def first_exchange(sample: RenderedSample, chat_format: ChatFormat) -> RenderedSample:
+    """A rendered conversation cut after its first answer: what `render` gives for that much."""
+    end = sample.supervised.index(False, sample.supervised.index(True))
+    ids = sample.input_ids[:end]
+    pictures = ids.count(chat_format.image_id) // chat_format.tokens_per_image
+    return RenderedSample(
+        [*ids, chat_format.end_of_text_id],
+        [*sample.supervised[:end], False],
+        sample.images[:pictures],
+    )
+
+
+@dataclass
+class _Draft:
+    """A sample that messages are added to."""
+
+    chat_format: ChatFormat
+    input_ids: list[int] = field(default_factory=list)
+    supervised: list[bool] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+
+    @property
+    def text_tokens(self) -> int:
+        return len(self.input_ids) - len(self.images) * self.chat_format.tokens_per_image
+
+    def add(self, message: Message) -> None:
+        content, images = _message_ids(message, self.chat_format)
+        is_answer = message.role == "assistant"
+        role_id, end_id = self.chat_format.role_id(message.role), self.chat_format.end_id
+        self.input_ids += [role_id, *content, end_id]
+        self.supervised += [False, *[is_answer] * (len(content) + 1)]
+        self.images += images
+
+    def cut(self, ids: int, images: int) -> None:
+        """Keep the first `ids` tokens, which hold `images` pictures."""
+        del self.input_ids[ids:], self.supervised[ids:], self.images[images:]
+
+    def closed_by(self, last: int) -> RenderedSample:
+        """The sample, with `last` as its last id, which nothing is learnt from."""
+        return RenderedSample(
+            [*self.input_ids, last], [*self.supervised, False], tuple(self.images)
+        )
 
 
 def message_pieces(message: Message) -> Iterator[tuple[str, str]]:
@@ -168,21 +256,21 @@ def message_pieces(message: Message) -> Iterator[tuple[str, str]]:
     Raises PhiSightError for a picture in a message that is not the user's.
     """
     pending: list[str] = []  # text parts that no picture has separated yet
-    for part in (*message.parts, None):
-        if part is not None and part.kind == "text":
+    for part in message.parts:
+        if part.kind == "text":
             pending.append(part.value.strip())
             continue
         if text := "\n".join(filter(None, pending)):
             yield "text", text
         pending.clear()
-        if part is None:
-            break
         if message.role != "user":
             raise PhiSightError(
                 f"picture {part.value}: stands in the {message.role}'s message; "
                 "put it into the user's"
             )
         yield "image", part.value
+    if text := "\n".join(filter(None, pending)):
+        yield "text", text
 
 
 def _message_ids(message: Message, chat_format: ChatFormat) -> tuple[list[int], list[str]]:
@@ -196,37 +284,3 @@ def _message_ids(message: Message, chat_format: ChatFormat) -> tuple[list[int], 
             ids += [chat_format.image_id] * chat_format.tokens_per_image
             images.append(value)
     return ids, images
-
-
-def fit_to_limit(
-    messages: Sequence[Message], chat_format: ChatFormat, max_text_tokens: int
-) -> tuple[tuple[Message, ...], int]:
-    """Drop whole turns (a question with its answer) from the end until the text fits.
-
-    Counted is all that `render` emits but the image ids, whose number the vision setting fixes. For
-    training conversations, which end with an answer; a system message stays. Returns the messages
-    kept and the number of turns dropped.
-
-    Raises PhiSightError, naming both numbers, if the first turn alone is too long, and ValueError
-    if the messages do not end with an answer.
-    """
-    if not messages or messages[-1].role != "assistant":
-        raise ValueError("the messages must end with the assistant's answer")
-    total, kept, kept_count = 1, 0, 0  # 1: <|endoftext|>
-    shortest = None
-    answers = sum(message.role == "assistant" for message in messages)
-    for place, message in enumerate(messages, start=1):
-        content, images = _message_ids(message, chat_format)
-        total += 2 + len(content) - len(images) * chat_format.tokens_per_image
-        if message.role != "assistant":
-            continue
-        shortest = shortest or total
-        if total > max_text_tokens:
-            break
-        kept, kept_count = place, kept_count + 1
-    if not kept:
-        raise PhiSightError(
-            f"conversation: its first turn has {shortest} text tokens and the limit is "
-            f"{max_text_tokens}; raise the limit or shorten the conversation"
-        )
-    return tuple(messages[:kept]), answers - kept_count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,20 +15,21 @@ IGNORED = -100  # label of a position that is not trained on
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows. `segment_ids` number the conversations of a row from 1; 0 is padding.
-
-    input_ids, labels, position_ids, segment_ids: (rows, length) int64; labels are `IGNORED` where
-    nothing is supervised, else the token that stands at that very position.
-    image_features: (images, tokens, dim) float, in the order of their slots, row by row.
-    row_keys: a number for each row that no other row of the run has, or None; dropout draws by it.
-    """
+    """Packed rows: all that a model is given. `segment_ids` number the conversations of a row."""
 
     input_ids: Tensor
+    """(rows, length) int64; what stands behind a row's last conversation is padding"""
     labels: Tensor
+    """(rows, length) int64: the token that stands at that very position where it is learnt to be
+    predicted, else `IGNORED`"""
     position_ids: Tensor
+    """(rows, length) int64, from 0 in every conversation; 0 on padding"""
     segment_ids: Tensor
+    """(rows, length) int64: 1, 2... for a row's conversations, 0 for padding"""
     image_features: Tensor
+    """(images, tokens, dim) float32, in the order of their slots, row by row"""
     row_keys: Sequence[int] | None = None
+    """for each row a number that no other row of the run has: dropout draws by it; or None"""
 
     @property
     def supervised_tokens(self) -> int:
@@ -36,16 +37,18 @@ class Batch:
 
     @property
     def tokens(self) -> int:
+        """Padding not counted."""
         return int((self.segment_ids > 0).sum())
 
     def to(self, device: torch.device) -> Batch:
-        return replace(
-            self,
-            **{
-                name: value.to(device)
-                for name, value in vars(self).items()
-                if isinstance(value, Tensor)
-            },
+        """The same batch with its tensors on `device`."""
+        return Batch(
+            self.input_ids.to(device),
+            self.labels.to(device),
+            self.position_ids.to(device),
+            self.segment_ids.to(device),
+            self.image_features.to(device),
+            self.row_keys,
         )
 
 

@@ -1,32 +1,34 @@
-"""LLaVA-Instruct JSON in, checked conversations out; splits that never share a picture.
+"""LLaVA-Instruct JSON in, checked conversations out.
 
-Everything here is read from files that strangers wrote, so this border checks every type. A bad
-record is set aside with its reason (quarantined) and the rest is used; a bad file is an error.
+Everything here is read from untrusted files, so this border checks every type. A bad record
+is set aside with its reason (quarantined) and the rest is used; a bad file is an error.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Literal, TypeVar
+from typing import Literal
 
-from data.images import load_image
 from data.stream import NotJson, kind_of, read_lines, read_records
 from errors import PhiSightError
 
 IMAGE_TAG = "<image>"
-ROLES = {
-    "human": "user", "gpt": "assistant",  # LLaVA
-    "user": "user", "assistant": "assistant",  # LLaMA-Factory
+Role = Literal["user", "assistant", "system"]
+ROLES: dict[str, Role] = {
+    # LLaVA
+    "human": "user",
+    "gpt": "assistant",
+    # LLaMA-Factory
+    "user": "user",
+    "assistant": "assistant",
+    # both
     "system": "system",
-}  # fmt: skip
-
+}
 
 # Why a record is set aside, for the counts of a report.
 UNLIKE_PICTURES = f"pictures and {IMAGE_TAG} differ"
@@ -47,7 +49,7 @@ class Part:
 class Message:
     """One turn of one speaker: text and pictures in their order."""
 
-    role: Literal["user", "assistant", "system"]
+    role: Role
     parts: tuple[Part, ...]
 
 
@@ -62,22 +64,11 @@ class Conversation:
     def images(self) -> tuple[str, ...]:
         """The pictures in the order in which they stand in the text, repetitions included."""
         return tuple(
-            part.value for message in self.messages for part in message.parts
+            part.value
+            for message in self.messages
+            for part in message.parts
             if part.kind == "image"
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """What a conversation is split by, without its text; `number` is its place among the good
-    conversations of the file."""
-
-    number: int
-    id: str
-    images: tuple[str, ...]
-
-
-Pictured = TypeVar("Pictured", Conversation, Outline)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +90,6 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedData:
-    """The good conversations in file order, and the records that were set aside."""
-
-    conversations: list[Conversation]
-    quarantined: list[Quarantined]
-
-
-@dataclass(frozen=True, slots=True)
 class Question:
     """One evaluation question about one picture, with the answer that counts as right."""
 
@@ -120,24 +103,14 @@ class Question:
 # --- one record ---------------------------------------------------------------------------------
 
 
-def parse_record(record: object, where: str) -> Conversation:
-    """Turn one decoded JSON record into a Conversation.
+def conversation_or_fault(record: object) -> Conversation | Fault:
+    """Turn one record of `read_records` into a `Conversation`, or say why that cannot be.
 
     Two forms are read: LLaVA's (`image`, `conversations` of `from` and `value`) and LLaMA-Factory's
     (`images`, `messages` of `role` and `content`); one picture or a list of them in either. The
     n-th `<image>` in the text is the n-th picture. A record without an id gets one made of its
     content, so that it does not depend on the record's place in the file.
-
-    Raises PhiSightError "<where>: <reason>; <remedy>" for anything that cannot be trained on.
     """
-    try:
-        return _parse_record(record)
-    except _BadRecord as error:
-        raise PhiSightError(f"{where}: {error}; mend or remove the record") from None
-
-
-def conversation_or_fault(record: object) -> Conversation | Fault:
-    """What one record of `read_records` is; see `parse_record` for the forms."""
     try:
         if isinstance(record, NotJson):
             raise _BadRecord(f"not JSON ({record.reason})")
@@ -178,7 +151,7 @@ def _parse_record(record: object) -> Conversation:
     return Conversation(_parse_id(record, images, turns), messages)
 
 
-def _parse_id(record: dict, images: list[str], turns: list[tuple[str, str]]) -> str:
+def _parse_id(record: dict, images: list[str], turns: list[tuple[Role, str]]) -> str:
     identity = record.get("id")
     if identity is None:
         content = json.dumps([images, turns])
@@ -215,12 +188,10 @@ def _parse_image_name(name: object) -> str:
     return str(path)
 
 
-def _parse_turns(record: dict) -> list[tuple[str, str]]:
+def _parse_turns(record: dict) -> list[tuple[Role, str]]:
     """The (role, text) pairs of either form, types checked."""
-    forms = [
-        form for form in (("conversations", "from", "value"), ("messages", "role", "content"))
-        if record.get(form[0]) is not None
-    ]  # fmt: skip
+    known = (("conversations", "from", "value"), ("messages", "role", "content"))
+    forms = [form for form in known if record.get(form[0]) is not None]
     if len(forms) != 1:
         raise _BadRecord("it must have one of `conversations` and `messages`")
     list_key, role_key, text_key = forms[0]
@@ -242,7 +213,7 @@ def _parse_turns(record: dict) -> list[tuple[str, str]]:
     return pairs
 
 
-def _check_roles(roles: list[str]) -> None:
+def _check_roles(roles: list[Role]) -> None:
     """An optional system message, then user and assistant in turn, the assistant last."""
     turns = roles[1:] if roles[0] == "system" else roles
     if "assistant" not in turns:
@@ -256,7 +227,7 @@ def _check_roles(roles: list[str]) -> None:
         raise _BadRecord("the last question has no answer", UNSUPERVISED)
 
 
-def _parse_content(role: str, text: str, images: Iterable[str]) -> tuple[Part, ...]:
+def _parse_content(role: Role, text: str, images: Iterator[str]) -> tuple[Part, ...]:
     """Cut the text at each `<image>`; take the pictures from `images`, which is used up."""
     pieces = text.split(IMAGE_TAG)
     if role != "user" and len(pieces) > 1:
@@ -286,12 +257,6 @@ def _checked_text(text: str, what: str) -> str:
 # --- whole files --------------------------------------------------------------------------------
 
 
-def load_conversations(path: str | Path, strict: bool = False) -> LoadedData:
-    """Every good conversation of a data file at once; see `read_conversations`."""
-    quarantined: list[Quarantined] = []
-    return LoadedData(list(read_conversations(path, quarantined, strict)), quarantined)
-
-
 def read_conversations(
     path: str | Path, quarantined: list[Quarantined], strict: bool = False
 ) -> Iterator[Conversation]:
@@ -301,16 +266,17 @@ def read_conversations(
     `quarantined` with its reason; with `strict` it raises PhiSightError. A file that is missing,
     empty, not JSON, not a list, or without one good record raises PhiSightError.
     """
-    good, bad = 0, []
+    good = 0
+    bad: list[Quarantined] = []
     for where, record in read_records(Path(path)):
-        found = conversation_or_fault(record)
-        if isinstance(found, Conversation):
+        result = conversation_or_fault(record)
+        if isinstance(result, Conversation):
             good += 1
-            yield found
+            yield result
             continue
         if strict:
-            raise PhiSightError(f"{where}: {found.reason}; mend or remove the record")
-        bad.append(Quarantined(where, found.id, found.reason))
+            raise PhiSightError(f"{where}: {result.reason}; mend or remove the record")
+        bad.append(Quarantined(where, result.id, result.reason))
         quarantined.append(bad[-1])
     if not good:
         first = [f", the first ({entry.where}): {entry.reason}" for entry in bad[:1]]
@@ -352,7 +318,8 @@ def load_questions(path: str | Path) -> list[Question]:
     Keys: `question_id`, `image`, `text`, `label` (becomes `answer`) and, if wanted, `kind`. A score
     over part of a benchmark is no score, so any bad line raises PhiSightError, as does a bad file.
     """
-    questions, seen = [], set()
+    questions: list[Question] = []
+    seen: set[str] = set()
     for where, record in read_lines(Path(path)):
         try:
             question = _parse_question(record)
@@ -382,123 +349,3 @@ def _parse_question(record: object) -> Question:
     image = _parse_image_name(record.get("image"))
     identity = _checked_text(str(identity), "question_id")
     return Question(identity, image, texts["text"], texts["label"], texts["kind"])
-
-
-# --- pictures on disk ---------------------------------------------------------------------------
-
-
-def check_images(
-    conversations: Sequence[Conversation], folder: str | Path, decode: bool = True
-) -> LoadedData:
-    """Set aside the conversations of which a picture is missing from `folder` or is broken.
-
-    Each distinct picture is looked at once. With `decode=False` only its presence is checked.
-    Raises PhiSightError if `folder` is no folder.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise PhiSightError(f"{folder}: no such image folder; give the folder of the pictures")
-
-    def problem(name: str) -> str | None:
-        try:
-            if decode:
-                load_image(folder / name)
-            elif not os.path.isfile(folder / name):
-                return f"{folder / name}: no such file; check the name and the image folder"
-        except PhiSightError as error:
-            return str(error)
-        return None
-
-    names = sorted({name for conversation in conversations for name in conversation.images})
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoders work outside Python's lock
-        problems = {n: reason for n, reason in zip(names, pool.map(problem, names)) if reason}
-    good, quarantined = [], []
-    for conversation in conversations:
-        bad = next((name for name in conversation.images if name in problems), None)
-        if bad is None:
-            good.append(conversation)
-        else:
-            quarantined.append(Quarantined(f"picture {bad}", conversation.id, problems[bad]))
-    return LoadedData(good, quarantined)
-
-
-# --- splits -------------------------------------------------------------------------------------
-
-
-def split_by_image(
-    conversations: Sequence[Pictured], fraction: float, seed: int
-) -> tuple[list[Pictured], list[Pictured]]:
-    """Split into (train, validation) so that no picture is on both sides.
-
-    Conversations that share a picture, directly or through others, form a group; a text-only one
-    belongs to the group of its id. A group goes to validation if the hash of the seed and its first
-    name lies below `fraction`: the side depends neither on the file's order nor on what else is in
-    the file (unless a new record ties two groups together). Each list keeps the given order.
-    `fraction` 0 asks for no validation; otherwise each side gets at least one group.
-
-    Raises PhiSightError for a fraction outside [0, 1) or if there are fewer than two groups.
-    """
-    if not 0 <= fraction < 1:
-        raise PhiSightError(f"validation fraction {fraction}: out of range; give 0 <= it < 1")
-    if fraction == 0:
-        return list(conversations), []
-    groups = _group_names(conversations)
-    places = {name: _place_in_unit_interval("split", seed, name) for name in set(groups)}
-    if len(places) < 2:
-        raise PhiSightError(
-            f"validation split: needs at least 2 pictures with separate conversations, found "
-            f"{len(places)}; add data or set the validation fraction to 0"
-        )
-    # The nearest group goes over where chance left a side empty.
-    threshold = max(fraction, math.nextafter(min(places.values()), 1))
-    threshold = min(threshold, max(places.values()))
-    train, validation = [], []
-    for conversation, group in zip(conversations, groups):
-        (validation if places[group] < threshold else train).append(conversation)
-    return train, validation
-
-
-def take_fraction(conversations: Sequence[Pictured], fraction: float, seed: int) -> list[Pictured]:
-    """Keep about `fraction` of the picture groups (see `split_by_image`), at least one.
-
-    A smaller fraction keeps a subset of what a larger one keeps. The choice is independent of the
-    split's, so that taking first and splitting afterwards still gives fair shares.
-
-    Raises PhiSightError for a fraction outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise PhiSightError(f"data fraction {fraction}: out of range; give 0 < it <= 1")
-    groups = _group_names(conversations)
-    places = {name: _place_in_unit_interval("take", seed, name) for name in set(groups)}
-    threshold = max(fraction, math.nextafter(min(places.values(), default=0.0), 1))
-    return [c for c, group in zip(conversations, groups) if places[group] < threshold]
-
-
-def _place_in_unit_interval(purpose: str, seed: int, name: str) -> float:
-    """A fixed pseudo-random number in [0, 1) for a name: 53 bits of its hash, exact in a float."""
-    digest = hashlib.sha256(f"{purpose}\0{seed}\0{name}".encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
-
-
-def _group_names(conversations: Sequence[Pictured]) -> list[str]:
-    """For each conversation the name of its group: the alphabetically first picture in it.
-
-    Union-find over picture names; the smaller name is always the root, so that the name of a group
-    does not depend on the order of the records.
-    """
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = parent[parent[name]]  # halve the path: the next walk is shorter
-            name = parent[name]
-        return name
-
-    firsts = []
-    for conversation in conversations:
-        names = [f"image\0{name}" for name in conversation.images] or [f"id\0{conversation.id}"]
-        firsts.append(names[0])
-        for name in names:
-            low, high = sorted((root(names[0]), root(name)))
-            parent[high] = low
-    return [root(first) for first in firsts]

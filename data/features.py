@@ -120,7 +120,7 @@ def blank_picture() -> Image.Image:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of the file's bytes, in hex. Raises `OSError`, also for what is no regular file."""
+    """sha256 of the file's bytes, in hex. Raises `OSError`, also for what is not a regular file."""
     if path.exists() and not path.is_file():  # reading a pipe may never end
         raise OSError(errno.EINVAL, "is not a regular file")
     with open(path, "rb") as file:
@@ -178,7 +178,7 @@ class FeatureStore:
             header = shard.metadata() or {}
             hashes, checks = json.loads(header["hashes"]), json.loads(header["checks"])
             slices = {name: shard.get_slice(name) for name in shard.keys()}
-            found = {
+            held = {
                 name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
             }
             count = len(hashes)
@@ -190,8 +190,8 @@ class FeatureStore:
             ) from None
         shapes = {"features": (count, *self.shape), "scales": (count, self.shape[0])}
         expected = {name: (shapes[name], dtype) for name, dtype in DTYPES[self.storage].items()}
-        if found != expected:
-            raise PhiSightError(f"{path}: holds {found}, expected {expected}; delete it")
+        if held != expected:
+            raise PhiSightError(f"{path}: holds {held}, expected {expected}; delete it")
         for row, picture in enumerate(hashes):
             self._where.setdefault(picture, (len(self._shards), row))
         self._shards.append(_Shard(path, shard, checks))
@@ -314,13 +314,13 @@ class FeatureStore:
         def compute() -> None:
             features = extract(waiting).float().cpu()  # (pictures, tokens, dim)
             stored = encode(features, self.storage)
-            found = decode(stored)
-            if not found.isfinite().all():
+            decoded = decode(stored)
+            if not decoded.isfinite().all():
                 raise PhiSightError(
-                    f"picture features: some are no finite {self.storage} numbers; give another"
+                    f"picture features: some are not finite as {self.storage} numbers; give another"
                     " --vision-layer or --feature-storage"
                 )
-            self.error.add(features, found)
+            self.error.add(features, decoded)
             computed.append(stored)
             waiting.clear()
 

@@ -85,9 +85,9 @@ def looks_whole(path: Path, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PI
             if image.format == "WEBP":  # its header tells the size of the rest
                 file.seek(4)
                 return int.from_bytes(file.read(4), "little") + 8 <= status.st_size
-            mark = END_MARKS.get(image.format)
+            mark = END_MARKS.get(image.format or "")
             return mark is not None and mark in end and image.mode not in ("I", "F")
-    except Exception:  # as in `decode_image`: strangers' bytes make PIL raise anything
+    except Exception:  # as in `decode_image`: untrusted bytes make PIL raise anything
         return False
 
 

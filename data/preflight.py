@@ -5,6 +5,7 @@ python -m data.preflight --data llava_instruct_150k.json --images train2017
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -157,11 +158,12 @@ def measure_tower(vision: str, pooling: int) -> Tower:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise PhiSightError(f"--vision {vision}: {last.removeprefix('error: ')}")
-    found = json.loads(done.stdout)
-    return Tower((found["tokens"], found["dim"]), found["pictures_per_second"], found["device"])
+    measured = json.loads(done.stdout)
+    shape = (measured["tokens"], measured["dim"])
+    return Tower(shape, measured["pictures_per_second"], measured["device"])
 
 
-def parse(arguments: list[str] | None) -> object:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="data.preflight", description=__doc__.split("\n")[0])
     fields = Config.__dataclass_fields__
     parser.add_argument("--data", default="", help="JSON list or JSONL of conversations")
@@ -228,18 +230,18 @@ def main(arguments: list[str] | None = None) -> int:
     workers = options.workers
     if workers is None:
         workers = 0 if bytes_read < SMALL_FILE else os.cpu_count() or 1
-    found = survey(
+    surveyed = survey(
         path,
         Path(options.images) if options.images else None,
         chat_format,
         options.pictures,
         workers,
     )
-    tally = found.tally
-    usable = tally.distinct("pictures") - len(found.bad_pictures)
+    tally = surveyed.tally
+    usable = tally.distinct("pictures") - len(surveyed.bad_pictures)
     plan = StoragePlan(Path(options.features), max(0, usable), tower.shape, options.feature_storage)
     print(f"{path}: {size(bytes_read)}")
-    print("\n".join(Report(found, tower, plan, options.max_text_tokens).lines()))
+    print("\n".join(Report(surveyed, tower, plan, options.max_text_tokens).lines()))
     for entry in tally.set_aside[:SHOWN]:
         print(f"set aside: {entry.where} (id {entry.id or '-'}): {entry.reason}")
     if len(tally.set_aside) > SHOWN:
@@ -248,18 +250,18 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if options.quarantine:
         write_quarantine(options.quarantine, tally.set_aside)
-    print(cost(time.monotonic() - started, found))
+    print(cost(time.monotonic() - started, surveyed))
     return 1 if tally.set_aside else 0
 
 
-def cost(seconds: float, found: Survey) -> str:
+def cost(seconds: float, surveyed: Survey) -> str:
     """What the report itself took."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     processor = sum(usage.ru_utime + usage.ru_stime for usage in used)
     line = f"took {seconds:.1f} s, {processor:.1f} CPU seconds; peak memory {size(peak_memory())}"
-    if not found.workers:
+    if not surveyed.workers:
         return line
-    return f"{line}, and {size(found.tally.peak_memory)} in each of {found.workers} processes"
+    return f"{line}, and {size(surveyed.tally.peak_memory)} in each of {surveyed.workers} processes"
 
 
 if __name__ == "__main__":

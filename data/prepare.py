@@ -6,26 +6,19 @@ with its reason, and the count is reported.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from config import Config, need_file
-from data.chat import ChatFormat, RenderedSample, fit_to_limit, render
-from data.dataset import (
-    Conversation,
-    Outline,
-    Quarantined,
-    read_conversations,
-    split_by_image,
-    take_fraction,
-)
+from data.chat import ChatFormat, RenderedSample, first_exchange, render_to_limit
+from data.dataset import Conversation, Quarantined, read_conversations
 from data.features import Extract, FeatureStore
 from data.packed import PackedSamples
+from data.splits import Outline, split_by_image, take_fraction
 from errors import PhiSightError
 
 DATA_REMEDY = "give --data FILE, or make the picture world with: python -m data.world"
@@ -69,53 +62,74 @@ def prepare(
         raise _nothing_left(config, "train", quarantined)
     train, validation = split_by_image(outlines, config.validation_fraction, config.seed)
     asked = evenly_spaced(validation, config.evaluation_conversations)
-
-    parts = [_Rendered(PackedSamples(chat_format)), _Rendered(PackedSamples(chat_format))]
-    part_of = {
-        outline.number: part for part, side in zip(parts, (train, validation)) for outline in side
-    }
-    exchanges: dict[int, RenderedSample] = {}
-    numbers = {outline.number for outline in asked}
-    for number, conversation in _again(path, everything):
-        if number in part_of:
-            part_of[number].add(conversation, chat_format, config.max_text_tokens)
-        if number in numbers:
-            exchange = render(_first_exchange(conversation).messages, chat_format)
-            if _text_tokens(exchange, chat_format) <= config.max_text_tokens:
-                exchanges[number] = exchange
-    for part in parts:
-        quarantined += part.quarantined
+    rendered_train, rendered_validation, first_exchanges = _render(
+        path, everything, train, validation, asked, chat_format, config.max_text_tokens
+    )
+    quarantined += rendered_train.quarantined + rendered_validation.quarantined
     _stop_if_strict(config, quarantined)
-    if not all(part.samples for part in parts):
-        raise _nothing_left(config, "validate" if parts[0].samples else "train", quarantined)
+    if not rendered_train.samples:
+        raise _nothing_left(config, "train", quarantined)
+    if not rendered_validation.samples:
+        raise _nothing_left(config, "validate", quarantined)
     return TrainingData(
-        train=parts[0].samples,
-        validation=evenly_spaced(parts[1].samples, config.evaluation_conversations),
-        first_exchanges=list(exchanges.values()),
+        train=rendered_train.samples,
+        validation=evenly_spaced(rendered_validation.samples, config.evaluation_conversations),
+        first_exchanges=first_exchanges,
         quarantined=quarantined,
-        shortened=sum(part.shortened for part in parts),
-        fingerprint=_fingerprint(chain.from_iterable(part.samples for part in parts), store),
+        shortened=rendered_train.shortened + rendered_validation.shortened,
+        fingerprint=_fingerprint(rendered_train.samples, rendered_validation.samples, store),
     )
 
 
-@dataclass
 class _Rendered:
     """One side of the split: its samples, and its conversations that were too long."""
 
-    samples: PackedSamples
-    quarantined: list[Quarantined] = field(default_factory=list)
-    shortened: int = 0
+    def __init__(self, chat_format: ChatFormat) -> None:
+        self.chat_format = chat_format
+        self.samples = PackedSamples(chat_format)
+        self.quarantined: list[Quarantined] = []
+        self.shortened = 0
 
-    def add(
-        self, conversation: Conversation, chat_format: ChatFormat, max_text_tokens: int
-    ) -> None:
+    def add(self, conversation: Conversation, max_text_tokens: int) -> RenderedSample | None:
+        """Render a conversation and keep it packed; None if it was set aside as too long."""
         try:
-            messages, dropped = fit_to_limit(conversation.messages, chat_format, max_text_tokens)
+            sample, dropped = render_to_limit(
+                conversation.messages, self.chat_format, max_text_tokens
+            )
         except PhiSightError as error:
             self.quarantined.append(Quarantined("conversation", conversation.id, str(error)))
-            return
+            return None
         self.shortened += dropped > 0
-        self.samples.append(render(messages, chat_format))
+        self.samples.append(sample)
+        return sample
+
+
+def _render(
+    path: Path,
+    everything: Sequence[Outline],
+    train: Sequence[Outline],
+    validation: Sequence[Outline],
+    asked: Sequence[Outline],
+    chat_format: ChatFormat,
+    max_text_tokens: int,
+) -> tuple[_Rendered, _Rendered, list[RenderedSample]]:
+    """Read the file again and tokenise the conversations that are used, each once.
+
+    Returns the training side, the validation side, and the first exchanges of the conversations in
+    `asked` that were not too long.
+    """
+    rendered_train, rendered_validation = _Rendered(chat_format), _Rendered(chat_format)
+    side_of = dict.fromkeys((outline.number for outline in train), rendered_train)
+    side_of |= dict.fromkeys((outline.number for outline in validation), rendered_validation)
+    asked_numbers = {outline.number for outline in asked}
+    first_exchanges = []
+    for number, conversation in _read_again(path, everything):
+        if number not in side_of:
+            continue
+        sample = side_of[number].add(conversation, max_text_tokens)
+        if sample is not None and number in asked_numbers:
+            first_exchanges.append(first_exchange(sample, chat_format))
+    return rendered_train, rendered_validation, first_exchanges
 
 
 def _outlines(path: Path, quarantined: list[Quarantined], strict: bool) -> list[Outline]:
@@ -127,7 +141,7 @@ def _outlines(path: Path, quarantined: list[Quarantined], strict: bool) -> list[
     ]
 
 
-def _again(path: Path, everything: Sequence[Outline]) -> Iterator[tuple[int, Conversation]]:
+def _read_again(path: Path, everything: Sequence[Outline]) -> Iterator[tuple[int, Conversation]]:
     """The good conversations of a file that was read before, with their numbers.
 
     Raises PhiSightError if it holds others now: computing features may take days.
@@ -182,18 +196,9 @@ def _without(
     return good, set_aside
 
 
-def _first_exchange(conversation: Conversation) -> Conversation:
-    end = next(i for i, m in enumerate(conversation.messages) if m.role == "assistant") + 1
-    return dataclasses.replace(conversation, messages=conversation.messages[:end])
-
-
-def _text_tokens(sample: RenderedSample, chat_format: ChatFormat) -> int:
-    return len(sample.input_ids) - len(sample.images) * chat_format.tokens_per_image
-
-
-def _fingerprint(samples: Iterable[RenderedSample], store: FeatureStore) -> str:
+def _fingerprint(train: PackedSamples, validation: PackedSamples, store: FeatureStore) -> str:
     total = hashlib.sha256()
-    for sample in samples:
+    for sample in chain(train, validation):
         # The features too: another machine may compute the same picture's a little differently.
         hashes = [(store.hash_of(name), store.check_of(name)) for name in sample.images]
         total.update(json.dumps([sample.input_ids, sample.supervised, hashes]).encode())

@@ -37,7 +37,7 @@ def read_records(
 ) -> Iterator[tuple[str, object]]:
     """Every record of a JSON list or JSONL file, with the place to name in a message.
 
-    A line that is no JSON is given as `NotJson`. Raises PhiSightError, when it comes to it, for a
+    A line that is not JSON is given as `NotJson`. Raises PhiSightError, when it comes to it, for a
     file that is missing, empty, not UTF-8, or neither form; in a list it names the record.
     """
     with _open(path) as file:
@@ -120,7 +120,7 @@ class _Window:
         return self._line + newlines, position - self.text.rfind("\n", 0, position)
 
     def first_character(self) -> str:
-        """The first that is no white space, or the odd white space that JSON has no place for."""
+        """The first that is not white space, or the odd white space that JSON has no place for."""
         while not self.text.strip():
             if self.at_end:
                 raise PhiSightError(f"{self.path}: the file is empty; fetch or export it again")
@@ -133,7 +133,8 @@ class _Window:
 
 
 def _after_white_space(text: str, position: int) -> int:
-    return WHITE_SPACE.match(text, position).end()
+    match = WHITE_SPACE.match(text, position)
+    return match.end() if match else position
 
 
 # -- one record a line ----------------------------------------------------------------------------

@@ -126,11 +126,11 @@ def survey(
         if folder is not None:
             first: dict[int, str] = {}  # mark -> the first picture of it
             alike: dict[int, list[str]] = {}
-            for found, absent, marks in pool.map(
+            for unusable, absent, marks in pool.map(
                 check_pictures,
                 ((names, folder, picture_check) for names in batches(distinct_names(path))),
             ):
-                bad |= found
+                bad |= unusable
                 missing += absent
                 for name, mark in marks.items():
                     if first.setdefault(mark, name) is not name:
@@ -223,12 +223,12 @@ def tally_records(
     """Count `records` (place, decoded record); a conversation with a picture in `bad` is lost."""
     tally = Tally(records=len(records))
     for where, record in records:
-        found = conversation_or_fault(record)
-        if isinstance(found, Conversation):
-            _count(tally, found, bad, counter)
+        result = conversation_or_fault(record)
+        if isinstance(result, Conversation):
+            _count(tally, result, bad, counter)
         else:
-            tally.faults[found.kind] += 1
-            tally.set_aside.append(Quarantined(where, found.id, found.reason))
+            tally.faults[result.kind] += 1
+            tally.set_aside.append(Quarantined(where, result.id, result.reason))
     tally.peak_memory = peak_memory()
     return tally
 

@@ -1,1 +1,1 @@
-"""Ways out of PhiSight and into it: one file a format that another program reads or wrote."""
+"""Exports to other programs and imports from them: one file a format, all in `exports.table`."""

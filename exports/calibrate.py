@@ -72,11 +72,11 @@ def input_moments(
     language model: (inputs, inputs) float32 by name. Padding is left out, and so are the decoder
     layers from `depth` on, which the named ones do not depend on."""
     moments: dict[str, Tensor] = {}
-    kept = torch.empty(0)
+    real = torch.empty(0)  # of the batch under way: which tokens are not padding
 
     def hook_for(name: str):
         def hook(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            seen = inputs[0].flatten(0, 1)[kept].float()  # (tokens, inputs)
+            seen = inputs[0].flatten(0, 1)[real].float()  # (tokens, inputs)
             moments[name] = moments.get(name, 0) + seen.T @ seen
 
         return hook
@@ -90,7 +90,7 @@ def input_moments(
     decoder.layers = layers[:depth]
     try:
         for batch in batches:
-            kept = (batch.segment_ids > 0).flatten()
+            real = (batch.segment_ids > 0).flatten()
             model.hidden_states(batch)
     finally:
         decoder.layers = layers

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config
 
 from errors import PhiSightError
 from model.base import BaseModel
@@ -89,25 +90,25 @@ def hub_config(base: BaseModel, dtype: torch.dtype) -> Phi3Config:
     return config
 
 
-def phi3_of(
-    config: Phi3Config, state: Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> Phi3ForCausalLM:
-    """A plain model with exactly these weights, rounded to `dtype`, on the CPU.
-
-    Its rotary tables are not filled: it is there to be saved, not to be run.
-    """
-    with torch.device("meta"):
-        model = Phi3ForCausalLM(config)
-    tensors = {name: rounded(name, tensor, dtype) for name, tensor in state}
-    model.load_state_dict(tensors, strict=True, assign=True)
-    model.tie_weights()
-    return model
+def rounded_state(
+    weights: Iterable[tuple[str, Tensor]], base: BaseModel, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Weights of a language model by name, in `dtype` and on the CPU, as a file holds them: a head
+    that is the embedding stands there once."""
+    state = {name: rounded(name, tensor, dtype) for name, tensor in weights}
+    if base.model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state
 
 
-def write_phi3(folder: Path, model: Phi3ForCausalLM, base_folder: Path) -> None:
-    """`model` as a `Phi3ForCausalLM` folder (safetensors, in shards where it is large), with the
-    tokenizer of `base_folder`, byte for byte, and its defaults for generation."""
-    model.save_pretrained(folder)
+def write_phi3(
+    folder: Path, config: Phi3Config, state: dict[str, Tensor], base_folder: Path
+) -> None:
+    """A `Phi3ForCausalLM` folder (safetensors, in shards where it is large), with the tokenizer of
+    `base_folder`, byte for byte, and its defaults for generation."""
+    config.architectures = ["Phi3ForCausalLM"]
+    config.save_pretrained(folder)
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
     copy_tokenizer(base_folder, folder)
     copy_generation_config(base_folder, folder)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,9 +15,39 @@ import config as configs
 from config import Config
 from errors import PhiSightError
 from exports.folder import new_folder
+from exports.form import add_config_flags, typed
 from exports.measure import versions
 from lora.state import describe
 from model.build import Assembled, assemble, load_model_state
+
+# What the adapter was trained over, and how its pictures were read: an adapter file does not say.
+MODEL_FIELDS = (
+    "base_revision",
+    "vision_revision",
+    "quantization",
+    "vision_features",
+    "vision_layer",
+    "feature_pooling",
+    "feature_storage",
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what an imported run is, beside those of every model."""
+    group = parser.add_argument_group("what an adapter that is imported was trained over")
+    group.add_argument(
+        "--preset",
+        default=configs.DEFAULT_PRESET,
+        help="what an imported run is but for its adapter (%(default)s)",
+    )
+    add_config_flags(group, MODEL_FIELDS)
+
+
+def imported_config(options: argparse.Namespace) -> Config:
+    """The preset, with what was typed about its base, its CLIP and where to compute."""
+    config = configs.default_config(options.preset)
+    model_flags = ("base", "vision", "base_cache", "device")  # of `assistant.flags`
+    return configs.replace(config, **typed(options, (*model_flags, *MODEL_FIELDS)))
 
 
 def write_run(
@@ -52,10 +85,21 @@ def write_run(
         )
 
 
-def model_for(config: Config, **fields: object) -> tuple[Assembled, Config]:
+def model_for(config: Config, **fields: Any) -> tuple[Assembled, Config]:
     """The model that an adapter goes into, and its config."""
     config = configs.replace(config, **fields)
     return assemble(config), config
+
+
+def finite_number(value: object) -> float | None:
+    """`value` from an untrusted file as a float, or None if it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def need_matrix(source: object, name: str, value: object, *shape: int | None) -> Tensor:

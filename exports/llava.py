@@ -1,4 +1,4 @@
-"""The whole model, eyes included, as a `LlavaForConditionalGeneration` folder with its processor.
+"""The whole model with its CLIP as a `LlavaForConditionalGeneration` folder with its processor.
 
 LLaVA-1.5 (arXiv:2310.03744) is the same arithmetic: CLIP patches of one hidden layer, two linear
 layers with a GELU between, spliced in where the picture token stands. So nothing is approximated:
@@ -9,8 +9,10 @@ read the same files.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -30,10 +32,11 @@ from exports.folder import (
     copy_tokenizer,
     hub_config,
     new_folder,
-    phi3_of,
     rounded,
 )
+from exports.form import Form, folder_to_write
 from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
+from exports.measured import export_measured
 from lora.merge import merged_state
 from model.base import find_folder, language_model
 from model.projector import ImageProjector
@@ -56,22 +59,32 @@ CHAT_TEMPLATE = (
 
 
 def export_llava(
-    assistant: Assistant, out: str | Path, dtype: torch.dtype, probe: Probe, tolerance: Tolerance
-) -> dict[str, object]:
+    assistant: Assistant,
+    out: str | Path,
+    dtype: torch.dtype,
+    probe: Probe,
+    tolerance: Tolerance | None,
+) -> dict[str, Any]:
     """Merge, write, read back with transformers, measure both sides, keep it if they agree.
 
     Returns the certificate. The measurement takes language model and projector from the folder;
     features come from the run's own store on both sides.
 
     Raises:
-        PhiSightError: the run has pooled pictures, a weight does not fit into `dtype`, the folder
-            cannot be written, or the result is past the tolerance. Nothing is left then.
+        PhiSightError: the run pools its pictures' patches, a weight does not fit into `dtype`, the
+            folder cannot be written, or the result is past the tolerance. Nothing is left then.
     """
     config = assistant.config
     if config.vision_features != "patches":
         raise PhiSightError(
             f"--llava: {assistant.source} sees one pooled vector, LLaVA reads patches; export a run"
             " that was trained with --vision-features patches"
+        )
+    if config.feature_pooling > 1:
+        raise PhiSightError(
+            f"--llava: {assistant.source} averages {config.feature_pooling} x"
+            f" {config.feature_pooling} patches into one token, LLaVA reads every patch; export a"
+            " run that was trained with --feature-pooling 1"
         )
     base_folder = find_folder(config.base, config.base_revision or None)
     with new_folder(out) as folder:
@@ -112,15 +125,17 @@ def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGen
     config.dtype = dtype
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
-    phi3 = phi3_of(hub_config(parts.base, dtype), merged_state(parts.base.model), dtype)
-    for theirs, ours in (
-        (llava.model.vision_tower, VisionTower(spec).model),
-        (llava.model.multi_modal_projector, parts.model.projector),
-        (llava.model.language_model, phi3.model),
-        (llava.lm_head, phi3.lm_head),
+    language = dict(merged_state(parts.base.model))
+    head = {"weight": language.pop("lm_head.weight")}
+    decoder = {name.removeprefix("model."): tensor for name, tensor in language.items()}
+    for module, state in (
+        (llava.model.vision_tower, VisionTower(spec).model.state_dict()),
+        (llava.model.multi_modal_projector, parts.model.projector.state_dict()),
+        (llava.model.language_model, decoder),
+        (llava.lm_head, head),
     ):
-        state = {name: rounded(name, tensor, dtype) for name, tensor in ours.state_dict().items()}
-        theirs.load_state_dict(state, strict=True, assign=True)
+        written = {name: rounded(name, tensor, dtype) for name, tensor in state.items()}
+        module.load_state_dict(written, strict=True, assign=True)
     llava.tie_weights()
     return llava
 
@@ -147,12 +162,25 @@ def read_back(assistant: Assistant, folder: Path) -> Assistant:
     llava = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=base.compute_dtype, local_files_only=True
     )
-    weights = [(f"model.{n}", t) for n, t in llava.model.language_model.state_dict().items()]
-    if not base.model.config.tie_word_embeddings:
-        weights.append(("lm_head.weight", llava.lm_head.weight))
-    model = language_model(base.model.config, weights)
+    weights = {f"model.{n}": t for n, t in llava.model.language_model.state_dict().items()}
+    weights["lm_head.weight"] = llava.lm_head.weight
+    model = language_model(base.model.config, weights.items())
     projector = assistant.model.projector
     copied = ImageProjector(projector.linear_1.in_features, projector.linear_1.out_features)
     copied.load_state_dict(llava.model.multi_modal_projector.state_dict(), strict=True)
     written = dataclasses.replace(base, model=model, name=str(folder))
     return measure.with_language_model(assistant, written, copied)
+
+
+def run(options: argparse.Namespace) -> str:
+    """`export.py --llava DIR`."""
+    return export_measured(options, folder_to_write(options, "--llava"), export_llava)
+
+
+FORM = Form(
+    run,
+    {
+        "metavar": "DIR",
+        "help": "the whole model as LlavaForConditionalGeneration, with its processor",
+    },
+)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 from assistant.assistant import Assistant
@@ -62,7 +63,7 @@ class Probe:
     prompts: list[RenderedSample]
     store: FeatureStore
     data: TrainingData
-    facts: dict[str, object]
+    facts: dict[str, Any]
     """what a certificate says about all this"""
 
 
@@ -84,7 +85,9 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
     if greedy_answers < 1:
         raise PhiSightError(f"--greedy-answers {greedy_answers}: must be at least 1")
     config, parts = assistant.config, assistant.parts
-    store = FeatureStore(config.features, parts.vision.key, parts.vision.shape)
+    store = FeatureStore(
+        config.features, parts.vision.key, parts.vision.shape, config.feature_storage
+    )
     data = prepare(
         config, parts.chat_format, store, lambda: VisionTower(parts.vision, parts.device)
     )
@@ -155,15 +158,15 @@ def equal_percent(first: Sequence[str], second: Sequence[str]) -> float:
     return round(100 * same / len(first), 2)
 
 
-def certificate(
+def certificate_of(
     what: str,
     assistant: Assistant,
     probe: Probe,
     before: Measured,
     after: Measured,
     tolerance: Tolerance | None,
-    **more: object,
-) -> dict[str, object]:
+    **more: Any,
+) -> dict[str, Any]:
     """What was done, measured on what, with which result; `tolerance` None refuses nothing."""
     difference = after.loss - before.loss
     equal = equal_percent(before.answers, after.answers)
@@ -199,17 +202,18 @@ def versions() -> dict[str, str]:
     }
 
 
-def check(found: dict[str, object]) -> None:
+def check(certificate: dict[str, Any]) -> None:
     """Raises `PhiSightError` with both numbers if the certificate is past its tolerance."""
-    if found["within_tolerance"]:
+    if certificate["within_tolerance"]:
         return
-    allowed = found["tolerance"]
+    allowed = certificate["tolerance"]
     raise PhiSightError(
-        f"{found['what']}: refused, nothing was written: the loss went from"
-        f" {found['loss_before']:.4f} to {found['loss_after']:.4f} (at most"
-        f" {allowed['loss_difference']:g} apart is allowed) and {found['greedy_equal']:g} % of the"
-        f" greedy answers stayed equal (at least {allowed['greedy_equal']:g} % is asked); use"
-        " another --dtype, or say with --max-loss-difference and --min-greedy-equal what you accept"
+        f"{certificate['what']}: refused, nothing was written: the loss went from"
+        f" {certificate['loss_before']:.4f} to {certificate['loss_after']:.4f} (at most"
+        f" {allowed['loss_difference']:g} apart is allowed) and {certificate['greedy_equal']:g} %"
+        f" of the greedy answers stayed equal (at least {allowed['greedy_equal']:g} % is asked);"
+        " use another --dtype, or say with --max-loss-difference and --min-greedy-equal what you"
+        " accept"
     )
 
 
@@ -221,46 +225,47 @@ def certify(
     before: Measured,
     after: Measured,
     tolerance: Tolerance | None,
-    **more: object,
-) -> dict[str, object]:
+    **more: Any,
+) -> dict[str, Any]:
     """Write the certificate of the finished folder that `path` lies in, and return it.
 
     Raises `PhiSightError` as `check` does; nothing is written then.
     """
-    found = certificate(
+    certificate = certificate_of(
         what, assistant, probe, before, after, tolerance, **more, files=files_of(path.parent)
     )
-    check(found)
-    write_json(path, found)
-    return found
+    check(certificate)
+    write_json(path, certificate)
+    return certificate
 
 
 def files_of(folder: Path) -> dict[str, str]:
     """sha256 of every file in a folder, by name."""
-    found = {}
+    hashes = {}
     for path in sorted(folder.iterdir()):
         if path.is_file():
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
-def summary(found: dict[str, object], out: str) -> str:
+def summary(certificate: dict[str, Any], out: str) -> str:
     """The certificate in a line or two."""
-    facts = found["measured_on"]
+    facts = certificate["measured_on"]
     line = (
-        f"{out}: {found['what']}: loss {found['loss_before']:.5f} -> {found['loss_after']:.5f}"
-        f" ({found['loss_difference']:+.5f}) over {facts['answer_tokens']:,} answer tokens of"
-        f" {facts['conversations']} conversations; {found['greedy_equal']:g} % of"
+        f"{out}: {certificate['what']}: loss"
+        f" {certificate['loss_before']:.5f} -> {certificate['loss_after']:.5f}"
+        f" ({certificate['loss_difference']:+.5f}) over {facts['answer_tokens']:,} answer tokens of"
+        f" {facts['conversations']} conversations; {certificate['greedy_equal']:g} % of"
         f" {facts['questions']} greedy answers equal"
     )
-    if naive := found.get("naive"):
+    if naive := certificate.get("naive"):
         line += (
             f"\nrounded naively: loss {naive['loss_after']:.5f}"
             f" ({naive['loss_difference']:+.5f}), {naive['greedy_equal']:g} % equal"
         )
-    if weights := found.get("weights"):
-        channels = found["channels"]
+    if weights := certificate.get("weights"):
+        channels = certificate["channels"]
         line += (
             f"\n{channels['before']} -> {channels['after']} MLP channels a layer,"
             f" {weights['before']:,} -> {weights['after']:,} weights"

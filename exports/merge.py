@@ -6,21 +6,29 @@ trained over (QLoRA, arXiv:2305.14314; `lora.merge` says why), and rounded once,
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from assistant.assistant import Assistant
 from exports import measure
-from exports.folder import hub_config, new_folder, phi3_of, write_phi3
+from exports.folder import hub_config, new_folder, rounded_state, write_phi3
+from exports.form import Form, folder_to_write
 from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
+from exports.measured import export_measured
 from lora.merge import merged_state
 from model.base import find_folder, load_base
 
 
 def export_merged(
-    assistant: Assistant, out: str | Path, dtype: torch.dtype, probe: Probe, tolerance: Tolerance
-) -> dict[str, object]:
+    assistant: Assistant,
+    out: str | Path,
+    dtype: torch.dtype,
+    probe: Probe,
+    tolerance: Tolerance | None,
+) -> dict[str, Any]:
     """Merge, write, read back what was written, measure both, and keep it if they agree.
 
     The folder holds the language model alone, for programs that read text; pictures need the
@@ -34,9 +42,9 @@ def export_merged(
     base_folder = find_folder(config.base, config.base_revision or None)
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before merging")
-        model = phi3_of(hub_config(parts.base, dtype), merged_state(parts.base.model), dtype)
-        write_phi3(folder, model, base_folder)
-        del model
+        state = rounded_state(merged_state(parts.base.model), parts.base, dtype)
+        write_phi3(folder, hub_config(parts.base, dtype), state, base_folder)
+        del state
         written = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
         after = measure.measure(
             measure.with_language_model(assistant, written), probe, "after merging"
@@ -52,3 +60,17 @@ def export_merged(
             dtype=str(dtype).removeprefix("torch."),
             method=MERGE_METHOD,
         )
+
+
+def run(options: argparse.Namespace) -> str:
+    """`export.py --merge`."""
+    return export_measured(options, folder_to_write(options), export_merged)
+
+
+FORM = Form(
+    run,
+    {
+        "action": "store_true",
+        "help": "fold the adapter into the base: a plain Phi3ForCausalLM folder",
+    },
+)

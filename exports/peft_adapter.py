@@ -11,7 +11,7 @@ by putting their A on top of each other and their B on a diagonal: the rank is t
 
 from __future__ import annotations
 
-import math
+import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,10 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from assistant.assistant import Assistant
+from assistant.flags import load_assistant
 from config import Config
 from errors import PhiSightError
 from exports.folder import new_folder, read_tensors, write_json
-from exports.imported import model_for, need_matrix, write_run
+from exports.form import Form, folder_to_write
+from exports.imported import (
+    finite_number,
+    imported_config,
+    model_for,
+    need_matrix,
+    write_run,
+)
 from lora.state import lora_state
 from model.base import find_folder, read_config, read_json
 from model.decoder import DecoderConfig
@@ -72,7 +80,8 @@ _KEY = re.compile(
 
 def part_sizes(config: DecoderConfig) -> dict[str, int]:
     """Rows of each part of the fused projections, by Llama's names."""
-    keys = config.num_key_value_heads * config.head_dim
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = (config.num_key_value_heads or config.num_attention_heads) * head
     return {
         "q_proj": config.num_attention_heads * config.head_dim,
         "k_proj": keys,
@@ -177,6 +186,23 @@ def peft_tensors(state: Mapping[str, Tensor], rows: Mapping[str, int]) -> dict[s
     return tensors
 
 
+def run_export(options: argparse.Namespace) -> str:
+    """`export.py --peft DIR`."""
+    out = folder_to_write(options, "--peft")
+    return export_peft(load_assistant(options), out, options.split)
+
+
+EXPORT = Form(
+    run_export,
+    {"metavar": "DIR", "help": "the adapter as a PEFT folder"},
+    {
+        "--split": {
+            "action": "store_true",
+            "help": "with --peft: q, k, v, gate and up apart, as Llama names them",
+        }
+    },
+)
+
 # -- in --------------------------------------------------------------------------------------------
 
 
@@ -186,7 +212,7 @@ def import_peft(source: str | Path, out: str | Path, config: Config) -> str:
     The projector is read from `image_projector.safetensors` in the same folder.
 
     Raises:
-        PhiSightError: the folder is no LoRA adapter of this base, does more than LoRA, or has no
+        PhiSightError: the folder is not a LoRA adapter of this base, does more than LoRA, or has no
             projector.
     """
     source = Path(source)
@@ -226,22 +252,19 @@ def read_peft_config(source: Path) -> dict:
     if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
         problems.append("init_lora_weights")  # some, such as PiSSA, change the base as well
     if problems:
-        said = ", ".join(f"{name} {settings.get(name)!r}"[:80] for name in problems)
+        shown = ", ".join(f"{name} {settings.get(name)!r}"[:80] for name in problems)
         raise PhiSightError(
-            f"{path}: {said}: not plain LoRA, so it cannot be taken over; merge it"
+            f"{path}: {shown}: not plain LoRA, so it cannot be taken over; merge it"
             " with PEFT and use the result as base"
         )
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    dropout = settings.get("lora_dropout", 0.0)
-    numbers = all(
-        type(value) in (int, float) and math.isfinite(value) for value in (alpha, dropout)
-    )
-    if type(rank) is not int or rank < 1 or not numbers or alpha <= 0 or not 0 <= dropout < 1:
-        raise PhiSightError(
-            f"{path}: r {rank!r}, lora_alpha {alpha!r} and lora_dropout {dropout!r}"
-            f" make no adapter; {REMEDY}"
-        )
-    return settings | {"lora_dropout": float(dropout)}
+    rank, alpha = settings.get("r"), finite_number(settings.get("lora_alpha"))
+    dropout = finite_number(settings.get("lora_dropout", 0.0))
+    whole_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if not whole_rank or alpha is None or alpha <= 0 or dropout is None or not 0 <= dropout < 1:
+        named = ("r", "lora_alpha", "lora_dropout")
+        given = ", ".join(f"{name} {settings.get(name)!r}"[:80] for name in named)
+        raise PhiSightError(f"{path}: {given} make no adapter; {REMEDY}")
+    return settings | {"lora_alpha": alpha, "lora_dropout": dropout}
 
 
 def lora_from_peft(
@@ -253,7 +276,7 @@ def lora_from_peft(
     nothing to what the model computes.
     """
     rows, sizes = part_sizes(base), input_sizes(base)
-    found: dict[tuple[int, str], dict[str, dict[str, Tensor]]] = {}
+    by_layer: dict[tuple[int, str], dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         name = match[3] if match else ""
@@ -266,9 +289,9 @@ def lora_from_peft(
         outputs, inputs = rows.get(name, sizes[kind][0]), sizes[kind][1]
         shape = (rank, inputs) if match[4] == "A" else (outputs, rank)
         matrix = need_matrix(source, key, tensor, *shape)
-        found.setdefault((int(match[1]), kind), {}).setdefault(name, {})[match[4]] = matrix
+        by_layer.setdefault((int(match[1]), kind), {}).setdefault(name, {})[match[4]] = matrix
     layers = {}
-    for (layer, kind), given in found.items():
+    for (layer, kind), given in by_layer.items():
         for name, pair in given.items():
             if set(pair) != {"A", "B"}:
                 raise PhiSightError(f"{source}: {name} of layer {layer} lacks its A or B; {REMEDY}")
@@ -283,7 +306,7 @@ def lora_from_peft(
         raise PhiSightError(f"{source}: holds no tensor; {REMEDY}")
     targets = tuple(kind for kind in PLACES if any(kind == k for _, k in layers))
     rank = max(len(down) for down, _ in layers.values())
-    state = {}
+    state: dict[str, Tensor] = {}
     for layer in range(base.num_hidden_layers):
         for kind in targets:
             outputs, inputs = sizes[kind]
@@ -316,3 +339,12 @@ def fuse(
         start += rows[part]
     down = downs[0] if together else torch.cat([given[part]["A"] for part in ordered])
     return down, up
+
+
+def run_import(options: argparse.Namespace) -> str:
+    """`export.py --import-peft DIR`."""
+    out = folder_to_write(options)
+    return import_peft(options.import_peft, out, imported_config(options))
+
+
+IMPORT = Form(run_import, {"metavar": "DIR", "help": "a PEFT adapter into a new run"})

@@ -9,8 +9,11 @@ weight is trained, so some of the quality goes; the certificate says how much.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +29,10 @@ from exports.calibrate import (
     language_model_in,
     merged_assistant,
 )
-from exports.folder import hub_config, new_folder, phi3_of, write_phi3
+from exports.folder import hub_config, new_folder, rounded_state, write_phi3
+from exports.form import Form, folder_to_write
 from exports.measure import Probe, Tolerance
+from exports.measured import export_measured
 from model.base import find_folder, load_base
 from model.decoder import LanguageModel
 from model.vlm import VisionLanguageModel
@@ -43,13 +48,13 @@ def kept_channels(width: int, share: float) -> int:
     """
     if not 0 < share < 1:
         raise PhiSightError(f"--prune {share:g}: must be a share between 0 and 1, such as 0.1")
-    kept = round(width * (1 - share) / GRAIN) * GRAIN
-    if not 0 < kept < width:
+    left = round(width * (1 - share) / GRAIN) * GRAIN
+    if not 0 < left < width:
         raise PhiSightError(
-            f"--prune {share:g}: of {width} channels in multiples of {GRAIN} that keeps {kept};"
+            f"--prune {share:g}: of {width} channels in multiples of {GRAIN} that keeps {left};"
             " ask for another share"
         )
-    return kept
+    return left
 
 
 def export_pruned(
@@ -60,7 +65,7 @@ def export_pruned(
     tolerance: Tolerance | None,
     share: float,
     conversations: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Merge, cut, fit, write a plain `Phi3ForCausalLM` with narrower MLPs, read back, measure.
 
     Returns the certificate; with `tolerance` None no loss is refused.
@@ -71,19 +76,19 @@ def export_pruned(
     config, parts = assistant.config, assistant.parts
     base_folder = find_folder(config.base, config.base_revision or None)
     width = parts.base.model.config.intermediate_size
-    kept = kept_channels(width, share)
+    left = kept_channels(width, share)
     batches = calibration_batches(assistant, probe, conversations)
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before")
         changed = merged_assistant(assistant)
         model = language_model_in(changed)
         weights = sum(tensor.numel() for tensor in model.parameters())
-        state = cut(model, changed.model, channel_effects(changed.model, batches), kept, batches)
+        state = cut(model, changed.model, channel_effects(changed.model, batches), left, batches)
         narrow = hub_config(parts.base, dtype)
-        narrow.intermediate_size = kept
-        written = phi3_of(narrow, state.items(), dtype)
-        smaller = sum(tensor.numel() for tensor in written.parameters())
-        write_phi3(folder, written, base_folder)
+        narrow.intermediate_size = left
+        written = rounded_state(state.items(), parts.base, dtype)
+        smaller = sum(tensor.numel() for tensor in written.values())
+        write_phi3(folder, narrow, written, base_folder)
         again = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
         after = measure.measure(measure.with_language_model(assistant, again), probe, "after")
         return measure.certify(
@@ -99,9 +104,9 @@ def export_pruned(
             " down_proj refitted by least squares",
             channels={
                 "before": width,
-                "after": kept,
+                "after": left,
                 "asked_share": share,
-                "share": round(1 - kept / width, 4),
+                "share": round(1 - left / width, 4),
             },
             weights={"before": weights, "after": smaller},
             calibration={
@@ -114,10 +119,13 @@ def export_pruned(
 
 def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> list[Tensor]:
     """For each decoder layer, (channels,): the sum over tokens of |activation * d loss / d it|."""
-    layers = model.language_model.model.layers
-    effects = [
-        layer.mlp.down_proj.weight.new_zeros(layer.mlp.down_proj.in_features) for layer in layers
+    down_projections = [
+        module
+        for name, module in model.language_model.named_modules()
+        if name.endswith(".mlp.down_proj")
     ]
+    weights = [module.get_parameter("weight") for module in down_projections]
+    effects = [weight.new_zeros(weight.shape[1]) for weight in weights]
     seen: list[Tensor] = []
 
     def hook(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -127,7 +135,7 @@ def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> lis
         seen.append(activation)
         return (activation,)
 
-    handles = [layer.mlp.down_proj.register_forward_pre_hook(hook) for layer in layers]
+    handles = [module.register_forward_pre_hook(hook) for module in down_projections]
     try:
         with torch.enable_grad():
             for batch in batches:
@@ -135,6 +143,7 @@ def channel_effects(model: VisionLanguageModel, batches: Sequence[Batch]) -> lis
                 loss, _ = model(batch)
                 loss.backward()
                 for effect, activation in zip(effects, seen, strict=True):
+                    assert activation.grad is not None  # it was retained
                     effect += (activation * activation.grad).detach().abs().sum((0, 1))
     finally:
         for handle in handles:
@@ -147,17 +156,17 @@ def cut(
     model: LanguageModel,
     whole: VisionLanguageModel,
     effects: Sequence[Tensor],
-    kept: int,
+    left: int,
     batches: Sequence[Batch],
 ) -> dict[str, Tensor]:
-    """The state of the narrower model. `down_proj` W becomes W M[:, kept] M[kept, kept]^-1, M being
-    the sum of x x^T over its inputs: of all weights over the kept inputs the ones that come
+    """The state of the narrower model. `down_proj` W becomes W M[:, left] M[left, left]^-1, M being
+    the sum of x x^T over its inputs: of all weights over the left inputs the ones that come
     nearest to the old output."""
     state = dict(model.state_dict())
     names = [f"model.layers.{i}.mlp.down_proj" for i in range(len(effects))]
     moments = input_moments(whole, names, batches)
     for name, effect in zip(names, effects, strict=True):
-        chosen = effect.topk(kept).indices.sort().values
+        chosen = effect.topk(left).indices.sort().values
         moment = damped(moments[name], 1e-4)
         fitted = torch.linalg.solve(moment[chosen][:, chosen], moment[chosen]).float()
         state[f"{name}.weight"] = state[f"{name}.weight"] @ fitted.T
@@ -165,3 +174,19 @@ def cut(
         gate, up = state[gate_up].chunk(2)
         state[gate_up] = torch.cat([gate[chosen], up[chosen]])
     return state
+
+
+def run(options: argparse.Namespace) -> str:
+    """`export.py --prune SHARE`; some quality goes, so nothing is refused unless it is asked."""
+    write = partial(export_pruned, share=options.prune, conversations=options.calibration)
+    return export_measured(options, folder_to_write(options), write, usual=None)
+
+
+FORM = Form(
+    run,
+    {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "merged, with this share of the MLP channels cut out",
+    },
+)

@@ -9,18 +9,22 @@ block. The result is a plain 4-bit model: no adapter and no extra tensor.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, Phi3Config
+from transformers import BitsAndBytesConfig
 
 from assistant.assistant import Assistant
+from data.collate import Batch
 from exports import measure
 from exports.calibrate import (
     calibration_batches,
@@ -37,8 +41,10 @@ from exports.folder import (
     read_tensors,
     rounded,
 )
-from exports.measure import Probe, Tolerance
-from model.base import find_folder, finish, swap_linear_layers
+from exports.form import Form, folder_to_write
+from exports.measure import Measured, Probe, Tolerance
+from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
+from model.base import BaseModel, find_folder, finish, swap_linear_layers
 from model.decoder import DecoderConfig, LanguageModel
 
 CERTIFICATE = "requantize_certificate.json"
@@ -113,9 +119,9 @@ def export_requantized(
     out: str | Path,
     dtype: torch.dtype,
     probe: Probe,
-    tolerance: Tolerance,
+    tolerance: Tolerance | None,
     conversations: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Merge, round to NF4 with compensation, write in bitsandbytes' own form, read back, measure.
 
     `dtype` is that of what stays in 16 bits: embeddings, norms, `lm_head`. Decoder layers are
@@ -134,25 +140,15 @@ def export_requantized(
         changed = merged_assistant(assistant)
         model = language_model_in(changed)
         empty = empty_four_bit(model.config, dtype)
-        blocks = {name: layer.weight.blocksize for name, layer in four_bit_layers(empty)}
-        originals = {name: model.get_submodule(name).weight.detach().clone() for name in blocks}
-        for name, weight in originals.items():
-            put(model, name, round_naively(weight, blocks[name]).weight())
-        naive = measure.measure(changed, probe, "naive rounding")
-        for name, weight in originals.items():
-            put(model, name, weight)
+        blocks = {name: block_size(layer) for name, layer in four_bit_layers(empty)}
+        naive = measured_naively(changed, blocks, probe)
         quantised = compensate(changed, blocks, batches)
-        rest = [
-            (name, tensor)
-            for name, tensor in model.state_dict().items()
-            if name.removesuffix(".weight") not in blocks
-        ]
-        written = hub_config(assistant.parts.base, dtype)
-        write_four_bit(folder, empty, written, quantised, rest, dtype)
+        base = assistant.parts.base
+        write_four_bit(folder, base, empty, quantised, model.state_dict(), dtype)
         copy_tokenizer(base_folder, folder)
         copy_generation_config(base_folder, folder)
-        after = measure.measure(read_back(assistant, folder, dtype), probe, "after")
-        naive_increase, increase = naive.loss - before.loss, after.loss - before.loss
+        after = measure.measure(read_back(assistant, folder), probe, "after")
+        naive_increase = naive.loss - before.loss
         return measure.certify(
             folder / CERTIFICATE,
             "requantize",
@@ -173,8 +169,20 @@ def export_requantized(
                 "loss_difference": naive_increase,
                 "greedy_equal": measure.equal_percent(before.answers, naive.answers),
             },
-            under_a_quarter_of_naive=increase < SHARE * naive_increase,
+            under_a_quarter_of_naive=after.loss - before.loss < SHARE * naive_increase,
         )
+
+
+def measured_naively(changed: Assistant, blocks: Mapping[str, int], probe: Probe) -> Measured:
+    """What rounding the layers of `blocks` without compensation gives; they are put back after."""
+    model = language_model_in(changed)
+    originals = {name: weight_of(model, name).clone() for name in blocks}
+    for name, weight in originals.items():
+        put(model, name, round_naively(weight, blocks[name]).weight())
+    naive = measure.measure(changed, probe, "naive rounding")
+    for name, weight in originals.items():
+        put(model, name, weight)
+    return naive
 
 
 def four_bit_layers(model: nn.Module) -> list[tuple[str, bnb.nn.Linear4bit]]:
@@ -185,6 +193,13 @@ def four_bit_layers(model: nn.Module) -> list[tuple[str, bnb.nn.Linear4bit]]:
     ]
 
 
+def block_size(layer: bnb.nn.Linear4bit) -> int:
+    """How many weights of a layer share a scale."""
+    weight = layer.weight
+    assert isinstance(weight, bnb.nn.Params4bit)
+    return weight.blocksize
+
+
 def empty_four_bit(config: DecoderConfig, dtype: torch.dtype) -> LanguageModel:
     """A model on the meta device with `Linear4bit` where `model.base` puts them."""
     with torch.device("meta"):
@@ -193,20 +208,26 @@ def empty_four_bit(config: DecoderConfig, dtype: torch.dtype) -> LanguageModel:
     return model
 
 
-@torch.no_grad()
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The weight of the layer `name`, not a copy."""
+    return model.get_parameter(f"{name}.weight").detach()
+
+
 def put(model: nn.Module, name: str, weight: Tensor) -> None:
-    model.get_submodule(name).weight.copy_(weight)
+    weight_of(model, name).copy_(weight)
 
 
-def compensate(changed: Assistant, blocks: dict[str, int], batches: list) -> dict[str, FourBit]:
+def compensate(
+    changed: Assistant, blocks: Mapping[str, int], batches: Sequence[Batch]
+) -> dict[str, FourBit]:
     """Round every layer of `blocks`, decoder layer by decoder layer, in place in the model too."""
-    model, quantised = language_model_in(changed), {}
+    model = language_model_in(changed)
+    quantised: dict[str, FourBit] = {}
     for number in range(model.config.num_hidden_layers):
         names = [name for name in blocks if name.startswith(f"model.layers.{number}.")]
         moments = input_moments(changed.model, names, batches, number + 1)
         for name, moment in moments.items():
-            weight = model.get_submodule(name).weight.detach()
-            quantised[name] = round_with_compensation(weight, moment, blocks[name])
+            quantised[name] = round_with_compensation(weight_of(model, name), moment, blocks[name])
             put(model, name, quantised[name].weight())
     return quantised
 
@@ -229,22 +250,27 @@ def packed(name: str, value: FourBit, block: int, dtype: torch.dtype) -> dict[st
 
 def write_four_bit(
     folder: Path,
+    base: BaseModel,
     empty: LanguageModel,
-    config: Phi3Config,
     quantised: dict[str, FourBit],
-    rest: Iterable[tuple[str, Tensor]],
+    weights: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """model.safetensors and config.json as transformers writes a model that is in NF4."""
-    tied = empty.config.tie_word_embeddings
+    """model.safetensors and config.json as transformers writes a model that is in NF4.
+
+    `weights`: of the whole model by name; what is not in `quantised` is written in `dtype`.
+    """
+    tied = {"lm_head.weight"} if empty.config.tie_word_embeddings else set()
+    left_out = tied | {f"{name}.weight" for name in quantised}
     tensors = {
         name: rounded(name, tensor, dtype)
-        for name, tensor in rest
-        if not (tied and name == "lm_head.weight")
+        for name, tensor in weights.items()
+        if name not in left_out
     }
     for name, layer in four_bit_layers(empty):
-        tensors |= packed(name, quantised[name], layer.weight.blocksize, dtype)
+        tensors |= packed(name, quantised[name], block_size(layer), dtype)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = hub_config(base, dtype)
     config.architectures = ["Phi3ForCausalLM"]
     config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -256,7 +282,7 @@ def write_four_bit(
     config.save_pretrained(folder)
 
 
-def read_back(assistant: Assistant, folder: Path, dtype: torch.dtype) -> Assistant:
+def read_back(assistant: Assistant, folder: Path) -> Assistant:
     """The assistant over the 4-bit model that stands in a folder of ours."""
     base = assistant.parts.base
     model = empty_four_bit(base.model.config, base.compute_dtype)
@@ -278,3 +304,19 @@ def read_back(assistant: Assistant, folder: Path, dtype: torch.dtype) -> Assista
     finish(model, torch.device("cpu"))
     written = dataclasses.replace(base, model=model, name=str(folder))
     return measure.with_language_model(assistant, written)
+
+
+def run(options: argparse.Namespace) -> str:
+    """`export.py --requantize`."""
+    write = partial(export_requantized, conversations=options.calibration)
+    usual = Tolerance(greedy_equal=GREEDY_EQUAL_IN_4_BITS)
+    return export_measured(options, folder_to_write(options), write, usual)
+
+
+FORM = Form(
+    run,
+    {
+        "action": "store_true",
+        "help": "merged and in NF4 again, rounded with compensation (GPTQ)",
+    },
+)

@@ -16,7 +16,7 @@ narrower than ours is filled up with zeros. Both leave the function as it was.
 
 from __future__ import annotations
 
-import math
+import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +26,17 @@ from torch import Tensor
 
 from config import Config
 from errors import PhiSightError
-from exports.imported import model_for, need_matrix, write_run
+from exports.form import Form, folder_to_write
+from exports.imported import (
+    finite_number,
+    imported_config,
+    model_for,
+    need_matrix,
+    write_run,
+)
 from exports.peft_adapter import PLACES, input_sizes
 from model.base import find_folder, find_weight_files, read_config
+from model.decoder import DecoderConfig
 from model.vision import PICKLED, VisionSpec, opened, read_vision_spec
 
 LORA, PROJECTOR = "lora_weights.pt", "image_projector.pth"
@@ -54,7 +62,14 @@ def import_seed(source: str | Path, out: str | Path, config: Config) -> str:
     """
     source = Path(source)
     base = read_config(find_folder(config.base, config.base_revision or None))
-    vision = read_vision_spec(config.vision, config.vision_revision, "pooled", config.vision_layer)
+    vision = read_vision_spec(
+        config.vision,
+        config.vision_revision,
+        "pooled",
+        config.vision_layer,
+        config.feature_pooling,
+        config.base_cache,
+    )
     lora, targets, rank, scaling = seed_lora(source / LORA, base)
     projector = seed_projector(source / PROJECTOR, vision, base.hidden_size)
     parts, config = model_for(
@@ -79,20 +94,24 @@ def load_archive(path: Path) -> dict[str, object]:
         raise PhiSightError(f"{path}: is absurdly large; {REMEDY}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the file is a stranger's, and the error may be of any kind
+    except Exception as error:  # the file is untrusted, and the error may be of any kind
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise PhiSightError(
             f"{path}: is not read, it is damaged or holds more than tensors and numbers, such as"
             f" code ({reason}); {REMEDY}"
         ) from None
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise PhiSightError(f"{path}: is no dictionary of names; {REMEDY}")
+        raise PhiSightError(f"{path}: holds no dictionary of names; {REMEDY}")
     return dict(content)
 
 
-def seed_lora(path: Path, base: object) -> tuple[dict[str, Tensor], tuple[str, ...], int, float]:
+def seed_lora(
+    path: Path, base: DecoderConfig
+) -> tuple[dict[str, Tensor], tuple[str, ...], int, float]:
     """`lora.state`'s tensors, the adapted layers' names, the rank and the scaling."""
-    sizes, scales, ranks = input_sizes(base), set(), set()
+    sizes = input_sizes(base)
+    scales: set[float] = set()
+    ranks: set[int] = set()
     state: dict[str, Tensor] = {}
     for key, value in load_archive(path).items():
         if key.endswith((".lora_embedding_A", ".lora_embedding_B")) and value == {}:
@@ -131,10 +150,11 @@ def the_number(path: Path, key: str, value: object) -> float:
         value = next(iter(value.values()))
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        said = f"{str(value)[:60]!r}, not a positive number"
-        raise PhiSightError(f"{path}: {key} is {said}; {REMEDY}")
-    return float(value)
+    number = finite_number(value)
+    if number is None or number <= 0:
+        shown = f"{str(value)[:60]!r}, not a positive number"
+        raise PhiSightError(f"{path}: {key} is {shown}; {REMEDY}")
+    return number
 
 
 def seed_projector(path: Path, vision: VisionSpec, text_dim: int) -> dict[str, Tensor]:
@@ -174,10 +194,25 @@ def visual_projection(path: Path, vision: VisionSpec, outputs: int) -> Tensor:
     for file in find_weight_files(vision.folder, PICKLED):
         with opened(file) as tensors:
             if name in tensors.keys():
-                found = tensors.get_tensor(name)
-                if tuple(found.shape) == (outputs, vision.shape[1]):
-                    return found.float()
+                projection = tensors.get_tensor(name)
+                if tuple(projection.shape) == (outputs, vision.shape[1]):
+                    return projection.float()
     raise PhiSightError(
         f"{path}: reads vectors of {outputs} numbers, and {vision.folder} gives {vision.shape[1]}"
         " and no projection to that; name the CLIP that it was trained with (ViT-B/32) by --vision"
     )
+
+
+def run(options: argparse.Namespace) -> str:
+    """`export.py --import-seed DIR`."""
+    out = folder_to_write(options)
+    return import_seed(options.import_seed, out, imported_config(options))
+
+
+FORM = Form(
+    run,
+    {
+        "metavar": "DIR",
+        "help": "a folder with lora_weights.pt and image_projector.pth into a new run",
+    },
+)

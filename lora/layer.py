@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from errors import PhiSightError
 from lora.dropout import RowDropout
 from ops import operations_for
+from ops.nf4 import packed_weight
 
 
 def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
@@ -30,13 +31,14 @@ def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
     Raises:
         PhiSightError: the weight is repacked already, or its rows are no whole number of blocks.
     """
-    if linear.in_features % linear.weight.blocksize:
+    weight = packed_weight(linear)
+    if linear.in_features % weight.blocksize:
         raise PhiSightError(
             f"4-bit layer: {linear.in_features} inputs are no multiple of the NF4 block size "
-            f"{linear.weight.blocksize}, which bitsandbytes dequantises wrongly on some CPUs; "
+            f"{weight.blocksize}, which bitsandbytes dequantises wrongly on some CPUs; "
             'use a model with other sizes, or quantization "none"'
         )
-    if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
         raise PhiSightError(
             "4-bit layer: its weight has been repacked for CPU inference, which loses precision; "
             "load the base model again and do not run it before it is wrapped"
@@ -61,6 +63,8 @@ class LoRALinear(nn.Module):
         PhiSightError: the base is no linear layer, is a 4-bit one that is not quantised yet or
             cannot be used safely, or a number makes no adapter.
     """
+
+    scaling: Tensor
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ def check_base(base: nn.Module) -> None:
             f"LoRA base: {type(base).__name__} is no linear layer; wrap nn.Linear or Linear4bit"
         )
     if isinstance(base, bnb.nn.Linear4bit):
-        if base.weight.quant_state is None:
+        if packed_weight(base).quant_state is None:
             raise PhiSightError(
                 "LoRA base: the 4-bit layer is not quantised yet; move it to its device first"
             )

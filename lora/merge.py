@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
+from ops.nf4 import packed_weight
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def base_weight(linear: nn.Linear) -> Tensor:
         return linear.weight.detach().float()
     # A copy of the state, because dequantisation takes its output dtype from there, and the layer
     # goes on with its own; float32 holds code * scale without a second rounding.
-    state = copy.copy(linear.weight.quant_state)
+    state = copy.copy(packed_weight(linear).quant_state)
     state.dtype = torch.float32
     return bnb.functional.dequantize_4bit(linear.weight.data, state)
 

@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import hub
+from config import QUANTIZATIONS
+from data import chat
 from errors import PhiSightError
 from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
 from model import base_cache
-from model.decoder import DecoderConfig, LanguageModel, RotaryPositions
+from model.decoder import DecoderConfig, LanguageModel
 from model.phi3 import decoder_config
+from ops.nf4 import packed_weight, quantised_on_cpu
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
 """model_type of a config.json -> how it is read"""
-QUANTIZATIONS = ("nf4", "nf4-nested", "none")
 LAYOUT = (
     "config.json, model.safetensors (or model.safetensors.index.json and its shards), "
     "tokenizer.json and tokenizer_config.json"
@@ -92,13 +94,9 @@ def load_base(
         fill(model, sources, compute_dtype, device)
     else:
         swap_linear_layers(model, compute_dtype, nested=quantization == "nf4-nested")
-        fill_quantised(
-            model,
-            sources,
-            compute_dtype,
-            device,
-            cache and (Path(cache) / base_cache.key_of(fingerprint, quantization, device)),
-        )
+        key = base_cache.key_of(fingerprint, quantization, device)
+        kept = Path(cache) / key if cache else None
+        fill_quantised(model, sources, compute_dtype, device, kept)
     finish(model, device)
     hub_config = read_json(folder / "config.json")
     return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype, hub_config)
@@ -199,18 +197,7 @@ def load_tokenizer(folder: Path, config: DecoderConfig) -> PreTrainedTokenizerFa
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise PhiSightError(f"base model {folder}: {name} is missing; the layout is {LAYOUT}")
-    try:
-        # Not AutoTokenizer: it builds Phi-3's tokenizer anew from the class name "LlamaTokenizer",
-        # with a pre-tokenizer other than that of tokenizer.json, and so with other ids.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhiSightError(f"tokenizer of {folder}: {error}; download it again") from error
-    if len(tokenizer) > config.vocab_size:
-        raise PhiSightError(
-            f"tokenizer of {folder}: it has {len(tokenizer)} tokens and the model "
-            f"{config.vocab_size} embeddings; use the tokenizer that belongs to the model"
-        )
-    return tokenizer
+    return chat.load_tokenizer(folder, embeddings=config.vocab_size)
 
 
 # Tensors: matched by name and shape before one is read, then put in place one at a time
@@ -280,7 +267,7 @@ def swap_linear_layers(model: nn.Module, compute_dtype: torch.dtype, nested: boo
         )
         # 64 is the block size of QLoRA. A row that is no whole number of them gets smaller blocks,
         # for the reason that `secure_four_bit` gives; Phi-3.5-mini (3072, 8192) has 64 throughout.
-        four_bit.weight.blocksize = 64 if linear.in_features % 64 == 0 else 32
+        packed_weight(four_bit).blocksize = 64 if linear.in_features % 64 == 0 else 32
         secure_four_bit(four_bit)
         setattr(model.get_submodule(parent_name), child_name, four_bit)
 
@@ -290,11 +277,11 @@ def fill_quantised(
     sources: dict[str, Path],
     compute_dtype: torch.dtype,
     device: torch.device,
-    kept: Path | str,
+    kept: Path | None,
 ) -> None:
     """Read the weights from the cache entry `kept`, or quantise them, and keep them there if it has
     a name."""
-    if not kept:
+    if kept is None:
         fill(model, sources, compute_dtype, device)
         return
     if base_cache.read_into(model, kept, set(sources), compute_dtype, device):
@@ -334,6 +321,7 @@ def fill(
                     stored = file.get_tensor(name)
                 module_name, _, parameter_name = name.rpartition(".")
                 module = model.get_submodule(module_name)
+                parameter: nn.Parameter
                 if isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight":
                     parameter = quantize(stored, module, compute_dtype, device)
                 else:
@@ -352,14 +340,23 @@ def quantize(
     weight: Tensor, module: bnb.nn.Linear4bit, compute_dtype: torch.dtype, device: torch.device
 ) -> bnb.nn.Params4bit:
     """An (out_features, in_features) weight in NF4 on `device`, to become `module.weight`."""
+    empty = packed_weight(module)
+    state = None
+    if device.type == "cpu" and not empty.compress_statistics:
+        weight, state = quantised_on_cpu(weight, empty.blocksize)
+        module.quant_state = state
     parameter = bnb.nn.Params4bit(
         weight,
         requires_grad=False,
-        blocksize=module.weight.blocksize,
-        compress_statistics=module.weight.compress_statistics,
+        quant_state=state,
+        blocksize=empty.blocksize,
+        compress_statistics=empty.compress_statistics,
         quant_type="nf4",
         module=module,
-    ).to(device)  # the first move of an unquantised Params4bit is what quantises it
+        bnb_quantized=state is not None,
+    )
+    # The first move of a Params4bit that is not quantised yet is what quantises it.
+    parameter = parameter.to(device)  # type: ignore[misc]  # bitsandbytes annotates `self` wrongly
     # Dequantisation returns this dtype, which starts as that of the file. The forward dequantises
     # to the compute dtype but the backward to this one, so they must agree: a bfloat16 file run in
     # float32 would otherwise get gradients through weights rounded a second time.
@@ -368,10 +365,9 @@ def quantize(
 
 
 def finish(model: LanguageModel, device: torch.device) -> None:
-    """Tie what is tied, build the buffers that no file holds, freeze, and switch to eval mode."""
+    """Tie what is tied, freeze, and switch to eval mode."""
     model.tie()
-    # The rotary frequencies are computed, not stored; on the meta device they came out empty.
-    model.model.rotary = RotaryPositions(model.config.rope).to(device)
+    model.model.rotary.to(device)  # whose frequencies are computed, not stored
     model.requires_grad_(False)
     model.eval()
 

@@ -73,9 +73,11 @@ class Layout:
     """a key for each row, which dropout masks are drawn by; see `RowDropout`"""
 
 
-def project(linear: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+def project(linear: nn.Linear | LoRALinear, x: Tensor, layout: Layout) -> Tensor:
     """`linear(x)`; an adapter's dropout draws by the keys of the rows."""
-    return linear(x, layout.row_keys) if isinstance(linear, LoRALinear) else linear(x)
+    if isinstance(linear, LoRALinear):
+        return linear(x, layout.row_keys)
+    return operations_for(x).linear(x, linear)
 
 
 class RMSNorm(nn.Module):
@@ -95,13 +97,17 @@ class RotaryPositions(nn.Module):
     picks one set of factors for a whole batch, by its largest position.
     """
 
+    frequencies: Tensor
+
     def __init__(self, rope: Rope) -> None:
         super().__init__()
         self.scaling = rope.scaling
         self.crossing = rope.crossing
-        steps = torch.arange(0, rope.dims, 2, dtype=torch.float) / rope.dims
+        # On the CPU where the model is made on the meta device too: no file holds these numbers.
+        steps = torch.arange(0, rope.dims, 2, dtype=torch.float, device="cpu") / rope.dims
         factors = [rope.short_factors, rope.long_factors] if rope.crossing else [(1.0,)]
-        frequencies = [1.0 / (torch.tensor(f) * rope.theta**steps) for f in factors]
+        scales = [torch.tensor(numbers, device="cpu") for numbers in factors]
+        frequencies = [1.0 / (scale * rope.theta**steps) for scale in scales]
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
 
     @torch.no_grad()
@@ -142,14 +148,16 @@ class Attention(nn.Module):
             query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
             mixed = ops.packed_attention(query, key, value, layout.lengths, self.window)
         else:
-            mixed = self.attend_to_caches(qkv, layout)
+            mixed = self.attend_to_caches(qkv, layout.caches, layout.lengths)
         mixed = mixed.reshape(*x.shape[:-1], self.heads * self.head_dim)
         return project(self.o_proj, mixed, layout)
 
-    def attend_to_caches(self, qkv: Tensor, layout: Layout) -> Tensor:
+    def attend_to_caches(
+        self, qkv: Tensor, caches: Sequence[KeyValues], lengths: Sequence[int]
+    ) -> Tensor:
         """Each conversation's new tokens over its own cache, (tokens, heads, dim)."""
         mixed = []
-        for cache, new in zip(layout.caches, qkv.split(list(layout.lengths)), strict=True):
+        for cache, new in zip(caches, qkv.split(list(lengths)), strict=True):
             query, key_value = new[:, : self.heads], new[:, self.heads :]
             key_value = key_value.unflatten(1, (2, self.kv_heads))  # (new, 2, kv heads, dim)
             key, value = cache.write(self.number, key_value)
@@ -211,8 +219,8 @@ class Decoder(nn.Module):
         position_ids: (rows, length); lengths, caches, row_keys: see `Layout`. Tokens that were fed
         with caches have been added to them afterwards.
         """
-        caches_or_none = caches or [None] * len(lengths)
-        totals = [n + (c.length if c else 0) for n, c in zip(lengths, caches_or_none, strict=True)]
+        before = [cache.length for cache in caches] if caches else [0] * len(lengths)
+        totals = [past + new for past, new in zip(before, lengths, strict=True)]
         angles = self.rotary(position_ids.flatten(), lengths, totals)
         cosines, sines = (part.to(x.dtype) for part in angles)
         layout = Layout(lengths, cosines, sines, caches, row_keys)

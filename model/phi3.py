@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from errors import PhiSightError
 from model.decoder import DecoderConfig, Rope
@@ -115,9 +116,10 @@ def factors(rope: Mapping[str, object], name: str, count: int) -> tuple[float, .
     return tuple(float(v) for v in value)
 
 
-def is_positive(value: object) -> bool:
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return plain and 0 < value < float("inf")
+def is_positive(value: object) -> TypeGuard[float]:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return 0 < value < 1e300  # what a float holds
 
 
 def whole_number(values: Mapping[str, object], name: str) -> int:

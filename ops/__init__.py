@@ -4,6 +4,7 @@ One file a target, all with the same functions (`Operations`), and one choice: `
 
     plain.py   any device and dtype: the formulas as they are written, which the others equal
     cpu.py     training in float32 on a CPU: fewer passes over the memory, less memory
+    cpu_inference.py  answering in float32 on a CPU: 4-bit weights unpacked in place
     cuda.py    CUDA GPUs: attention over packed rows in one kernel
 
 The room is not called "kernels": that is the name of a package that bitsandbytes and transformers
@@ -18,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ops import cpu, cuda, plain
+from ops import cpu, cpu_inference, cuda, plain
 
 
 class Operations(Protocol):
@@ -30,6 +31,7 @@ class Operations(Protocol):
     def packed_attention(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], window: int | None
     ) -> Tensor: ...
+    def linear(self, x: Tensor, base: nn.Linear) -> Tensor: ...
     def adapted_linear(
         self, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: Tensor,
         kept: Tensor | None, scale: float,
@@ -44,8 +46,8 @@ def operations_for(x: Tensor) -> Operations:
 def choose(device: torch.device, dtype: torch.dtype, training: bool) -> tuple[Operations, str]:
     """The one place where a target is chosen: the operations for a device, a dtype of activations,
     with or without a gradient; and the reason in words, for the log."""
-    if device.type == "cpu" and dtype == torch.float32 and training:
-        return cpu, "fused operations: float32 on a CPU"
+    if device.type == "cpu" and dtype == torch.float32:
+        return (cpu if training else cpu_inference), "fused operations: float32 on a CPU"
     if cuda.runs_on(device, dtype):
         return cuda, "attention by torch.nn.attention.varlen: 16 bits on a GPU of 8.0 or newer"
     return plain, "plain PyTorch: nothing faster for this device and type"

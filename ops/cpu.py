@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ops import plain
-from ops.plain import packed_attention
-from ops.products import dense_weight, product
+from ops.nf4 import dense_weight
+from ops.plain import linear, packed_attention
+from ops.products import product
 
-__all__ = ["adapted_linear", "gated", "packed_attention", "rms_norm", "rotate"]
+__all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", "rotate"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -8,9 +8,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ops.plain import adapted_linear, gated, rms_norm, rotate
+from ops.plain import adapted_linear, gated, linear, rms_norm, rotate
 
-__all__ = ["adapted_linear", "gated", "packed_attention", "rms_norm", "rotate", "runs_on"]
+__all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", "rotate", "runs_on"]
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
@@ -31,8 +31,10 @@ def packed_attention(
 
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
     longest = max(lengths)
-    return varlen_attn(
+    mixed = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(), ends, ends, longest, longest,
         window_size=(window - 1 if window else -1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
+    assert isinstance(mixed, Tensor)  # a tuple only where more is asked for
+    return mixed

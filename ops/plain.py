@@ -68,11 +68,18 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, window: int | No
         distance = positions[total - new :, None] - positions  # (new, total), 0 for itself
         mask = (distance >= 0) & (distance < (window or total))
     return functional.scaled_dot_product_attention(
-        *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),
+        query.transpose(0, 1)[None],  # (1, heads, tokens, dim)
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
         attn_mask=mask,
         is_causal=mask is None and new > 1,
         enable_gqa=query.shape[1] != key.shape[1],
     )[0].transpose(0, 1)
+
+
+def linear(x: Tensor, base: nn.Linear) -> Tensor:
+    """(…, inputs) -> (…, outputs) by a frozen layer, which may be a 4-bit one."""
+    return base(x)
 
 
 def adapted_linear(
@@ -84,9 +91,15 @@ def adapted_linear(
     x: (…, inputs); a: (rank, inputs) float32; b: (outputs, rank) float32; kept: uint8 of the shape
     of x, or None for everywhere. The low-rank product is float32 whatever the dtype of x is.
     """
+    result = base(x)
+    return result + low_rank_update(x, a, b, scaling, kept, scale).to(result.dtype)
+
+
+def low_rank_update(
+    x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, kept: Tensor | None, scale: float
+) -> Tensor:
+    """scaling * ((x where kept, times scale) A^T) B^T, (…, outputs) float32."""
     masked = x.to(a.dtype)
     if kept is not None:
         masked = masked * (kept * scale).to(a.dtype)
-    update = (masked @ a.T) @ b.T * scaling  # (…, outputs)
-    result = base(x)
-    return result + update.to(result.dtype)
+    return (masked @ a.T) @ b.T * scaling

@@ -1,10 +1,9 @@
-"""Matrix products by the fastest kernel there is, and the dense weight of a quantised layer."""
+"""Matrix products by the fastest kernel there is."""
 
 from __future__ import annotations
 
 import functools
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
@@ -37,11 +36,3 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return nn.functional.linear(x, weight, bias)
-
-
-def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The (outputs, inputs) weight that `linear` multiplies by, in `dtype`, detached."""
-    if not isinstance(linear, bnb.nn.Linear4bit):
-        return linear.weight.detach()
-    state = linear.weight.quant_state
-    return bnb.functional.dequantize_4bit(linear.weight.data, state).to(dtype)

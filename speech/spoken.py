@@ -39,11 +39,16 @@ def listener(
     """Audio as `read_audio` gives it -> what is said in it; the first one loads the model.
 
     `show` gets every piece as it is understood. The function raises `NoSpeech` where nothing is
-    said.
+    said, `PhiSightError` where no model is named.
     """
     load = loaded_once(options.speech or preset, device)
 
     def listen(audio: numpy.ndarray) -> str:
+        if load is None:
+            raise PhiSightError(
+                "--speech: neither this flag nor the run names a Whisper; name one, such as base,"
+                " or a .pt file"
+            )
         said = []
         for segment in load().transcribe(
             audio, options.language, options.translate, options.denoise

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from errors import PhiSightError
 
@@ -104,7 +103,7 @@ class Vits:
     arXiv 2106.06103). The same text sounds the same every time."""
 
     def __init__(self, name: str) -> None:
-        from transformers import AutoTokenizer, VitsModel
+        from transformers import AutoTokenizer, VitsModel  # takes seconds
         from transformers import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
@@ -120,8 +119,10 @@ class Vits:
                 f"voice {name}: does not load as a VitsModel ({reason}); {HOW_TO_HEAR}"
             ) from None
 
-    @torch.no_grad()
     def speak(self, text: str) -> tuple[np.ndarray, int]:
+        """(samples,) float32 mono and their rate in Hz."""
+        import torch
+
         pieces = []
         for piece in sentences(_clean(text)):
             try:
@@ -133,7 +134,8 @@ class Vits:
                 ) from None
             if inputs["input_ids"].shape[1] < 2:
                 continue  # a script that this voice's alphabet does not have
-            with torch.random.fork_rng(devices=[]):  # its noise is drawn from the global generator
+            # Its noise is drawn from the global generator.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 pieces.append(self.model(**inputs).waveform[0].float().numpy())
         if not pieces:
@@ -159,11 +161,15 @@ def sentences(text: str) -> list[str]:
 
 
 class Speaker(Protocol):
+    """Says a text: (samples,) float32 mono and their rate in Hz."""
+
     def speak(self, text: str) -> tuple[np.ndarray, int]: ...
 
 
 @dataclass(frozen=True)
 class Espeak:
+    """The program espeak-ng, in one of its languages or voices."""
+
     language: str
 
     def speak(self, text: str) -> tuple[np.ndarray, int]:

@@ -15,6 +15,7 @@ import runs
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from reading import read_all
 
 import infer
 from assistant.assistant import Assistant, Blocked
@@ -22,10 +23,9 @@ from assistant.caches import LeastRecentlyUsed
 from assistant.filter import WordFilter
 from assistant.messages import answer_message, user_message
 from assistant.sampling import Sampling
-from data.dataset import load_conversations
 from errors import PhiSightError
+from speech.recordings import read_audio
 from speech.voice import Voice, write_wav
-from speech.whisper import read_audio
 from terminal.batch import answer_file, parse_line
 from terminal.chat import Terminal
 
@@ -281,9 +281,9 @@ def test_a_chat_remembers_what_was_said_and_shown(assistant, tmp_path, monkeypat
     first = say(assistant, "What is it?", images=[path])
     second = say(assistant, "What is it?", first, "Where?", images=[path])
     assert first.strip() and f"{first}\n{second}\n" in out
-    loaded = load_conversations(saved)  # the data reader takes what was saved
-    assert not loaded.quarantined and loaded.conversations[0].images == (path,)
-    assert len(loaded.conversations[0].messages) == 4
+    conversations, quarantined = read_all(saved)  # the data reader takes what was saved
+    assert not quarantined and conversations[0].images == (path,)
+    assert len(conversations[0].messages) == 4
 
 
 def test_a_chat_goes_on_after_mistakes(assistant, tmp_path):

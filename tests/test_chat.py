@@ -7,7 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.chat import MARKS, ChatFormat, fit_to_limit, load_tokenizer, render
+from data.chat import (
+    MARKS,
+    ChatFormat,
+    first_exchange,
+    load_tokenizer,
+    render,
+    render_to_limit,
+)
 from data.dataset import Message, Part
 from errors import PhiSightError
 
@@ -35,10 +42,11 @@ def chat_format(tokenizer):
 
 def user(*parts: str) -> Message:
     """A user's message; `IMAGE` stands for a picture."""
-    return Message("user", tuple(
+    made = [
         Part("image", f"{n}.jpg") if part == IMAGE else Part("text", part)
         for n, part in enumerate(parts)
-    ))  # fmt: skip
+    ]
+    return Message("user", tuple(made))
 
 
 def assistant(text: str) -> Message:
@@ -103,11 +111,11 @@ def test_exact_ids_of_the_real_tokenizer():
         pytest.skip(f"the real tokenizer is not at {folder}")
     chat_format = ChatFormat.from_tokenizer(load_tokenizer(folder), 2)
     sample = render((user(IMAGE, "Hi"), assistant("A bus.")), chat_format)
-    pairs = list(zip(sample.input_ids, sample.supervised))
-    assert pairs == [
-        (32010, False), (32002, False), (32002, False), (6324, False), (32007, False),
-        (32001, False), (319, True), (3593, True), (29889, True), (32007, True), (32000, False),
-    ]  # fmt: skip
+    assert sample.input_ids == [
+        *(32010, 32002, 32002, 6324, 32007),  # <|user|>, the picture, "Hi", <|end|>
+        *(32001, 319, 3593, 29889, 32007, 32000),  # <|assistant|>, "A bus.", <|end|>, the end
+    ]
+    assert sample.supervised == [False] * 6 + [True] * 4 + [False]
 
 
 def test_the_tokenizers_own_template(tokenizer, chat_format):
@@ -149,8 +157,8 @@ def test_typed_special_tokens_stay_text(tokenizer, chat_format, typed):
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.data())
 def test_pieces_equal_the_whole(tokenizer, chat_format, texts, data):
     texts = [text.strip() for text in texts]
-    if any(token.content in text for text in texts for token in
-           tokenizer.added_tokens_decoder.values()):  # fmt: skip
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    if any(token in text for text in texts for token in added):
         return
     messages = []
     for number, text in enumerate(texts):
@@ -179,7 +187,7 @@ def test_picture_outside_the_users_message(chat_format):
             render((Message(role, (Part("image", "a.jpg"),)),), chat_format)
 
 
-def test_fit_to_limit(chat_format):
+def test_turns_that_do_not_fit_are_left_out(chat_format):
     messages = (system("Be brief."), *THREE_TURNS)
 
     def text_tokens(kept):
@@ -188,13 +196,21 @@ def test_fit_to_limit(chat_format):
 
     sizes = {turns: text_tokens(messages[: 1 + 2 * turns]) for turns in (1, 2, 3)}
     for limit in range(sizes[1], sizes[3] + 2):
-        kept, dropped = fit_to_limit(messages, chat_format, limit)
+        sample, dropped = render_to_limit(messages, chat_format, limit)
         turns = max(turns for turns, size in sizes.items() if size <= limit)
-        assert (kept, dropped) == (messages[: 1 + 2 * turns], 3 - turns)
+        assert sample == render(messages[: 1 + 2 * turns], chat_format)
+        assert dropped == 3 - turns
     with pytest.raises(PhiSightError, match=f"{sizes[1]} text tokens .* {sizes[1] - 1};"):
-        fit_to_limit(messages, chat_format, sizes[1] - 1)
+        render_to_limit(messages, chat_format, sizes[1] - 1)
     with pytest.raises(ValueError):
-        fit_to_limit(messages[:2], chat_format, 100)
+        render_to_limit(messages[:2], chat_format, 100)
+
+
+def test_a_first_exchange_is_what_the_renderer_gives_for_it(chat_format):
+    for messages in (THREE_TURNS, THREE_TURNS[2:], (system("Be brief."), *THREE_TURNS)):
+        start = 1 + (messages[0].role == "system")
+        expected = render(messages[: start + 1], chat_format)
+        assert first_exchange(render(messages, chat_format), chat_format) == expected
 
 
 def test_a_tokenizer_that_treats_the_first_stretch_alone_is_refused():
@@ -229,3 +245,10 @@ def test_wrong_formats(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(PhiSightError, match=r"has no <\|placeholder1\|>"):
         ChatFormat.from_tokenizer(load_tokenizer(tmp_path), 1)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
+    folder = tokenizer.name_or_path
+    assert len(load_tokenizer(folder, embeddings=len(tokenizer))) == len(tokenizer)
+    with pytest.raises(PhiSightError, match=f"has {len(tokenizer)} tokens and the model 9 embed"):
+        load_tokenizer(folder, embeddings=9)

@@ -24,11 +24,12 @@ from assistant.assistant import Assistant
 from assistant.flags import add_model_flags
 from assistant.messages import user_message
 from assistant.sampling import Sampling
-from data import world
 from data.dataset import load_questions
 from data.images import load_image
+from data.world import __main__ as world
 from errors import PhiSightError, run_main
 from evaluation.questions import REPORTED_ONLY
+from training.reporting import resume_command
 
 
 def picture() -> str:
@@ -533,4 +534,4 @@ def test_the_default_run_is_the_one_that_training_writes():
     add_model_flags(parser)
     assert parser.parse_args([]).run == run
     config = configs.default_config(configs.DEFAULT_PRESET)
-    assert train.resume_command(config) == "python train.py --resume"
+    assert resume_command(config) == "python train.py --resume"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import config as configs
 from config import Config
 from errors import PhiSightError
+from training.options import add_config_flags, config_from_options, given_fields
 
 FIELDS = dataclasses.fields(Config)
 KINDS = typing.get_type_hints(Config)
@@ -27,12 +28,12 @@ def flag_of(name: str) -> str:
 
 def parse(*arguments: str) -> argparse.Namespace:
     parser = configs.Parser(prog="train.py")
-    configs.add_config_flags(parser)
+    add_config_flags(parser)
     return parser.parse_args(list(arguments))
 
 
 def config_of(*arguments: str) -> Config:
-    return configs.config_from_options(parse(*arguments))
+    return config_from_options(parse(*arguments))
 
 
 # -- flags ----------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def config_of(*arguments: str) -> Config:
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_every_field_is_a_flag_with_a_help_text(field):
     parser = configs.Parser(prog="train.py")
-    configs.add_config_flags(parser)
+    add_config_flags(parser)
     action = parser._option_string_actions[flag_of(field.name)]
     assert field.metadata["help"] and field.metadata["help"] in action.help
     assert repr(field.default) in action.help
@@ -50,7 +51,7 @@ def test_every_field_is_a_flag_with_a_help_text(field):
 
 def test_without_flags_a_config_is_its_preset():
     assert config_of() == GOOD
-    assert configs.given_fields(parse()) == {}
+    assert given_fields(parse()) == {}
     for preset in configs.PRESETS:
         assert config_of("--preset", preset) == configs.default_config(preset)
 
@@ -162,8 +163,8 @@ def test_flags_and_json_give_a_config_back(config):
 
 @given(CONFIGS)
 def test_what_was_typed_and_nothing_else_is_known_as_given(config):
-    given_fields = configs.given_fields(parse(*typed(config)[:3]))
-    assert list(given_fields) == [field.name for field in FIELDS[:3]]
+    names = given_fields(parse(*typed(config)[:3]))
+    assert list(names) == [field.name for field in FIELDS[:3]]
 
 
 # -- from a checkpoint's JSON ---------------------------------------------------------------------
@@ -197,6 +198,31 @@ def test_a_checkpoint_from_before_the_field_that_no_training_depends_on_is_read(
     values = configs.to_dict(GOOD)
     del values["speech"]
     assert configs.from_dict(values, "here") == configs.replace(GOOD, speech="base")
+
+
+def test_a_checkpoint_from_before_the_base_was_cached_used_no_cache():
+    values = configs.to_dict(GOOD)
+    del values["base_cache"]
+    assert configs.from_dict(values, "here") == configs.replace(GOOD, base_cache="")
+
+
+def test_a_whole_number_that_no_float_can_hold_is_refused():
+    with pytest.raises(PhiSightError, match="here: config field lora_alpha is 1000"):
+        configs.from_dict(configs.to_dict(GOOD) | {"lora_alpha": 10**400}, "here")
+
+
+def test_the_fields_that_no_result_depends_on():
+    """A field more here lets a resume go on that may not be exact."""
+    assert set(configs.fields_without_effect()) == {
+        "run",
+        "features",
+        "base_cache",
+        "save_steps",
+        "save_every_minutes",
+        "keep_checkpoints",
+        "strict",
+        "speech",
+    }
 
 
 def test_values_from_a_file_are_validated_too():

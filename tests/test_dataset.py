@@ -1,4 +1,4 @@
-"""Strangers' JSON in, checked conversations out; splits that share no picture."""
+"""Untrusted JSON in, checked conversations out; splits that share no picture."""
 
 import json
 import random
@@ -7,21 +7,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from reading import read_all
 
 from data.dataset import (
     Conversation,
+    Fault,
     Message,
     Part,
     Quarantined,
-    check_images,
-    load_conversations,
+    conversation_or_fault,
     load_questions,
-    parse_record,
-    split_by_image,
-    take_fraction,
     write_quarantine,
 )
+from data.splits import split_by_image, take_fraction
 from errors import PhiSightError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "real"
@@ -49,36 +47,38 @@ def about(*images: str, id: str = "x") -> Conversation:
 
 def test_llava_record():
     turns = [
-        ("system", "Be brief."), ("human", " What is it?\n<image>"), ("gpt", " A bus.\n"),
-        ("human", "And <image> here? <image>"), ("gpt", "Two more."),
-    ]  # fmt: skip
-    conversation = parse_record(record(*turns, image=["a.jpg", "./b/c.jpg", "a.jpg"]), "x")
+        ("system", "Be brief."),
+        ("human", " What is it?\n<image>"),
+        ("gpt", " A bus.\n"),
+        ("human", "And <image> here? <image>"),
+        ("gpt", "Two more."),
+    ]
+    conversation = conversation_or_fault(record(*turns, image=["a.jpg", "./b/c.jpg", "a.jpg"]))
     text, image = (lambda value: Part("text", value)), (lambda value: Part("image", value))
-    assert conversation == Conversation("7", (
+    messages = (
         Message("system", (text("Be brief."),)),
         Message("user", (text("What is it?"), image("a.jpg"))),
         Message("assistant", (text("A bus."),)),
         Message("user", (text("And"), image("b/c.jpg"), text("here?"), image("a.jpg"))),
         Message("assistant", (text("Two more."),)),
-    ))  # fmt: skip
+    )
+    assert conversation == Conversation("7", messages)
     assert conversation.images == ("a.jpg", "b/c.jpg", "a.jpg")
 
 
 def test_messages_form_and_id_from_content():
     form = {
-        "messages": [{"role": "user", "content": "<image>Who?"},
-                     {"role": "assistant", "content": "Kane."}],
+        "messages": [
+            {"role": "user", "content": "<image>Who?"},
+            {"role": "assistant", "content": "Kane."},
+        ],
         "images": ["1.jpg"],
-    }  # fmt: skip
-    conversation = parse_record(form, "x")
-    assert (
-        conversation.messages
-        == parse_record(
-            record(("human", "<image>\nWho?"), ("gpt", "Kane."), image="1.jpg"), "x"
-        ).messages
-    )
-    assert conversation.id == parse_record(dict(reversed(form.items())), "y").id
-    assert conversation.id != parse_record(form | {"images": ["2.jpg"]}, "x").id
+    }
+    conversation = conversation_or_fault(form)
+    llava = record(("human", "<image>\nWho?"), ("gpt", "Kane."), image="1.jpg")
+    assert conversation.messages == conversation_or_fault(llava).messages
+    assert conversation.id == conversation_or_fault(dict(reversed(form.items()))).id
+    assert conversation.id != conversation_or_fault(form | {"images": ["2.jpg"]}).id
 
 
 @pytest.mark.parametrize(
@@ -130,48 +130,49 @@ def test_messages_form_and_id_from_content():
     ],
 )
 def test_bad_record(bad, reason, tmp_path):
-    with pytest.raises(PhiSightError) as caught:
-        parse_record(bad, "train.json record 3")
-    assert str(caught.value).startswith("train.json record 3: ") and reason in str(caught.value)
+    fault = conversation_or_fault(bad)
+    assert isinstance(fault, Fault) and reason in fault.reason
 
     path = tmp_path / "train.json"
     path.write_text(json.dumps([GOOD, bad]))
-    loaded = load_conversations(path)
-    assert [c.id for c in loaded.conversations] == ["7"]
-    assert [q.where for q in loaded.quarantined] == ["train.json record 2"]
-    assert reason in loaded.quarantined[0].reason
-    with pytest.raises(PhiSightError, match="train.json record 2: "):
-        load_conversations(path, strict=True)
-    write_quarantine(tmp_path / "q.jsonl", loaded.quarantined)
+    conversations, quarantined = read_all(path)
+    assert [c.id for c in conversations] == ["7"]
+    assert [q.where for q in quarantined] == ["train.json record 2"]
+    assert reason in quarantined[0].reason
+    with pytest.raises(PhiSightError) as caught:
+        read_all(path, strict=True)
+    assert str(caught.value).startswith("train.json record 2: ") and reason in str(caught.value)
+    write_quarantine(tmp_path / "q.jsonl", quarantined)
     assert json.loads((tmp_path / "q.jsonl").read_text())["where"] == "train.json record 2"
 
 
+KEYS = ("id", "image", "images", "conversations", "messages", "from", "value", "role", "content")
+WORDS = ("<image>", "human", "gpt", "\ud800", "a.jpg", "..")
+plain_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats()
-    | st.text() | st.sampled_from(["<image>", "human", "gpt", "\ud800", "a.jpg", ".."]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.sampled_from(["id", "image", "images", "conversations", "messages", "from", "value",
-                         "role", "content"]), inner, max_size=5),
+    plain_values | st.sampled_from(WORDS),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5)
+    ),
     max_leaves=12,
-)  # fmt: skip
-near_records = st.fixed_dictionaries(
+)
+near_turns = st.fixed_dictionaries(
     {
-        "conversations": st.lists(
-            st.fixed_dictionaries({
-                "from": st.sampled_from(["human", "gpt", "system"]) | json_values,
-                "value": st.text() | st.sampled_from(["<image>", "a <image> b"]) | json_values,
-            }), max_size=4) | json_values,
-    },
+        "from": st.sampled_from(["human", "gpt", "system"]) | json_values,
+        "value": st.text() | st.sampled_from(["<image>", "a <image> b"]) | json_values,
+    }
+)
+near_records = st.fixed_dictionaries(
+    {"conversations": st.lists(near_turns, max_size=4) | json_values},
     optional={"id": json_values, "image": st.text() | json_values},
-)  # fmt: skip
+)
 
 
 @given(json_values | near_records)
 def test_any_json_gives_a_sound_conversation_or_an_error(value):
-    try:
-        conversation = parse_record(value, "here")
-    except PhiSightError as error:
-        assert str(error).startswith("here: ")
+    conversation = conversation_or_fault(value)
+    if isinstance(conversation, Fault):
+        assert conversation.reason
         return
     roles = [message.role for message in conversation.messages]
     roles = roles[1:] if roles[0] == "system" else roles
@@ -187,10 +188,10 @@ def test_any_json_gives_a_sound_conversation_or_an_error(value):
 def test_a_file_of_any_json_loses_only_its_bad_records(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("data") / "train.json"
     path.write_text(json.dumps([*values, GOOD]))
-    loaded = load_conversations(path)
-    assert len(loaded.conversations) + len(loaded.quarantined) == len(values) + 1
-    assert loaded.conversations[-1].images == ("bus.jpg",)
-    write_quarantine(path.with_name("q.jsonl"), loaded.quarantined)
+    conversations, quarantined = read_all(path)
+    assert len(conversations) + len(quarantined) == len(values) + 1
+    assert conversations[-1].images == ("bus.jpg",)
+    write_quarantine(path.with_name("q.jsonl"), quarantined)
 
 
 # --- whole files --------------------------------------------------------------------------------
@@ -217,15 +218,15 @@ def test_bad_file(tmp_path, content, reason):
     path = tmp_path / "d.json"
     path.write_bytes(content)
     with pytest.raises(PhiSightError) as caught:
-        load_conversations(path)
+        read_all(path)
     assert reason in str(caught.value)
 
 
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(PhiSightError, match="no such file"):
-        load_conversations(tmp_path / "none.json")
+        read_all(tmp_path / "none.json")
     with pytest.raises(PhiSightError, match="cannot be read"):
-        load_conversations(tmp_path)
+        read_all(tmp_path)
 
 
 def test_json_lines(tmp_path):
@@ -233,16 +234,16 @@ def test_json_lines(tmp_path):
     odd = record(("human", "<image> one\u2028line"), ("gpt", "x"))
     lines = [json.dumps(GOOD), "", json.dumps(odd, ensure_ascii=False), "{broken", "[]"]
     path.write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
-    loaded = load_conversations(path)
-    assert len(loaded.conversations) == 2
-    assert [q.where for q in loaded.quarantined] == ["d.jsonl line 4", "d.jsonl line 5"]
-    assert "not JSON" in loaded.quarantined[0].reason
+    conversations, quarantined = read_all(path)
+    assert len(conversations) == 2
+    assert [q.where for q in quarantined] == ["d.jsonl line 4", "d.jsonl line 5"]
+    assert "not JSON" in quarantined[0].reason
 
 
 def test_repeated_ids_are_fine(tmp_path):
     path = tmp_path / "d.json"
     path.write_text(json.dumps([GOOD, GOOD]))
-    assert len(load_conversations(path).conversations) == 2
+    assert len(read_all(path)[0]) == 2
 
 
 def test_quarantine_file_is_whole_or_absent(tmp_path):
@@ -264,9 +265,9 @@ def test_quarantine_file_is_whole_or_absent(tmp_path):
 def test_real_files():
     if not SHARED.exists():
         pytest.skip("the shared data files are not here")
-    loaded = load_conversations(SHARED / "llava" / "mllm_demo.json")
-    assert len(loaded.conversations) == 6 and not loaded.quarantined
-    assert loaded.conversations[0].images == ("mllm_demo_data/1.jpg",) * 2
+    conversations, quarantined = read_all(SHARED / "llava" / "mllm_demo.json")
+    assert len(conversations) == 6 and not quarantined
+    assert conversations[0].images == ("mllm_demo_data/1.jpg",) * 2
     questions = load_questions(SHARED / "pope" / "coco_pope_random.json")
     assert len(questions) == 3000
     assert questions[0].image == "COCO_val2014_000000310196.jpg"
@@ -299,25 +300,6 @@ def test_bad_question(tmp_path, change, reason):
     path.write_text("[]")
     with pytest.raises(PhiSightError, match="not an object"):
         load_questions(path)
-
-
-def test_check_images(tmp_path):
-    Image.new("RGB", (5, 5)).save(tmp_path / "good.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
-    conversations = [
-        about("good.png", id="a"), about("good.png", "broken.png", id="b"),
-        about("none.png", id="c"), about(id="d"), about("good.png/x", id="e"),
-    ]  # fmt: skip
-    checked = check_images(conversations, tmp_path)
-    assert [c.id for c in checked.conversations] == ["a", "d"]
-    assert [(q.id, q.where) for q in checked.quarantined] == [
-        ("b", "picture broken.png"), ("c", "picture none.png"), ("e", "picture good.png/x"),
-    ]  # fmt: skip
-    assert "truncated" in checked.quarantined[0].reason
-    present = check_images(conversations, tmp_path, decode=False)
-    assert [c.id for c in present.conversations] == ["a", "b", "d"]
-    with pytest.raises(PhiSightError, match="no such image folder"):
-        check_images(conversations, tmp_path / "none")
 
 
 # --- splits -------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import bitsandbytes as bnb
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +14,8 @@ from transformers import Phi3Config
 
 from model.cache import BLOCK, KeyValues
 from model.decoder import LanguageModel
-from ops import cpu, plain
+from ops import cpu, cpu_inference, plain
+from ops.nf4 import dense_weight
 
 VOCABULARY = 61
 
@@ -209,3 +213,30 @@ def test_fast_operations_are_the_plain_ones_with_their_gradients(tokens, heads, 
             results.append((result.detach(), own.grad))
         for expected, found in zip(*results):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (128, 40), (192, 65)])
+def test_a_dense_weight_is_the_one_of_bitsandbytes_in_memory_of_its_thread(inputs, outputs, nested):
+    layers = []
+    for seed in range(2):
+        layer = bnb.nn.Linear4bit(
+            inputs, outputs, bias=False, compress_statistics=nested, quant_type="nf4",
+            compute_dtype=torch.float32,
+        )  # fmt: skip
+        weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+        layer.load_state_dict({"weight": weight})
+        layers.append(layer.to("cpu"))
+    expected = [
+        bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        for layer in layers
+    ]
+    first = dense_weight(layers[0], torch.float32)
+    assert torch.equal(first, expected[0])
+    with ThreadPoolExecutor(1) as other:  # what it asks for does not touch what this thread holds
+        there = other.submit(lambda: dense_weight(layers[1], torch.float32).clone()).result()
+    assert torch.equal(there, expected[1]) and torch.equal(first, expected[0])
+    assert torch.equal(dense_weight(layers[1], torch.float32), expected[1])
+    x = torch.randn(3, 2, inputs, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        torch.testing.assert_close(cpu_inference.linear(x, layers[0]), layers[0](x))

@@ -68,7 +68,7 @@ def test_without_a_hub_each_command_ends_with_one_line_that_says_what_would_do(t
         ),
         strict=True,
     ):
-        assert line.startswith(f"error: {what}: it is no folder and the hub did not give it")
+        assert line.startswith(f"error: {what}: it is not a folder and the hub did not give it")
         assert reason in line and layout in line and "give a folder with" in line
 
 
@@ -140,7 +140,7 @@ def test_whatever_the_hub_raises_is_one_error(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(hub_module, "snapshot_download", fail)
-    with pytest.raises(PhiSightError, match="some/phi: it is no folder and the hub did not"):
+    with pytest.raises(PhiSightError, match="some/phi: it is not a folder and the hub did not"):
         find_folder("some/phi", None)
 
 

@@ -182,11 +182,18 @@ def test_files_that_are_no_pictures(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "big.png").write_bytes(encode(noise(), "PNG"))
     (tmp_path / "empty.png").touch()
-    for name, reason in {
-        "none.png": "no such file", ".": "is a folder", "pipe": "not a regular file",
-        "empty.png": "empty", "big.png": "over the limit", "a\0b": "cannot be read",
-        "big.png/inside": "cannot be read", "x" * 300: "cannot be read", "two\nlines": "no such",
-    }.items():  # fmt: skip
+    reasons = {
+        "none.png": "no such file",
+        ".": "is a folder",
+        "pipe": "not a regular file",
+        "empty.png": "empty",
+        "big.png": "over the limit",
+        "a\0b": "cannot be read",
+        "big.png/inside": "cannot be read",
+        "x" * 300: "cannot be read",
+        "two\nlines": "no such",
+    }
+    for name, reason in reasons.items():
         with pytest.raises(PhiSightError, match=reason) as caught:
             load_image(tmp_path / name, max_bytes=1000)
         assert "\n" not in str(caught.value)

@@ -9,7 +9,10 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from errors import PhiSightError
-from training.optim import AdamW, LossScaler, clip_gradients, lr_at, owner_gradient_norms
+from training.gradients import clip_gradients, owner_gradient_norms
+from training.loss_scaler import LossScaler
+from training.optimizer import AdamW
+from training.schedule import lr_at
 
 SHAPES = {"a.lora_A": (4, 32), "a.lora_B": (32, 4), "projector.bias": (7,), "scalar": ()}
 

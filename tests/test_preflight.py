@@ -13,12 +13,13 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from reading import read_all
 from tokenizers import Tokenizer, models, normalizers
 
 from data import preflight
 from data import survey as surveys
 from data.chat import ChatFormat, load_tokenizer, render
-from data.dataset import Message, Part, check_images, load_conversations
+from data.dataset import Conversation, Message, Part, Quarantined
 from data.images import load_image, looks_whole
 from data.lengths import TokenCounter, words_are_independent
 from data.stream import read_records
@@ -56,40 +57,52 @@ def counts(tally: Tally) -> dict:
     return {name: value for name, value in vars(tally).items() if name != "peak_memory"}
 
 
+def without_bad_pictures(
+    conversations: list[Conversation], folder: Path
+) -> tuple[list[Conversation], list[Quarantined]]:
+    """A plain check: every picture of every conversation is decoded, one after the other."""
+    whole, lost = [], []
+    for conversation in conversations:
+        for name in conversation.images:
+            try:
+                load_image(folder / name)
+            except PhiSightError as error:
+                lost.append(Quarantined(f"picture {name}", conversation.id, str(error)))
+                break
+        else:
+            whole.append(conversation)
+    return whole, lost
+
+
 # -- the counts -----------------------------------------------------------------------------------
 
 
 def test_the_counts_are_those_of_a_plain_count(made, chat_format):
     found = survey(made / "d.json", made / "images", chat_format)
-    loaded = load_conversations(made / "d.json")
-    checked = check_images(loaded.conversations, made / "images")
-    samples = [render(c.messages, chat_format) for c in checked.conversations]
+    conversations, malformed = read_all(made / "d.json")
+    whole, lost = without_bad_pictures(conversations, made / "images")
+    samples = [render(c.messages, chat_format) for c in whole]
     tally = found.tally
     assert tally.records == 300 and found.picture_check == "decode"
-    assert tally.conversations == len(loaded.conversations)
-    assert tally.turns == sum(
-        m.role == "assistant" for c in loaded.conversations for m in c.messages
-    )
+    assert tally.conversations == len(conversations)
+    assert tally.turns == sum(m.role == "assistant" for c in conversations for m in c.messages)
     assert tally.faults == Counter(
         {"no supervised token": 6, "pictures and <image> differ": 3, "malformed": 3}
     )
-    assert tally.lost == len(checked.quarantined) >= 6
+    assert tally.lost == len(lost) >= 6
     assert tally.lengths == Counter(len(sample.input_ids) for sample in samples)
     assert tally.text_lengths == Counter(
         len(sample.input_ids) - TOKENS * len(sample.images) for sample in samples
     )
     assert tally.supervised_tokens == sum(sum(sample.supervised) for sample in samples)
     assert (tally.text_only, tally.several_pictures, tally.unsupervised) == (1, 1, 0)
-    assert tally.distinct("pictures") == len({n for c in loaded.conversations for n in c.images})
-    assert tally.distinct("ids") == len({c.id for c in loaded.conversations})
-    assert tally.distinct("contents") == len({c.messages for c in loaded.conversations})
+    assert tally.distinct("pictures") == len({n for c in conversations for n in c.images})
+    assert tally.distinct("ids") == len({c.id for c in conversations})
+    assert tally.distinct("contents") == len({c.messages for c in conversations})
     assert tally.distinct("contents") == tally.conversations - 1
     assert (found.missing, len(found.bad_pictures)) == (3, 6)
     where = {(entry.where, entry.id, entry.reason) for entry in tally.set_aside}
-    assert where == {
-        (entry.where, entry.id, entry.reason)
-        for entry in (*loaded.quarantined, *checked.quarantined)
-    }
+    assert where == {(entry.where, entry.id, entry.reason) for entry in (*malformed, *lost)}
 
 
 def test_processes_count_as_one_does(made, chat_format, monkeypatch):
@@ -105,6 +118,20 @@ def test_processes_count_as_one_does(made, chat_format, monkeypatch):
 def test_the_ways_to_check_pictures(made, chat_format, check, bad):
     found = survey(made / "d.json", made / "images", chat_format, check)
     assert (len(found.bad_pictures), found.missing) == (bad, 3)
+
+
+def test_check_pictures(tmp_path, chat_format):
+    Image.new("RGB", (5, 5)).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
+    counter = TokenCounter(chat_format)
+    names = ["good.png", "broken.png", "none.png", "good.png/x"]
+    bad, missing, marks = surveys.check_pictures(counter, names, tmp_path, "decode")
+    assert list(bad) == names[1:] and missing == 2 and list(marks) == names[:1]
+    assert "truncated" in bad["broken.png"]
+    bad, missing, _ = surveys.check_pictures(counter, names, tmp_path, "exists")
+    assert list(bad) == names[2:] and missing == 2
+    with pytest.raises(PhiSightError, match="no such image folder"):
+        survey(tmp_path / "d.json", tmp_path / "none", chat_format)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

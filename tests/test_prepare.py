@@ -1,19 +1,23 @@
 """From files to rendered conversations: what is set aside, what stops, what is fingerprinted."""
 
+import hashlib
 import json
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from reading import read_all
 
 from config import Config, default_config, replace
+from data import dataset
 from data.chat import ChatFormat, RenderedSample, load_tokenizer, render
-from data.dataset import load_conversations
 from data.features import FeatureStore
 from data.packed import PackedSamples
 from data.prepare import TrainingData, evenly_spaced, prepare
+from data.splits import split_by_image
 from errors import PhiSightError
 
 TOKENS = 3  # a picture, for a tower that is not there
@@ -84,7 +88,7 @@ def pictures_of(samples) -> set[str]:
 
 
 def test_the_world_is_used_whole_and_split_by_picture(prepared, world):
-    conversations = load_conversations(world / "train.json").conversations
+    conversations = read_all(world / "train.json")[0]
     assert prepared.quarantined == []
     assert len(prepared.train) + len(prepared.validation) == len(conversations)
     train, validation = pictures_of(prepared.train), pictures_of(prepared.validation)
@@ -95,7 +99,7 @@ def test_the_world_is_used_whole_and_split_by_picture(prepared, world):
 
 def test_samples_are_what_the_renderer_gives(workspace):
     data = workspace.prepare()
-    conversations = load_conversations(workspace.folder / "data.json").conversations
+    conversations = read_all(workspace.folder / "data.json")[0]
     expected = {c.images: render(c.messages, workspace.chat_format) for c in conversations}
     samples = data.train + data.validation
     assert {sample.images: sample for sample in samples} == expected
@@ -114,6 +118,63 @@ def test_first_exchanges_are_the_first_question_and_answer(workspace, chat_forma
         assert exchange.input_ids[-1] == chat_format.end_of_text_id
         assert exchange.input_ids.count(chat_format.assistant_id) == 1
         assert sum(exchange.supervised) == len(chat_format.encode_text("red")) + 1
+
+
+def test_each_conversation_is_tokenised_once_and_the_file_read_twice(workspace, monkeypatch):
+    encoded: list[str] = []
+    opened: list[Path] = []
+    encode, read = ChatFormat.encode_text, dataset.read_records
+    monkeypatch.setattr(
+        ChatFormat, "encode_text", lambda self, text: encoded.append(text) or encode(self, text)
+    )
+    monkeypatch.setattr(dataset, "read_records", lambda path: opened.append(path) or read(path))
+    data = workspace.prepare()
+    assert data.first_exchanges and data.validation
+    texts = [turn for record in workspace.records for turn in record["conversations"]]
+    assert len(encoded) == len(texts)
+    assert opened == [workspace.folder / "data.json"] * 2
+
+
+def test_all_is_what_a_plain_preparation_gives(workspace, chat_format):
+    """Each part from its definition, with conversations that are cut, too long, and bad."""
+    for number, record_ in enumerate(workspace.records):
+        record_["conversations"][2]["value"] += " please" * (7 * number)
+    workspace.records[5]["conversations"][0]["value"] += " please" * 90
+    workspace.records[6]["conversations"].pop()
+    (workspace.folder / "images" / workspace.names[7]).unlink()
+    limit = 100
+    data = workspace.prepare(max_text_tokens=limit, evaluation_conversations=2)
+
+    def fits(messages) -> bool:
+        ids = render(messages, chat_format).input_ids
+        return sum(i != chat_format.image_id for i in ids) <= limit
+
+    conversations, malformed = read_all(workspace.folder / "data.json")
+    usable = [c for c in conversations if workspace.names[7] not in c.images]
+    sides = split_by_image(usable, 0.3, 0)
+    samples, too_long, cut = ([], []), [], 0
+    for side, chosen in zip(sides, samples):
+        for conversation in side:
+            lengths = [n for n in (6, 4, 2) if fits(conversation.messages[:n])]
+            if lengths:
+                chosen.append(render(conversation.messages[: lengths[0]], chat_format))
+                cut += lengths[0] < 6
+            else:
+                too_long.append(conversation.id)
+    asked = evenly_spaced(sides[1], 2)
+    assert list(data.train) == samples[0]
+    assert data.validation == evenly_spaced(samples[1], 2)
+    assert data.first_exchanges == [
+        render(c.messages[:2], chat_format) for c in asked if fits(c.messages[:2])
+    ]
+    assert data.shortened == cut > 0
+    assert [q.id for q in data.quarantined] == [malformed[0].id, "about 07.png", *too_long]
+    assert too_long == ["about 05.png"] and len(malformed) == 1
+    total = hashlib.sha256()
+    for sample in samples[0] + samples[1]:
+        hashes = [(workspace.store.hash_of(n), workspace.store.check_of(n)) for n in sample.images]
+        total.update(json.dumps([sample.input_ids, sample.supervised, hashes]).encode())
+    assert data.fingerprint == total.hexdigest()
 
 
 def test_evaluation_looks_at_as_many_conversations_as_asked(workspace):

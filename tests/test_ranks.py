@@ -135,7 +135,7 @@ def test_a_rank_that_dies_brings_the_others_down(how, words, fields, tmp_path):
 import os, signal, sys
 import train
 from errors import PhiSightError, run_main
-from training.optim import AdamW
+from training.optimizer import AdamW
 
 step = AdamW.step
 

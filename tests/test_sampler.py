@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data import sampler
 from data.chat import ChatFormat, RenderedSample, load_tokenizer, render
 from data.collate import IGNORED, collate
-from data.dataset import parse_record
+from data.dataset import conversation_or_fault
 from data.sampler import pack, plan, shuffled
 from data.world import make_scene, records_of
 from errors import PhiSightError
@@ -98,7 +98,7 @@ def test_padding_of_world_conversations_is_under_five_percent():
     for index in range(120):
         rng = random.Random(index)
         for record in records_of(make_scene(rng), "a.png", rng, turns=9):
-            messages = parse_record(record, "record").messages
+            messages = conversation_or_fault(record).messages
             lengths.append(len(render(messages, chat_format).input_ids))
     assert max(lengths) > 2 * min(lengths)
     rows = plan(0, 0, lengths, 512)

@@ -173,7 +173,7 @@ def test_a_recording_is_heard_by_whisper():
         said = subprocess.run(
             ["espeak-ng", "--stdout", "What colour is the star?"], capture_output=True, check=True
         ).stdout
-        from speech.whisper import read_audio
+        from speech.recordings import read_audio
 
         heard = loaded_once(str(WHISPER))().text(read_audio(said))
         answer = server.client().chat.completions.create(model="tiny", messages=spoken(said))

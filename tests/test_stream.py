@@ -13,13 +13,15 @@ from errors import PhiSightError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "real"
 HOLES = st.text(" \t\n\r", max_size=3)
+ODD_VALUES = (1e300, -0.0, "\u2028", "\\", '"', "\U0001f600", "]", "},{")
+plain_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-    | st.sampled_from([1e300, -0.0, "\u2028", "\\", '"', "\U0001f600", "]", "},{"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner,
-                                                                max_size=3),
+    plain_values | st.sampled_from(ODD_VALUES),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,11 @@ import checkpoints
 from errors import PhiSightError
 from evaluation import meter
 from tools import torture_resume as torture
-from tools.torture_resume import KINDS, MARKER, MISSES, PLACES, Aim, Deal, Recipe, Run
-from training.optim import AdamW
+from tools.torture.deal import MISSES, Deal, Recipe, draw_aim, left
+from tools.torture.findings import differences, look_at
+from tools.torture.kills import KINDS, PLACES, Aim, set_trap
+from tools.torture_resume import MARKER, Run
+from training.optimizer import AdamW
 
 SHORT = ("--steps=12", "--pictures=24")
 
@@ -85,7 +88,7 @@ def killed(aim: str, *acts) -> bool:
 
     child = os.fork()
     if child == 0:
-        torture.set_trap(Aim.parse(aim))
+        set_trap(Aim.parse(aim))
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
@@ -224,19 +227,19 @@ def test_no_more_kills_are_given_out_than_are_wanted():
 def test_what_a_run_still_has_before_it(kind, newest, expected):
     recipe = Recipe(steps=24)
     assert (recipe.save_steps, recipe.evaluate_steps) == (4, 8)
-    assert torture.left(kind, recipe, newest) == expected
+    assert left(kind, recipe, newest) == expected
 
 
 def test_aims_are_drawn_from_all_places_within_what_is_left():
     generator = random.Random(0)
     for kind, places in PLACES.items():
-        aims = [draw for _ in range(200) if (draw := torture.draw_aim(kind, 3, generator))]
+        aims = [draw for _ in range(200) if (draw := draw_aim(kind, 3, generator))]
         assert {aim.place for aim in aims} == set(places)
         for name, place in places.items():
             numbers = [aim.number for aim in aims if aim.place == name]
             assert min(numbers) >= 1 and place.calls < max(numbers) <= 3 * place.calls
         assert all(Aim.parse(str(aim)) == aim for aim in aims)
-    assert torture.draw_aim("random", 1, generator) == Aim("random")
+    assert draw_aim("random", 1, generator) == Aim("random")
 
 
 # -- what it sees ---------------------------------------------------------------------------------
@@ -244,24 +247,24 @@ def test_aims_are_drawn_from_all_places_within_what_is_left():
 
 def test_what_a_kill_must_never_leave_behind_is_seen(tmp_path):
     problems: list[str] = []
-    assert torture.look_at(tmp_path / "none", None, problems) is None and problems == []
+    assert look_at(tmp_path / "none", None, problems) is None and problems == []
     save(tmp_path, 4)
-    assert torture.look_at(tmp_path, None, problems) == 4 and problems == []
-    assert torture.look_at(tmp_path, 8, problems) == 4
+    assert look_at(tmp_path, None, problems) == 4 and problems == []
+    assert look_at(tmp_path, 8, problems) == 4
     assert "step 8 was saved, the newest checkpoint is of step 4" in problems.pop()
     save(tmp_path, 5)
     newer = checkpoints.save(tmp_path, 6, {stem: {} for stem in checkpoints.OWNERS}, {}, {}, keep=2)
     for damaged, newest in ((newer, 5), (tmp_path / "checkpoint-000005", 6)):
         good = (damaged / "config.json").read_text()
         (damaged / "config.json").write_text("{")
-        assert torture.look_at(tmp_path, 5, problems) == newest
+        assert look_at(tmp_path, 5, problems) == newest
         assert f"{damaged}: left damaged, config.json" in problems.pop() and problems == []
         (damaged / "config.json").write_text(good)
     checkpoints.remove_all(tmp_path)
-    assert torture.look_at(tmp_path, 5, problems) is None
+    assert look_at(tmp_path, 5, problems) is None
     assert "no checkpoint in" in problems.pop()
     (tmp_path / checkpoints.LATEST).write_text("checkpoint-000005\n")
-    assert torture.look_at(tmp_path, None, problems) is None and problems
+    assert look_at(tmp_path, None, problems) is None and problems
 
 
 def test_a_run_that_ended_otherwise_is_seen(tmp_path):
@@ -272,19 +275,19 @@ def test_a_run_that_ended_otherwise_is_seen(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("".join(lines))
     later = records[0] | {"timing": {"seconds": 9}}
     (tmp_path / "same/metrics.jsonl").write_text(f"{json.dumps(later)}\n{lines[1]}")
-    assert torture.differences(tmp_path / "whole", tmp_path / "same") == []
+    assert differences(tmp_path / "whole", tmp_path / "same") == []
     changed = records[1] | {"loss": 1.5}
     (tmp_path / "other/metrics.jsonl").write_text(f"{lines[0]}{json.dumps(changed)}\n")
-    (problem,) = torture.differences(tmp_path / "whole", tmp_path / "other")
+    (problem,) = differences(tmp_path / "whole", tmp_path / "other")
     assert "record 2" in problem and "1.5" in problem
     (tmp_path / "short/metrics.jsonl").write_text(lines[0])
-    (problem,) = torture.differences(tmp_path / "whole", tmp_path / "short")
+    (problem,) = differences(tmp_path / "whole", tmp_path / "short")
     assert "1 records, not 2" in problem
     save(tmp_path / "same", 3)
-    (problem,) = torture.differences(tmp_path / "whole", tmp_path / "same")
+    (problem,) = differences(tmp_path / "whole", tmp_path / "same")
     assert problem.startswith("different: ")
     checkpoints.remove_all(tmp_path / "same")
-    assert "no checkpoint" in torture.differences(tmp_path / "whole", tmp_path / "same")[0]
+    assert "no checkpoint" in differences(tmp_path / "whole", tmp_path / "same")[0]
 
 
 def test_every_kill_of_a_run_counts_as_the_run_ended(capsys):

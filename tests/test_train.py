@@ -26,7 +26,15 @@ from errors import PhiSightError
 from model.build import Assembled, assemble
 from model.vision import VisionTower
 from reports.metrics import deterministic_part, read_metrics
-from training.optim import AdamW, LossScaler, lr_at
+from training import evaluating
+from training import run as run_room
+from training.batches import chunks
+from training.exactness import check_place, check_same_run
+from training.loss_scaler import LossScaler
+from training.optimizer import AdamW
+from training.schedule import lr_at
+from training.signals import StopSignals
+from training.step import StepResult, train_step
 
 SHORT = runs.SHORT
 
@@ -144,7 +152,7 @@ def test_a_signal_saves_after_the_step_in_hand_and_says_how_to_go_on(number, tmp
 
 def test_a_second_interrupt_stops_at_once():
     former = signal.getsignal(signal.SIGINT)  # ignored, where a shell started the tests with `&`
-    with train.StopSignals() as stop:
+    with StopSignals() as stop:
         stop._ask(signal.SIGTERM, None)
         stop._ask(signal.SIGTERM, None)
         assert stop.requested
@@ -165,13 +173,13 @@ class Steps:
 
     def __call__(
         self, model, optimizer, scaler, batches, rate, max_norm, measure_updates, ranks
-    ) -> train.StepResult:
+    ) -> StepResult:
         self.windows.append(batches)
         self.rates.append(rate)
         supervised = sum(batch.supervised_tokens for batch in batches)
         tokens = sum(batch.tokens for batch in batches)
         places = sum(batch.input_ids.numel() for batch in batches)
-        return train.StepResult(float(supervised), supervised, tokens, places, 1.0, {}, False, None)
+        return StepResult(float(supervised), supervised, tokens, places, 1.0, {}, False, None)
 
     def conversations(self) -> Counter:
         """How often each conversation was seen, by its ids."""
@@ -250,7 +258,7 @@ def test_the_log_adds_up_to_all_that_was_trained_on(steps, tmp_path):
 def test_early_stopping_counts_evaluations_across_a_resume(steps, tmp_path, capsys, monkeypatch):
     losses = iter([2.0, 1.0, 1.5, 1.0, 0.5])
     monkeypatch.setattr(
-        train.meter, "evaluate", lambda *_: {"validation_loss": next(losses), "alignment": {}}
+        evaluating.meter, "evaluate", lambda *_: {"validation_loss": next(losses), "alignment": {}}
     )
     run = tmp_path / "run"
     runs.start(run, "--stop-at-step=3", evaluate_steps=1, early_stopping=2)
@@ -266,7 +274,7 @@ def test_early_stopping_counts_evaluations_across_a_resume(steps, tmp_path, caps
 def test_no_early_stopping_unless_asked(steps, tmp_path, monkeypatch):
     rising = iter(range(1, 100))
     monkeypatch.setattr(
-        train.meter,
+        evaluating.meter,
         "evaluate",
         lambda *_: {"validation_loss": float(next(rising)), "alignment": {}},
     )
@@ -319,11 +327,11 @@ def test_a_step_does_not_depend_on_how_its_window_is_cut():
                 parts.chat_format.end_of_text_id,
                 store().shape,
             )
-            for chunk in train.chunks(samples, size)
+            for chunk in chunks(samples, size)
         ]
         counts = [batch.supervised_tokens for batch in batches]
         recorder = Recorder(parts.model.trainable())
-        result = train.train_step(
+        result = train_step(
             parts.model.train(), recorder, LossScaler(False), batches, 1.0, max_norm=1e9
         )
         found.append((result, recorder.gradients))
@@ -345,8 +353,8 @@ class Toy(torch.nn.Module):
         self.projector = torch.nn.Linear(1, 1, bias=False)
         self.factor = factor
 
-    def forward(self, input_ids, labels, **_) -> tuple[torch.Tensor, int]:
-        chosen = input_ids[labels != IGNORED].float()
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        chosen = batch.input_ids[batch.labels != IGNORED].float()
         return (self.projector.weight * chosen).sum() * self.factor, len(chosen)
 
 
@@ -362,7 +370,7 @@ def test_the_sum_is_divided_by_the_tokens_of_the_whole_window():
     model = Toy()
     optimizer = AdamW(model.named_parameters())
     window = [toy_batch(9, 1), toy_batch(9, 2, 3, 4, 5)]
-    result = train.train_step(model, optimizer, LossScaler(False), window, 0.1, max_norm=100.0)
+    result = train_step(model, optimizer, LossScaler(False), window, 0.1, max_norm=100.0)
     assert result.supervised_tokens == 5
     assert result.gradient_norm == pytest.approx((1 + 2 + 3 + 4 + 5) / 5)
     assert result.gradient_norms == {"projector": pytest.approx(3.0)}
@@ -376,11 +384,11 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale():
     before = model.projector.weight.clone()
     scaler = LossScaler(True, initial_scale=2.0**127)
     overflow, fine = [toy_batch(0, 3, 3)], [toy_batch(0, 1)]
-    result = train.train_step(model, optimizer, scaler, overflow, 0.1, 1.0, measure_updates=True)
+    result = train_step(model, optimizer, scaler, overflow, 0.1, 1.0, measure_updates=True)
     assert result.skipped and result.update_norms == {"projector": 0.0}
     assert torch.equal(model.projector.weight, before) and optimizer.step_count == 0
     assert scaler.scale == 2.0**126 and model.projector.weight.grad is None
-    result = train.train_step(model, optimizer, scaler, fine, 0.1, 1.0, measure_updates=True)
+    result = train_step(model, optimizer, scaler, fine, 0.1, 1.0, measure_updates=True)
     assert not result.skipped and result.update_norms["projector"] > 0
     assert optimizer.step_count == 1 and scaler.growth_tracker == 1
 
@@ -391,7 +399,7 @@ def test_a_diverged_loss_stops_before_it_spoils_the_weights(factor):
     before = model.projector.weight.clone()
     optimizer = AdamW(model.named_parameters())
     with pytest.raises(PhiSightError, match="diverged.*--learning-rate"):
-        train.train_step(model, optimizer, LossScaler(False), [toy_batch(0, 1)], 0.1, 1.0)
+        train_step(model, optimizer, LossScaler(False), [toy_batch(0, 1)], 0.1, 1.0)
     assert torch.equal(model.projector.weight, before) and optimizer.step_count == 0
 
 
@@ -423,7 +431,7 @@ def cut_off(model) -> None:
 def test_a_projector_that_stays_as_it_is_is_warned_of(
     change, warning, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(train, "assemble", assemble_with(change))
+    monkeypatch.setattr(run_room, "assemble", assemble_with(change))
     fields = SHORT | {"max_steps": 1, "log_steps": 1, "warmup_fraction": 0.0}
     runs.start(tmp_path / "run", **fields)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
@@ -456,7 +464,9 @@ def test_float16_trains_under_a_loss_scaler_whose_state_is_resumed(tmp_path):
 
 
 def test_skipped_steps_are_counted_and_move_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "LossScaler", functools.partial(LossScaler, initial_scale=2.0**100))
+    monkeypatch.setattr(
+        run_room, "LossScaler", functools.partial(LossScaler, initial_scale=2.0**100)
+    )
     run = tmp_path / "run"
     runs.start(run, **SHORT | {"compute_type": "float16", "log_steps": 2})
     checkpoint = checkpoints.resolve(run)
@@ -511,8 +521,8 @@ def test_a_changed_flag_is_refused_by_name_and_allowed_on_request(tmp_path, caps
 def test_a_place_beyond_the_changed_run_is_refused(state):
     plans = [[[0], [1], [2]], [[2], [1], [0]]]
     with pytest.raises(PhiSightError, match="ask for more --epochs or --max-steps"):
-        train.check_place(state, plans, total_steps=9)
-    train.check_place({"step": 8, "epoch": 1, "row": 2}, plans, total_steps=9)
+        check_place(state, plans, total_steps=9)
+    check_place({"step": 8, "epoch": 1, "row": 2}, plans, total_steps=9)
 
 
 def test_a_changed_run_that_would_end_before_its_place_is_refused(tmp_path):
@@ -589,14 +599,14 @@ def test_other_data_is_refused(tmp_path):
 )
 def test_every_fact_that_exactness_rests_on_is_compared(field, capsys):
     saved = checkpoints.resolve(runs.stopped_run()).config
-    train.check_same_run(saved, saved, allow_changes=False)
+    check_same_run(saved, saved, allow_changes=False)
     current = json.loads(json.dumps(saved))
     *path, last = field.split(".")
     functools.reduce(dict.__getitem__, path, current)[last] = "something else"
     with pytest.raises(PhiSightError, match=f"{field}: "):
-        train.check_same_run(saved, current, allow_changes=False)
+        check_same_run(saved, current, allow_changes=False)
     capsys.readouterr()
-    train.check_same_run(saved, current, allow_changes=True)
+    check_same_run(saved, current, allow_changes=True)
     assert f"warning: the resumed run is not exact, these differ: {field}: " in (
         capsys.readouterr().out
     )

@@ -27,8 +27,8 @@ from model.build import assemble, load_model_state, model_state
 from model.vision import VisionTower
 from model.vlm import owner_of, segment_lengths
 from ops.head import summed_cross_entropy
-from train import train_step
-from training.optim import LossScaler
+from training.loss_scaler import LossScaler
+from training.step import train_step
 
 
 @pytest.fixture

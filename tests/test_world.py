@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from reading import read_all
 
-from data import world as world_module
-from data.dataset import check_images, load_conversations, load_questions
+from data.dataset import load_questions
+from data.images import load_image
 from data.world import (
     COLOURS,
     DETAIL,
@@ -24,12 +25,15 @@ from data.world import (
     Thing,
     ask,
     ask_many,
+    describe,
     draw,
     make_scene,
     questions_of,
     records_of,
     write_world,
 )
+from data.world import __main__ as command
+from data.world import files as world_files
 from errors import PhiSightError
 
 SIZE_WORDS = ("big", "small")
@@ -181,7 +185,7 @@ def test_the_oracle_on_a_scene_written_by_hand():
                 oracle(scene, question)
         else:
             assert oracle(scene, question) == answer
-    assert world_module.describe(scene) == oracle(scene, "What does the picture show?")
+    assert describe(scene) == oracle(scene, "What does the picture show?")
 
 
 def test_every_kind_is_asked_and_yes_is_as_frequent_as_no():
@@ -285,9 +289,10 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def test_records_are_in_the_form_of_llava_instruct(world):
-    loaded = load_conversations(world / "train.json", strict=True)
-    assert loaded.quarantined == []
-    assert check_images(loaded.conversations, world / "images").quarantined == []
+    conversations, quarantined = read_all(world / "train.json", strict=True)
+    assert quarantined == []
+    for name in {name for conversation in conversations for name in conversation.images}:
+        load_image(world / "images" / name)
     records = json.loads((world / "train.json").read_text())
     assert len({record["image"] for record in records}) == 12
     for record in records:
@@ -336,7 +341,7 @@ def test_a_seed_gives_identical_files_and_another_seed_other_ones(tmp_path, hard
     assert first.keys() == other.keys()
     assert all(first[name] != other[name] for name in first)
     assert len(first) == 3 + 2 * 2 + 4
-    assert load_conversations(tmp_path / "first" / "train.json").quarantined == []
+    assert read_all(tmp_path / "first" / "train.json")[1] == []
 
 
 def test_a_smaller_world_is_the_beginning_of_a_larger_one(tmp_path):
@@ -364,7 +369,7 @@ def test_a_folder_that_is_unfinished_or_was_made_otherwise_is_written(tmp_path, 
 
     out = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        patch.setattr(world_module, "_write", killed)
+        patch.setattr(world_files, "_write", killed)
         with pytest.raises(KeyboardInterrupt):
             write_world(out, pictures=2, held_out=1)
     assert not (out / "world.json").exists()
@@ -377,8 +382,8 @@ def test_a_folder_that_is_unfinished_or_was_made_otherwise_is_written(tmp_path, 
 def test_the_command_writes_a_world_and_refuses_nothing_to_draw(tmp_path, monkeypatch):
     arguments = ["world", "--out", str(tmp_path), "--pictures", "1", "--held-out", "1", "--hard"]
     monkeypatch.setattr(sys, "argv", arguments)
-    world_module.main()
+    command.main()
     assert json.loads((tmp_path / "world.json").read_text())["hard"] is True
     monkeypatch.setattr(sys, "argv", [*arguments, "--turns", "0"])
     with pytest.raises(PhiSightError, match="at least 1"):
-        world_module.main()
+        command.main()

@@ -5,21 +5,17 @@ Run again, it finds the run finished and only asks and answers.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import checkpoints  # noqa: E402
-import config as configs  # noqa: E402
-import evaluate  # noqa: E402
-import train  # noqa: E402
-from assistant.assistant import Assistant  # noqa: E402
-from assistant.messages import user_message  # noqa: E402
-from data import world  # noqa: E402
-from data.dataset import Question, load_questions  # noqa: E402
-from errors import run_main  # noqa: E402
+import checkpoints
+import config as configs
+import evaluate
+import train
+from assistant.assistant import Assistant
+from assistant.messages import user_message
+from data import world
+from data.dataset import Question, load_questions
+from errors import run_main
 
 ASKED = ("colour", "position", "count")  # one question of each kind, about three pictures
 

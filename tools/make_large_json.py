@@ -1,6 +1,6 @@
 """Write a data file of LLaVA-Instruct-150K's size and form, to measure with: nothing to learn from.
 
-    python tools/make_large_json.py cache/large/data.json --images cache/large/images
+    python -m tools.make_large_json cache/large/data.json --images cache/large/images
 
 158,000 records about 81,000 pictures, about 229 MB: a third each of many short turns, one long
 description and one long explanation, as in LLaVA-Instruct-150K. `--broken N` puts N of every kind
@@ -12,17 +12,14 @@ from __future__ import annotations
 import io
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from config import Parser  # noqa: E402
-from errors import PhiSightError, run_main  # noqa: E402
+from config import Parser
+from errors import PhiSightError, run_main
 
 RECORDS, PICTURES = 158_000, 81_000
 TEMPLATES = 64  # drawings that the pictures are made of

@@ -7,7 +7,7 @@ import torch
 
 def pad_batch(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs of equally long lists -> right-padded inputs and marks, (rows, length) int64 each; the
-    padding is 0 and -1, which marks what is no target."""
+    padding is 0 and -1, and -1 marks places that are not predicted."""
     length = max(len(inputs) for inputs, _ in rows)
     inputs = torch.zeros(len(rows), length, dtype=torch.long)
     marks = torch.full((len(rows), length), -1)

@@ -5,17 +5,13 @@ was never killed, to the bit.
 
 Every process is a real `train.py` that gets a real SIGKILL, either from here at a random instant or
 from itself at an aimed place: in the nth fsync of a save, right after the nth rename, and so on.
-For the aimed ones this file starts itself as the child, wraps the function in question and calls
-`train.main`; the code that is trained with knows nothing of it.
+For the aimed ones this file starts itself as the child; see `tools/torture/kills.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import importlib
-import inspect
 import json
 import os
 import random
@@ -25,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,301 +34,25 @@ import checkpoints  # noqa: E402
 import config as configs  # noqa: E402
 from data.world import write_world  # noqa: E402
 from errors import PhiSightError, run_main  # noqa: E402
-from reports.metrics import TIMING, deterministic_part, read_metrics  # noqa: E402
+from reports.metrics import TIMING, read_metrics  # noqa: E402
+from tools.torture.deal import Deal, Recipe, draw_aim, left  # noqa: E402
+from tools.torture.findings import differences, look_at  # noqa: E402
+from tools.torture.kills import KINDS, RANDOM, Aim, train_with_trap  # noqa: E402
 
 MARKER = "torture.json"  # a folder without it was not made here and is not touched
-MISSES = 10  # attempts of one kind in a row that ended before their place: then it is never reached
 PATIENCE = 3  # kills of one run between two saves, so that all of a run is hit and not its end only
 HANG_SECONDS = 600.0  # at least; a process of these runs takes seconds
 
 
-# -- where kills strike ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Place:
-    """Before or after a call of `function`, "module:name"; with `inside`, a call made while that
-    one is under way. `calls`: at least so many are made in each unit that `left` counts."""
+class Attempt:
+    """One process of a run: the kind of kill and its aim, if it is to be killed, the seconds after
+    which a random kill strikes, and more flags for it."""
 
-    function: str
-    moment: str
-    inside: str = ""
-    calls: int = 1
-
-
-_ADD = "data.features:FeatureStore.add"
-_LOAD = "checkpoints:load"
-_VERIFY = "checkpoints:verify"
-
-# Only functions of the standard library and public ones of ours are named, so that the inside of a
-# save may change. The counts of calls are lower bounds: a call that never comes kills nobody.
-PLACES: dict[str, dict[str, Place]] = {
-    "step": {
-        "forward": Place("model.projector:ImageProjector.forward", "after", "train:train_step"),
-        "backward": Place("torch:Tensor.backward", "after"),
-        "before-update": Place("optim:AdamW.step", "before"),
-        "after-update": Place("optim:AdamW.step", "after"),
-    },
-    "save": {
-        "fsync": Place("os:fsync", "before", calls=10),
-        "tensors": Place("safetensors.torch:save_file", "after", calls=4),
-    },
-    "verify": {
-        "start": Place(_VERIFY, "before"),
-        "middle": Place("hashlib:sha256", "before", _VERIFY, calls=100),  # one a tensor
-        "end": Place(_VERIFY, "after"),
-    },
-    "rename": {
-        "before": Place("os:replace", "before", calls=2),  # the folder's and LATEST's
-        "after": Place("os:replace", "after", calls=2),
-    },
-    "prune": {
-        "before": Place("shutil:rmtree", "before"),
-        "middle": Place("os:unlink", "after", "shutil:rmtree", calls=7),  # one a file
-        "after": Place("shutil:rmtree", "after"),
-    },
-    "evaluation": {
-        "middle": Place("meter:packed_batches", "after", "meter:evaluate", calls=2),
-        "after": Place("meter:evaluate", "after"),
-    },
-    "features": {
-        "tower": Place("model.vision:VisionTower.__call__", "after", _ADD),
-        "shard": Place("safetensors.torch:save_file", "after", _ADD),
-        "before-rename": Place("os:replace", "before", _ADD),
-        "after-rename": Place("os:replace", "after", _ADD),
-    },
-    "resume": {
-        "load": Place("hashlib:sha256", "before", _LOAD, calls=100),
-        "generators": Place("resume.rng:set_rng_state", "after"),
-        "before-log": Place("metrics:MetricsLog.truncate_to", "before"),
-        "after-log": Place("metrics:MetricsLog.truncate_to", "after"),
-    },
-}
-RANDOM = "random"
-KINDS = (RANDOM, *PLACES)
-# What these functions do before the first step is no save: a shard, the quarantine file, a load.
-AFTER_THE_FIRST_STEP = ("save", "verify", "rename", "prune")
-
-
-@dataclass(frozen=True)
-class Aim:
-    """One kill to come: its kind, and unless that is random the place and the number of the call.
-    As text, `save/fsync:7`."""
-
-    kind: str
-    place: str = ""
-    number: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.kind}/{self.place}:{self.number}" if self.place else self.kind
-
-    @classmethod
-    def parse(cls, text: str) -> Aim:
-        """The inverse of `str`. Raises PhiSightError."""
-        names, _, number = text.partition(":")
-        kind, _, place = names.partition("/")
-        if place not in PLACES.get(kind, {}) or not number.isdecimal() or int(number) < 1:
-            raise PhiSightError(f"--child {text}: not KIND/PLACE:NUMBER; see {Path(__file__).name}")
-        return cls(kind, place, int(number))
-
-
-# -- the child ------------------------------------------------------------------------------------
-
-
-class Trap:
-    """Ends this process, as a kill from outside does, at the `number`-th call that counts; calls
-    may come from any thread."""
-
-    def __init__(self, number: int, armed: bool) -> None:
-        self.left, self.armed = number, armed
-        self._lock = threading.Lock()
-
-    def arm(self) -> None:
-        self.armed = True
-
-    def count(self) -> None:
-        with self._lock:
-            self.left -= self.armed
-            if self.armed and self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-def nothing() -> None:
-    pass
-
-
-def wrap(
-    function: str, before: Callable[[], None] = nothing, after: Callable[[], None] = nothing
-) -> None:
-    """Call `before` and `after` around every call of "module:name" or "module:Class.name"."""
-    module_name, _, path = function.partition(":")
-    *classes, name = path.split(".")
-    module = importlib.import_module(module_name)
-    owner: Any = functools.reduce(getattr, classes, module)
-    original = getattr(owner, name)
-    removes = original is shutil.rmtree
-
-    @functools.wraps(original)
-    def wrapped(*arguments: Any, **named: Any) -> Any:
-        # A save also removes, to be sure, the folder that it has just renamed: that is no removal.
-        if removes and not Path(arguments[0]).is_dir():
-            return original(*arguments, **named)
-        before()
-        try:
-            return original(*arguments, **named)
-        finally:
-            after()
-
-    setattr(owner, name, wrapped)
-    if inspect.isclass(owner):
-        return
-    for other in list(sys.modules.values()):  # `from safetensors.torch import save_file`
-        if str(getattr(other, "__file__", None) or "").startswith(f"{ROOT}{os.sep}"):
-            for alias, value in list(vars(other).items()):
-                if value is original:
-                    setattr(other, alias, wrapped)
-
-
-def set_trap(aim: Aim) -> None:
-    """Wrap what the aim names, so that this process ends there."""
-    place = PLACES[aim.kind][aim.place]
-    after_first_step = aim.kind in AFTER_THE_FIRST_STEP
-    trap = Trap(aim.number, armed=not after_first_step)
-    if after_first_step:
-        wrap("optim:AdamW.step", after=trap.arm)
-    depth = 0 if place.inside else 1  # of calls of the outer function, in whichever thread
-
-    def enter() -> None:
-        nonlocal depth
-        depth += 1
-
-    def leave() -> None:
-        nonlocal depth
-        depth -= 1
-
-    def count() -> None:
-        if depth:
-            trap.count()
-
-    if place.inside:
-        wrap(place.inside, enter, leave)
-    wrap(place.function, **{place.moment: count})
-
-
-def train_with_trap(aim: Aim, arguments: Sequence[str]) -> int:
-    """What the child does: `train.py ARGUMENTS`, killed where the aim says."""
-    import train  # here: the parent does not train
-
-    set_trap(aim)
-    return train.main(list(arguments))
-
-
-# -- which kill is next ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How long the runs are; what happens every so many steps follows from it."""
-
-    steps: int = 24
-    pictures: int = 60
-
-    @property
-    def save_steps(self) -> int:
-        return max(1, self.steps // 6)
-
-    @property
-    def log_steps(self) -> int:
-        return max(1, self.steps // 12)
-
-    @property
-    def evaluate_steps(self) -> int:
-        return max(1, self.steps // 3)
-
-
-def left(kind: str, recipe: Recipe, newest: int | None) -> int:
-    """How many steps, saves, removals, evaluations … of a kind a run has before it, that resumes
-    at the step `newest`, or starts if that is None. 0: the kind cannot strike."""
-    start = newest or 0
-
-    def every(steps: int) -> int:
-        return sum(
-            step % steps == 0 or step == recipe.steps for step in range(start + 1, recipe.steps + 1)
-        )
-
-    if start >= recipe.steps:
-        return 0
-    if kind == "step":
-        return recipe.steps - start
-    if kind in ("save", "verify", "rename"):
-        return every(recipe.save_steps)
-    if kind == "prune":  # the first save finds nothing to remove
-        return every(recipe.save_steps) - (newest is None)
-    if kind == "evaluation":
-        return every(recipe.evaluate_steps)
-    if kind == "resume":
-        return int(newest is not None)
-    return 1
-
-
-def draw_aim(kind: str, units: int, generator: random.Random) -> Aim:
-    """A place of the kind and the number of the call there, within the units that are left."""
-    if kind == RANDOM:
-        return Aim(kind)
-    place = generator.choice(sorted(PLACES[kind]))
-    return Aim(kind, place, generator.randint(1, units * PLACES[kind][place].calls))
-
-
-class Deal:
-    """Gives out kinds so that each gets a fair share: all of them in a random order, then again.
-    May be asked from several threads."""
-
-    def __init__(self, kills: int, kinds: Collection[str], seed: int) -> None:
-        self.wanted, self.kinds = kills, tuple(kinds)
-        self.kills = dict.fromkeys(self.kinds, 0)
-        self._out, self._misses = 0, dict.fromkeys(self.kinds, 0)
-        self._waiting: list[str] = []
-        self._generator = random.Random(f"{seed}/kinds")
-        self._lock = threading.Lock()
-
-    @property
-    def open(self) -> bool:
-        """Whether more kills are wanted than were made and are on their way."""
-        return sum(self.kills.values()) + self._out < self.wanted
-
-    def take(self, possible: Collection[str]) -> str | None:
-        """The next kind among the possible ones, or None: enough kills, or none is possible. Tell
-        of its end with `hit` or `missed`."""
-        with self._lock:
-            if not self.open or not set(possible) & set(self.kinds):
-                return None
-            while not set(possible) & set(self._waiting):
-                self._waiting += self._generator.sample(self.kinds, len(self.kinds))
-            kind = next(kind for kind in self._waiting if kind in possible)
-            self._waiting.remove(kind)
-            self._out += 1
-            return kind
-
-    def hit(self, kind: str) -> None:
-        with self._lock:
-            self._out -= 1
-            self.kills[kind] += 1
-            self._misses[kind] = 0
-
-    def missed(self, kind: str) -> None:
-        """The process ended by itself. Raises PhiSightError where that is no chance any more."""
-        with self._lock:
-            self._out -= 1
-            self._waiting.insert(0, kind)
-            self._misses[kind] += 1
-            if self._misses[kind] >= MISSES:
-                raise PhiSightError(
-                    f"kind {kind}: {MISSES} processes in a row ended before it "
-                    "struck; the functions that it waits for are not called"
-                )
-
-
-# -- the torture ----------------------------------------------------------------------------------
+    kind: str = ""
+    aim: Aim | None = None
+    kill_after: float | None = None
+    flags: Sequence[str] = ()
 
 
 @dataclass
@@ -380,7 +100,7 @@ class Torture:
             ) from error
         clock = time.monotonic()
         folder = self._new_folder("whole")
-        code = self._process(folder, None, [])
+        code = self._process(folder, Attempt())
         seconds = time.monotonic() - clock
         self._stop_unless(code == 0, folder, code)
         if (step := checkpoints.resolve(self.reference).step) != self.recipe.steps:
@@ -431,48 +151,58 @@ class Torture:
         newest: int | None = None
         finished, in_vain = False, 0
         while not finished:
-            units = {kind: left(kind, self.recipe, newest) for kind in self.deal.kinds}
-            possible = [kind for kind in units if units[kind]]
-            # Left alone up to its next save where kills have kept it from getting there, or where
-            # none can strike before there is one (a resume needs something to resume).
-            alone = self.deal.open and (in_vain == PATIENCE or (newest is None and not possible))
-            kind = None if alone else self.deal.take(possible)
-            aim = draw_aim(kind, units[kind], generator) if kind else None
-            stop = ((newest or 0) // self.recipe.save_steps + 1) * self.recipe.save_steps
-            more = [f"--stop-at-step={stop}"] if alone and stop < self.recipe.steps else []
-            kill_after = None
-            if kind == RANDOM:
-                rest = 1 - (newest or 0) / self.recipe.steps
-                kill_after = generator.uniform(0, self.start_seconds + self.loop_seconds * rest)
-            if kind == "features":  # the store that the runs share is full: nothing to write
+            attempt = self._next_attempt(newest, in_vain, generator)
+            if (
+                attempt.kind == "features"
+            ):  # the store that the runs share is full: nothing to write
                 remove(run.folder / "features")
-            code = self._process(run.folder, aim, more, kill_after)
+            code = self._process(run.folder, attempt)
             if self._stopping:
                 return
-            self._stop_unless(
-                code == 0 or (code == -signal.SIGKILL and aim is not None), run.folder, code
-            )
-            found = look_at(run.folder / "run", newest, run.problems)
-            finished = code == 0 and not more
-            if code:
-                self.deal.hit(kind)
-                run.kinds.append(kind)
-                place = "no checkpoint" if found is None else f"step {found} saved"
-                print(f"{run.folder.name}: killed, {aim}; {place}", file=sys.stderr, flush=True)
-            elif kind:
-                self.deal.missed(kind)
-            in_vain = in_vain + 1 if code and found == newest else 0
-            newest = found
+            killed = code == -signal.SIGKILL and attempt.aim is not None
+            self._stop_unless(code == 0 or killed, run.folder, code)
+            saved = look_at(run.folder / "run", newest, run.problems)
+            finished = code == 0 and not attempt.flags
+            if attempt.kind:
+                self._count(run, attempt, killed, saved)
+            in_vain = in_vain + 1 if killed and saved == newest else 0
+            newest = saved
         run.problems += differences(self.reference, run.folder / "run")
         run.problems = list(dict.fromkeys(run.problems))  # what was left damaged is seen again
         verdict = "; ".join(run.problems) or "identical to the run that was never killed"
-        print(
-            f"{run.folder.name}: finished after {len(run.kinds)} kills; {verdict}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{run.folder.name}: finished after {len(run.kinds)} kills; {verdict}")
         if not run.problems:
             shutil.rmtree(run.folder)
+
+    def _next_attempt(self, newest: int | None, in_vain: int, generator: random.Random) -> Attempt:
+        """What befalls the next process of a run whose newest checkpoint is of that step, and whose
+        last `in_vain` processes were killed before they saved anything."""
+        units = {kind: left(kind, self.recipe, newest) for kind in self.deal.kinds}
+        possible = [kind for kind in units if units[kind]]
+        # Left alone up to its next save where kills have kept it from getting there, or where
+        # none can strike before there is one (a resume needs something to resume).
+        if self.deal.open and (in_vain == PATIENCE or (newest is None and not possible)):
+            stop = ((newest or 0) // self.recipe.save_steps + 1) * self.recipe.save_steps
+            return Attempt(flags=[f"--stop-at-step={stop}"] * (stop < self.recipe.steps))
+        kind = self.deal.take(possible)
+        if kind is None:
+            return Attempt()
+        kill_after = None
+        aim = draw_aim(kind, units[kind], generator)
+        if kind == RANDOM:
+            rest = 1 - (newest or 0) / self.recipe.steps
+            kill_after = generator.uniform(0, self.start_seconds + self.loop_seconds * rest)
+        return Attempt(kind, aim, kill_after)
+
+    def _count(self, run: Run, attempt: Attempt, killed: bool, saved: int | None) -> None:
+        """Tell the deal how an attempt to kill the run ended, and the person of a kill."""
+        if not killed:
+            self.deal.missed(attempt.kind)
+            return
+        self.deal.hit(attempt.kind)
+        run.kinds.append(attempt.kind)
+        place = "no checkpoint" if saved is None else f"step {saved} saved"
+        say(f"{run.folder.name}: killed, {attempt.aim}; {place}")
 
     # -- processes --------------------------------------------------------------------------------
 
@@ -505,15 +235,10 @@ class Torture:
         }
         return [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
 
-    def _process(
-        self,
-        folder: Path,
-        aim: Aim | None,
-        more: Sequence[str],
-        kill_after: float | None = None,
-    ) -> int:
-        """Train in `folder` until the process ends, by itself, in a trap of `aim`, or killed from
-        here after so many seconds; its exit code."""
+    def _process(self, folder: Path, attempt: Attempt) -> int:
+        """Train in `folder` until the process ends, by itself, in the trap that is set for it, or
+        killed from here; its exit code."""
+        aim, kill_after = attempt.aim, attempt.kill_after
         command = [str(ROOT / "train.py")]
         if aim is not None and aim.kind != RANDOM:
             command = [str(Path(__file__).resolve()), "--child", str(aim), "--"]
@@ -525,7 +250,7 @@ class Torture:
                 if self._stopping:
                     return -signal.SIGKILL
                 process = subprocess.Popen(
-                    [sys.executable, *command, *self._flags(), "--resume-if-any", *more],
+                    [sys.executable, *command, *self._flags(), "--resume-if-any", *attempt.flags],
                     cwd=folder,
                     stdout=log,
                     stderr=log,
@@ -571,47 +296,9 @@ def write_world_quietly(folder: Path, pictures: int) -> None:
         sys.stdout = stdout
 
 
-def look_at(run: Path, before: int | None, problems: list[str]) -> int | None:
-    """The step of the newest checkpoint of a run, None before the first save is complete. What a
-    kill must never leave behind is added to `problems`; `before` is the newest step before it."""
-    if (
-        before is None
-        and not checkpoints.checkpoints_in(run)
-        and not (run / checkpoints.LATEST).exists()
-    ):
-        return None
-    for folder in checkpoints.checkpoints_in(run):  # a name is given to what was verified only
-        problems += [
-            f"{folder}: left damaged, {problem}" for problem in checkpoints.verify(folder)[:1]
-        ]
-    try:
-        step = checkpoints.load(checkpoints.find_newest_valid(run)[0]).step
-    except PhiSightError as error:
-        problems.append(str(error))
-        return None
-    if before is not None and step < before:
-        problems.append(f"{run}: step {before} was saved, the newest checkpoint is of step {step}")
-    return step
-
-
-def differences(reference: Path, run: Path) -> list[str]:
-    """What is not equal at the end of two runs: the checkpoint, a record of the metrics."""
-    try:
-        found = checkpoints.diff(reference, run)
-        logs = [read_metrics(folder / "metrics.jsonl") for folder in (reference, run)]
-    except PhiSightError as error:
-        return [str(error)]
-    problems = [] if found.identical else [str(found)]
-    if len(logs[0]) != len(logs[1]):
-        problems.append(f"metrics: {len(logs[1])} records, not {len(logs[0])}")
-    expected, ended = ([deterministic_part(record) for record in log] for log in logs)
-    for number in range(min(len(expected), len(ended))):
-        if expected[number] != ended[number]:
-            problems.append(
-                f"metrics: record {number + 1} is {ended[number]}, not {expected[number]}"
-            )
-            break
-    return problems
+def say(line: str) -> None:
+    """To the person who watches; stdout is kept for the result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -24,6 +24,8 @@ from errors import PhiSightError
 # A rank that dies is noticed at once, as its connections close. This is for one that hangs, and
 # must be longer than rank 0 takes to fill the feature store while the others wait.
 PATIENCE = datetime.timedelta(days=2)
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share_of(self, rows: list) -> list:
+    def share_of(self, rows: Sequence[Item]) -> Sequence[Item]:
         """This rank's rows of a step: every `size`-th. All shares together are the rows."""
         return rows[self.rank :: self.size]
 
@@ -80,16 +82,16 @@ class Ranks:
         """What `work` returns on rank 0, a JSON value, on every rank; its `PhiSightError` too."""
         if self.size == 1:
             return work()
-        said: dict[str, Any] = {}
+        outcome: dict[str, Any] = {}
         if self.is_first:
             try:
-                said["value"] = work()
+                outcome["value"] = work()
             except PhiSightError as error:
-                said["error"] = str(error)
-        said = json.loads(self._gather_bytes(json.dumps(said).encode())[0])
-        if "error" in said:
-            raise PhiSightError(said["error"])
-        return said["value"]
+                outcome["error"] = str(error)
+        outcome = json.loads(self._gather_bytes(json.dumps(outcome).encode())[0])
+        if "error" in outcome:
+            raise PhiSightError(outcome["error"])
+        return outcome["value"]
 
     @contextmanager
     def first_then_others(self) -> Iterator[None]:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
 from torch import Tensor
 
 from errors import PhiSightError, key_problems
+from training.ranks import Ranks
 
 
-def rng_state(extra_generators: Mapping[str, torch.Generator] | None = None) -> dict[str, Tensor]:
-    """Every random generator as plain CPU tensors: python, numpy, torch CPU, the CUDA device in
-    use, and the named ones. int64 but for one float64 each of python and numpy, and torch's uint8
-    states."""
+def seed_generators(seed: int) -> None:
+    """Seed every generator that a checkpoint holds, so that two runs of one seed start alike."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Tensor]:
+    """Every random generator as plain CPU tensors: python, numpy, torch CPU and the CUDA device in
+    use. int64 but for one float64 each of python and numpy, and torch's uint8 states."""
     version, words, gauss_next = random.getstate()
-    kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    of_numpy = numpy.random.get_state(legacy=False)
+    kind, mersenne = of_numpy["bit_generator"], of_numpy["state"]
     if version != 3 or kind != "MT19937":
         raise PhiSightError(
             f"rng: python state version {version} and numpy generator {kind} are "
@@ -28,25 +36,20 @@ def rng_state(extra_generators: Mapping[str, torch.Generator] | None = None) -> 
         "python.gauss_next": torch.tensor(
             [] if gauss_next is None else [gauss_next], dtype=torch.float64
         ),  # (0,) or (1,)
-        "numpy.keys": torch.from_numpy(keys.astype(numpy.int64)),  # (624,)
-        "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
-        "numpy.cached_gaussian": torch.tensor([cached], dtype=torch.float64),
+        "numpy.keys": torch.from_numpy(mersenne["key"].astype(numpy.int64)),  # (624,)
+        "numpy.position": torch.tensor([mersenne["pos"], of_numpy["has_gauss"]], dtype=torch.int64),
+        "numpy.cached_gaussian": torch.tensor([of_numpy["gauss"]], dtype=torch.float64),
         "torch.cpu": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # the card of this process
         state["torch.cuda"] = torch.cuda.get_rng_state()
-    return state | {
-        f"generator.{name}": generator.get_state()
-        for name, generator in (extra_generators or {}).items()
-    }
+    return state
 
 
-def set_rng_state(
-    state: Mapping[str, Tensor], extra_generators: Mapping[str, torch.Generator] | None = None
-) -> None:
+def set_rng_state(state: Mapping[str, Tensor]) -> None:
     """Put every generator back, exactly. Raises PhiSightError, with nothing changed, when the names
     or shapes are not those of this machine (say, another number of CUDA devices)."""
-    here = rng_state(extra_generators)
+    here = rng_state()
     problems = key_problems("", set(here), set(state)) or [
         f"{name} is {state[name].dtype} {tuple(state[name].shape)}, not {mine.dtype} "
         f"{tuple(mine.shape)}"
@@ -70,9 +73,28 @@ def set_rng_state(
         torch.set_rng_state(state["torch.cpu"])
         if "torch.cuda" in state:
             torch.cuda.set_rng_state(state["torch.cuda"])
-        for name, generator in (extra_generators or {}).items():
-            generator.set_state(state[f"generator.{name}"])
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise PhiSightError(
             f"rng: the saved state is not one ({error}); use another checkpoint"
         ) from error
+
+
+def merged_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The random state of every process as a checkpoint holds them: those after the first have
+    their number in the name."""
+    return dict(states[0]) | {
+        f"rank{rank}.{name}": tensor
+        for rank, state in enumerate(states[1:], start=1)
+        for name, tensor in state.items()
+    }
+
+
+def state_of_rank(merged: Mapping[str, Tensor], world_size: int, ranks: Ranks) -> dict[str, Tensor]:
+    """This process's part of `merged_states`, which `world_size` processes gave; the first one's
+    where there are more or fewer now."""
+    prefix = f"rank{ranks.rank}." if ranks.rank and ranks.size == world_size else ""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in merged.items()
+        if name.startswith(prefix or ("python.", "numpy.", "torch."))
+    }

@@ -16,8 +16,9 @@ from assistant.assistant import Assistant
 from data.dataset import Message, Part
 from data.images import decode_image
 from errors import PhiSightError
+from speech.recordings import read_audio
 from speech.voice import Voice
-from speech.whisper import NoSpeech, Segment, Speech, read_audio
+from speech.whisper import NoSpeech, Segment, Speech
 from web.conversation import SavedConversation, question_of, with_answer
 from web.conversation_store import ConversationStore
 from web.errors import RequestError, UploadError

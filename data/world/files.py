@@ -1,0 +1,97 @@
+"""The picture world on disk: PNGs, conversations and questions about them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.world.questions import KINDS, TWO_STEP, ask, ask_many, detail
+from data.world.scenes import Scene, draw, make_scene
+
+
+def records_of(scene: Scene, name: str, rng: random.Random, turns: int) -> Iterator[dict]:
+    """LLaVA's three kinds of record about one picture."""
+    conversations = [ask_many(scene, rng, turns), [detail(scene, rng)]]
+    two_step = ask(scene, TWO_STEP, rng)
+    if two_step is not None:
+        conversations.append([two_step])
+    for exchanges in conversations:
+        messages = []
+        for index, (_, question, answer) in enumerate(exchanges):
+            # `<image>` stands at the start or the end of the first turn, as in LLaVA-Instruct.
+            if index == 0:
+                question = rng.choice((f"<image>\n{question}", f"{question}\n<image>"))
+            messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        yield {"id": Path(name).stem, "image": name, "conversations": messages}
+
+
+def questions_of(scene: Scene, name: str, rng: random.Random) -> list[dict]:
+    """Questions about one held-out picture: POPE's form, with the kind beside the label."""
+    exchanges = [e for e in (ask(scene, kind, rng) for kind in (*KINDS, TWO_STEP)) if e is not None]
+    exchanges.append(detail(scene, rng))
+    return [
+        {"image": name, "text": question, "label": answer, "kind": kind}
+        for kind, question, answer in exchanges
+    ]
+
+
+def write_world(
+    out: Path,
+    pictures: int = 8000,
+    held_out: int = 100,
+    seed: int = 0,
+    turns: int = 9,
+    hard: bool = False,
+) -> None:
+    """Write `train.json`, `held_out.jsonl`, `novel_pairs.jsonl`, `world.json` and `images/`.
+
+    `world.json` says what was asked for and is written last: a folder without it is unfinished.
+    """
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    settings = {
+        "pictures": pictures,
+        "held_out": held_out,
+        "seed": seed,
+        "turns": turns,
+        "hard": hard,
+    }
+    done = out / "world.json"
+    if done.exists() and json.loads(done.read_text()) == settings:
+        print(f"{out}: already there ({pictures} pictures)")
+        return
+    done.unlink(missing_ok=True)
+
+    def scenes(split: str, count: int, pairs: str) -> Iterator[tuple[Scene, str, random.Random]]:
+        for index in tqdm(range(count), desc=f"drawing {split}", unit="picture", disable=None):
+            rng = random.Random(f"{seed}/{split}/{index}")
+            scene = make_scene(rng, pairs, hard)
+            name = f"{split}_{index:06d}.png"
+            draw(scene).save(out / "images" / name, compress_level=1)
+            yield scene, name, rng
+
+    records = [
+        record
+        for scene, name, rng in scenes("train", pictures, "seen")
+        for record in records_of(scene, name, rng, turns)
+    ]
+    _write(out / "train.json", json.dumps(records, indent=1))
+    for split, pairs in (("held_out", "seen"), ("novel_pairs", "novel")):
+        rows = [
+            row
+            for scene, name, rng in scenes(split, held_out, pairs)
+            for row in questions_of(scene, name, rng)
+        ]
+        lines = [json.dumps({"question_id": i, **row}) for i, row in enumerate(rows)]
+        _write(out / f"{split}.jsonl", "\n".join(lines) + "\n")
+    _write(done, json.dumps(settings))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

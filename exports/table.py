@@ -1,0 +1,19 @@
+"""Every format that export.py writes or reads: one file and one line here for each."""
+
+from __future__ import annotations
+
+from exports import llava, merge, peft_adapter, prune, requantize, seed
+from exports.form import Form
+
+EXPORTS: dict[str, Form] = {
+    "--merge": merge.FORM,
+    "--llava": llava.FORM,
+    "--requantize": requantize.FORM,
+    "--prune": prune.FORM,
+    "--peft": peft_adapter.EXPORT,
+}
+IMPORTS: dict[str, Form] = {
+    "--import-peft": peft_adapter.IMPORT,
+    "--import-seed": seed.FORM,
+}
+FORMS = EXPORTS | IMPORTS

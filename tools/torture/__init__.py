@@ -1,0 +1,1 @@
+"""The parts of `tools/torture_resume.py`."""

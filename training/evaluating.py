@@ -1,0 +1,44 @@
+"""Evaluation in the midst of a training."""
+
+from __future__ import annotations
+
+import time
+
+from tqdm import tqdm
+
+from evaluation import meter
+from reports.metrics import console_line
+from training.run import Run
+
+
+def evaluation_is_due(run: Run) -> bool:
+    every = run.config.evaluate_steps
+    return every > 0 and (run.progress.step % every == 0 or bool(run.progress.finished))
+
+
+def run_evaluation(run: Run, bar: tqdm) -> None:
+    """Write validation loss and alignment meter into the log; early stopping is decided here. The
+    first process evaluates, all of them learn the result."""
+    clock, data = time.perf_counter(), run.data
+    longest = max(len(s.input_ids) for s in [*data.validation, *data.first_exchanges])
+    measured = run.ranks.from_first(
+        lambda: meter.evaluate(
+            run.parts.model,
+            data.validation,
+            data.first_exchanges,
+            run.store,
+            max(run.row_tokens, longest),
+            run.parts.chat_format.end_of_text_id,
+            run.parts.device,
+        )
+    )
+    record = {
+        "kind": "evaluation",
+        "step": run.progress.step,
+        **measured,
+        "timing": {"seconds": round(time.perf_counter() - clock, 3)},
+    }
+    if run.log:
+        run.log.write(record)
+        bar.write(console_line(record))
+    run.progress.add_validation_loss(measured["validation_loss"], run.config.early_stopping)

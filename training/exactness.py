@@ -1,0 +1,124 @@
+"""What makes a resumed run equal, bit for bit, one that was never stopped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy
+import safetensors
+import tokenizers
+import torch
+import transformers
+
+import checkpoints
+import config as configs
+from config import Config
+from data.prepare import TrainingData
+from errors import PhiSightError
+from model.build import Assembled
+from training.ranks import Ranks
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """The same bits every time, or whatever is fastest on a GPU."""
+    # torch refuses matrix products in deterministic mode unless cuBLAS was told, before its first
+    # use, to work in buffers of a fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # That mode also fills every new tensor, in case something reads what it has not written: a
+    # sixth of a step on a CPU.
+    deterministic_mode: Any = torch.utils.deterministic  # whose type stub lacks the setting
+    deterministic_mode.fill_uninitialized_memory = False
+    # The backward of memory-efficient attention adds in the order in which blocks finish; the plain
+    # one (flash attention takes no mask) is what is left.
+    torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
+
+
+def describe_run(
+    config: Config,
+    parts: Assembled,
+    data: TrainingData,
+    total_steps: int,
+    ranks: Ranks,
+    started_from: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What a checkpoint's config.json says: the config and the facts exactness rests on."""
+    return {
+        "config": configs.to_dict(config),
+        "base_fingerprint": parts.base.fingerprint,
+        "vision_fingerprint": parts.vision.key,
+        "data_fingerprint": data.fingerprint,
+        "compute_dtype": str(parts.base.compute_dtype).removeprefix("torch."),
+        "device": parts.device.type,
+        "threads": torch.get_num_threads(),
+        "total_steps": total_steps,
+        "world_size": ranks.size,
+        "versions": {
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+            "safetensors": safetensors.__version__,
+            "bitsandbytes": importlib.metadata.version("bitsandbytes"),
+            "numpy": numpy.__version__,
+        },
+        # Another instruction set, or another card, rounds otherwise.
+        "processor": torch.backends.cpu.get_cpu_capability()
+        if parts.device.type == "cpu"
+        else torch.cuda.get_device_name(parts.device),
+        "started_from": started_from,
+    }
+
+
+def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any], *free: str) -> list[str]:
+    """A sentence for each difference of two descriptions of a run that the result depends on.
+
+    `free`: dotted names of more fields that may differ.
+    """
+    without_effect = (f"config.{name}" for name in configs.fields_without_effect())
+    return checkpoints.compare_configs(dict(saved), dict(current), (*without_effect, *free))
+
+
+def check_same_run(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    allow_changes: bool,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Stop, naming the fields, where going on would not be exact; with `allow_changes`, say so.
+
+    Another number of processes is no such change: samples, order and global batch stay the same.
+    """
+    free: tuple[str, ...] = ()
+    if saved.get("world_size") != current["world_size"]:
+        free = ("world_size", "threads", "config.threads")
+        say(
+            f"saved on {saved.get('world_size')} processes, resumed on {current['world_size']}:"
+            " same samples, order and global batch; sums are taken in another order, so losses"
+            " agree to rounding and not to the bit"
+        )
+    changes = changed_fields(saved, current, *free)
+    if not changes:
+        return
+    listed = "; ".join(changes)
+    if not allow_changes:
+        raise PhiSightError(
+            f"--resume: would not be exact, these differ: {listed}; restore them, or go on"
+            " all the same with --allow-changes"
+        )
+    say(f"warning: the resumed run is not exact, these differ: {listed}")
+
+
+def check_place(state: Mapping[str, Any], plans: list[list[list[int]]], total_steps: int) -> None:
+    """Stop where changes that a person allowed leave nothing to do after the saved place."""
+    step, epoch, row = state["step"], state["epoch"], state["row"]
+    if step >= total_steps or epoch >= len(plans) or row >= len(plans[epoch]):
+        raise PhiSightError(
+            f"--resume: the checkpoint stands at step {step} (epoch {epoch}, row {row}), the"
+            f" changed run ends at step {total_steps} of {len(plans)} epochs; ask for more --epochs"
+            " or --max-steps"
+        )

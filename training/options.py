@@ -1,0 +1,163 @@
+"""The command line of `train.py`: one flag per config field, and what this process is to do."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from config import (
+    DEFAULT_PRESET,
+    FIELDS,
+    PRESETS,
+    TYPES,
+    Config,
+    Parser,
+    default_config,
+    flag_of,
+    replace,
+)
+from errors import PhiSightError
+from training.config_file import read_config_file
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Whether this process starts or resumes the run, and when it stops. None of it is in the
+    config or in a checkpoint: two processes may be told differently and compute the same run."""
+
+    resume: bool = False
+    resume_if_any: bool = False
+    overwrite: bool = False
+    allow_changes: bool = False
+    stop_at_step: int = 0
+    max_minutes: float = 0.0
+    print_config: bool = False
+    given: dict[str, Any] = field(default_factory=dict)
+    """the config fields that the person gave, as flags or in a file"""
+
+
+def parse(arguments: list[str] | None) -> tuple[Config, RunOptions]:
+    """The config and the options of a command line (None: this process's own).
+
+    Raises:
+        PhiSightError: a flag, a `--config` file or a value that cannot be used.
+    """
+    parser = Parser(
+        prog="train.py",
+        description="Train the adapter and the projector: the loop and nothing else.",
+    )
+    add_config_flags(parser)
+    add_run_flags(parser)
+    options = parser.parse_args(arguments)
+    if options.stop_at_step < 0:
+        raise PhiSightError(f"--stop-at-step {options.stop_at_step}: must be 0 (never) or more")
+    if not 0 <= options.max_minutes < float("inf"):
+        raise PhiSightError(f"--max-minutes {options.max_minutes}: must be 0 (never) or more")
+    return config_from_options(options), RunOptions(
+        resume=options.resume,
+        resume_if_any=options.resume_if_any,
+        overwrite=options.overwrite,
+        allow_changes=options.allow_changes,
+        stop_at_step=options.stop_at_step,
+        max_minutes=options.max_minutes,
+        print_config=options.print_config,
+        given=given_fields(options),
+    )
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `RunOptions`."""
+
+    def switch(flag: str, text: str) -> None:
+        parser.add_argument(flag, action="store_true", help=text)
+
+    switch("--resume", "go on from the run's newest valid checkpoint")
+    switch("--resume-if-any", "--resume where the run has a checkpoint, else start")
+    switch("--overwrite", "start anew in a run folder that has checkpoints, and remove them")
+    switch("--allow-changes", "resume although the result will not be exact")
+    switch("--print-config", "print the whole config as a file for --config, and train nothing")
+    parser.add_argument(
+        "--stop-at-step",
+        type=int,
+        default=0,
+        help="save and stop after this step; --resume goes on",
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=0.0,
+        help="save and stop after so many minutes; 0 for never",
+    )
+
+
+# -- the config's own flags -----------------------------------------------------------------------
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1", "on"):
+        return True
+    if text.lower() in ("false", "no", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per config field, plus `--preset` and `--config`; what is not given keeps the
+    preset's value."""
+    parser.add_argument("--preset", default=None, help=f"one of {', '.join(sorted(PRESETS))}")
+    parser.add_argument(
+        "--config",
+        type=read_config_file,
+        default={},
+        metavar="FILE",
+        help="TOML file of config fields, as --print-config writes it; flags win over it",
+    )
+    for name, spec in FIELDS.items():
+        flag, kind = flag_of(name), TYPES[name]
+        text = f"{spec.metadata['help']} (default: {spec.default!r})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(
+                flag,
+                dest=name,
+                type=_boolean,
+                nargs="?",
+                const=True,
+                default=argparse.SUPPRESS,
+                metavar="BOOL",
+                help=text,
+            )
+            parser.add_argument(
+                "--no-" + flag.removeprefix("--"),
+                dest=name,
+                action="store_const",
+                const=False,
+                default=argparse.SUPPRESS,
+                help=f"the same as {flag} false",
+            )
+            continue
+        parser.add_argument(
+            flag,
+            dest=name,
+            type=_names if typing.get_origin(kind) is tuple else kind,
+            default=argparse.SUPPRESS,
+            metavar=name.upper(),
+            help=text,
+        )
+
+
+def given_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The config fields that the person gave: in a `--config` file and, over it, as flags."""
+    given = options.config | vars(options)
+    return {name: value for name, value in given.items() if name in FIELDS}
+
+
+def config_from_options(options: argparse.Namespace) -> Config:
+    """Preset, then `--config` file, then flags, then validation."""
+    preset = options.preset or options.config.get("preset", DEFAULT_PRESET)
+    return replace(default_config(preset), **given_fields(options))

@@ -1,0 +1,180 @@
+"""What a run says: what it is about to do, its log and console lines, and how it ended."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoints
+from config import DEFAULT_PRESET, Config, default_config
+from model.build import model_state
+from reports.metrics import console_line, draw_curves, peak_memory_mb
+from training.ranks import Ranks
+from training.run import Run
+from training.step import StepResult
+
+
+def announce(run: Run) -> None:
+    """Print what is about to be trained, on what, and every decision with its reason."""
+    if not run.ranks.is_first:
+        return
+    config, parts, data = run.config, run.parts, run.data
+    dtype = str(parts.base.compute_dtype).removeprefix("torch.")
+    processes = "" if run.ranks.size == 1 else f" in each of {run.ranks.size} processes"
+    print(
+        f"compute: {dtype} on {parts.device.type}, {torch.get_num_threads()} threads{processes}"
+        f" ({parts.compute_reason})"
+    )
+    if not config.deterministic:
+        print("warning: without deterministic algorithms a resumed run can differ in the last bits")
+    print(
+        f"data: {len(data.train)} conversations to train on, {len(data.validation)} to validate;"
+        f" {len(data.quarantined)} records quarantined, {data.shortened} shortened"
+    )
+    rows = len(run.plans[0])
+    padding = 1 - sum(data.train.lengths) / (rows * run.row_tokens)
+    print(
+        f"rows: {rows} of {run.row_tokens} tokens an epoch, padding {100 * padding:.1f} %;"
+        f" {run.total_steps} steps of {config.batch_size} x {config.accumulation} rows"
+    )
+    announce_owners(run)
+    if data.quarantined:
+        print(
+            f"warning: {len(data.quarantined)} records quarantined, reasons in"
+            f" {Path(config.run) / 'quarantine.jsonl'}"
+        )
+    if started := run.facts["started_from"]:
+        print(
+            f"weights of {config.start_from} at step {started['step']}"
+            f" ({started['finished'] or 'not finished'}) to begin with"
+        )
+    if run.progress.step:
+        print(f"resumed at step {run.progress.step} of {run.total_steps}")
+
+
+def announce_owners(run: Run) -> None:
+    """Print whose weights are trained and whose are not, and warn where that is unexpected."""
+    for owner, parameters in run.parts.model.owners().items():
+        trained = any(p.requires_grad for _, p in parameters)
+        count = sum(logical_size(p) for _, p in parameters)
+        print(
+            f"  {'TRAINED' if trained else 'FROZEN ':8} {owner:10} {len(parameters):4} tensors"
+            f" {count:>14,} weights"
+        )
+        if owner != "base" and not trained and (run.config.train_lora or owner != "lora"):
+            print(f"warning: the weights of {owner!r} are frozen and will not be trained")
+
+
+def logical_size(parameter: Tensor) -> int:
+    """Weights a parameter stands for: a packed 4-bit one holds two a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def progress_bar(run: Run) -> tqdm:
+    """On the terminal of the first process, and nowhere else."""
+    return tqdm(
+        total=run.total_steps,
+        initial=run.progress.step,
+        desc="training",
+        unit="step",
+        disable=None if run.ranks.is_first else True,
+    )
+
+
+def log_window(run: Run, rate: float, result: StepResult, bar: tqdm) -> None:
+    """Write down the steps since the last record, and tell the person. `rate` and `result` are of
+    the last of them."""
+    record = window_record(run, rate, result)
+    if run.log:
+        run.log.write(record)
+        bar.write(console_line(record))
+        if rate > 0:  # the first rate of a warm-up is 0
+            warn_of_unmoved_weights(result)
+
+
+def window_record(run: Run, rate: float, result: StepResult) -> dict[str, Any]:
+    """The metrics record of the steps since the last one; their sums start anew."""
+    progress = run.progress
+    loss, window = progress.take_window()
+    return {
+        "kind": "train",
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "row": progress.row,
+        "loss": loss,
+        "lr": rate,
+        "gradient_norm": result.gradient_norm,
+        "gradient_norms": result.gradient_norms,
+        "update_norms": result.update_norms,
+        "padding_share": 1 - window["tokens"] / window["places"],
+        "supervised_tokens": window["supervised_tokens"],
+        "tokens": window["tokens"],
+        "skipped_steps": window["skipped_steps"],
+        "steps_digest": progress.steps_digest,
+        "weights_digest": checkpoints.weights_digest(model_state(run.parts.model)),
+        "timing": {
+            "seconds": round(window["seconds"], 3),
+            "save_stall_seconds": round(window.get("save_stall_seconds", 0.0), 4),
+            "tokens_per_second": round(window["tokens"] / window["seconds"], 1),
+            **peak_memory_mb(),
+        },
+    }
+
+
+def warn_of_unmoved_weights(result: StepResult) -> None:
+    """A projector without a gradient trains without an error and answers without the picture."""
+    for owner, moved in (result.update_norms or {}).items():
+        if moved == 0 and not result.skipped:
+            print(
+                f"warning: the weights of {owner!r} did not move in this step (gradient norm"
+                f" {result.gradient_norms[owner]:.3g})"
+            )
+
+
+def report_end(run: Run, out_of_time: bool) -> None:
+    """Print how this process ended, and what to type next; a finished run gets its curves."""
+    if not run.ranks.is_first:
+        return
+    step, finished = run.progress.step, run.progress.finished
+    if finished:
+        curves = draw_curves_of(run.config.run)
+        print(f"finished at step {step}: {finished}; curves in {curves}")
+        return
+    reason = ": the time is up" if out_of_time else ""
+    print(
+        f"stopped at step {step} of {run.total_steps}{reason}, saved; go on"
+        f" with: {resume_command(run.config, run.ranks)}"
+    )
+
+
+def report_finished(run: str, checkpoint: checkpoints.Checkpoint) -> None:
+    """A run in this folder was finished before: tidy it up, draw its curves, say what to do."""
+    checkpoints.sweep(Path(run))  # what a kill right after the last save left
+    if (Path(run) / checkpoints.METRICS).is_file():  # a run that was imported has none
+        draw_curves_of(run)
+    print(
+        f"{run}: finished at step {checkpoint.step}"
+        f" ({checkpoint.trainer_state['finished']}); ask it with: python infer.py"
+    )
+
+
+def draw_curves_of(run: str) -> Path:
+    """Draw the curves of a run into its folder; the path of the picture."""
+    picture = Path(run) / "curves.png"
+    draw_curves(Path(run) / checkpoints.METRICS, picture)
+    return picture
+
+
+def resume_command(config: Config, ranks: Ranks = Ranks()) -> str:
+    """What to type to go on with a run."""
+    # Without the "--", torchrun would take --run for the start of a flag of its own.
+    start = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} --"
+    default = default_config(DEFAULT_PRESET).run
+    run = "" if config.run == default else f" --run {shlex.quote(config.run)}"
+    return f"{start} train.py --resume{run}"

@@ -1,0 +1,84 @@
+"""What a run begins with: nothing, its own newest checkpoint, or the weights of another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import config as configs
+from config import Config
+from errors import PhiSightError
+from model.build import Assembled, load_model_state
+from training.exactness import changed_fields
+from training.options import RunOptions
+from training.ranks import Ranks
+
+
+def starting_point(
+    config: Config, options: RunOptions, ranks: Ranks
+) -> tuple[Config, checkpoints.Checkpoint | None]:
+    """The config to train with, and the checkpoint to go on from, if any.
+
+    Raises:
+        PhiSightError: the options contradict each other or what the run's folder holds.
+    """
+    names = ranks.from_first(lambda: [path.name for path in checkpoints.checkpoints_in(config.run)])
+    if options.resume and options.overwrite:
+        raise PhiSightError("--resume --overwrite: go on, or start anew? give one of them")
+    if options.resume or (options.resume_if_any and names):
+        path = ranks.from_first(lambda: str(checkpoints.newest_with_warnings(config.run)))
+        checkpoint = checkpoints.load(path)
+        saved = configs.from_dict(checkpoint.config["config"], path)
+        # What was given wins over what was saved; `check_same_run` says what that would cost.
+        return configs.replace(saved, **(options.given | {"run": config.run})), checkpoint
+    if names and not options.overwrite:
+        raise PhiSightError(
+            f"{config.run}: holds {names[-1]} already; go on with --resume, start anew with"
+            " --overwrite, or choose another --run"
+        )
+    return config, None
+
+
+def is_finished(config: Config, checkpoint: checkpoints.Checkpoint) -> bool:
+    """Whether the run is finished, and `config` does not make it another one."""
+    saved = {"config": checkpoint.config["config"]}
+    changes = changed_fields(saved, {"config": configs.to_dict(config)})
+    return bool(checkpoint.trainer_state["finished"]) and not changes
+
+
+def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | None:
+    """Put the adapter and projector of `--start-from` into the model.
+
+    Returns:
+        What they were, for the checkpoint's config.json; None without `--start-from`.
+
+    Raises:
+        PhiSightError: they were trained on another base or CLIP, or in an adapter of other layers,
+            another rank or another scaling.
+    """
+    if not config.start_from:
+        return None
+    source = checkpoints.resolve(config.start_from)
+    if Path(config.run).resolve() in (source.path.resolve(), *source.path.resolve().parents):
+        raise PhiSightError(
+            f"--start-from {config.start_from}: lies in --run {config.run}; give"
+            " the new run a folder of its own"
+        )
+    for what, saved, here in (
+        ("base", source.config["base_fingerprint"], parts.base.fingerprint),
+        ("CLIP, or way to read it,", source.config["vision_fingerprint"], parts.vision.key),
+        ("--quantization", source.config["config"]["quantization"], config.quantization),
+        ("--lora-alpha", source.config["config"]["lora_alpha"], config.lora_alpha),
+    ):
+        if saved != here:
+            raise PhiSightError(
+                f"--start-from {config.start_from}: was trained with another {what}"
+                f" ({saved}, here {here}); use the same for both stages"
+            )
+    load_model_state(parts.model, source.state)
+    return {
+        "step": source.step,
+        "weights_digest": checkpoints.weights_digest(source.state),
+        "finished": source.trainer_state["finished"],
+    }
