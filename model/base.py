@@ -355,8 +355,8 @@ def quantize(
         module=module,
         bnb_quantized=state is not None,
     )
-    # The first move of a Params4bit that is not quantised yet is what quantises it.
-    parameter = parameter.to(device)  # type: ignore[misc]  # bitsandbytes annotates `self` wrongly
+    if state is None:  # its first move is what quantises it
+        parameter = parameter.to(device)  # type: ignore[misc]  # `self` is annotated wrongly
     # Dequantisation returns this dtype, which starts as that of the file. The forward dequantises
     # to the compute dtype but the backward to this one, so they must agree: a bfloat16 file run in
     # float32 would otherwise get gradients through weights rounded a second time.
