@@ -15,7 +15,7 @@ from test_base import logits, save_model
 
 import files
 from files import hash_files
-from model import base_cache
+from model import base, base_cache
 from model.base import load_base
 
 
@@ -36,10 +36,8 @@ def cache(tmp_path, monkeypatch):
 def quantised(monkeypatch):
     """Counts the weights that are quantised."""
     count = []
-    real = bnb.functional.quantize_4bit
-    monkeypatch.setattr(
-        bnb.functional, "quantize_4bit", lambda *a, **k: count.append(1) or real(*a, **k)
-    )
+    real = base.quantize
+    monkeypatch.setattr(base, "quantize", lambda *a: count.append(1) or real(*a))
     return count
 
 

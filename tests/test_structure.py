@@ -48,7 +48,7 @@ README_LINES = 170
 LORA_KNOWS = {"torch", "bitsandbytes", "errors", "tensors", "ops", "lora"}
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 # The one thing that happens on an import, and where: see the comment there.
-QUIETENING = ("lora/__init__.py", "logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel")
+QUIETENING = ("lora/__init__.py", "_import_bitsandbytes")
 
 
 def project_files() -> list[Path]:
