@@ -11,13 +11,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import config as configs
 from api.api import Api
-from api.guards import App
-from api.openai_api import MIB, ApiError, Limits
+from api.errors import ApiError
+from api.forms import MIB, Limits
 from api.server import address_of, is_local, listening_socket, run
 from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, add_length_flag, load_assistant
@@ -35,11 +34,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_assistant_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
-    parser.add_argument(
-        "--without-key",
-        action="store_true",
-        help=f"let other machines ask although {KEY} is not set",
-    )
+    without_key = f"let other machines ask although {KEY} is not set"
+    parser.add_argument("--without-key", action="store_true", help=without_key)
     parser.add_argument("--model-name", help="what programs call the model (default: the run's)")
     parser.add_argument(
         "--queue-limit",
@@ -95,17 +91,14 @@ def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
             speech = load()
         except PhiSightError as error:  # not the client's fault, and none of its business
             print(f"error: {error}", file=sys.stderr, flush=True)
-            raise ApiError(
-                500,
-                "the server cannot load its speech model; its log says why",
-                "speech_unavailable",
-            ) from error
+            message = "the server cannot load its speech model; its log says why"
+            raise ApiError(500, message, "speech_unavailable") from error
         return speech.text(read_audio(data))
 
     return listen
 
 
-def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> App:
+def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> Any:
     """The web app, to stand at the paths that the API does not take."""
     from web.app import build_app, voices_loaded_once, web_application
 
@@ -125,9 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         assistant = load_assistant(options)
         speech = loaded_once(assistant.config.speech if options.speech is None else options.speech)
         try:
-            limits = replace(
-                Limits(), new_tokens=options.max_new_tokens, body_bytes=options.max_body * MIB
-            )
+            limits = Limits(new_tokens=options.max_new_tokens, body_bytes=options.max_body * MIB)
             api = Api(
                 assistant,
                 key=key,

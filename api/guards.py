@@ -1,4 +1,8 @@
-"""What stands around the routes: who may ask, how much is read, and what is counted."""
+"""What stands around the routes as pure ASGI: who may ask, how much is read, what is counted.
+
+These act before a body is read, and while a response streams. Starlette's `BaseHTTPMiddleware`
+would do neither: it hides from the application that its client has gone.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +11,55 @@ import base64
 import binascii
 import hashlib
 import hmac
-import json
-import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
+import anyio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import ApiError, ClientGone, as_api_error, busy
+from api.forms import Limits
 from api.measures import Measures
-from api.openai_api import ApiError, Limits
-
-Event = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from api.responses import error_response
 
 OPEN = "/health"  # the one path that needs no key
-GONE = 499  # what a request is counted as whose client left before its status
+GONE = 499  # what a request is counted as whose client left before its answer's end
 DRAIN_SECONDS, DRAIN_BODIES = 10.0, 8
-log = logging.getLogger("phisight.serving")
 
 
-class ClientGone(Exception):
-    """The client closed the connection; nobody is left to answer."""
+class Reporting:
+    """Counts every request by route and status, and answers every error in OpenAI's form."""
 
+    def __init__(self, app: ASGIApp, measures: Measures, routes: tuple[str, ...]) -> None:
+        self.app, self.measures, self.routes = app, measures, routes
 
-async def send_error(send: Send, error: ApiError) -> None:
-    await send_json(send, error.status, error.json(), error.headers)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = GONE
 
+        async def counting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
 
-async def send_json(
-    send: Send, status: int, value: object, headers: dict[str, str] | None = None
-) -> None:
-    body = json.dumps(value).encode()
-    raw = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    raw += [(name.lower().encode(), text.encode()) for name, text in (headers or {}).items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+        path = scope["path"]
+        try:
+            await self.app(scope, receive, counting)
+        except ClientGone:
+            status = GONE
+            self.measures.errors["client_gone"] += 1
+        except Exception as failure:
+            error = as_api_error(failure, f"{scope['method']} {path!r}", path)
+            self.measures.errors[error.code] += 1
+            if status != GONE:
+                raise  # the answer has begun: the server closes the connection
+            await error_response(error)(scope, receive, counting)
+        finally:
+            self.measures.requests[path if path in self.routes else "other", status] += 1
 
 
 class KeyGuard:
@@ -52,23 +69,20 @@ class KeyGuard:
     the password of HTTP's Basic scheme too, for which it asks the person; the name does not matter.
     """
 
-    def __init__(self, app: App, key: str, measures: Measures) -> None:
-        self.app, self.measures = app, measures
-        self._digest = _digest(key.encode())
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self._digest = app, _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or scope["path"] == OPEN or self._knows(scope):
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             api = scope["path"].startswith("/v1/")
-            error = ApiError(
+            raise ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 "invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer" if api else 'Basic realm="PhiSight"'},
             )
-            self.measures.errors[error.code] += 1
-            await send_error(send, error)
         else:  # a web socket, before it is accepted
             await send({"type": "websocket.close", "code": 1008})
 
@@ -92,42 +106,16 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-class Counted:
-    """Counts every request by route and status, and turns what nobody caught into a 500."""
+class Beside:
+    """Gives the paths outside the API to another application, and the server's start and end."""
 
-    def __init__(self, app: App, measures: Measures, routes: tuple[str, ...]) -> None:
-        self.app, self.measures, self.routes = app, measures, routes
+    def __init__(self, app: ASGIApp, other: ASGIApp, routes: tuple[str, ...]) -> None:
+        self.app, self.other, self.routes = app, other, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = GONE
-
-        async def counting(event: Event) -> None:
-            nonlocal status
-            if event["type"] == "http.response.start":
-                status = event["status"]
-            await send(event)
-
-        try:
-            await self.app(scope, receive, counting)
-        except ClientGone:
-            status = GONE
-            self.measures.errors["client_gone"] += 1
-        except Exception:
-            log.exception("%s %r failed", scope["method"], scope["path"])
-            self.measures.errors["internal_error"] += 1
-            if status != GONE:
-                raise  # the answer has begun: the server closes the connection
-            await send_error(counting, internal_error())
-        finally:
-            path = scope["path"]
-            self.measures.requests[path if path in self.routes else "other", status] += 1
-
-
-def internal_error() -> ApiError:
-    return ApiError(500, "the server failed at this request; its log says why", "internal_error")
+        path = scope.get("path", "")
+        ours = path in self.routes or path.startswith("/v1/")
+        await (self.app if ours else self.other)(scope, receive, send)
 
 
 # -- the body of a request ------------------------------------------------------------------------
@@ -139,27 +127,98 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
 
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """What takes so many bytes more; they are given back when the block is left."""
+        taken = 0
 
-class Share:
-    """One request's part of a budget, given back when the `with` block is left."""
+        def take(count: int) -> None:
+            nonlocal taken
+            if self.held + count > self.limit:
+                raise busy("too many large requests are under way")
+            self.held += count
+            taken += count
 
-    def __init__(self, budget: Budget) -> None:
-        self.budget, self.held = budget, 0
-
-    def __enter__(self) -> Share:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.budget.held -= self.held
-
-    def take(self, count: int) -> None:
-        if self.budget.held + count > self.budget.limit:
-            raise busy("too many large requests are under way")
-        self.budget.held += count
-        self.held += count
+        try:
+            yield take
+        finally:
+            self.held -= taken
 
 
-async def read_body(scope: Scope, receive: Receive, limits: Limits, share: Share) -> bytes:
+class Intake:
+    """Takes in requests to `path`: reads the whole body within `limits` and `budget` before the
+    application sees it, and cancels the application where it waits as soon as the client leaves."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        path: str,
+        limits: Limits,
+        budget: Budget,
+        taken_in: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """`taken_in` is entered for as long as a request lasts, and may refuse it."""
+        self.app, self.path, self.limits, self.budget = app, path, limits, budget
+        self.taken_in = taken_in
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["method"], scope["path"]) != ("POST", self.path):
+            await self.app(scope, receive, send)
+            return
+        with self.taken_in(), self.budget.share() as take:
+            scope.setdefault("state", {})["began"] = time.perf_counter()
+            body = await read_body(scope, receive, self.limits, take)
+            with anyio.CancelScope() as client:
+                watch = asyncio.create_task(cancel_when_gone(receive, client))
+                try:
+                    await self.app(scope, replay(body, never), send)
+                finally:
+                    watch.cancel()
+            if client.cancelled_caught:
+                raise ClientGone
+
+
+async def never() -> Message:
+    """What an application is told after the body: nothing, until it is cancelled."""
+    await anyio.sleep_forever()
+    raise AssertionError
+
+
+async def cancel_when_gone(receive: Receive, client: anyio.CancelScope) -> None:
+    """A client says nothing after its body: what comes next is that it has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    client.cancel()
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once more, then what the first one gives."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def parts_of_body(receive: Receive) -> AsyncIterator[bytes]:
+    """The body as it arrives. Raises `ClientGone`."""
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
+
+
+async def read_body(
+    scope: Scope, receive: Receive, limits: Limits, take: Callable[[int], None]
+) -> bytes:
     """The JSON body of a request, counted as it comes: what a header claims is not believed.
 
     Raises `ApiError` of status 408, 413, 415 or 503, and `ClientGone`.
@@ -171,50 +230,34 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits, share: Share
     if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
         raise ApiError(415, "Content-Encoding: send the body as it is", "unsupported_media_type")
     claimed = headers.get(b"content-length", b"0")
-    large = claimed.isdigit() and int(claimed[:18]) > limits.body_bytes
-    body, more = bytearray(), True
+    body, parts = bytearray(), parts_of_body(receive)
     try:
-        async with asyncio.timeout(limits.body_seconds):
-            while more and not large:
-                event = await receive()
-                if event["type"] == "http.disconnect":
-                    raise ClientGone
-                part, more = event.get("body", b""), event.get("more_body", False)
-                large = len(body) + len(part) > limits.body_bytes
-                if not large:
-                    share.take(len(part))
+        if not (claimed.isdigit() and int(claimed[:18]) > limits.body_bytes):
+            async with asyncio.timeout(limits.body_seconds):
+                async for part in parts:
+                    if len(body) + len(part) > limits.body_bytes:
+                        break
+                    take(len(part))
                     body += part
+                else:
+                    return bytes(body)
     except TimeoutError:
-        raise ApiError(
-            408, f"the body did not arrive within {limits.body_seconds:g} s", "request_timeout"
-        ) from None
-    if large:
-        if more:
-            await _drain(receive, limits)
-        raise ApiError(
-            413,
-            f"the body is over {limits.body_bytes:,} bytes; send smaller pictures or fewer",
-            "too_large",
-        )
-    return bytes(body)
+        message = f"the body did not arrive within {limits.body_seconds:g} s"
+        raise ApiError(408, message, "request_timeout") from None
+    await drain(parts, limits)
+    message = f"the body is over {limits.body_bytes:,} bytes; send smaller pictures or fewer"
+    raise ApiError(413, message, "too_large")
 
 
-async def _drain(receive: Receive, limits: Limits) -> None:
+async def drain(parts: AsyncIterator[bytes], limits: Limits) -> None:
     """Read on for a while and keep nothing: a client that is still sending, and finds the
     connection closed, may never read why."""
     rest = limits.body_bytes * DRAIN_BODIES
     try:
         async with asyncio.timeout(min(DRAIN_SECONDS, limits.body_seconds)):
-            while rest > 0:
-                event = await receive()
-                rest -= len(event.get("body", b""))
-                if not event.get("more_body"):
+            async for part in parts:
+                rest -= len(part)
+                if rest <= 0:
                     return
     except TimeoutError:
         return
-
-
-def busy(reason: str) -> ApiError:
-    return ApiError(
-        503, f"{reason}; ask again in a second", "overloaded", headers={"Retry-After": "1"}
-    )

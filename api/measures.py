@@ -9,7 +9,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ import torch
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 WINDOW = 60.0  # seconds that the rate of tokens looks back on
-CACHES = ("feature", "answer")  # as the assistant's statistics name them
 
 
 class Histogram:
@@ -32,7 +31,7 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def samples(self) -> Iterable[tuple[str, float]]:
+    def samples(self) -> Iterator[tuple[str, float]]:
         """(what follows the name, value), bounds first."""
         total = 0
         for bound, count in zip((*self.bounds, "+Inf"), self.counts, strict=True):
@@ -72,92 +71,72 @@ class Measures:
 
     def page(self, statistics: Mapping[str, float]) -> str:
         """The page, with the assistant's own `statistics`."""
-        lines: list[str] = []
+        return "".join((*self._of_requests(statistics), *of_assistant(statistics), *of_process()))
 
-        def family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> None:
-            full = name if name.startswith("process_") else f"phisight_{name}"
-            lines.append(f"# HELP {full} {text}")
-            lines.append(f"# TYPE {full} {kind}")
-            lines.extend(f"{full}{labels} {value:.10g}" for labels, value in samples)
-
-        def gauge(name: str, text: str, value: float) -> None:
-            family(name, "gauge", text, [("", value)])
-
-        family(
-            "requests_total",
-            "counter",
-            "Requests by route and status.",
-            [
-                (f'{{route="{route}",status="{status}"}}', count)
-                for (route, status), count in sorted(self.requests.items())
-            ],
-        )
-        family(
-            "errors_total",
-            "counter",
-            "Requests that were not answered, by kind.",
-            [(f'{{kind="{kind}"}}', count) for kind, count in sorted(self.errors.items())],
-        )
-        gauge("requests_in_flight", "Chat requests taken in and not yet ended.", self.in_flight)
-        gauge("queue_depth", "Answers that wait for a place.", statistics["waiting"])
-        gauge("answers_running", "Answers being decoded together.", statistics["running"])
-        family(
-            "time_to_first_token_seconds",
-            "histogram",
-            "From a request's arrival to its first text.",
-            self.first_token.samples(),
-        )
-        family(
-            "request_seconds",
-            "histogram",
-            "From a request's arrival to its answer's end.",
-            self.whole_request.samples(),
-        )
-        for name, text in (
-            ("tokens_generated", "Tokens of answers."),
-            ("prompt_tokens", "Tokens of questions."),
+    def _of_requests(self, statistics: Mapping[str, float]) -> Iterator[str]:
+        requests = {
+            f'{{route="{route}",status="{status}"}}': count
+            for (route, status), count in sorted(self.requests.items())
+        }
+        errors = {f'{{kind="{kind}"}}': count for kind, count in sorted(self.errors.items())}
+        yield family("requests_total", "counter", "Requests by route and status.", requests)
+        yield family("errors_total", "counter", "Requests that were not answered, by kind.", errors)
+        text = "Chat requests taken in and not yet ended."
+        yield gauge("requests_in_flight", text, self.in_flight)
+        yield gauge("queue_depth", "Answers that wait for a place.", statistics["waiting"])
+        yield gauge("answers_running", "Answers being decoded together.", statistics["running"])
+        for name, histogram, text in (
+            (
+                "time_to_first_token",
+                self.first_token,
+                "From a request's arrival to its first text.",
+            ),
+            ("request", self.whole_request, "From a request's arrival to its answer's end."),
         ):
-            family(f"{name}_total", "counter", text, [("", statistics[name])])
-        gauge(
-            "tokens_per_second",
-            "Tokens of the answers that ended in the last 60 s, a second.",
-            self.tokens_per_second(),
-        )
-        for event in ("hits", "misses"):
-            family(
-                f"cache_{event}_total",
-                "counter",
-                f"Look-ups in a cache that were {event}.",
-                [
-                    (f'{{cache="{cache}"}}', statistics[f"{cache}_cache_{event}"])
-                    for cache in CACHES
-                ],
-            )
-        family(
-            "prefix_tokens_reused_total",
-            "counter",
-            "Tokens of questions whose keys and values were known from before.",
-            [("", statistics["prefix_cache_hits"])],
-        )
-        family(
-            "cache_bytes",
-            "gauge",
-            "Memory that a cache holds.",
-            [
-                (f'{{cache="{cache}"}}', statistics[f"{cache}_cache_bytes"])
-                for cache in ("feature", "prefix")
-            ],
-        )
-        gauge("process_resident_memory_bytes", "Memory of the process.", resident_bytes())
-        if torch.cuda.is_available():
-            gauge(
-                "device_memory_bytes",
-                "Memory of tensors on the GPU.",
-                torch.cuda.memory_allocated(),
-            )
-        gauge("process_threads", "Threads of the process.", threading.active_count())
-        gauge("process_start_time_seconds", "When the server began, since 1970.", self._started)
-        return "\n".join(lines) + "\n"
+            yield family(f"{name}_seconds", "histogram", text, dict(histogram.samples()))
+        text = "Tokens of the answers that ended in the last 60 s, a second."
+        yield gauge("tokens_per_second", text, self.tokens_per_second())
+        text = "When the server began, since 1970."
+        yield gauge("process_start_time_seconds", text, self._started)
+
+
+def of_assistant(statistics: Mapping[str, float]) -> Iterator[str]:
+    for name, text in (("tokens_generated", "answers"), ("prompt_tokens", "questions")):
+        yield family(f"{name}_total", "counter", f"Tokens of {text}.", {"": statistics[name]})
+    for event in ("hits", "misses"):
+        counts = {
+            f'{{cache="{cache}"}}': statistics[f"{cache}_cache_{event}"]
+            for cache in ("feature", "answer")
+        }
+        text = f"Look-ups in a cache that were {event}."
+        yield family(f"cache_{event}_total", "counter", text, counts)
+    text = "Tokens of questions whose keys and values were known from before."
+    reused = {"": statistics["prefix_cache_hits"]}
+    yield family("prefix_tokens_reused_total", "counter", text, reused)
+    held = {
+        f'{{cache="{cache}"}}': statistics[f"{cache}_cache_bytes"]
+        for cache in ("feature", "prefix")
+    }
+    yield family("cache_bytes", "gauge", "Memory that a cache holds.", held)
+
+
+def of_process() -> Iterator[str]:
+    yield gauge("process_resident_memory_bytes", "Memory of the process.", resident_bytes())
+    if torch.cuda.is_available():
+        text = "Memory of tensors on the GPU."
+        yield gauge("device_memory_bytes", text, torch.cuda.memory_allocated())
+    yield gauge("process_threads", "Threads of the process.", threading.active_count())
+
+
+def family(name: str, kind: str, text: str, samples: Mapping[str, float]) -> str:
+    """The lines of one measure; `samples` by what follows its name."""
+    full = name if name.startswith("process_") else f"phisight_{name}"
+    lines = [f"# HELP {full} {text}\n# TYPE {full} {kind}\n"]
+    return "".join(lines + [f"{full}{after} {value:.10g}\n" for after, value in samples.items()])
+
+
+def gauge(name: str, text: str, value: float) -> str:
+    return family(name, "gauge", text, {"": value})
 
 
 def resident_bytes() -> float:

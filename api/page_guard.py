@@ -6,9 +6,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from api.guards import App, Event, Receive, Scope, Send, send_json
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import ClientGone
+from api.guards import parts_of_body, replay
+from api.responses import AsciiJSON
 
 MAX_JSON = 4 * 1024 * 1024  # of one event's inputs; files come by another way
+ADDRESSES = "addresses of other machines are not fetched here"
 # The page's own scripts, styles and sounds and nothing else: an answer that holds the address of a
 # picture, as Markdown can, must not make the browser fetch it. Gradio's page has scripts of its own
 # in it, and its plots compile their expressions.
@@ -37,7 +42,7 @@ class Guard:
     servers. Both are refused here with one line, before Gradio sees them.
     """
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,19 +50,22 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if reaches_out(scope["path"]):
-            await refuse(send, 403, "addresses of other machines are not fetched here")
+            await refused(403, ADDRESSES)(scope, receive, send)
             return
         if _is_json_post(scope):
-            body = await _body(receive)
-            if body is None:
-                await refuse(send, 413, f"the request is over {MAX_JSON:,} bytes")
+            try:
+                body = await _read(receive)
+            except ClientGone:
+                return
+            if len(body) > MAX_JSON:
+                await refused(413, f"the request is over {MAX_JSON:,} bytes")(scope, receive, send)
                 return
             if names_an_address(body):
-                await refuse(send, 403, "addresses of other machines are not fetched here")
+                await refused(403, ADDRESSES)(scope, receive, send)
                 return
-            receive = _replayed(body, receive)
+            receive = replay(body, receive)
 
-        async def with_policy(event: Event) -> None:
+        async def with_policy(event: Message) -> None:
             if event["type"] == "http.response.start":
                 event["headers"] = [
                     *event.get("headers", ()),
@@ -81,8 +89,8 @@ def reaches_out(path: str) -> bool:
 
 
 def names_an_address(body: bytes) -> bool:
-    """Whether the JSON of an event gives an address as the path of a file. What is no JSON is left
-    to Gradio, which refuses it."""
+    """Whether the JSON of an event gives an address as the path of a file. What is not JSON is
+    left to Gradio, which refuses it."""
     try:
         waiting: list[Any] = [json.loads(body)]
     except (ValueError, RecursionError):
@@ -107,33 +115,15 @@ def _is_json_post(scope: Scope) -> bool:
     )
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """The whole body, or None if it is longer than `MAX_JSON`."""
-    body = b""
-    while True:
-        event = await receive()
-        if event["type"] != "http.request":  # gone before it had said all
-            return b""
-        body += event.get("body", b"")
+async def _read(receive: Receive) -> bytes:
+    """The whole body, or a little more than `MAX_JSON` of it."""
+    body = bytearray()
+    async for part in parts_of_body(receive):
+        body += part
         if len(body) > MAX_JSON:
-            return None
-        if not event.get("more_body"):
-            return body
+            break
+    return bytes(body)
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body once more, then what the first one gives."""
-    given = False
-
-    async def again() -> Event:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
-
-
-async def refuse(send: Send, status: int, reason: str) -> None:
-    await send_json(send, status, {"detail": reason})
+def refused(status: int, reason: str) -> AsciiJSON:
+    return AsciiJSON({"detail": reason}, status)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from api.guards import App
 from errors import PhiSightError
 
 BACKLOG = 256
@@ -58,7 +57,11 @@ def address_of(bound: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, but a signal ends it with a return instead of dying of the signal again.
+    """uvicorn's server with an end in order, which uvicorn alone does not give.
+
+    uvicorn's own `timeout_graceful_shutdown` waits for every connection, those of idle pages too;
+    it then cancels what is left without telling the application or its clients; only a second
+    Ctrl-C, not a second SIGTERM, ends the wait; and the process dies of the signal, not with 0.
 
     The first SIGTERM or Ctrl-C lets answers end for `grace` seconds, as long as `busy` says that
     there are any; then `hurry` is called, which has to end what is left. Connections that would
@@ -68,7 +71,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         grace: float = 10.0,
         busy: Callable[[], bool] = lambda: False,
         hurry: Callable[[], None] = lambda: None,
@@ -86,22 +89,8 @@ class Server(uvicorn.Server):
         )
         self._grace, self._busy, self._hurry = grace, busy, hurry
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {
-            number: signal.signal(number, self.handle_exit)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle_exit(self, number: int, frame: object) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not noted for uvicorn, which would raise the signal once more after the end.
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -111,14 +100,14 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             winding_down.cancel()
+            # What is cancelled from here on was told to end: nothing that anybody has to look into.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
     async def _wind_down(self) -> None:
         await self._wait(self._grace)
         self._hurry()
         await self._wait(TOLD_SECONDS)
         await asyncio.sleep(TOLD_SECONDS)  # what was written last is on its way
-        # What is cancelled from here on was told to end: nothing that anybody has to look into.
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.force_exit = True
 
     async def _wait(self, seconds: float) -> None:
@@ -129,7 +118,7 @@ class Server(uvicorn.Server):
                     await asyncio.sleep(0.05)
 
 
-def run(app: App, bound: socket.socket, announcement: str, **settings: Any) -> None:
+def run(app: ASGIApp, bound: socket.socket, announcement: str, **settings: Any) -> None:
     """Serve on a bound socket until SIGTERM or Ctrl-C; `settings` are those of `Server`. The
     announcement is printed once clients can connect."""
     bound.listen(BACKLOG)

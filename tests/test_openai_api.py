@@ -11,7 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from api.openai_api import MIB, ApiError, ChatRequest, Limits, Sound, parse_request
+from api.errors import ApiError
+from api.forms import MIB, Limits
+from api.requests import ChatRequest, Sound, parse_request
 from assistant.sampling import Sampling
 from data.dataset import Message, Part
 
@@ -277,6 +279,18 @@ REFUSED = [
         {"messages": user({"type": "image_url", "image_url": "x"})},
         400,
         "messages[0].content[0].image_url",
+        "invalid_value",
+    ),
+    (
+        {"messages": user({"type": "image_url"})},
+        400,
+        "messages[0].content[0].image_url",
+        "invalid_value",
+    ),
+    (
+        {"messages": user({"type": "input_audio", "input_audio": None})},
+        400,
+        "messages[0].content[0].input_audio",
         "invalid_value",
     ),
     (

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import openai
 import pytest
@@ -26,7 +26,7 @@ from live_server import (
     with_pictures,
 )
 
-from api.openai_api import Limits
+from api.forms import Limits
 from assistant.filter import WordFilter
 from assistant.sampling import Sampling
 from data.dataset import Message, Part
@@ -349,12 +349,12 @@ def test_a_body_that_ends_early_does_no_harm(server):
     gone = server.api.measures.errors["client_gone"]
     server.send(post(b"{", length=500)).close()
     wait_until(lambda: server.api.measures.errors["client_gone"] == gone + 1)
-    assert server.api._budget.held == server.api.measures.in_flight == 0
+    assert server.api.budget.held == server.api.measures.in_flight == 0
     assert server.exchange(get("/health"))[0] == 200
 
 
 def test_bodies_under_way_have_a_common_limit(server, monkeypatch):
-    budget = server.api._budget
+    budget = server.api.budget
     monkeypatch.setattr(budget, "held", budget.limit - 10)
     status, headers, _ = server.exchange(post(ask()))
     assert status == 503 and headers["retry-after"]
@@ -366,7 +366,7 @@ def test_what_fails_inside_is_a_500_that_tells_nothing(server, monkeypatch, capl
     def fail(*arguments: object) -> None:
         raise RuntimeError("the secret reason")
 
-    monkeypatch.setattr(server.api.assistant, "reply", fail)
+    monkeypatch.setattr(server.api.assistant, "start", fail)
     status, _, body = server.exchange(post(ask()))
     assert status == 500 and b"secret" not in body
     assert json.loads(body)["error"]["type"] == "server_error"
@@ -377,20 +377,26 @@ def test_what_fails_inside_is_a_500_that_tells_nothing(server, monkeypatch, capl
 
 def test_what_fails_in_a_stream_is_told_in_the_stream(server, client, monkeypatch):
     assistant = server.api.assistant
-    reply = assistant.reply
+    ask_assistant = assistant.ask
 
     def breaks(*arguments: object):
-        whole = reply(*arguments)
-        pieces = broken(whole.next_piece())
-        monkeypatch.setattr(whole, "next_piece", lambda: next(pieces))
-        return whole
+        answer = ask_assistant(*arguments)
+        pieces = broken(answer.text.push)
+        next(pieces)
+        monkeypatch.setattr(answer.text, "push", lambda token: pieces.send(token))
+        return answer
 
-    def broken(piece: str) -> Iterator[str]:
+    def broken(push: Callable[[int], str]) -> Iterator[str]:
+        piece = ""
+        while not piece:
+            piece = push((yield piece))
         yield piece
         raise RuntimeError("the secret reason")
 
-    monkeypatch.setattr(assistant, "reply", breaks)
-    stream = client.chat.completions.create(model="tiny", messages=ask()["messages"], stream=True)
+    monkeypatch.setattr(assistant, "ask", breaks)
+    stream = client.chat.completions.create(
+        model="tiny", messages=ask(DESCRIBE)["messages"], stream=True, max_tokens=99
+    )
     with pytest.raises(openai.APIError, match="failed") as raised:
         list(stream)
     assert raised.value.code == "internal_error"
@@ -466,7 +472,7 @@ def test_no_thread_is_left_by_clients_that_came_and_went():
             connection.close()
         wait_until(lambda: stops(assistant) and not server.api.measures.in_flight)
         assert threading.active_count() <= before + 1  # the engine's own, started by the first
-        assert server.api._running == set() and server.api._budget.held == 0
+        assert server.api.running == set() and server.api.budget.held == 0
     assistant.close()
 
 

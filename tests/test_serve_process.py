@@ -108,6 +108,25 @@ def test_ctrl_c_ends_it_in_order_whatever_clients_hold_up():
     assert "Traceback" not in errors and "secret" not in errors
 
 
+def test_a_second_signal_of_any_kind_ends_it_at_once_and_quietly():
+    process, line = started("--grace", "600")
+    try:
+        address = line.partition("http://")[2].partition("/")[0]
+        urllib.request.urlopen(f"http://{address}/health", timeout=60).close()
+        host, _, port = address.partition(":")
+        with socket.create_connection((host, int(port))) as half_asked:
+            half_asked.sendall(post(ask(), length=500))
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=0.5)
+            process.send_signal(signal.SIGTERM)
+            output, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, output) == (0, "")
+    assert "Traceback" not in errors
+
+
 @pytest.mark.parametrize(
     ("flags", "environment", "said"),
     [

@@ -1,0 +1,59 @@
+"""Between the event loop and the threads: calls that block, and the pieces of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import ParamSpec, TypeVar
+
+from assistant.answer import Answer
+
+Result = TypeVar("Result")
+Given = ParamSpec("Given")
+
+
+async def in_thread(
+    turns: asyncio.Semaphore,
+    function: Callable[Given, Result],
+    *arguments: Given.args,
+    **settings: Given.kwargs,
+) -> Result:
+    """What `function` returns or raises, called in a thread once one of `turns` is free.
+
+    Whoever is cancelled leaves at once; the turn is free again when the call has ended. The thread
+    is a daemon, as those of asyncio and anyio are not: a long recording must not hold up the end of
+    the process.
+    """
+    called: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            called.set_result(function(*arguments, **settings))
+        except BaseException as error:  # raised again where it is awaited
+            called.set_exception(error)
+
+    await turns.acquire()
+    called.set_running_or_notify_cancel()
+    ended = asyncio.wrap_future(called)
+    ended.add_done_callback(lambda _: turns.release())
+    Thread(target=call, name="question", daemon=True).start()
+    return await asyncio.shield(ended)
+
+
+async def pieces_of(answer: Answer) -> AsyncIterator[str]:
+    """The answer's text as it comes, told by the engine's thread. Raises what made it fail."""
+    loop = asyncio.get_running_loop()
+    told: asyncio.Queue[str | None] = asyncio.Queue()
+
+    def tell(piece: str | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+            loop.call_soon_threadsafe(told.put_nowait, piece)
+
+    answer.subscribe(tell)
+    while (piece := await told.get()) is not None:
+        yield piece
+    if answer.error is not None:
+        raise answer.error
