@@ -1,30 +1,201 @@
-"""What a model's files are: their sha256, computed once and remembered while they stay as they are.
+"""Files: written whole or not at all, known by their sha256, and a run's folder held by one writer.
 
-A base has several gigabytes, which take seconds to hash. With a folder to remember in, the result
-is kept under the names, sizes, times and inodes of the files, and believed as long as all of these
-are the same. What that costs: a file whose bytes were changed and whose times were set back by
-changing the machine's clock, or beneath the file system, would pass for the old one. Changing a
-file in place, replacing it, or setting its modification time back alone is noticed, since the time
-of the inode's last change cannot be set. Without a folder every byte is read every time.
+**Whole or not at all.** A file or folder is written beside its place under a temporary name, synced
+to the disk, renamed, and the rename synced too, so that a kill or a lost power supply at any
+instant leaves the former content or the new one. What a killed writer left half written bears the
+name `.tmp-NAME-PROCESS` and is swept by the next one. All functions raise the `OSError` of the
+disk: the caller knows what to say about it.
+
+**Hashes.** A base has several gigabytes, which take seconds to hash. With a folder to remember in,
+the result is kept under the names, sizes, times and inodes of the files, and believed as long as
+all of these are the same. What that costs: a file whose bytes were changed and whose times were set
+back by changing the machine's clock, or beneath the file system, would pass for the old one.
+Changing a file in place, replacing it, or setting its modification time back alone is noticed,
+since the time of the inode's last change cannot be set. Without a folder every byte is read every
+time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from errors import PhiSightError
 
+STALE_SECONDS = 3600.0  # what nobody touched for so long belongs to no process that still writes it
 BAR_BYTES = 500 * 10**6  # below that the work is done before a bar could be read
 CHUNK = 4 * 2**20
 MEMORY = "fingerprints"  # the folder of what is remembered
 YOUNG_SECONDS = 2.0  # files touched so recently may change again within one tick of their clock
+LOCK = ".lock"
+
+_LEFT_OVER = re.compile(r"\.(tmp|old)-(.+)-(\d+)")
+
+
+# -- written whole or not at all ------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file below a folder, then every folder. Links are not followed."""
+    below = [path for path in sorted(folder.rglob("*")) if not path.is_symlink()]
+    for path in below:
+        if not path.is_dir():
+            sync(path)
+    for path in (*below, folder):
+        if path.is_dir():
+            sync(path)
+
+
+def temporary_for(path: Path) -> Path:
+    """The name under which this process writes what is to become the folder `path`, beside it."""
+    return path.with_name(f".tmp-{path.name}-{os.getpid()}")
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Give a file or folder that is written and synced its name, for good."""
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path to write a file to, which replaces `path` when the block ends well.
+
+    Threads and processes may write the same file at once: one of them wins. The folder that it lies
+    in must be there.
+    """
+    path = Path(path)
+    sweep_stale(path.parent, f".tmp-{glob.escape(path.name)}-*")
+    temporary = temporary_for(path)
+    temporary = temporary.with_name(f"{temporary.name}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        sync(temporary)
+        put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file, whole or not at all; see `whole_file`."""
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder to write into, which gets the name `path` when the block ends well.
+
+    The folder that it lies in must be there, and `path` itself must not.
+    """
+    path = Path(path)
+    sweep_stale(path.parent, f".tmp-{glob.escape(path.name)}-*")
+    temporary = temporary_for(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        sync_tree(temporary)
+        put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Like `put_in_place`, where a folder of that name may be there already.
+
+    It is set aside first, as `.old-NAME-PROCESS`, which `sweep_dead` puts back after a kill between
+    the two renames and removes after a kill behind them.
+    """
+    aside = final.with_name(f".old-{final.name}-{os.getpid()}")
+    if final.exists():
+        os.replace(final, aside)
+    try:
+        put_in_place(temporary, final)
+    except BaseException:
+        if aside.exists() and not final.exists():
+            os.replace(aside, final)
+        raise
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, so that a kill meanwhile leaves none of its name that is half there."""
+    doomed = temporary_for(path)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def former_name(path: Path) -> str | None:
+    """The name of a folder before it was set aside, if nothing has taken its place; else None."""
+    match = _LEFT_OVER.fullmatch(path.name)
+    if match and match[1] == "old" and not path.with_name(match[2]).exists():
+        return match[2]
+    return None
+
+
+def sweep_dead(folder: Path, is_ours: Callable[[str], bool]) -> None:
+    """Clear what writers that are dead left in a folder that one machine writes to, one process at
+    a time; what they had set aside is put back. `is_ours`: which names of folders are swept."""
+    for path in list(folder.iterdir()):
+        match = _LEFT_OVER.fullmatch(path.name)
+        if not match or not is_ours(match[2]) or path.is_symlink() or _lives(int(match[3])):
+            continue
+        if former_name(path):
+            os.replace(path, folder / match[2])
+        else:
+            shutil.rmtree(path)
+
+
+def sweep_stale(folder: Path, pattern: str) -> None:
+    """Clear what writers that were killed left in a folder that several machines may write to, as
+    `pattern` names it: another machine's processes cannot be seen, so the age decides."""
+    for path in folder.glob(pattern):
+        try:
+            if time.time() - path.lstat().st_mtime <= STALE_SECONDS:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError:  # another process was quicker, or it is not ours to remove
+            continue
+
+
+def _lives(process: int) -> bool:
+    """Whether another process of this number is there."""
+    if process == os.getpid():  # a name from an earlier life: in a container, always the same id
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# -- hashes ---------------------------------------------------------------------------------------
 
 
 def byte_bar(total: int, what: str) -> tqdm:
@@ -49,12 +220,12 @@ def hash_files(paths: Sequence[Path], memory: str | Path | None = None) -> str:
         if memory:
             name = hashlib.sha256(json.dumps(before).encode()).hexdigest()
             place = Path(memory) / MEMORY / f"{name}.json"
-            if known := _recall(place, before):
+            if known := _remembered(place, before):
                 return known
-        found = _read(paths)
+        total = _hash_all(paths)
         if place and _stamps(paths) == before and not any(is_young(stamp[1:]) for stamp in before):
-            _remember(place, before, found)
-        return found
+            _write_memory(place, {"files": before, "sha256": total, "seal": _seal(total)})
+        return total
     except OSError as error:
         raise PhiSightError(f"{error.filename}: {error.strerror}; check the file") from error
 
@@ -73,7 +244,7 @@ def _stamps(paths: Sequence[Path]) -> list[list]:
     return [[str(path.resolve()), *stamp_of(path.stat())] for path in paths]
 
 
-def _read(paths: Sequence[Path]) -> str:
+def _hash_all(paths: Sequence[Path]) -> str:
     total = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK))
     with byte_bar(sum(path.stat().st_size for path in paths), "reading the weights") as bar:
@@ -87,7 +258,7 @@ def _read(paths: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def _recall(place: Path, stamps: list[list]) -> str | None:
+def _remembered(place: Path, stamps: list[list]) -> str | None:
     """The sha256 that was remembered, or None for nothing, or for what is not of ours."""
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
@@ -95,28 +266,21 @@ def _recall(place: Path, stamps: list[list]) -> str | None:
         return None
     if not isinstance(content, dict) or content.get("files") != stamps:
         return None
-    found = content.get("sha256")
-    whole = isinstance(found, str) and len(found) == 64 and content.get("seal") == _seal(found)
-    return found if whole else None
+    known = content.get("sha256")
+    if isinstance(known, str) and len(known) == 64 and content.get("seal") == _seal(known):
+        return known
+    return None
 
 
-def _seal(found: str) -> str:
-    return hashlib.sha256(found.encode()).hexdigest()
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _remember(place: Path, stamps: list[list], found: str) -> None:
+def _write_memory(place: Path, content: dict) -> None:
     """Write it whole, or leave it: next time the files are only read once more."""
-    _write(place, {"files": stamps, "sha256": found, "seal": _seal(found)})
-
-
-def _write(place: Path, content: dict) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        os.replace(temporary, place)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        write_whole(place, f"{json.dumps(content)}\n".encode())
 
 
 class RememberedHashes:
@@ -142,14 +306,80 @@ class RememberedHashes:
         known = self._known.get(name)
         if known and known[1:] == stamp:
             return known[0]
-        found = read(path)
+        computed = read(path)
         if stamp == stamp_of(path.stat()) and not is_young(stamp):
-            self._known[name] = [found, *stamp]
+            self._known[name] = [computed, *stamp]
             self._changed = True
-        return found
+        return computed
 
     def save(self) -> None:
         """Write what is new; where that cannot be done, files are read again next time."""
         if self._changed:
-            _write(self.place, {"files": self._known, "seal": _seal(json.dumps(self._known))})
+            seal = _seal(json.dumps(self._known))
+            _write_memory(self.place, {"files": self._known, "seal": seal})
             self._changed = False
+
+
+# -- one run, one writer --------------------------------------------------------------------------
+
+
+class RunLock:
+    """Holds a run folder for this process, from `with` to the end of it.
+
+    The kernel gives the lock back when its holder ends, however it ends: one that a dead process
+    left is taken over without asking, and none is ever taken from a living one.
+
+    Raises:
+        PhiSightError: another process holds it (its number and machine are named), or the folder
+            cannot be written to.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        self.run = Path(run)
+        self.path = self.run / LOCK
+
+    def __enter__(self) -> RunLock:
+        while True:
+            try:
+                self.run.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("a+")
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._file.fileno()).st_ino == self.path.stat().st_ino:
+                    break
+                self._file.close()  # its former holder was just removing it: this one is nobody's
+            except BlockingIOError:
+                holder = self._holder()
+                self._file.close()
+                raise PhiSightError(
+                    f"{self.run}: {holder} is training there; wait for it, stop it,"
+                    " or choose another --run"
+                ) from None
+            except FileNotFoundError:
+                continue  # removed between two of the calls above
+            except OSError as error:
+                raise PhiSightError(
+                    f"{self.run}: {error.strerror}; make the folder writable, or"
+                    " choose another --run"
+                ) from error
+        self._file.truncate(0)
+        self._file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}))
+        self._file.flush()
+        return self
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        try:
+            owner = json.loads(self._file.read(1000))
+            return f"process {int(owner['process'])} on {owner['machine']}"
+        except (ValueError, KeyError, TypeError):  # it has taken the lock and not yet signed
+            return "another process"
+
+    def __exit__(self, *_: object) -> None:
+        try:  # a run that could not even start leaves nothing behind
+            if [path.name for path in self.run.iterdir()] == [LOCK]:
+                self.path.unlink()
+                self.run.rmdir()
+        except OSError:
+            return  # the folder was removed, or something has just been put into it: it stays
+        finally:
+            self._file.close()  # and with it goes the lock

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import config as configs
-from assistant.assistant import Blocked
-from assistant.flags import add_assistant_flags, add_sampling_flags, load_assistant, sampling_of
+from assistant.flags import (
+    Asker,
+    add_assistant_flags,
+    add_sampling_flags,
+    asker,
+    load_assistant,
+    sampling_of,
+)
 from assistant.messages import user_message
-from assistant.sampling import Sampling
 from data.images import load_image
 from errors import PhiSightError, run_main
 from speech.flags import add_recording_flags
 
-# Loading libraries takes longer than answering does. What only some questions need (Whisper, the
-# terminal) is therefore imported where it is used.
+# Imports are most of a start: what only some uses need (torch, Whisper) is imported by them.
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -43,96 +46,75 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a stream")
     add_recording_flags(parser)
     options = parser.parse_args(arguments)
-    one_question = options.prompt is not None or options.audio is not None
-    asked = (options.prompt, options.audio, options.batch, options.chat or None)
-    if sum(way is not None for way in asked) != 1:
+    ways = (options.prompt, options.audio, options.batch, options.chat or None)
+    if sum(way is not None for way in ways) != 1:
         raise PhiSightError("infer.py: give one of --prompt, --audio, --chat and --batch")
     if (options.batch is None) != (options.out is None):
         raise PhiSightError("infer.py: --batch and --out belong together; give both")
-    if not one_question and (options.image or options.json or options.speak):
-        raise PhiSightError(
-            "infer.py: --image, --json and --speak belong to one question; leave them out"
-        )
+    of_one = options.image or options.json or options.speak
+    if of_one and (options.chat or options.batch is not None):
+        alone = "--image, --json and --speak belong to one question"
+        raise PhiSightError(f"infer.py: {alone}; leave them out")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    sampling = sampling_of(options)
-    if options.chat:
-        return chat(options, sampling)
-    if options.batch is not None:
-        return answer_batch(options, sampling)
-    return answer_one(options, sampling)
+    sampling_of(options)  # a bad number is told before anything is loaded
+    if options.prompt is not None or options.audio is not None:
+        return answer_one(options)
+    assistant = load_assistant(options)
+    ask = asker(assistant, options)
+    try:
+        return chat(ask, options, assistant.config.speech) if options.chat else batch(ask, options)
+    finally:
+        assistant.close()
 
 
-def chat(options: argparse.Namespace, sampling: Sampling) -> int:
+def chat(ask: Asker, options: argparse.Namespace, whisper: str) -> int:
     """A conversation in the terminal."""
     from speech.recordings import read_audio
     from speech.spoken import listener
     from terminal.chat import Terminal
 
-    assistant = load_assistant(options)
-    try:
-        listen = listener(options, assistant.config.speech, options.device)
-        return Terminal(
-            lambda messages: assistant.reply(
-                messages, options.max_new_tokens, sampling, options.seed, options.stop
-            ),
-            lambda path: listen(read_audio(path)),
-        ).run()
-    finally:
-        assistant.close()
+    listen = listener(options, whisper, options.device)
+    return Terminal(ask, lambda path: listen(read_audio(path))).run()
 
 
-def answer_batch(options: argparse.Namespace, sampling: Sampling) -> int:
+def batch(ask: Asker, options: argparse.Namespace) -> int:
     """A file of questions, their answers into another."""
     from terminal.batch import answer_file
 
-    assistant = load_assistant(options)
-    try:
-        answered, failed = answer_file(
-            Path(options.batch),
-            Path(options.out),
-            # Every line draws from its own seed, so that a line means the same after a resume.
-            lambda message, line: assistant.reply(
-                [message],
-                options.max_new_tokens,
-                sampling,
-                None if options.seed is None else (options.seed + line) % 2**64,
-                options.stop,
-            ),
-            in_flight=2 * options.max_rows,
-        )
-    finally:
-        assistant.close()
+    answered, failed = answer_file(
+        Path(options.batch),
+        Path(options.out),
+        lambda message, line: ask([message], line),
+        in_flight=2 * options.max_rows,
+    )
     print(f"{options.out}: {answered} answered, {failed} failed")
     return 1 if failed else 0
 
 
-def answer_one(options: argparse.Namespace, sampling: Sampling) -> int:
+def answer_one(options: argparse.Namespace) -> int:
     """One question, typed or recorded; the answer streams, or is one JSON object."""
     if options.prompt is not None:
         user_message(options.prompt, options.image)
     for path in options.image:  # what cannot be used is told before the model is loaded
         load_image(path)
-    if options.audio is not None:
+    audio, spoken = None, None
+    if options.audio is not None or options.speak:
         from speech.recordings import read_audio
-        from speech.spoken import listener, tell_heard
+        from speech.spoken import SpokenAnswer, listener, tell_heard
 
-        audio = read_audio(options.audio)
-    if options.speak:
-        from speech.spoken import SpokenAnswer
-
-        spoken = SpokenAnswer(options)
+        audio = None if options.audio is None else read_audio(options.audio)
+        spoken = SpokenAnswer(options) if options.speak else None
     started = time.perf_counter()
     assistant = load_assistant(options)
     prompt = options.prompt
-    if options.audio is not None:
+    if audio is not None:
         prompt = listener(options, assistant.config.speech, options.device, tell_heard)(audio)
-    message = user_message(prompt, options.image)
     loaded = time.perf_counter()
-    reply = assistant.reply([message], options.max_new_tokens, sampling, options.seed, options.stop)
+    reply = asker(assistant, options)([user_message(prompt, options.image)])
     text, first = "", None
     try:
         for piece in reply:
@@ -144,8 +126,8 @@ def answer_one(options: argparse.Namespace, sampling: Sampling) -> int:
         assistant.close()
     ended = time.perf_counter()
     if options.json:
-        seconds = {"load": loaded - started, "first_token": (first or ended) - loaded}
-        seconds["total"] = ended - started
+        times = (loaded - started, (first or ended) - loaded, ended - started)
+        seconds = [round(seconds, 3) for seconds in times]
         record = {
             "answer": text,
             "prompt": prompt,
@@ -153,14 +135,14 @@ def answer_one(options: argparse.Namespace, sampling: Sampling) -> int:
             "checkpoint": assistant.source,
             "finish_reason": reply.finish_reason,
             "tokens": {"prompt": reply.prompt_tokens, "answer": reply.completion_tokens},
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "seconds": dict(zip(("load", "first_token", "total"), seconds, strict=True)),
         }
-        json.dump(record, sys.stdout)
+        print(json.dumps(record), end="")
     print()
-    if options.speak and text.strip():
+    if spoken and text.strip():
         spoken.write(text)
     if reply.finish_reason == "filtered":
-        raise Blocked("answer: was stopped by the content filter")
+        raise PhiSightError("answer: was stopped by the content filter")
     return 0
 
 

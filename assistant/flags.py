@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import config as configs
-from assistant.assistant import Assistant
 from assistant.filter import WordFilter, load_words
-from assistant.sampling import Sampling
+from data.dataset import Message
 from errors import PhiSightError
+
+if TYPE_CHECKING:  # torch takes a second to import: not for --help
+    from assistant.answer import Answer
+    from assistant.assistant import Assistant
+    from assistant.sampling import Sampling
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +66,8 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
     Takes what `add_model_flags` gives, and where the command has them the assistant's flags and
     `queue_limit`. Raises `PhiSightError` for values that no assistant can be made with.
     """
+    from assistant.assistant import Assistant
+
     given = vars(options)
     if given.get("max_rows", 1) < 1:
         raise PhiSightError("--max-rows: must be at least 1")
@@ -84,9 +92,29 @@ def check_length(options: argparse.Namespace) -> None:
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
     """Raises `PhiSightError` for values that no answer can be made with."""
+    from assistant.sampling import Sampling
+
     check_length(options)
     if options.seed is not None and not 0 <= options.seed < 2**64:  # what torch's generators take
         raise PhiSightError(f"--seed {options.seed}: must be from 0 to {2**64 - 1}")
     if not all(options.stop):
         raise PhiSightError("--stop: is empty; name the text to end before")
     return Sampling(options.temperature, options.top_p, options.top_k, options.repetition_penalty)
+
+
+class Asker(Protocol):
+    """Begins to answer a conversation; `number` is that of the question, if there are many."""
+
+    def __call__(self, messages: Sequence[Message], number: int = 0) -> Answer: ...
+
+
+def asker(assistant: Assistant, options: argparse.Namespace) -> Asker:
+    """What asks an assistant as the sampling flags say."""
+    sampling = sampling_of(options)
+
+    def ask(messages: Sequence[Message], number: int = 0) -> Answer:
+        # Every question of a file draws from its own seed: it means the same after a resume.
+        seed = None if options.seed is None else (options.seed + number) % 2**64
+        return assistant.reply(messages, options.max_new_tokens, sampling, seed, options.stop)
+
+    return ask

@@ -89,6 +89,7 @@ def serving(run: Path, *flags: str) -> Iterator[Server]:
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
+    assert process.stdout is not None  # it is a pipe
     try:
         line = process.stdout.readline()
         if "http://" not in line:
@@ -109,8 +110,8 @@ class Job:
     """One request: what is sent, and how its client behaves."""
 
     body: bytes = field(repr=False)
-    question: int | None
-    """its number, None for a bad body"""
+    question: int
+    """its number, -1 for a bad body"""
     manner: str = "good"
     stream: bool = False
 
@@ -154,7 +155,7 @@ def mixture(bodies: Sequence[dict[str, object]], count: int, seed: int) -> list[
         kind = place % TWENTY
         number = place % len(bodies)
         if kind < BAD:
-            jobs.append(Job(chance.choice(BAD_BODIES), None, "bad"))
+            jobs.append(Job(chance.choice(BAD_BODIES), -1, "bad"))
             continue
         manner = "gone" if kind < BAD + GONE else "slow" if kind < BAD + GONE + SLOW else "good"
         stream = manner == "slow" or chance.random() < 0.5
@@ -276,7 +277,7 @@ def ask_alone(server: Server, bodies: Sequence[dict[str, object]]) -> tuple[list
         result, text = ask(server, Job(json.dumps(body).encode(), number))
         if result != "answered":
             raise PhiSightError(f"question {number}: {result} ({text}); see the server's log")
-        answers.append(text)
+        answers.append(text or "")
     seconds = time.perf_counter() - began
     return answers, seconds, int(server.measures()["phisight_tokens_generated_total"] - before)
 

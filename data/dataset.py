@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,6 +15,7 @@ from typing import Literal
 
 from data.stream import NotJson, kind_of, read_lines, read_records
 from errors import PhiSightError
+from files import whole_file
 
 IMAGE_TAG = "<image>"
 Role = Literal["user", "assistant", "system"]
@@ -297,18 +297,12 @@ def write_quarantine(path: str | Path, quarantined: Sequence[Quarantined]) -> No
     Raises PhiSightError if the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
+        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             # ASCII escapes: an id may hold half of a surrogate pair, which UTF-8 cannot.
             file.writelines(json.dumps(asdict(entry)) + "\n" for entry in quarantined)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
         raise PhiSightError(f"{path}: cannot be written ({error.strerror}); check it") from error
 
 

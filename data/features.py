@@ -31,12 +31,11 @@ from tqdm import tqdm
 from data.images import load_image
 from data.storage import STORAGES, StoragePlan, bytes_per_picture
 from errors import PhiSightError
-from files import RememberedHashes
+from files import RememberedHashes, sweep_stale, sync
 
 SHARD_PICTURES = 1024
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory twice while it is written
 SHARD_SECONDS = 300.0  # a kill loses no more than this: a large tower on a CPU is slow
-STALE_SECONDS = 3600.0  # a partial file this old belongs to no process that still writes it
 BLANK = "blank"  # the key of a uniform grey picture, what "no picture" means to the alignment meter
 STORED_DTYPE = torch.float16
 DTYPES = {"float16": {"features": "F16"}, "int8": {"features": "I8", "scales": "F32"}}
@@ -260,7 +259,7 @@ class FeatureStore:
                 name: path for name, path in missing.items() if self._hash_of[name] not in self
             }
         if BLANK not in self or missing:
-            self._sweep()
+            sweep_stale(self.folder, "shard-*.partial-*")
             count = len({self._hash_of[name] for name in missing}) + (BLANK not in self)
             plan = StoragePlan(self.folder, count, self.shape, self.storage)
             plan.check()
@@ -273,15 +272,6 @@ class FeatureStore:
                 file=sys.stderr,
             )
         return bad
-
-    def _sweep(self) -> None:
-        """Remove what jobs that were killed have left half written."""
-        for partial in self.folder.glob("shard-*.partial-*"):
-            try:
-                if time.time() - partial.stat().st_mtime > STALE_SECONDS:
-                    partial.unlink()
-            except OSError:  # another process was quicker, or it is not ours to remove
-                continue
 
     def _compute(
         self, missing: dict[str, Path], extract: Extract, batch_size: int, bad: dict[str, str]
@@ -355,9 +345,9 @@ class FeatureStore:
                     "error": str(self.error),
                 },
             )
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
+            sync(partial)
             path = _put_in_place(partial, number)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             raise PhiSightError(
                 f"{partial.with_suffix('.safetensors')}: cannot be written ({error}); free some"

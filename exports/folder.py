@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import Phi3Config
 
 from errors import PhiSightError
+from files import whole_folder
 from model.base import BaseModel
 
 # Copied, not saved anew: transformers may rewrite a tokenizer as another class with other ids.
@@ -41,21 +41,18 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out).absolute()
     if out.exists() or out.is_symlink():
         raise PhiSightError(f"{out}: is there already; remove it or give another folder")
-    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in temporary.rglob("*.safetensors"):  # they are written as 0600
-            beside = next(path.parent.glob("*.json"), None)
-            if beside:
-                shutil.copymode(beside, path)
-        os.replace(temporary, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(out) as temporary:
+            yield temporary
+            for path in temporary.rglob("*.safetensors"):  # they are written as 0600
+                beside = next(path.parent.glob("*.json"), None)
+                if beside:
+                    shutil.copymode(beside, path)
     except OSError as error:
         raise PhiSightError(
             f"{out}: not written ({error.strerror or error}); make room or give another folder"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict) -> None:

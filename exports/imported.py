@@ -17,8 +17,8 @@ from errors import PhiSightError
 from exports.folder import new_folder
 from exports.form import add_config_flags, typed
 from exports.measure import versions
-from lora.state import describe
 from model.build import Assembled, assemble, load_model_state
+from tensors import shape_and_dtype
 
 # What the adapter was trained over, and how its pictures were read: an adapter file does not say.
 MODEL_FIELDS = (
@@ -117,7 +117,7 @@ def need_matrix(source: object, name: str, value: object, *shape: int | None) ->
     if not fits or not value.is_floating_point() or value.is_quantized or value.is_sparse:
         wanted = "x".join("any" if want is None else str(want) for want in shape)
         raise PhiSightError(
-            f"{source}: {name} is {describe(value)}, not a float tensor of {wanted}; was it made"
-            " for this base model?"
+            f"{source}: {name} is {shape_and_dtype(value)}, not a float tensor of {wanted};"
+            " was it made for this base model?"
         )
     return value.detach().float().cpu().contiguous()

@@ -24,9 +24,9 @@ from errors import PhiSightError
 from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
 from model import base_cache
-from model.decoder import DecoderConfig, LanguageModel, RotaryPositions
+from model.decoder import DecoderConfig, LanguageModel
 from model.phi3 import decoder_config
-from ops.nf4 import packed_weight
+from ops.nf4 import packed_weight, quantised_on_cpu
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
 """model_type of a config.json -> how it is read"""
@@ -341,16 +341,22 @@ def quantize(
 ) -> bnb.nn.Params4bit:
     """An (out_features, in_features) weight in NF4 on `device`, to become `module.weight`."""
     empty = packed_weight(module)
+    state = None
+    if device.type == "cpu" and not empty.compress_statistics:
+        weight, state = quantised_on_cpu(weight, empty.blocksize)
+        module.quant_state = state
     parameter = bnb.nn.Params4bit(
         weight,
         requires_grad=False,
+        quant_state=state,
         blocksize=empty.blocksize,
         compress_statistics=empty.compress_statistics,
         quant_type="nf4",
         module=module,
+        bnb_quantized=state is not None,
     )
-    # The first move of an unquantised Params4bit is what quantises it.
-    parameter = parameter.to(device)  # type: ignore[misc]  # bitsandbytes annotates `self` wrongly
+    if state is None:  # its first move is what quantises it
+        parameter = parameter.to(device)  # type: ignore[misc]  # `self` is annotated wrongly
     # Dequantisation returns this dtype, which starts as that of the file. The forward dequantises
     # to the compute dtype but the backward to this one, so they must agree: a bfloat16 file run in
     # float32 would otherwise get gradients through weights rounded a second time.
@@ -359,10 +365,9 @@ def quantize(
 
 
 def finish(model: LanguageModel, device: torch.device) -> None:
-    """Tie what is tied, build the buffers that no file holds, freeze, and switch to eval mode."""
+    """Tie what is tied, freeze, and switch to eval mode."""
     model.tie()
-    # The rotary frequencies are computed, not stored; on the meta device they came out empty.
-    model.model.rotary = RotaryPositions(model.config.rope).to(device)
+    model.model.rotary.to(device)  # whose frequencies are computed, not stored
     model.requires_grad_(False)
     model.eval()
 

@@ -4,7 +4,7 @@
     DIR/KEY/MANIFEST.json            shape, dtype and sha256 of every tensor, and its own sha256
 
 KEY stands for the fingerprint of the base, the quantisation, the kind of processor that computed
-it, and the versions of bitsandbytes and of this form. The compute dtype is no part of it: weights
+it, and the versions of bitsandbytes and of this form. The compute dtype does not count: weights
 are quantised as they are stored, and what is not quantised is kept as it is stored. What is read
 equals what quantising afresh gives, tensor by tensor and bit by bit; every tensor is compared with
 its sha256 on reading.
@@ -20,13 +20,12 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import bitsandbytes as bnb
 import torch
@@ -34,13 +33,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import byte_bar
+from files import byte_bar, put_in_place, sweep_stale, sync_tree, temporary_for
+from tensors import dtype_name, sha256_of
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 PART_BYTES = 256 * 10**6  # a part is held in memory once more while it is written
 RESERVE = 10**9  # bytes of the disk that are left free
-STALE_SECONDS = 3600.0  # a temporary folder this old belongs to no process that still writes it
 
 
 class _Damaged(Exception):
@@ -49,14 +48,14 @@ class _Damaged(Exception):
 
 def key_of(fingerprint: str, quantization: str, device: torch.device) -> str:
     """The name of the entry of a base."""
-    said = [
+    facts = [
         FORMAT,
         fingerprint,
         quantization,
         device.type,
         importlib.metadata.version("bitsandbytes"),
     ]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def warn(text: str) -> None:
@@ -65,9 +64,7 @@ def warn(text: str) -> None:
 
 def _describe(tensor: Tensor) -> list:
     """What must be equal when the tensor is read again."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    raw = tensor.reshape(-1).view(torch.uint8).numpy()  # (bytes,)
-    return [list(tensor.shape), dtype, hashlib.sha256(raw).hexdigest()]
+    return [list(tensor.shape), dtype_name(tensor), sha256_of(tensor)]
 
 
 def _seal(rows: list) -> str:
@@ -94,10 +91,10 @@ class Writer:
     _parts: int = 0
 
     def __post_init__(self) -> None:
-        self._temporary = self.folder.with_name(f".tmp-{self.folder.name}-{os.getpid()}")
+        self._temporary = temporary_for(self.folder)
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(self.folder.parent)
+            sweep_stale(self.folder.parent, ".tmp-*")
             free = shutil.disk_usage(self.folder.parent).free
             if self.expected_bytes + RESERVE > free:
                 raise OSError(
@@ -132,7 +129,6 @@ class Writer:
                 {key: tensor for group in self._part.values() for key, tensor in group.items()},
                 path,
             )
-            _sync(path)
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             self._give_up(error)
             return
@@ -156,11 +152,9 @@ class Writer:
             content = {"format": FORMAT, "parameters": self._rows, "sha256": _seal(self._rows)}
             manifest = self._temporary / MANIFEST
             manifest.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
-            _sync(manifest)
-            _sync(self._temporary)
+            sync_tree(self._temporary)
             if not self.folder.exists():  # another process may have been quicker
-                os.replace(self._temporary, self.folder)
-                _sync(self.folder.parent)
+                put_in_place(self._temporary, self.folder)
         except OSError as error:
             if not self.folder.is_dir():
                 self._give_up(error)
@@ -178,25 +172,6 @@ class Writer:
             f"--base-cache {self.folder.parent}: the quantised base is not kept"
             f" ({getattr(error, 'strerror', None) or error}); make room, or give another folder"
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what processes that were killed have left half written."""
-    for path in folder.glob(".tmp-*"):
-        try:
-            old = time.time() - path.stat().st_mtime > STALE_SECONDS
-        except OSError:  # another process was quicker
-            continue
-        if old:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -289,7 +264,7 @@ def _put(
             raise _Damaged(f"{name} has shape {tuple(parameter.shape)}")
         setattr(module, parameter_name, parameter)
         return
-    empty = module.weight
+    empty = cast(bnb.nn.Params4bit, module.weight)
     count = module.out_features * module.in_features
     try:
         parameter = bnb.nn.Params4bit.from_prequantized(

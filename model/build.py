@@ -17,6 +17,7 @@ from model.base import BaseModel, choose_compute_dtype, load_base
 from model.projector import ImageProjector
 from model.vision import VisionSpec, read_vision_spec
 from model.vlm import VisionLanguageModel
+from tensors import check_fit, copy_into
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,13 +93,8 @@ def model_state(model: VisionLanguageModel) -> dict[str, dict[str, Tensor]]:
 
 def load_model_state(model: VisionLanguageModel, state: Mapping[str, Mapping[str, Tensor]]) -> None:
     """The inverse of `model_state`, strict both ways."""
-    projector = state["image_projector"]
-    wanted = {name: (t.shape, t.dtype) for name, t in model.projector.state_dict().items()}
-    given = {name: (t.shape, t.dtype) for name, t in projector.items()}
-    if wanted != given:
-        raise PhiSightError(
-            f"image_projector: holds {sorted(given)}, the model has {sorted(wanted)}, or shapes"
-            " differ; use a checkpoint of this base and this CLIP"
-        )
+    what, remedy = "image_projector", "use a checkpoint of this base and this CLIP"
+    projector = model.projector.state_dict()
+    check_fit(projector, state["image_projector"], what, remedy)  # before the adapter is changed
     load_lora_state(model.language_model, state["lora_weights"])
-    model.projector.load_state_dict(dict(projector), strict=True)
+    copy_into(projector, state["image_projector"], what, remedy)

@@ -103,9 +103,11 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.scaling = rope.scaling
         self.crossing = rope.crossing
-        steps = torch.arange(0, rope.dims, 2, dtype=torch.float) / rope.dims
+        # On the CPU where the model is made on the meta device too: no file holds these numbers.
+        steps = torch.arange(0, rope.dims, 2, dtype=torch.float, device="cpu") / rope.dims
         factors = [rope.short_factors, rope.long_factors] if rope.crossing else [(1.0,)]
-        frequencies = [1.0 / (torch.tensor(f) * rope.theta**steps) for f in factors]
+        scales = [torch.tensor(numbers, device="cpu") for numbers in factors]
+        frequencies = [1.0 / (scale * rope.theta**steps) for scale in scales]
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
 
     @torch.no_grad()
@@ -193,7 +195,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not `nn.Embedding(...)`: to draw its weights on the meta device, torch loads its compiler.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(
             DecoderLayer(config, number) for number in range(config.num_hidden_layers)
         )

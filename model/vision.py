@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 import hub
 from config import Config, Parser
 from errors import PhiSightError, run_main
 from files import hash_files
-from model.base import DOWNLOADED, find_weight_files
+from model.base import DOWNLOADED, find_weight_files, read_json
+from model.clip import ClipConfig, ClipVision, Preparation
 
 FILES = "config.json, preprocessor_config.json and model.safetensors (or pytorch_model.bin)"
 LAYOUT = f"it needs {FILES}"
@@ -66,22 +65,12 @@ def read_vision_spec(
     into which its grid of patches cannot be cut.
     """
     folder = find_clip(id_or_folder, revision or None)
-    try:
-        config = CLIPVisionConfig.from_pretrained(folder)
-        image_size, patch_size = config.image_size, config.patch_size
-        if not isinstance(image_size, int) or not isinstance(patch_size, int):
-            raise TypeError(f"image_size {image_size} and patch_size {patch_size} are not numbers")
-        side = image_size // patch_size  # of the grid of patches
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:  # a config.json of any content
-        raise PhiSightError(f"{folder}: not a CLIP folder ({error}); {LAYOUT}") from None
+    files = [folder / "config.json", folder / "preprocessor_config.json"]
+    for file in files:
+        if not file.is_file():
+            raise PhiSightError(f"{file}: no such file; {LAYOUT}")
+    config = read_clip_config(folder)
+    side = config.image_size // config.patch_size  # of the grid of patches
     layers = config.num_hidden_layers
     if not -layers - 1 <= layer <= layers:
         raise PhiSightError(f"--vision-layer {layer}: this CLIP has {layers} layers; use -2")
@@ -93,10 +82,6 @@ def read_vision_spec(
             f"--feature-pooling {pooling}: does not divide {grid}; use one of {fitting}"
         )
     shape = ((side // pooling) ** 2, config.hidden_size)
-    files = [folder / "config.json", folder / "preprocessor_config.json"]
-    for file in files:
-        if not file.is_file():
-            raise PhiSightError(f"{file}: no such file; {LAYOUT}")
     digest = hash_files([*files, *find_weight_files(folder, PICKLED)], cache)
     said = f"{digest}/{features}/{layer}"
     said += f"/{pooling}" if pooling > 1 else ""  # what is not pooled keeps the key it had
@@ -113,15 +98,35 @@ def find_clip(id_or_folder: str, revision: str | None) -> Path:
     return hub.find_folder(id_or_folder, revision, "CLIP", FILES, [*DOWNLOADED, PICKLED])
 
 
+def read_clip_config(folder: Path) -> ClipConfig:
+    """Raises `PhiSightError` for a config.json of any other content."""
+    try:
+        return ClipConfig.from_dict(read_json(folder / "config.json"))
+    except PhiSightError as error:
+        raise PhiSightError(f"{folder}: not a CLIP folder ({error}); {LAYOUT}") from None
+
+
+def read_preparation(folder: Path) -> Preparation:
+    """Raises `PhiSightError` for a preprocessor_config.json of any other content."""
+    try:
+        return Preparation.from_dict(read_json(folder / "preprocessor_config.json"))
+    except PhiSightError as error:
+        raise PhiSightError(f"{folder}: {error}; {LAYOUT}") from None
+
+
 class VisionTower:
-    """CLIP's vision transformer and its image processor, frozen, in float32."""
+    """CLIP's vision transformer and the preparation of its pictures, frozen, in float32."""
 
     def __init__(self, spec: VisionSpec, device: torch.device | str = "cpu") -> None:
-        try:
-            self.processor = CLIPImageProcessorPil.from_pretrained(spec.folder)
-        except (OSError, ValueError) as error:
-            raise PhiSightError(f"{spec.folder}: {error}; {LAYOUT}") from None
-        self.model = CLIPVisionModel(CLIPVisionConfig.from_pretrained(spec.folder))
+        self.prepare = read_preparation(spec.folder)
+        config = read_clip_config(spec.folder)
+        sides, made = (config.image_size, config.image_size), self.prepare.crop or self.prepare.size
+        if made != sides:
+            raise PhiSightError(
+                f"{spec.folder}: preprocessor_config.json makes pictures of {made}, config.json"
+                f" takes {sides}; fetch both again"
+            )
+        self.model = ClipVision(config)
         load_vision_weights(self.model, find_weight_files(spec.folder, PICKLED))
         self.model.requires_grad_(False).eval().to(device)
         self.spec, self.device = spec, torch.device(device)
@@ -131,11 +136,12 @@ class VisionTower:
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures of any size -> (pictures, tokens, dim) float32."""
-        pixels = self.processor(list(pictures), return_tensors="pt")["pixel_values"]
-        output = self.model(pixel_values=pixels.to(self.device), output_hidden_states=True)
+        pixels = self.prepare(pictures).to(self.device)
         if self.spec.features == "pooled":
-            return output.pooler_output[:, None, :]
-        patches = output.hidden_states[self.spec.layer][:, 1:]  # (pictures, patches, dim)
+            return self.model.pooled(pixels)[:, None, :]
+        patches = self.model.hidden_state(pixels, self.spec.layer)[
+            :, 1:
+        ]  # (pictures, patches, dim)
         if self.spec.pooling == 1:
             return patches
         tokens, blocks = pool_patches(patches, self.spec.pooling)
@@ -168,21 +174,18 @@ def pool_patches(patches: Tensor, pooling: int) -> tuple[Tensor, Tensor]:
     return blocks.mean(2), blocks
 
 
-def load_vision_weights(model: CLIPVisionModel, files: Sequence[Path]) -> None:
+def load_vision_weights(model: ClipVision, files: Sequence[Path]) -> None:
     """The vision half of a CLIP checkpoint, strict: the text half is not read.
 
-    A file calls these tensors `vision_model.…`; releases of transformers differ in whether the
-    module does too, so names are compared without that prefix.
+    A file calls these tensors `vision_model.…`, and the module leaves that prefix out.
     """
     prefix = "vision_model."
-    wanted = {name.removeprefix(prefix): name for name in model.state_dict()}
     state: dict[str, Tensor] = {}
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():
                 if name.startswith(prefix) and not name.endswith(".position_ids"):
-                    own = wanted.get(name.removeprefix(prefix), name)
-                    state[own] = tensors.get_tensor(name).float()
+                    state[name.removeprefix(prefix)] = tensors.get_tensor(name).float()
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

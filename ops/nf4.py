@@ -47,6 +47,30 @@ def block_scales(state: bnb.functional.QuantState) -> Tensor:
     return bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
+def quantised_on_cpu(weight: Tensor, blocksize: int) -> tuple[Tensor, bnb.functional.QuantState]:
+    """An (outputs, inputs) weight on the CPU, whose rows are whole blocks, in NF4: two codes a
+    byte, (weights / 2, 1) uint8, and their scales.
+
+    Bit for bit what `bitsandbytes.functional.quantize_4bit` gives. That loads torch's compiler at
+    its first call, which takes longer than all else of a start on a small model.
+    """
+    code = bnb.functional.get_4bit_type("nf4", device="cpu")  # (16,), ascending
+    blocks = weight.reshape(-1, blocksize).float()
+    scales = blocks.abs().amax(-1)
+    scaled = (blocks * (1.0 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1).reshape(-1)
+    nearest = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+    packed = ((nearest[::2] << 4) | nearest[1::2])[:, None]
+    state = bnb.functional.QuantState(
+        absmax=scales,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=blocksize,
+        code=code,
+        quant_type="nf4",
+    )
+    return packed, state
+
+
 @functools.cache
 def cpu_dequantiser() -> Callable[[Tensor, Tensor, int, int, int], Tensor] | None:
     """(packed, scales, block size, outputs, inputs) -> (outputs, inputs) float32 by the function

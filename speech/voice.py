@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from errors import PhiSightError
+from files import whole_file
 
 PROGRAM = "espeak-ng"
 LONGEST_TEXT = 20_000  # characters: about half an hour of speech
@@ -207,12 +208,10 @@ def write_wav(path: str | os.PathLike, samples: np.ndarray, rate: int) -> None:
     """Write (samples,) float32 mono as a 16-bit WAV, whole or not at all."""
     import soundfile
 
-    partial = Path(f"{path}.partial")
     try:
-        soundfile.write(partial, samples, rate, subtype="PCM_16", format="WAV")
-        os.replace(partial, path)
+        with whole_file(path) as temporary:
+            soundfile.write(temporary, samples, rate, subtype="PCM_16", format="WAV")
     except (OSError, soundfile.SoundFileError) as error:
-        partial.unlink(missing_ok=True)
         raise PhiSightError(
             f"{path}: cannot be written ({error}); name a file in a folder that is there"
         ) from None

@@ -146,6 +146,58 @@ def test_a_cache_keeps_to_its_size_and_forgets_the_oldest(puts):
         assert cache.get(key) == order.get(key)
 
 
+# -- one life of an answer -----------------------------------------------------------------------
+
+
+def test_an_answer_is_asked_started_and_told_without_a_waiting_thread(assistant):
+    messages = [user_message("What is on the left?", pictures()[2:3])]
+    answer = assistant.ask(messages, LIMIT)
+    assert answer.finish_reason is None and answer.pictures
+    pieces, ended = [], threading.Event()
+
+    def heard(piece: str | None) -> None:
+        pieces.append(piece)
+        if piece is None:
+            ended.set()
+
+    answer.subscribe(heard)
+    assistant.start(answer)
+    assert ended.wait(60) and pieces.pop() is None
+    assert not answer.pictures  # their bytes are not kept
+    assert "".join(pieces) == say(assistant, "What is on the left?", images=pictures()[2:3])
+    again = assistant.ask(messages, LIMIT)
+    assistant.start(again)
+    assert again.cached and "".join(again) == "".join(pieces)
+
+
+def test_whoever_leaves_while_pictures_are_encoded_never_gets_to_the_engine(assistant, monkeypatch):
+    names = pictures()[6:8]
+    answer = assistant.ask([user_message("Which?", names)], LIMIT)
+    encoded, tower = [], assistant.features
+    monkeypatch.setattr("assistant.assistant.TOWER_PICTURES", 1)
+
+    def leaves(shown):
+        encoded.append(len(shown))
+        answer.cancel()
+        return tower(shown)
+
+    monkeypatch.setattr(assistant, "features", leaves)
+    before = assistant.statistics()["prompt_tokens"]
+    assistant.start(answer)
+    assert list(answer) == [] and answer.finish_reason == "cancelled"
+    assert encoded == [1] and assistant.statistics()["prompt_tokens"] == before
+
+
+def test_a_picture_that_cannot_be_used_ends_its_answer(assistant):
+    answer = assistant.ask([user_message("What?", ["x"])], pictures={"x": b"no picture"})
+    told = []
+    answer.subscribe(told.append)
+    with pytest.raises(PhiSightError, match="x: not a picture"):
+        assistant.start(answer)
+    assert told == [None] and answer.finish_reason == "failed"
+    assert isinstance(answer.error, PhiSightError)
+
+
 # -- how an answer ends ---------------------------------------------------------------------------
 
 

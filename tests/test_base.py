@@ -17,6 +17,7 @@ from errors import PhiSightError
 from lora.merge import base_weight
 from model.base import choose_compute_dtype, load_base
 from model.projector import ImageProjector
+from ops.nf4 import quantised_on_cpu
 
 VOCABULARY = 100
 LONGROPE = {
@@ -153,6 +154,23 @@ def test_codes_are_those_of_quantising_the_stored_weight(saved):
     assert torch.equal(weight.data, packed)
     assert torch.equal(weight.quant_state.absmax, state.absmax)
     assert weight.quant_state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("blocksize", [32, 64])
+def test_a_weight_is_quantised_to_the_bits_of_bitsandbytes(dtype, blocksize):
+    generator = torch.Generator().manual_seed(blocksize)
+    weight = torch.randn(48, 192, generator=generator).to(dtype)
+    weight[0] = 0  # blocks of zeros, of equal numbers, and of tiny and great ones
+    weight[1], weight[2], weight[3] = -1.5, 6e-5, 6e4
+    packed, state = quantised_on_cpu(weight, blocksize)
+    theirs, wanted = bnb.functional.quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=False, quant_type="nf4"
+    )
+    assert torch.equal(packed, theirs) and torch.equal(state.absmax, wanted.absmax)
+    ours, theirs = state.as_dict(packed=True), wanted.as_dict(packed=True)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

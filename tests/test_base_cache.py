@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_base import logits, save_model
 
-import files as file_hashes
+import files
 from files import hash_files
-from model import base_cache
+from model import base, base_cache
 from model.base import load_base
 
 
@@ -27,7 +27,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A folder to keep in; files of a moment ago may be remembered, and parts are small."""
-    monkeypatch.setattr(file_hashes, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(files, "YOUNG_SECONDS", 0.0)
     monkeypatch.setattr(base_cache, "PART_BYTES", 40_000)
     return tmp_path / "cache"
 
@@ -36,10 +36,8 @@ def cache(tmp_path, monkeypatch):
 def quantised(monkeypatch):
     """Counts the weights that are quantised."""
     count = []
-    real = bnb.functional.quantize_4bit
-    monkeypatch.setattr(
-        bnb.functional, "quantize_4bit", lambda *a, **k: count.append(1) or real(*a, **k)
-    )
+    real = base.quantize
+    monkeypatch.setattr(base, "quantize", lambda *a: count.append(1) or real(*a))
     return count
 
 
@@ -47,9 +45,9 @@ def quantised(monkeypatch):
 def read(monkeypatch):
     """Names the files that are hashed."""
     names = []
-    real = file_hashes._read
+    real = files._hash_all
     monkeypatch.setattr(
-        file_hashes, "_read", lambda paths: names.extend(p.name for p in paths) or real(paths)
+        files, "_hash_all", lambda paths: names.extend(p.name for p in paths) or real(paths)
     )
     return names
 
@@ -59,7 +57,7 @@ def load(folder, cache="", quantization="nf4", dtype=torch.float32):
 
 
 def entry(cache):
-    [found] = [path for path in cache.iterdir() if path.name != file_hashes.MEMORY]
+    [found] = [path for path in cache.iterdir() if path.name != files.MEMORY]
     return found
 
 
@@ -157,7 +155,7 @@ def test_another_base_or_quantisation_has_an_entry_of_its_own(tmp_path, saved, c
     assert changed.fingerprint != first.fingerprint and len(quantised) == 16
     assert_same(changed.model, load(folder).model)
     load(folder, cache, "nf4-nested")
-    assert len([path for path in cache.iterdir() if path.name != file_hashes.MEMORY]) == 3
+    assert len([path for path in cache.iterdir() if path.name != files.MEMORY]) == 3
     plain = load(folder, cache, "none")  # has nothing to keep
     assert len(list(cache.iterdir())) == 4 and plain.fingerprint == changed.fingerprint
 
@@ -254,13 +252,13 @@ def test_a_cache_that_cannot_be_written_is_a_warning(saved, cache, monkeypatch, 
         elif call == "mkdir":
             patch.setattr(base_cache.Path, "mkdir", fail)
         else:
-            patch.setattr(base_cache.os, call, fail)
+            patch.setattr(os, call, fail)
         loaded = load(saved, cache)
     told = capsys.readouterr().err
     assert told.count("warning: ") == 1 and "No space left on device" in told
     assert_same(loaded.model, load(saved).model)
     left = [path.name for path in cache.iterdir()] if cache.exists() else []
-    assert set(left) <= {file_hashes.MEMORY}
+    assert set(left) <= {files.MEMORY}
 
 
 def test_too_little_room_is_found_before_anything_is_written(saved, cache, monkeypatch, capsys):
@@ -297,7 +295,7 @@ def test_of_two_processes_that_write_at_once_one_wins(saved, cache, monkeypatch)
             shutil.copytree(source, target)  # the other one was quicker
         rename(source, target)
 
-    monkeypatch.setattr(base_cache.os, "replace", late)
+    monkeypatch.setattr(os, "replace", late)
     load(saved, cache)
     assert_same(load(saved, cache).model, load(saved).model)
     assert not list(cache.glob(".tmp-*"))
@@ -307,12 +305,12 @@ def test_of_two_processes_that_write_at_once_one_wins(saved, cache, monkeypatch)
 
 
 def test_files_that_stayed_as_they_were_are_not_read_again(saved, cache, read):
-    files = sorted(saved.glob("*.safetensors"))
-    expected = hash_files(files)
-    assert hash_files(files, cache) == expected and len(read) == 2 * len(files)
-    assert hash_files(files, cache) == expected and len(read) == 2 * len(files)
-    assert hash_files(files[::-1], cache) != expected  # the order counts
-    assert hash_files(files, cache / "other") == expected
+    paths = sorted(saved.glob("*.safetensors"))
+    expected = hash_files(paths)
+    assert hash_files(paths, cache) == expected and len(read) == 2 * len(paths)
+    assert hash_files(paths, cache) == expected and len(read) == 2 * len(paths)
+    assert hash_files(paths[::-1], cache) != expected  # the order counts
+    assert hash_files(paths, cache / "other") == expected
 
 
 @pytest.mark.parametrize("change", ["bytes", "same length and time", "replaced", "moved"])
@@ -337,7 +335,7 @@ def test_a_change_of_a_file_is_noticed(saved, tmp_path, cache, read, change):
 
 
 def test_a_file_of_a_moment_ago_is_not_believed(saved, tmp_path, cache, read, monkeypatch):
-    monkeypatch.setattr(file_hashes, "YOUNG_SECONDS", 3600.0)
+    monkeypatch.setattr(files, "YOUNG_SECONDS", 3600.0)
     path = tmp_path / "new.json"
     path.write_text("{}")
     for _ in range(2):
@@ -347,14 +345,14 @@ def test_a_file_of_a_moment_ago_is_not_believed(saved, tmp_path, cache, read, mo
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"files": 3}', '{"sha256": 5}', "\xff"])
 def test_what_was_remembered_may_be_damaged(saved, cache, read, content):
-    files = [saved / "config.json"]
-    expected = hash_files(files, cache)
-    [place] = (cache / file_hashes.MEMORY).iterdir()
+    paths = [saved / "config.json"]
+    expected = hash_files(paths, cache)
+    [place] = (cache / files.MEMORY).iterdir()
     for changed in (content, place.read_text().replace(expected, expected[::-1])):
         place.write_text(changed, encoding="latin-1")
-        assert hash_files(files, cache) == expected
+        assert hash_files(paths, cache) == expected
     assert len(read) == 3
-    assert hash_files(files, cache) == expected and len(read) == 3
+    assert hash_files(paths, cache) == expected and len(read) == 3
 
 
 # -- the progress bar -----------------------------------------------------------------------------
@@ -370,7 +368,7 @@ def test_a_bar_is_shown_on_a_terminal_for_a_large_base(saved, cache, monkeypatch
     said = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
     if large:
-        monkeypatch.setattr(file_hashes, "BAR_BYTES", 1000)
+        monkeypatch.setattr(files, "BAR_BYTES", 1000)
     load(saved, cache)
     load(saved, cache)
     for what in ("reading the weights", "loading the base", "loading the quantised base"):

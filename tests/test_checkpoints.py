@@ -3,6 +3,7 @@ full disk leaves a run without an intact checkpoint."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoints
+import manifest
 from errors import PhiSightError, run_main
+from reports.compare import compare_configs
+from tensors import raw_bytes
 from training import rng
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +72,12 @@ def folders(run: Path) -> list[str]:
     return sorted(path.name for path in run.iterdir())
 
 
+def newest(run: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    """The path of the newest intact checkpoint, and the damaged ones that are newer."""
+    checkpoint, damaged = checkpoints.find_newest(run)
+    return checkpoint.path, damaged
+
+
 def assert_same(first: dict, second: dict) -> None:
     assert first.keys() == second.keys()
     for stem in first:
@@ -74,7 +85,7 @@ def assert_same(first: dict, second: dict) -> None:
         for name, tensor in first[stem].items():
             other = second[stem][name]
             assert tensor.dtype == other.dtype and tensor.shape == other.shape, name
-            assert checkpoints._raw(tensor).tobytes() == checkpoints._raw(other).tobytes(), name
+            assert raw_bytes(tensor).tobytes() == raw_bytes(other).tobytes(), name
 
 
 class FakeTokenizer:
@@ -116,7 +127,7 @@ def test_round_trip(tmp_path: Path) -> None:
     )
     assert torch.equal(loaded.state["rng"]["torch.cpu"], state["rng"]["torch.cpu"])
     assert (path / "tokenizer" / "deeper" / "chat_template.jinja").exists()
-    assert (tmp_path / "LATEST").read_text() == "checkpoint-000007\n"
+    assert folders(tmp_path) == [path.name]
     rows = {row["name"]: row for row in loaded.manifest["tensors"]}
     assert rows["layers.0.qkv_proj.scaling"] | {"sha256": ""} == {
         "file": "lora_weights.safetensors",
@@ -230,11 +241,11 @@ def assert_refused(path: Path, *words: str) -> None:
         checkpoints.load(path)
     assert problems[0] in str(caught.value) and ";" in str(caught.value)
     with pytest.raises(PhiSightError, match="no checkpoint is intact"):
-        checkpoints.find_newest_valid(path.parent)
+        checkpoints.find_newest(path.parent)
 
 
 def test_the_list_of_files_is_complete(intact: Path) -> None:
-    assert sorted(FILES) == checkpoints._files_in(intact)
+    assert sorted(FILES) == manifest.files_below(intact)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -289,9 +300,9 @@ def test_another_folder_name(damaged: Path) -> None:
 
 def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
     """A manifest that was changed by someone who knows how to seal it again."""
-    manifest = json.loads((folder / "MANIFEST.json").read_bytes())
-    change(manifest)
-    (folder / "MANIFEST.json").write_bytes(checkpoints._manifest_bytes(manifest))
+    body = json.loads((folder / "MANIFEST.json").read_bytes())
+    change(body)
+    (folder / "MANIFEST.json").write_bytes(manifest.manifest_bytes(body))
 
 
 @pytest.mark.parametrize(
@@ -338,13 +349,51 @@ def test_an_absurd_header_length(damaged: Path) -> None:
 
 def test_newest_valid_tells_of_damaged_newer_ones(tmp_path: Path) -> None:
     paths = [save(tmp_path, step, keep=9) for step in (1, 20, 3)]
-    assert checkpoints.find_newest_valid(tmp_path) == (paths[1], [])
+    assert newest(tmp_path) == (paths[1], [])
     (paths[1] / "config.json").write_text("{}")
-    newest, damaged = checkpoints.find_newest_valid(tmp_path)
-    assert newest == paths[2] and damaged[0][0] == paths[1] and "config.json" in damaged[0][1]
+    found, damaged = newest(tmp_path)
+    assert found == paths[2] and damaged[0][0] == paths[1] and "config.json" in damaged[0][1]
     for folder in (tmp_path / "nothing", tmp_path / "checkpoint-000001"):
         with pytest.raises(PhiSightError, match="start one with python train.py"):
-            checkpoints.find_newest_valid(folder)
+            checkpoints.find_newest(folder)
+
+
+def test_the_newest_is_read_and_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, 1, tokenizer=FakeTokenizer())
+    opened: Counter[str] = Counter()
+    hashed = [0]
+    open_, safe_open, sha256 = Path.open, manifest.safe_open, hashlib.sha256
+    file_digest = hashlib.file_digest
+
+    def counting_open(self: Path, *arguments, **named):
+        opened[self.relative_to(path).as_posix()] += 1
+        return open_(self, *arguments, **named)
+
+    def counting_safe_open(file: Path, **named):
+        opened[f"tensors of {file.name}"] += 1
+        return safe_open(file, **named)
+
+    def counting_sha256(data: bytes = b""):
+        hashed[0] += memoryview(data).nbytes
+        return sha256(data)
+
+    def counting_file_digest(file, name: str):
+        hashed[0] += os.fstat(file.fileno()).st_size
+        return file_digest(file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", counting_open)
+        patch.setattr(manifest, "safe_open", counting_safe_open)
+        patch.setattr(hashlib, "sha256", counting_sha256)
+        patch.setattr(hashlib, "file_digest", counting_file_digest)
+        loaded = checkpoints.load_newest(tmp_path)
+    assert_same(loaded.state, make_state(1))
+    tensor_files = [f"tensors of {stem}.safetensors" for stem in checkpoints.OWNERS]
+    assert opened == dict.fromkeys([*FILES, *tensor_files], 1)  # of those, the header by itself
+    seal = (path / "MANIFEST.json").read_bytes().splitlines(keepends=True)[-2:]
+    assert hashed[0] == sum((path / name).stat().st_size for name in FILES) - len(b"".join(seal))
 
 
 def test_pruning(tmp_path: Path) -> None:
@@ -356,11 +405,10 @@ def test_pruning(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-000004").symlink_to(outside)
     for step in (10, 20, 30):
         save(tmp_path, step, keep=2)
-    rest = {*others, "checkpoint-000004", "outside", "LATEST"}
+    rest = {*others, "checkpoint-000004", "outside"}
     assert set(folders(tmp_path)) - rest == {"checkpoint-000020", "checkpoint-000030"}
     save(tmp_path, 25, keep=1)  # resumed from an older one: what is newer stays
     assert set(folders(tmp_path)) - rest == {"checkpoint-000025", "checkpoint-000030"}
-    assert (tmp_path / "LATEST").read_text() == "checkpoint-000025\n"
     assert rest <= set(folders(tmp_path)) and checkpoints.verify(outside) == []
 
 
@@ -394,7 +442,7 @@ def test_older_ones_stay_until_the_new_one_is_verified(
         save(tmp_path, 2)
     monkeypatch.undo()
     assert seen == [(f".tmp-checkpoint-000002-{os.getpid()}", True)]
-    assert folders(tmp_path) == ["LATEST", "checkpoint-000001"]
+    assert folders(tmp_path) == ["checkpoint-000001"]
     assert checkpoints.verify(first) == []
 
 
@@ -407,7 +455,7 @@ def test_saving_a_step_twice(tmp_path: Path) -> None:
     assert_same(checkpoints.load(path).state, make_state(2))
     (path / "config.json").write_text("{}")
     save(tmp_path, 1, seed=2)  # the same, but damaged since
-    assert checkpoints.verify(path) == [] and folders(tmp_path) == ["LATEST", path.name]
+    assert checkpoints.verify(path) == [] and folders(tmp_path) == [path.name]
 
 
 def dead_process() -> int:
@@ -429,9 +477,9 @@ def test_left_overs(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     aside = path.rename(tmp_path / f".old-checkpoint-000008-{dead}")
     rewrite(aside, lambda manifest: manifest.update(step=8))
-    assert checkpoints.find_newest_valid(tmp_path) == (aside, [])
+    assert newest(tmp_path) == (aside, [])
     save(tmp_path, 2)
-    rest = ["LATEST", "checkpoint-000002", "checkpoint-000006", "checkpoint-000008"]
+    rest = ["checkpoint-000002", "checkpoint-000006", "checkpoint-000008"]
     assert folders(tmp_path) == sorted([*stay, *rest])
 
 
@@ -443,8 +491,8 @@ TARGETS = (
     (shutil, "rmtree"),
     (os, "unlink"),
     (os, "mkdir"),
-    (checkpoints, "save_file"),
-    (checkpoints, "_file_row"),
+    (manifest, "save_file"),
+    (manifest, "file_row"),
 )
 
 
@@ -493,7 +541,7 @@ def one_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_alive(run: Path, before: dict, step: int) -> None:
     """The run goes on from the old content or the new one, and the next save tidies up."""
-    path = checkpoints.find_newest_valid(run)[0]
+    path = newest(run)[0]
     assert [checkpoints.verify(each) for each in checkpoints.checkpoints_in(run)] in (
         [[]],
         [[], []],
@@ -510,7 +558,7 @@ def assert_alive(run: Path, before: dict, step: int) -> None:
     assert_same(loaded.state, expected)
     final = save(run, step, seed=22)
     assert checkpoints.verify(final) == []
-    assert folders(run) == ["LATEST", final.name]
+    assert folders(run) == [final.name]
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -571,7 +619,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert "File too large" in done.stderr and "resume" in done.stderr
-    assert folders(tmp_path) == ["LATEST", "checkpoint-000001"]
+    assert folders(tmp_path) == ["checkpoint-000001"]
     assert checkpoints.verify(tmp_path / "checkpoint-000001") == []
 
 
@@ -788,15 +836,12 @@ def test_compare_configs() -> None:
         "new": None,
         "limit": float("nan"),
     }
-    assert checkpoints.compare_configs(saved, now, ("name",)) == [
+    assert compare_configs(saved, now, ("name",)) == [
         "batch_size: 8 in the checkpoint, 4 now",
         "old: 1 in the checkpoint, absent now",
         "new: absent in the checkpoint, null now",
     ]
     now["lora"]["rank"] = 2
     ignored = ("name", "batch_size", "old", "new", "lora")
-    assert checkpoints.compare_configs(saved, now, ignored) == []
-    assert (
-        checkpoints.compare_configs(saved, now, ("rank",))[1]
-        == "lora.rank: 4 in the checkpoint, 2 now"
-    )
+    assert compare_configs(saved, now, ignored) == []
+    assert compare_configs(saved, now, ("rank",))[1] == "lora.rank: 4 in the checkpoint, 2 now"

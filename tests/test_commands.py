@@ -109,6 +109,35 @@ def test_a_seed_makes_sampling_repeatable():
     assert len({answer(seed) for seed in range(4)}) > 1
 
 
+HEAVY = {"gradio", "whisper", "librosa", "numba", "sklearn", "fastapi", "pandas", "openai"}
+# Nothing of what a command prints needs these: they are loaded when a model is.
+MODELS = {"torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "scipy", "triton"}
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """The modules that `python infer.py ARGUMENTS` has imported when it ends."""
+    told = runs.command(
+        "-c",
+        "import infer, sys\ntry:\n    infer.main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(*sys.modules, file=sys.stderr)",
+        *arguments,
+    )
+    assert told.returncode == 0, told.stderr
+    return set(told.stderr.split())
+
+
+def test_help_loads_no_model_library():
+    assert not modules_after("--help") & (MODELS | HEAVY)
+
+
+def test_a_typed_question_loads_only_what_it_needs():
+    asked = ("--run", str(runs.finished_run()), "--image", picture(), "--prompt", "What?")
+    loaded = modules_after(*asked, "--max-new-tokens", "2")
+    assert not loaded & (HEAVY | {"scipy"})
+    assert not {name for name in loaded if name.startswith("transformers.models.")}
+    assert not loaded & {"torch._dynamo", "torch._inductor", "sympy", "speech.whisper"}
+
+
 @pytest.mark.parametrize(
     ("prompt", "images", "kinds"),
     [

@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
+import manifest
 import train
 from errors import PhiSightError
-from reports.metrics import deterministic_part, read_metrics
+from reports.log import deterministic_part, read_metrics
 from training.ranks import Ranks
 
 CONFIG = {"config": {"lora_rank": 4, "seed": 0}, "versions": {"torch": "2"}}
@@ -76,6 +77,12 @@ def run(three: Path, tmp_path: Path) -> Path:
     return runs.copy_of(three, tmp_path)
 
 
+def newest_in(run: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    """The path of the newest intact checkpoint, and the damaged ones that are newer."""
+    checkpoint, damaged = checkpoints.find_newest(run)
+    return checkpoint.path, damaged
+
+
 def steps_of(run: Path) -> list[int]:
     return [int(path.name[-6:]) for path in checkpoints.checkpoints_in(run)]
 
@@ -89,7 +96,7 @@ def assert_gives_way(run: Path, culprit: str, capsys: pytest.CaptureFixture) -> 
         checkpoints.load(newest)
     assert str(newest) in str(error.value) and culprit in str(error.value)
 
-    found, damaged = checkpoints.find_newest_valid(run)
+    found, damaged = newest_in(run)
     assert found == older and [path for path, _ in damaged] == [newest]
     assert culprit in damaged[0][1]
     capsys.readouterr()
@@ -176,17 +183,16 @@ def test_a_trainer_state_that_was_edited_makes_a_checkpoint_give_way(run, capsys
     assert_gives_way(run, "trainer_state.json: damaged or edited", capsys)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"checkpoint-000009\n", b"\xff\xfe", b"../../etc\n", None]
-)
-def test_the_name_of_the_latest_is_for_people_and_decides_nothing(content, run):
-    latest = run / checkpoints.LATEST
-    latest.unlink()
-    if content is not None:
-        latest.write_bytes(content)
-    assert checkpoints.find_newest_valid(run) == (run / "checkpoint-000003", [])
-    save(run, 4)
-    assert latest.read_text() == "checkpoint-000004\n"
+@pytest.mark.parametrize("content", [b"", b"checkpoint-000009\n", b"\xff\xfe", b"../../etc\n"])
+def test_the_name_of_the_latest_that_former_versions_wrote_decides_nothing(content, run):
+    latest = run / "LATEST"
+    latest.write_bytes(content)
+    assert newest_in(run) == (run / "checkpoint-000003", [])
+    save(run, 4, keep=2)  # it would name another one than the newest from here on
+    assert not latest.exists() and steps_of(run) == [3, 4]
+    latest.write_bytes(content)
+    checkpoints.remove_all(run)
+    assert not list(run.iterdir())
 
 
 @pytest.mark.parametrize("steps, newest", [((3,), 2), ((2, 3), 1), ((2,), 3), ((1,), 3)])
@@ -266,9 +272,7 @@ def failing(what: str, number: int, patch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(pathlib.Path, "open", fail_at(number, open_, instead, for_writing))
     elif what == "tensors":
-        patch.setattr(
-            checkpoints, "save_file", fail_at(number, checkpoints.save_file, broken, always)
-        )
+        patch.setattr(manifest, "save_file", fail_at(number, manifest.save_file, broken, always))
     else:
         patch.setattr(os, what, fail_at(number, getattr(os, what), broken, always))
 
@@ -276,15 +280,15 @@ def failing(what: str, number: int, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "what, numbers",
     [
-        ("write", (1, 2, 3, 4)),
-        ("write half", (1, 2, 3, 4)),
+        ("write", (1, 2, 3, 4, 5)),
+        ("write half", (1, 2, 3, 4, 5)),
         ("tensors", (1, 2, 3, 4)),
         ("fsync", (1, 2, 3, 6, 9, 11)),
         ("replace", (1, 2)),
     ],
 )
 def test_an_input_output_error_loses_nothing(what, numbers, three, tmp_path):
-    """`write` counts config.json, trainer_state.json, the manifest and LATEST."""
+    """`write` counts two files of the tokenizer, config.json, trainer_state.json, the manifest."""
     for number in numbers:
         run = Path(shutil.copytree(three, tmp_path / str(number)))
         before = hashes(run)
@@ -295,15 +299,12 @@ def test_an_input_output_error_loses_nothing(what, numbers, three, tmp_path):
         assert str(run / "checkpoint-000004") in str(error.value)
         after = hashes(run)
         # With the new checkpoint in its place, or without, the old ones are as they were.
-        assert {name: after.get(name) for name in before if name != checkpoints.LATEST} == {
-            name: digest for name, digest in before.items() if name != checkpoints.LATEST
-        }
-        newest, damaged = checkpoints.find_newest_valid(run)
+        assert {name: after.get(name) for name in before} == before
+        newest, damaged = newest_in(run)
         assert newest.name in ("checkpoint-000003", "checkpoint-000004") and damaged == []
         save(run, 4, keep=2)  # the disk is mended
         assert steps_of(run) == [3, 4]
         assert sorted(path.name for path in run.iterdir()) == [
-            checkpoints.LATEST,
             "checkpoint-000003",
             "checkpoint-000004",
         ]
@@ -385,7 +386,7 @@ def test_a_disk_that_is_full_at_any_page(disk, three):
             assert "No space left on device" in str(error) and "make room" in str(error)
             assert str(run / "checkpoint-000004") in str(error)
             failures += 1
-        newest, damaged = checkpoints.find_newest_valid(run)
+        newest, damaged = newest_in(run)
         assert damaged == [] and newest.name in ("checkpoint-000003", "checkpoint-000004")
         assert before == {step: hashes(run / f"checkpoint-{step:06d}") for step in (1, 2, 3)}
         assert all(
@@ -393,7 +394,7 @@ def test_a_disk_that_is_full_at_any_page(disk, three):
         ), "nothing half is left behind"
         if failures == pages:  # there was room enough
             break
-        # It may be in its place, and only LATEST had no room: that too is to be tried again.
+        # It may be in its place, and only the tidying up had no room: that is to be tried again.
         shutil.rmtree(run / "checkpoint-000004", ignore_errors=True)
         (disk.folder / "filler").unlink()
     assert 5 < failures < 39
@@ -452,7 +453,7 @@ def assert_ends_like(whole: Path, run: Path) -> None:
 
 def assert_one_intact(run: Path, step: int) -> dict[str, str]:
     """The files of the newest checkpoint; there is no damaged one."""
-    path, damaged = checkpoints.find_newest_valid(run)
+    path, damaged = newest_in(run)
     assert damaged == [] and checkpoints.load(path).step == step
     return hashes(path)
 
@@ -569,6 +570,23 @@ def test_a_checkpoint_of_another_run_is_refused_without_flags_too(tmp_path):
     with pytest.raises(PhiSightError, match="one of them belongs to another run"):
         runs.resume(run)
     assert hashes(run) == before, "the run's own checkpoint was lost to the stranger's"
+
+
+def test_a_resume_reads_a_checkpoint_once(whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    runs.start(run, "--stop-at-step=2", **FEW | {"keep_checkpoints": 2})
+    older, newest = checkpoints.checkpoints_in(run)
+    read_folder, read = manifest.read_folder, []
+    monkeypatch.setattr(
+        manifest,
+        "read_folder",
+        lambda folder, *rest: read.append(folder) or read_folder(folder, *rest),
+    )
+    options = train.parse(["--resume", "--run", str(run)])
+    assert train.starting_point(*options, Ranks())[1].path == newest and read == [newest]
+    flip(newest / "optimizer.safetensors", -1)
+    read.clear()
+    assert train.starting_point(*options, Ranks())[1].path == older and read == [newest, older]
 
 
 def test_a_damaged_checkpoint_of_a_real_run_of_every_kind_of_file(whole, tmp_path, capsys):

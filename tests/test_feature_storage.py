@@ -29,6 +29,7 @@ from data.features import (
 from data.images import load_image
 from data.storage import StoragePlan, bytes_per_picture, size
 from errors import PhiSightError
+from files import STALE_SECONDS
 from model.vision import VisionTower, read_vision_spec
 from model.vision import main as vision_main
 
@@ -315,7 +316,7 @@ def test_what_an_old_kill_left_is_removed(tmp_path, pictures):
     old, new = (store.folder / f"shard-00000.partial-{number}" for number in (1, 2))
     for path in (old, new):
         path.write_bytes(b"half")
-    os.utime(old, (0, time.time() - 2 * features.STALE_SECONDS))
+    os.utime(old, (0, time.time() - 2 * STALE_SECONDS))
     add(store, pictures[:1])
     assert not old.exists() and new.exists()
 

@@ -71,7 +71,7 @@ def test_a_seed_checkpoint_becomes_a_run_that_computes_the_same(seed_folder, tmp
     # Its projector read what CLIP gives after its own projection, with a hidden layer of its own.
     tower = VisionTower(back.parts.vision)
     clip = CLIPModel.from_pretrained(runs.VISION, dtype=torch.float32).eval()
-    vector = clip.get_image_features(**tower.processor(pictures()[:1], return_tensors="pt"))
+    vector = clip.get_image_features(tower.prepare(pictures()[:1]))
     vector = getattr(vector, "pooler_output", vector)
     weights = torch.load(seed_folder / seed.PROJECTOR, weights_only=True)
     hidden = nn.functional.gelu(vector @ weights["layer1.weight"].T + weights["layer1.bias"])

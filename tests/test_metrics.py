@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from errors import PhiSightError
-from reports import metrics
+from reports import compare, curves, show
+from reports import log as logs
 
 
 def train(step: int, seconds: float = 1.2, **more) -> dict:
@@ -43,7 +44,7 @@ def evaluation(step: int) -> dict:
 
 
 def test_lines_are_compact_and_in_order(tmp_path: Path) -> None:
-    log = metrics.MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    log = logs.MetricsLog(tmp_path / "run" / "metrics.jsonl")
     assert log.offset() == 0
     log.write({"kind": "train", "step": 1, "a": [1.5, None], "é": True})
     start = b'{"kind":"train","step":1,"a":[1.5,null],"\\u00e9":true,"chain":"'
@@ -51,13 +52,13 @@ def test_lines_are_compact_and_in_order(tmp_path: Path) -> None:
     assert log.offset() == log.path.stat().st_size  # without a flush
     log.sync()
     log.close()
-    again = metrics.MetricsLog(log.path)
+    again = logs.MetricsLog(log.path)
     again.write(evaluation(2))
-    assert metrics.read_metrics(log.path)[1] == evaluation(2) | {"chain": again.chain}
+    assert logs.read_metrics(log.path)[1] == evaluation(2) | {"chain": again.chain}
 
 
 def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
-    log = metrics.MetricsLog(tmp_path / "m")
+    log = logs.MetricsLog(tmp_path / "m")
     record = {
         "loss": math.nan,
         "norms": {"lora": math.inf, "other": 1.0},
@@ -65,7 +66,7 @@ def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
         "timing": {"seconds": math.nan},
     }
     log.write(record)
-    (read,) = metrics.read_metrics(log.path)
+    (read,) = logs.read_metrics(log.path)
     assert read == {
         "loss": None,
         "norms": {"lora": None, "other": 1.0},
@@ -75,14 +76,14 @@ def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
         "chain": log.chain,
     }
     assert math.isnan(record["loss"])  # the caller's record is as it was
-    assert metrics.deterministic_part(read)["non_finite"] == ["loss", "norms.lora", "list.0"]
+    assert logs.deterministic_part(read)["non_finite"] == ["loss", "norms.lora", "list.0"]
     with pytest.raises(PhiSightError, match="plain numbers"):
         log.write({"loss": object()})
-    assert len(metrics.read_metrics(log.path)) == 1
+    assert len(logs.read_metrics(log.path)) == 1
 
 
 def test_a_resumed_log_equals_one_that_never_stopped(tmp_path: Path) -> None:
-    whole, stopped = metrics.MetricsLog(tmp_path / "a"), metrics.MetricsLog(tmp_path / "b")
+    whole, stopped = logs.MetricsLog(tmp_path / "a"), logs.MetricsLog(tmp_path / "b")
     for step in range(1, 9):
         whole.write(train(step, seconds=1.0 + step / 7))
     for step in range(1, 6):
@@ -92,23 +93,23 @@ def test_a_resumed_log_equals_one_that_never_stopped(tmp_path: Path) -> None:
             offset, chain, good = stopped.offset(), stopped.chain, stopped.path.read_bytes()
     with stopped.path.open("ab") as file:
         file.write(b'{"kind":"train","st')  # killed in the middle of a line
-    assert len(metrics.read_metrics(stopped.path)) == 5
-    resumed = metrics.MetricsLog(stopped.path)
+    assert len(logs.read_metrics(stopped.path)) == 5
+    resumed = logs.MetricsLog(stopped.path)
     resumed.truncate_to(offset, chain)
     assert resumed.path.read_bytes() == good and resumed.offset() == offset
     for step in range(4, 9):
         resumed.write(train(step, seconds=3.0))
-    first, second = (metrics.read_metrics(log.path) for log in (whole, resumed))
+    first, second = (logs.read_metrics(log.path) for log in (whole, resumed))
     assert first != second
-    assert [*map(metrics.deterministic_part, first)] == [*map(metrics.deterministic_part, second)]
-    assert metrics.broken_link(first) is None and metrics.parting(first, second) is None
-    assert metrics.deterministic_part(first[0]).keys() == train(1).keys() - {"timing"} | {"chain"}
+    assert [*map(logs.deterministic_part, first)] == [*map(logs.deterministic_part, second)]
+    assert logs.broken_link(first) is None and compare.parting(first, second) is None
+    assert logs.deterministic_part(first[0]).keys() == train(1).keys() - {"timing"} | {"chain"}
     resumed.truncate_to(0)
     assert resumed.path.read_bytes() == b""
 
 
 def test_a_log_that_does_not_fit_the_checkpoint(tmp_path: Path) -> None:
-    log = metrics.MetricsLog(tmp_path / "m")
+    log = logs.MetricsLog(tmp_path / "m")
     log.write({"step": 1})
     size = log.offset()
     for offset, words in (
@@ -134,15 +135,15 @@ def test_a_log_that_does_not_fit_the_checkpoint(tmp_path: Path) -> None:
 def test_a_damaged_log_is_named_by_line(tmp_path: Path, data: bytes, words: str) -> None:
     (tmp_path / "m").write_bytes(data)
     with pytest.raises(PhiSightError, match=words):
-        metrics.read_metrics(tmp_path / "m")
+        logs.read_metrics(tmp_path / "m")
     with pytest.raises(PhiSightError, match="No such file"):
-        metrics.read_metrics(tmp_path / "none")
+        logs.read_metrics(tmp_path / "none")
 
 
 def test_a_disk_that_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PhiSightError, match="folder writable"):
-        metrics.MetricsLog(tmp_path / "file" / "m")
+        logs.MetricsLog(tmp_path / "file" / "m")
 
     class Full:
         """Takes half of a line, as a full disk does."""
@@ -158,33 +159,33 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
         def truncate(self, size: int) -> None:
             log._file.truncate(size)
 
-    log, broken = metrics.MetricsLog(tmp_path / "m"), metrics.MetricsLog(tmp_path / "m")
+    log, broken = logs.MetricsLog(tmp_path / "m"), logs.MetricsLog(tmp_path / "m")
     log.write({"step": 1})
     broken._file = Full()
     with pytest.raises(PhiSightError, match="only a part of a line"):
         broken.write({"step": 2})
     log.write({"step": 3})
-    assert [record["step"] for record in metrics.read_metrics(tmp_path / "m")] == [1, 3]
+    assert [record["step"] for record in logs.read_metrics(tmp_path / "m")] == [1, 3]
 
 
 # ---- for people ----------------------------------------------------------------------------------
 
 
 def test_console_lines() -> None:
-    assert metrics.console_line(train(12, 0.5) | {"loss": None}) == (
+    assert show.console_line(train(12, 0.5) | {"loss": None}) == (
         "step     12  loss not finite  lr 0.0002  gradient 1.5  (lora 1.2, projector 0.9)  "
         "answer tokens 1,234  padding 3.1%  0.50 s  8,192 tokens/s"
     )
-    assert metrics.console_line(evaluation(50)) == (
+    assert show.console_line(evaluation(50)) == (
         "step     50  validation loss 2.5000  right picture 81.2%  swapped 30.0%  blank 25.0%"
     )
-    assert metrics.console_line({}) == "step      ?"
-    only_owners = metrics.console_line({"step": 1, "gradient_norms": {"lora": 2.0}})
+    assert show.console_line({}) == "step      ?"
+    only_owners = show.console_line({"step": 1, "gradient_norms": {"lora": 2.0}})
     assert only_owners == "step      1  gradient (lora 2)"
 
 
 def test_peak_memory() -> None:
-    assert 10 < metrics.peak_memory_mb()["memory_mb"] < 1e6
+    assert 10 < logs.peak_memory_mb()["memory_mb"] < 1e6
 
 
 # ---- the curves ----------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def pixels_of(path: Path, colour: str) -> list[int]:
     right, under the legends."""
     wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
     with Image.open(path) as image:
-        assert image.size == metrics.SIZE and image.mode == "RGB" and image.format == "PNG"
+        assert image.size == curves.SIZE and image.mode == "RGB" and image.format == "PNG"
         pixels = numpy.asarray(image).astype(int)  # (800, 1200, 3)
     near = numpy.abs(pixels - wanted).max(axis=2) < 40
     return [
@@ -206,21 +207,21 @@ def pixels_of(path: Path, colour: str) -> list[int]:
 
 
 def test_curves(tmp_path: Path) -> None:
-    log = metrics.MetricsLog(tmp_path / "m.jsonl")
+    log = logs.MetricsLog(tmp_path / "m.jsonl")
     for step in range(1, 101):
         log.write(train(step))
         if step % 25 == 0:
             log.write(evaluation(step))
     out = tmp_path / "new" / "curves.png"
-    metrics.draw_curves(log.path, out)
+    curves.draw_curves(log.path, out)
     blue, orange, green = (
-        pixels_of(out, colour) for colour in (metrics._BLUE, metrics._ORANGE, metrics._GREEN)
+        pixels_of(out, colour) for colour in (curves._BLUE, curves._ORANGE, curves._GREEN)
     )
     assert min(blue) > 100 and orange[1] == 0 and min(orange[0], *orange[2:]) > 100
     assert green[:3] == [0, 0, 0] and green[3] > 100
     assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
     with pytest.raises(PhiSightError, match="name a file in a writable folder"):
-        metrics.draw_curves([], log.path / "curves.png")
+        curves.draw_curves([], log.path / "curves.png")
 
 
 @pytest.mark.parametrize(
@@ -242,10 +243,10 @@ def test_curves(tmp_path: Path) -> None:
     ],
 )
 def test_curves_of_odd_records(tmp_path: Path, records: list[dict]) -> None:
-    metrics.draw_curves(records, tmp_path / "c.png")
-    blue = pixels_of(tmp_path / "c.png", metrics._BLUE)
+    curves.draw_curves(records, tmp_path / "c.png")
+    blue = pixels_of(tmp_path / "c.png", curves._BLUE)
     assert (sum(blue) > 0) == any(
-        metrics.points([record], key)
+        curves.points([record], key)
         for record in records
         for key in ("loss", "lr", "gradient_norm")
     ) or records == [evaluation(7)]
@@ -257,11 +258,11 @@ finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 @given(finite, finite)
 def test_ticks_are_few_and_cover_the_values(first: float, second: float) -> None:
     low, high = sorted((first, second))
-    ticks = metrics.nice_ticks(low, high, 5)
+    ticks = curves.nice_ticks(low, high, 5)
     slack = (ticks[-1] - ticks[0]) * 1e-6
     assert 2 <= len(ticks) <= 8 and ticks == sorted(set(ticks))
     assert ticks[0] <= low + slack and ticks[-1] >= high - slack
-    labels = metrics._tick_labels(ticks)
+    labels = curves._tick_labels(ticks)
     assert len(set(labels)) == len(labels)
 
 
@@ -275,4 +276,4 @@ def test_ticks_are_few_and_cover_the_values(first: float, second: float) -> None
     ],
 )
 def test_tick_labels(low: float, high: float, labels: list[str]) -> None:
-    assert metrics._tick_labels(metrics.nice_ticks(low, high, 5)) == labels
+    assert curves._tick_labels(curves.nice_ticks(low, high, 5)) == labels

@@ -15,7 +15,7 @@ import runs
 import torch
 
 import checkpoints
-from reports.metrics import read_metrics
+from reports.log import read_metrics
 from training.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,9 +18,9 @@ import checkpoints
 import train
 from data.features import FeatureStore
 from errors import PhiSightError
+from files import RunLock
 from lora.dropout import RowDropout, key_of
-from reports import metrics
-from training.lock import RunLock
+from reports.log import MetricsLog, read_metrics
 from training.saving import BackgroundSaver
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def test_keys_depend_on_every_part():
 def holding_process(run: Path) -> subprocess.Popen:
     """Another process that holds the lock of `run`, and has said so."""
     code = (
-        "import sys, time; from training.lock import RunLock\n"
+        "import sys, time; from files import RunLock\n"
         "with RunLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -190,7 +190,7 @@ def edited(folder: Path, line: int, old: str, new: str) -> None:
 def test_a_finished_run_is_intact_and_an_edited_log_is_not(tmp_path, capsys):
     run = runs.copy_of(runs.finished_run(), tmp_path)
     assert checkpoints.main(["verify", str(run)]) == 0
-    log = metrics.read_metrics(run / "metrics.jsonl")
+    log = read_metrics(run / "metrics.jsonl")
     edited(run, 1, f'"step":{log[1]["step"]}', f'"step":{log[1]["step"] + 1}')
     capsys.readouterr()
     assert checkpoints.main(["verify", "--json", str(run)]) == 1
@@ -200,7 +200,7 @@ def test_a_finished_run_is_intact_and_an_edited_log_is_not(tmp_path, capsys):
 
 def test_timings_are_no_part_of_the_chain(tmp_path):
     run = runs.copy_of(runs.finished_run(), tmp_path)
-    log = metrics.read_metrics(run / "metrics.jsonl")
+    log = read_metrics(run / "metrics.jsonl")
     edited(run, 0, f'"seconds":{log[0]["timing"]["seconds"]}', '"seconds":1e9')
     assert checkpoints.main(["verify", str(run)]) == 0
 
@@ -216,8 +216,8 @@ def test_a_missing_line_shows(tmp_path):
 def test_a_log_of_another_run_shows(tmp_path):
     """Whole in itself, but not what the checkpoint came with."""
     run = runs.copy_of(runs.finished_run(), tmp_path)
-    log = metrics.MetricsLog(tmp_path / "other.jsonl")
-    for record in metrics.read_metrics(run / "metrics.jsonl"):
+    log = MetricsLog(tmp_path / "other.jsonl")
+    for record in read_metrics(run / "metrics.jsonl"):
         log.write({key: value for key, value in record.items() if key != "chain"} | {"lr": 1.0})
     (tmp_path / "other.jsonl").replace(run / "metrics.jsonl")
     problems = checkpoints.verify_run(run)

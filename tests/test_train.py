@@ -25,7 +25,7 @@ from data.sampler import plan
 from errors import PhiSightError
 from model.build import Assembled, assemble
 from model.vision import VisionTower
-from reports.metrics import deterministic_part, read_metrics
+from reports.log import deterministic_part, read_metrics
 from training import evaluating
 from training import run as run_room
 from training.batches import chunks
@@ -91,7 +91,7 @@ def test_a_stopped_and_resumed_run_ends_like_one_that_never_stopped(epoch, tmp_p
 def test_a_killed_and_resumed_run_ends_like_one_that_never_was(tmp_path):
     run = tmp_path / "run"
     process = runs.started("train.py", *runs.flags(run))
-    runs.wait_until(lambda: (run / checkpoints.LATEST).exists(), process)
+    runs.wait_until(lambda: checkpoints.checkpoints_in(run), process)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from errors import PhiSightError
-from model.vision import VisionTower, read_vision_spec
+from model.vision import VisionTower, read_preparation, read_vision_spec
 
 CLIP = ROOT / "assets/tiny/clip"
 
@@ -79,6 +79,47 @@ def test_the_tower_is_frozen(pictures):
     assert not tower.model.training
     assert not any(parameter.requires_grad for parameter in tower.model.parameters())
     assert not tower(pictures).requires_grad
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"size": 50, "crop_size": 40},  # as the first CLIPs were published
+        {"size": {"height": 33, "width": 50}, "do_center_crop": False},
+        {"do_resize": False, "crop_size": {"height": 61, "width": 47}},  # black is added
+        {"do_resize": False, "crop_size": {"height": 20, "width": 201}},
+        {"resample": 2, "do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 0.5, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5]},
+    ],
+)
+def test_pictures_are_prepared_as_transformers_does(folder, pictures, changes):
+    edit(folder / "preprocessor_config.json", **changes)
+    theirs = CLIPImageProcessorPil.from_pretrained(folder)
+    ours = read_preparation(folder)
+    for picture in pictures:
+        expected = theirs([picture], return_tensors="pt")["pixel_values"]
+        assert torch.equal(ours([picture]), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": "large"},
+        {"size": {"longest_edge": 3}},
+        {"crop_size": None},
+        {"resample": 77},
+        {"image_mean": 3},
+        {"image_std": ["a"]},
+        {"do_pad": True},
+        {"crop_size": 95},
+    ],
+)
+def test_a_preparation_that_is_not_known_is_one_error(folder, changes):
+    edit(folder / "preprocessor_config.json", **changes)
+    with pytest.raises(PhiSightError, match="preprocessor|preparation"):
+        VisionTower(read_vision_spec(str(folder)))
 
 
 # -- the key --------------------------------------------------------------------------------------

@@ -381,7 +381,7 @@ def test_logits_are_those_of_llava(unquantised, parts, world, tiny_config, adapt
     tower = VisionTower(parts.vision)
     pictures = [Image.open(world / f"images/train_00000{index}.png") for index in range(2)]
     features = dict(zip("ab", tower(pictures)))
-    pixels = tower.processor(pictures, return_tensors="pt")["pixel_values"]
+    pixels = tower.prepare(pictures)
     asked = (Part("text", "Compare"), Part("image", "a"), Part("text", "with"), Part("image", "b"))
     sample = render([Message("user", asked)], parts.chat_format, add_generation_prompt=True)
     batch = collate([[sample]], features.__getitem__, 0, parts.vision.shape)

@@ -369,7 +369,7 @@ def test_a_folder_that_is_unfinished_or_was_made_otherwise_is_written(tmp_path, 
 
     out = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        patch.setattr(world_files, "_write", killed)
+        patch.setattr(world_files, "write_whole", killed)
         with pytest.raises(KeyboardInterrupt):
             write_world(out, pictures=2, held_out=1)
     assert not (out / "world.json").exists()

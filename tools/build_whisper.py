@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,14 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from errors import PhiSightError, run_main  # noqa: E402
-from speech.recordings import SAMPLE_RATE  # noqa: E402
-from speech.whisper import Speech  # noqa: E402
-from tools.tiny.listener import DIMENSIONS, Listener, Vocabulary, log_mels, save  # noqa: E402
-from tools.tiny.utterances import (  # noqa: E402
+from errors import PhiSightError, run_main
+from speech.recordings import SAMPLE_RATE
+from speech.whisper import Speech
+from tools.tiny.listener import DIMENSIONS, Listener, Vocabulary, log_mels, save
+from tools.tiny.utterances import (
     SEED,
     Recordings,
     coloured_noise,
@@ -41,6 +37,8 @@ from tools.tiny.utterances import (  # noqa: E402
     say,
     training_utterances,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # -- training -------------------------------------------------------------------------------------
 

@@ -27,18 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import checkpoints
+import config as configs
+from data.world import write_world
+from errors import PhiSightError, run_main
+from reports.log import TIMING, read_metrics
+from tools.torture.deal import Deal, Recipe, draw_aim, left
+from tools.torture.findings import differences, look_at
+from tools.torture.kills import KINDS, RANDOM, Aim, train_with_trap
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import checkpoints  # noqa: E402
-import config as configs  # noqa: E402
-from data.world import write_world  # noqa: E402
-from errors import PhiSightError, run_main  # noqa: E402
-from reports.metrics import TIMING, read_metrics  # noqa: E402
-from tools.torture.deal import Deal, Recipe, draw_aim, left  # noqa: E402
-from tools.torture.findings import differences, look_at  # noqa: E402
-from tools.torture.kills import KINDS, RANDOM, Aim, train_with_trap  # noqa: E402
-
 MARKER = "torture.json"  # a folder without it was not made here and is not touched
 PATIENCE = 3  # kills of one run between two saves, so that all of a run is hit and not its end only
 HANG_SECONDS = 600.0  # at least; a process of these runs takes seconds
@@ -161,7 +159,7 @@ class Torture:
                 return
             killed = code == -signal.SIGKILL and attempt.aim is not None
             self._stop_unless(code == 0 or killed, run.folder, code)
-            saved = look_at(run.folder / "run", newest, run.problems)
+            saved = look_at(run.folder / "run", newest, run.problems, self.recipe.save_steps)
             finished = code == 0 and not attempt.flags
             if attempt.kind:
                 self._count(run, attempt, killed, saved)

@@ -7,7 +7,7 @@ import time
 from tqdm import tqdm
 
 from evaluation import meter
-from reports.metrics import console_line
+from reports.show import console_line
 from training.run import Run
 
 

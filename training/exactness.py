@@ -14,12 +14,12 @@ import tokenizers
 import torch
 import transformers
 
-import checkpoints
 import config as configs
 from config import Config
 from data.prepare import TrainingData
 from errors import PhiSightError
 from model.build import Assembled
+from reports.compare import compare_configs
 from training.ranks import Ranks
 
 
@@ -80,7 +80,7 @@ def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any], *free: 
     `free`: dotted names of more fields that may differ.
     """
     without_effect = (f"config.{name}" for name in configs.fields_without_effect())
-    return checkpoints.compare_configs(dict(saved), dict(current), (*without_effect, *free))
+    return compare_configs(dict(saved), dict(current), (*without_effect, *free))
 
 
 def check_same_run(

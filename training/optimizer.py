@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import PhiSightError
+from tensors import copy_into
 
 
 class AdamW:
@@ -85,24 +86,13 @@ class AdamW:
                 them are named, and nothing has been changed.
         """
         own = self.state_tensors()
-        problems = [f"missing {name}" for name in own if name not in state]
-        problems += [f"unexpected {name}" for name in state if name not in own]
-        for name in own.keys() & state.keys():
-            mine, theirs = own[name], state[name]
-            if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
-                problems.append(
-                    f"{name} is {tuple(theirs.shape)} {theirs.dtype}, "
-                    f"not {tuple(mine.shape)} {mine.dtype}"
-                )
-        if problems:
-            raise PhiSightError(
-                f"optimizer state: {', '.join(sorted(problems))}; "
-                "resume with the model and trainable parameters that it was saved with"
-            )
-        self.step_count = int(state["step"])
-        for name, tensor in own.items():
-            if name != "step":
-                tensor.copy_(state[name])
+        copy_into(
+            own,
+            state,
+            "optimizer state",
+            "resume with the model and trainable parameters that it was saved with",
+        )
+        self.step_count = int(own["step"])
 
 
 def check_parameters(pairs: list[tuple[str, nn.Parameter]]) -> None:

@@ -13,7 +13,9 @@ from tqdm import tqdm
 import checkpoints
 from config import DEFAULT_PRESET, Config, default_config
 from model.build import model_state
-from reports.metrics import console_line, draw_curves, peak_memory_mb
+from reports.curves import draw_curves
+from reports.log import peak_memory_mb
+from reports.show import console_line
 from training.ranks import Ranks
 from training.run import Run
 from training.step import StepResult

@@ -19,7 +19,7 @@ from data.sampler import plan
 from errors import PhiSightError
 from model.build import Assembled, assemble, load_model_state
 from model.vision import VisionTower
-from reports.metrics import MetricsLog, read_metrics
+from reports.log import MetricsLog, read_metrics
 from training.exactness import check_place, check_same_run, choose_algorithms, describe_run
 from training.loss_scaler import LossScaler
 from training.optimizer import AdamW

@@ -27,9 +27,8 @@ def starting_point(
     if options.resume and options.overwrite:
         raise PhiSightError("--resume --overwrite: go on, or start anew? give one of them")
     if options.resume or (options.resume_if_any and names):
-        path = ranks.from_first(lambda: str(checkpoints.newest_with_warnings(config.run)))
-        checkpoint = checkpoints.load(path)
-        saved = configs.from_dict(checkpoint.config["config"], path)
+        checkpoint = newest_checkpoint(config.run, ranks)
+        saved = configs.from_dict(checkpoint.config["config"], str(checkpoint.path))
         # What was given wins over what was saved; `check_same_run` says what that would cost.
         return configs.replace(saved, **(options.given | {"run": config.run})), checkpoint
     if names and not options.overwrite:
@@ -38,6 +37,19 @@ def starting_point(
             " --overwrite, or choose another --run"
         )
     return config, None
+
+
+def newest_checkpoint(run: str, ranks: Ranks) -> checkpoints.Checkpoint:
+    """The newest intact checkpoint of a run, read once: the first process chooses it, and the
+    others read the one that it has chosen. Raises PhiSightError when there is none."""
+    loaded: list[checkpoints.Checkpoint] = []
+
+    def choose() -> str:
+        loaded.append(checkpoints.load_newest(run))
+        return str(loaded[0].path)
+
+    path = ranks.from_first(choose)
+    return loaded[0] if loaded else checkpoints.load(path)
 
 
 def is_finished(config: Config, checkpoint: checkpoints.Checkpoint) -> bool:

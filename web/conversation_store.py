@@ -9,7 +9,6 @@ The browser keeps only its key, which nobody else knows; the disk keeps only the
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from data.images import decode_image
 from errors import PhiSightError
+from files import whole_file, write_whole
 from web.conversation import ID, MAX_MESSAGES, PICTURE, SavedConversation, from_json, to_json
 
 KEY = re.compile(r"[0-9a-f]{32}\Z")
@@ -87,9 +87,7 @@ class ConversationStore:
             raise PhiSightError("conversation: is too long to be saved; begin a new one")
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            partial = folder / f".{FILE}.{secrets.token_hex(4)}"
-            partial.write_bytes(data)
-            os.replace(partial, folder / FILE)
+            write_whole(folder / FILE, data)
         except OSError as error:
             raise self._not_writable(error) from None
         for id in self._newest_first()[MAX_CONVERSATIONS:]:
@@ -110,10 +108,11 @@ class ConversationStore:
         path = self._folder_of(id) / kept
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if suffix is None:
-                picture.save(path)
-            else:
-                path.write_bytes(data)
+            with whole_file(path) as temporary:  # under its hash lies the whole picture or nothing
+                if suffix is None:
+                    picture.save(temporary, format="PNG")
+                else:
+                    temporary.write_bytes(data)
         except OSError as error:
             raise self._not_writable(error) from None
         return kept

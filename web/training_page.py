@@ -14,7 +14,8 @@ import pandas
 from checkpoints import METRICS
 from errors import PhiSightError
 from evaluation.meter import CONDITIONS
-from reports.metrics import points, read_metrics
+from reports.curves import points
+from reports.log import read_metrics
 from web import texts
 from web.page import QUEUED, Translated, Updates
 from web.session import Session

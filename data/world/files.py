@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from data.world.questions import KINDS, TWO_STEP, ask, ask_many, detail
 from data.world.scenes import Scene, draw, make_scene
+from files import write_whole
 
 
 def records_of(scene: Scene, name: str, rng: random.Random, turns: int) -> Iterator[dict]:
@@ -79,7 +79,7 @@ def write_world(
         for scene, name, rng in scenes("train", pictures, "seen")
         for record in records_of(scene, name, rng, turns)
     ]
-    _write(out / "train.json", json.dumps(records, indent=1))
+    write_whole(out / "train.json", json.dumps(records, indent=1).encode())
     for split, pairs in (("held_out", "seen"), ("novel_pairs", "novel")):
         rows = [
             row
@@ -87,11 +87,5 @@ def write_world(
             for row in questions_of(scene, name, rng)
         ]
         lines = [json.dumps({"question_id": i, **row}) for i, row in enumerate(rows)]
-        _write(out / f"{split}.jsonl", "\n".join(lines) + "\n")
-    _write(done, json.dumps(settings))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+        write_whole(out / f"{split}.jsonl", ("\n".join(lines) + "\n").encode())
+    write_whole(done, json.dumps(settings).encode())

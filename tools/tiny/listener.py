@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from files import whole_file
 from tools.padding import pad_batch
 from tools.tiny.utterances import words_of
 
@@ -226,9 +227,11 @@ def save(listener: Listener, path: Path) -> None:
     }
     plain = io.BytesIO()
     torch.save({"dims": DIMENSIONS, "model_state_dict": state}, plain)
-    partial = path.with_suffix(".partial")
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(partial, "w") as target:
+    with (
+        whole_file(path) as temporary,
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(temporary, "w") as target,
+    ):
         for entry in source.infolist():
             dated = zipfile.ZipInfo(entry.filename, (1980, 1, 1, 0, 0, 0))
             target.writestr(dated, source.read(entry), zipfile.ZIP_DEFLATED, 9)
-    partial.replace(path)

@@ -6,30 +6,38 @@ from pathlib import Path
 
 import checkpoints
 from errors import PhiSightError
-from reports.metrics import deterministic_part, read_metrics
+from reports.log import METRICS, deterministic_part, read_metrics
+from tools.torture.deal import Recipe
 
 
-def look_at(run: Path, before: int | None, problems: list[str]) -> int | None:
+def look_at(
+    run: Path, before: int | None, problems: list[str], save_steps: int = Recipe().save_steps
+) -> int | None:
     """The step of the newest checkpoint of a run, None before the first save is complete. What a
     kill must never leave behind is added to `problems`; `before` is the newest step before it."""
-    if (
-        before is None
-        and not checkpoints.checkpoints_in(run)
-        and not (run / checkpoints.LATEST).exists()
-    ):
+    nothing_saved = before is None and not checkpoints.checkpoints_in(run)
+    # The second save waits for the first: what is logged behind it comes after a checkpoint.
+    if nothing_saved and last_logged(run) <= 2 * save_steps:
         return None
     for folder in checkpoints.checkpoints_in(run):  # a name is given to what was verified only
         problems += [
             f"{folder}: left damaged, {problem}" for problem in checkpoints.verify(folder)[:1]
         ]
     try:
-        step = checkpoints.load(checkpoints.find_newest_valid(run)[0]).step
+        step = checkpoints.find_newest(run)[0].step
     except PhiSightError as error:
         problems.append(str(error))
         return None
     if before is not None and step < before:
         problems.append(f"{run}: step {before} was saved, the newest checkpoint is of step {step}")
     return step
+
+
+def last_logged(run: Path) -> int:
+    """The last step in the log of a run, 0 for none."""
+    log = run / METRICS
+    records = read_metrics(log, whole_bytes=0) if log.is_file() else []
+    return max((record.get("step", 0) for record in records), default=0)
 
 
 def differences(reference: Path, run: Path) -> list[str]:

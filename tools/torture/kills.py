@@ -36,12 +36,12 @@ class Place:
 
 
 _ADD = "data.features:FeatureStore.add"
-_LOAD = "checkpoints:load"
+_LOAD = "checkpoints:load_newest"
 _VERIFY = "checkpoints:verify"
 _STEP = "training.step:train_step"
 _UPDATE = "training.optimizer:AdamW.step"
 _EVALUATE = "evaluation.meter:evaluate"
-_CUT_LOG = "reports.metrics:MetricsLog.truncate_to"
+_CUT_LOG = "reports.log:MetricsLog.truncate_to"
 
 # Only functions of the standard library and public ones of ours are named, so that the inside of a
 # save may change. The counts of calls are lower bounds: a call that never comes kills nobody.
@@ -62,8 +62,8 @@ PLACES: dict[str, dict[str, Place]] = {
         "end": Place(_VERIFY, "after"),
     },
     "rename": {
-        "before": Place("os:replace", "before", calls=2),  # the folder's and LATEST's
-        "after": Place("os:replace", "after", calls=2),
+        "before": Place("os:replace", "before"),
+        "after": Place("os:replace", "after"),
     },
     "prune": {
         "before": Place("shutil:rmtree", "before"),

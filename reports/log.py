@@ -1,0 +1,244 @@
+"""A run's log: JSON lines that grow by whole lines, and the chain that links them.
+
+The log of a resumed run equals that of one that never stopped, to the byte, except for what the
+clock and the machine decide; all of that sits under the one key "timing" of a record.
+
+Records:
+    {"kind": "train", "step", "loss", "lr", "gradient_norm", "gradient_norms": {owner: norm},
+     "padding_share", "supervised_tokens", "tokens",
+     "timing": {"seconds", "tokens_per_second", "memory_mb", ...}}
+    {"kind": "evaluation", "step", "validation_loss",
+     "alignment": {"right", "swapped", "blank"}}         (percentages, 0 to 100)
+
+Every record bears a "chain": a digest of the record before it and of its own content, in which a
+training record includes the digests of its steps' losses and of the weights after the last one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import PhiSightError
+
+METRICS = "metrics.jsonl"  # its name in a run's folder
+TIMING = "timing"
+NON_FINITE = "non_finite"
+CHAIN = "chain"
+
+
+class MetricsLog:
+    """A JSON-lines file that grows by whole lines. A checkpoint stores `offset()` and `chain`; a
+    resume gives them to `truncate_to`. Every method raises PhiSightError when the disk refuses.
+
+    Attributes:
+        chain: the digest that the last record bears; each record is linked to the one before it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.chain = ""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)  # a line is one write: nothing to flush
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record. A NaN or infinity becomes null, and its dotted name joins the list
+        under "non_finite"."""
+        names: list[str] = []
+        clean = _without_non_finite(record, "", names)
+        if names:
+            clean[NON_FINITE] = names
+        clean[CHAIN] = link(self.chain, clean)
+        try:
+            line = json.dumps(clean, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        except (TypeError, ValueError) as error:
+            raise PhiSightError(
+                f"metrics record: {error}; give it plain numbers and strings"
+            ) from error
+        start = self.offset()
+        try:
+            if self._file.write(line) != len(line):
+                self._file.truncate(start)  # half a line would spoil the next one
+                raise OSError("only a part of a line could be written")
+        except OSError as error:
+            raise self._refused(error) from error
+        self.chain = clean[CHAIN]
+
+    def offset(self) -> int:
+        """Bytes in the file so far."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def truncate_to(self, offset: int, chain: str = "") -> None:
+        """Cut what was logged after a checkpoint, exact to the byte; `chain` goes on from there."""
+        size = self.offset()
+        if offset < 0 or offset > size:
+            raise PhiSightError(
+                f"{self.path}: has {size} bytes, the checkpoint was saved at "
+                f"{offset}; put back the log that belongs to this run"
+            )
+        with self.path.open("rb") as file:
+            file.seek(max(offset - 1, 0))
+            if offset and file.read(1) != b"\n":
+                raise PhiSightError(
+                    f"{self.path}: byte {offset} is not the end of a line; put "
+                    "back the log that belongs to this run"
+                )
+        try:
+            self._file.truncate(offset)
+        except OSError as error:
+            raise self._refused(error) from error
+        self.chain = chain
+        self.sync()
+
+    def sync(self) -> None:
+        """Return once all lines are on the disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _refused(self, error: OSError) -> PhiSightError:
+        return PhiSightError(
+            f"{self.path}: {error.strerror or error}; make room or make the "
+            "folder writable, then resume"
+        )
+
+
+def _without_non_finite(value: Any, path: str, names: list[str]) -> Any:
+    """A copy with null for NaN and infinities; their dotted paths are added to `names`."""
+    if isinstance(value, Mapping):
+        return {
+            key: _without_non_finite(inner, f"{path}.{key}".lstrip("."), names)
+            for key, inner in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [
+            _without_non_finite(inner, f"{path}.{index}", names)
+            for index, inner in enumerate(value)
+        ]
+    if isinstance(value, float) and not math.isfinite(value):
+        names.append(path)
+        return None
+    return value
+
+
+def read_metrics(path: str | Path, whole_bytes: int | None = None) -> list[dict]:
+    """The records of a log. A last line without its end, from a killed run, is left out; anything
+    else that is not a JSON object raises PhiSightError with the number of the line.
+
+    With `whole_bytes`, only so many bytes must be whole: what comes after them was never synced, a
+    lost power supply may have left anything there, and records end at the first line that is none.
+    """
+    try:
+        *lines, _half = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise PhiSightError(f"{path}: {error.strerror}; name the metrics file of a run") from error
+    records, read = [], 0
+    for number, line in enumerate(lines, start=1):
+        read += len(line) + 1
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if whole_bytes is not None and read > whole_bytes:
+                break
+            raise PhiSightError(
+                f"{path}: line {number} is not JSON ({error}); mend it or remove it"
+            ) from error
+        if not isinstance(record, dict):
+            raise PhiSightError(f"{path}: line {number} is not a record; mend it or remove it")
+        records.append(record)
+    return records
+
+
+def deterministic_part(record: Mapping[str, Any]) -> dict:
+    """The record without what the clock and the machine decide: equal in a resumed run."""
+    kept = {key: value for key, value in record.items() if key not in (TIMING, NON_FINITE)}
+    names = [name for name in record.get(NON_FINITE, ()) if not name.startswith(f"{TIMING}.")]
+    return kept | ({NON_FINITE: names} if names else {})
+
+
+# ---- the chain -----------------------------------------------------------------------------------
+
+
+def link(previous: str, record: Mapping[str, Any]) -> str:
+    """sha256 over the digest before and all of a record that the computation decides. Two runs
+    whose digests are equal at a step have logged the same, to the bit, up to that step."""
+    kept = {key: value for key, value in deterministic_part(record).items() if key != CHAIN}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
+
+
+def broken_link(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """The index of the first record that does not follow from those before it, or None."""
+    previous = ""
+    for index, record in enumerate(records):
+        if record.get(CHAIN) != link(previous, record):
+            return index
+        previous = record[CHAIN]
+    return None
+
+
+def chain_problems(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where a log's chain is broken, for people; empty if it is whole."""
+    broken = broken_link(records)
+    if broken is None:
+        return []
+    return [
+        f"line {broken + 1} (step {records[broken].get('step')}): does not follow from the"
+        " lines before it; the log was edited, or lines are missing"
+    ]
+
+
+def contradictions(
+    records: Sequence[Mapping[str, Any]], step: int, chain: str, weights_digest: str
+) -> list[str]:
+    """Where a log and the checkpoint of `step` contradict each other.
+
+    Args:
+        chain: the digest of the last record that the checkpoint knows of, "" for none.
+        weights_digest: of the weights that the checkpoint holds.
+    """
+    before = [
+        record
+        for record in records
+        if isinstance(record.get("step"), int) and record["step"] <= step
+    ]
+    if (before[-1].get(CHAIN) if before else "") != chain:
+        return [
+            f"trainer_state.json: its chain is not that of the log at step {step}; one"
+            " of them belongs to another run, or was edited"
+        ]
+    logged = [r for r in before if r.get("step") == step and "weights_digest" in r]
+    if logged and logged[-1]["weights_digest"] != weights_digest:
+        return [f"its weights are not those that the log has for step {step}"]
+    return []
+
+
+# ---- what goes into a record ---------------------------------------------------------------------
+
+
+def peak_memory_mb() -> dict[str, float]:
+    """The most memory this process has held, in MiB, to go into a record's timing:
+    {"memory_mb": resident} and, once CUDA is in use, "cuda_memory_mb" over all devices."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = {"memory_mb": round(resident / 2**20, 1)}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        held = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+        peak["cuda_memory_mb"] = round(held / 2**20, 1)
+    return peak
