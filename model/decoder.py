@@ -136,8 +136,9 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
+        # In the order of transformers' module: a seed draws the adapters in the order of the layers.
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         ops = operations_for(x)

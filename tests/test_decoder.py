@@ -125,6 +125,15 @@ def test_logits_of_one_conversation_are_equal_to_the_bit(longrope):
         assert torch.equal(logits_of(ours_of(hub), ids(length))[0], expected)
 
 
+def test_parameters_have_the_names_and_the_order_of_transformers():
+    """The order too: a seed draws the adapters in it, and so means the same as ever."""
+    for tied in (False, True):
+        hub = hub_model(small_config(tied=tied))
+        assert [n for n, _ in ours_of(hub).named_parameters()] == [
+            n for n, _ in hub.named_parameters()
+        ]
+
+
 def test_a_neighbour_changes_nothing():
     ours = ours_of(hub_model(small_config(longrope=True, kv_heads=2)))
     short, long, other = ids(9), ids(33), ids(33, 1)
