@@ -64,9 +64,9 @@ class KeyValues:
 
     def write(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
         """Put (new tokens, 2, heads, head dim) keys and values behind those of `layer`, in
-        positions that were reserved; returns all keys and all values, (tokens, heads, head dim)."""
+        positions that were reserved; returns all keys and all values, (heads, tokens, head dim)."""
         total = self.length + len(new)
         memory = self.memory.tensor[layer]  # (2, heads, capacity, head dim)
         memory[:, :, self.length : total] = new.permute(1, 2, 0, 3)
-        keys, values = memory[:, :, :total].transpose(1, 2)
+        keys, values = memory[:, :, :total]
         return keys, values

@@ -136,7 +136,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        # In the order of transformers' module: a seed draws the adapters in the order of the layers.
+        # In the order of transformers' module: a seed draws the adapters in the layers' order.
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
 
@@ -161,9 +161,9 @@ class Attention(nn.Module):
         for cache, new in zip(caches, qkv.split(list(lengths)), strict=True):
             query, key_value = new[:, : self.heads], new[:, self.heads :]
             key_value = key_value.unflatten(1, (2, self.kv_heads))  # (new, 2, kv heads, dim)
-            key, value = cache.write(self.number, key_value)
-            mixed.append(causal_attention(query, key, value, self.window))
-        return torch.cat(mixed)
+            keys, values = cache.write(self.number, key_value)
+            mixed.append(causal_attention(query.transpose(0, 1), keys, values, self.window))
+        return torch.cat(mixed, 1).transpose(0, 1)
 
 
 class MLP(nn.Module):

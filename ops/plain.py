@@ -53,28 +53,29 @@ def packed_attention(
     flattened rows. One causal attention each: no mask as large as the square of a row is ever in
     memory, and nothing is computed for pairs that may not see each other.
     """
-    parts = zip(*(tensor.split(list(lengths)) for tensor in (query, key, value)), strict=True)
-    return torch.cat([causal_attention(q, k, v, window) for q, k, v in parts])
+    by_head = (tensor.transpose(0, 1) for tensor in (query, key, value))  # (heads, tokens, dim)
+    parts = zip(*(tensor.split(list(lengths), 1) for tensor in by_head), strict=True)
+    return torch.cat([causal_attention(q, k, v, window).transpose(0, 1) for q, k, v in parts])
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """(new tokens, heads, dim) queries over (all tokens, key-value heads, dim) keys and values ->
-    (new tokens, heads, dim). The queries belong to the last of the keys' tokens; each sees itself
+    """(heads, new tokens, dim) queries over (key-value heads, all tokens, dim) keys and values ->
+    (heads, new tokens, dim). The queries belong to the last of the keys' tokens; each sees itself
     and what came before it, at most `window` tokens in all."""
-    new, total = len(query), len(key)
+    new, total = query.shape[1], key.shape[1]
     mask = None
     if (window and total > window) or 1 < new < total:
         positions = torch.arange(total, device=query.device)
         distance = positions[total - new :, None] - positions  # (new, total), 0 for itself
         mask = (distance >= 0) & (distance < (window or total))
     return functional.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],  # (1, heads, tokens, dim)
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
+        query[None],
+        key[None],
+        value[None],
         attn_mask=mask,
         is_causal=mask is None and new > 1,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )[0].transpose(0, 1)
+        enable_gqa=len(query) != len(key),
+    )[0]
 
 
 def linear(x: Tensor, base: nn.Linear) -> Tensor:

@@ -178,18 +178,18 @@ def test_memory_grows_by_blocks_and_is_seldom_copied():
 def test_the_first_to_go_on_shares_and_the_second_copies():
     kept = filled(10)
     first, second = kept.prefix(10), kept.prefix(10)
-    assert extend(first, 2, 5.0)[-1, 0, 0] == 5 and first.memory is kept.memory
-    assert extend(second, 2, 7.0)[-1, 0, 0] == 7 and second.memory is not kept.memory
+    assert extend(first, 2, 5.0)[0, -1, 0] == 5 and first.memory is kept.memory
+    assert extend(second, 2, 7.0)[0, -1, 0] == 7 and second.memory is not kept.memory
     keys = extend(first, 1, 6.0)
-    assert keys[:, 0, 0].tolist() == [1.0] * 10 + [5.0, 5.0, 6.0]
-    assert extend(second, 1, 8.0)[:, 0, 0].tolist() == [1.0] * 10 + [7.0, 7.0, 8.0]
+    assert keys[0, :, 0].tolist() == [1.0] * 10 + [5.0, 5.0, 6.0]
+    assert extend(second, 1, 8.0)[0, :, 0].tolist() == [1.0] * 10 + [7.0, 7.0, 8.0]
     assert kept.length == 10
 
 
 def test_a_shorter_beginning_never_writes_over_what_follows_it():
     kept = filled(10)
     extend(kept.prefix(6), 3, 9.0)
-    assert extend(kept, 1, 3.0)[:, 0, 0].tolist() == [1.0] * 10 + [3.0]
+    assert extend(kept, 1, 3.0)[0, :, 0].tolist() == [1.0] * 10 + [3.0]
 
 
 # -- the fast operations --------------------------------------------------------------------------
