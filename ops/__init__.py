@@ -47,7 +47,7 @@ def choose(device: torch.device, dtype: torch.dtype, training: bool) -> tuple[Op
     """The one place where a target is chosen: the operations for a device, a dtype of activations,
     with or without a gradient; and the reason in words, for the log."""
     if device.type == "cpu" and dtype == torch.float32:
-        return (cpu if training else cpu_inference), "fused operations: float32 on a CPU"
+        return (cpu if training else cpu_inference), "fused for float32 on a CPU"
     if cuda.runs_on(device, dtype):
         return cuda, "attention by torch.nn.attention.varlen: 16 bits on a GPU of 8.0 or newer"
     return plain, "plain PyTorch: nothing faster for this device and type"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from random_model import hub_model, ours_of
 from transformers import Phi3Config
 
+import ops
 from model.cache import BLOCK, KeyValues
 from model.decoder import LanguageModel
 from ops import cpu, cpu_inference, plain
@@ -222,6 +223,17 @@ def test_fast_operations_are_the_plain_ones_with_their_gradients(tokens, heads, 
             results.append((result.detach(), own.grad))
         for expected, found in zip(*results):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_choice_of_operations_and_its_reason(monkeypatch):
+    cpu_device, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert ops.choose(cpu_device, torch.float32, True) == (ops.cpu, "fused for float32 on a CPU")
+    assert ops.choose(cpu_device, torch.float32, False)[0] is ops.cpu_inference
+    assert ops.choose(cpu_device, torch.bfloat16, True)[0] is ops.plain
+    for capability, expected in (((7, 5), ops.plain), ((8, 0), ops.cuda), ((9, 0), ops.cuda)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert ops.choose(gpu, torch.float16, True)[0] is expected
+        assert ops.choose(gpu, torch.float32, True)[0] is ops.plain
 
 
 @pytest.mark.parametrize("nested", [False, True])

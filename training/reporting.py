@@ -13,6 +13,7 @@ from tqdm import tqdm
 import checkpoints
 from config import DEFAULT_PRESET, Config, default_config
 from model.build import model_state
+from ops import choose as choose_operations
 from reports.curves import draw_curves
 from reports.log import peak_memory_mb
 from reports.show import console_line
@@ -32,6 +33,8 @@ def announce(run: Run) -> None:
         f"compute: {dtype} on {parts.device.type}, {torch.get_num_threads()} threads{processes}"
         f" ({parts.compute_reason})"
     )
+    _, reason = choose_operations(parts.device, parts.base.compute_dtype, training=True)
+    print(f"operations: {reason}")
     if not config.deterministic:
         print("warning: without deterministic algorithms a resumed run can differ in the last bits")
     print(
