@@ -23,7 +23,7 @@ from errors import PhiSightError
 from model.cache import KeyValues
 from model.vlm import VisionLanguageModel
 
-FED_AT_ONCE = 8192  # tokens, padding included, of new answers that are fed in one pass
+FED_AT_ONCE = 8192  # tokens of new answers that are fed in one pass
 
 
 class Busy(PhiSightError):
@@ -147,8 +147,8 @@ class Engine:
                     self.counts["prefix_cache_hits"] += past.length
                     self._add([answer], past)
                     continue
-            longest = max(len(other.ids) for other in (*together, answer))
-            if together and longest * (len(together) + 1) > FED_AT_ONCE:
+            tokens = sum(len(other.ids) for other in (*together, answer))
+            if together and tokens > FED_AT_ONCE:
                 self._add(together)
                 together = []
             together.append(answer)
