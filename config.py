@@ -312,7 +312,7 @@ def of_declared_type(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     clean = {}
     for name, value in values.items():
         kind = TYPES[name]
-        if kind is float and type(value) is int and abs(value) < 2**1023:  # else it is no float
+        if kind is float and type(value) is int and abs(value) < 2**1023:  # else too large for one
             value = float(value)
         is_names = typing.get_origin(kind) is tuple
         if is_names and isinstance(value, list) and all(isinstance(item, str) for item in value):

@@ -12,7 +12,7 @@ default, `WordFilter`, blocks the words and phrases of a list:
 - safely while an answer streams: a tail that could still become a blocked word is held back until
   it has become something else.
 
-A list of words catches words. It is no judge of meaning, and spellings with digits pass it.
+A list of words catches words. It does not judge meaning, and spellings with digits pass it.
 """
 
 from __future__ import annotations

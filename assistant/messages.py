@@ -12,7 +12,7 @@ def user_message(prompt: str, images: Sequence[str]) -> Message:
     """A user's turn. Each `<image>` in the prompt takes the next picture; without any, the pictures
     come before the text. Raises `PhiSightError` naming both numbers when they differ."""
     try:
-        prompt.encode()  # a shell can pass on bytes that are no text, which no tokenizer takes
+        prompt.encode()  # a shell can pass on bytes that are not text, which no tokenizer takes
     except UnicodeEncodeError:
         raise PhiSightError("--prompt: is not valid Unicode; type it as UTF-8") from None
     pieces = prompt.split(IMAGE_TAG)

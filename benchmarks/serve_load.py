@@ -4,7 +4,7 @@
 
 Starts `serve.py --no-cache` as a person does, asks every question alone, one after the other, and
 keeps the answers. Then as many clients at once send the same questions, mixed with slow readers,
-clients that go away in the middle, and bodies that are no requests: every good request has to get
+clients that go away in the middle, and bodies that are not requests: every good request has to get
 the answer that it got alone. Then the good ones at once without the others, for the throughput
 ratio, and more of the mixture, with the server's memory read as it goes. Exit code 1 if an answer
 is missing or wrong.

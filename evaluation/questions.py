@@ -98,7 +98,7 @@ def add_pictures(
     assistant: Assistant, questions: Sequence[Question], images: Path, store: FeatureStore
 ) -> None:
     """Put every picture that is asked about into the store. Raises `PhiSightError` for a bad one:
-    a score over part of the questions is no score."""
+    a score over a part would mislead."""
     bad = store.add(
         [question.image for question in questions],
         images,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ops.products import product
 
-CHUNK_LOGITS = 2**23  # logits held at a time; a chunk larger than the caches is no faster
+CHUNK_LOGITS = 2**23  # logits held at a time; one larger than the caches gains nothing
 
 
 def summed_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def _clean(text: str) -> str:
         raise PhiSightError(
             f"speech: the text has {len(text)} characters, {LONGEST_TEXT} is the most; shorten it"
         )
-    text = text.encode(errors="replace").decode()  # lone surrogates are no text
+    text = text.encode(errors="replace").decode()  # lone surrogates are not text
     clean = "".join(c if c.isprintable() else " " for c in text).strip()
     if not any(c.isalnum() for c in clean):
         raise PhiSightError("speech: there is nothing to say; give a text with letters in it")

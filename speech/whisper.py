@@ -1,6 +1,6 @@
 """Speech to text: any recording -> 16 kHz mono -> windows cut at pauses -> Whisper -> text.
 
-What is no speech never reaches Whisper, which would answer noise with an invented sentence: a
+What is not speech never reaches Whisper, which would answer noise with an invented sentence: a
 recording is first looked through for a voice (`has_voice`), and what Whisper itself doubts is
 dropped after (Radford et al., arXiv 2212.04356, section 4.5). A voice is what vibrates: whispered
 speech is not heard.
@@ -123,7 +123,7 @@ class Speech:
         """What is said in (samples,) float32 at 16 kHz, window by window as it is understood.
 
         `language` is a code or an English name; None lets a multilingual model listen for it.
-        `translate` puts it into English. Nothing comes of what is no speech. Raises
+        `translate` puts it into English. Nothing comes of other sounds. Raises
         `PhiSightError` at once for a language or task that the model does not have.
         """
         if not isinstance(audio, np.ndarray) or audio.ndim != 1:

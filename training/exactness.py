@@ -91,7 +91,7 @@ def check_same_run(
 ) -> None:
     """Stop, naming the fields, where going on would not be exact; with `allow_changes`, say so.
 
-    Another number of processes is no such change: samples, order and global batch stay the same.
+    Another number of processes is allowed: samples, order and global batch stay the same.
     """
     free: tuple[str, ...] = ()
     if saved.get("world_size") != current["world_size"]:

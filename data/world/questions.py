@@ -128,7 +128,7 @@ def _ask_count_by_property(scene: Scene, rng: random.Random) -> tuple[str, str]:
     attribute = rng.choice(("shape", "colour", "size"))
     values = {"shape": list(SHAPES), "colour": list(COLOURS), "size": list(SIZES)}[attribute]
     present = [getattr(thing, attribute) for thing in scene.things]
-    # A value that is there more often than not, so that "zero" is no safe guess.
+    # A value that is there more often than not, so that "zero" is a poor guess.
     value = rng.choice(present if rng.random() < 0.7 else values)
     noun = PLURALS[value] if attribute == "shape" else f"{value} objects"
     return f"How many {noun} are there?", NUMBERS[present.count(value)]

@@ -89,7 +89,7 @@ PLACES: dict[str, dict[str, Place]] = {
 }
 RANDOM = "random"
 KINDS = (RANDOM, *PLACES)
-# What these functions do before the first step is no save: a shard, the quarantine file, a load.
+# What these functions do before the first step does not count: a shard, a quarantine file, a load.
 AFTER_THE_FIRST_STEP = ("save", "verify", "rename", "prune")
 
 
