@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from config import FEATURE_STORAGES
 from data.images import load_image
-from data.storage import STORAGES, StoragePlan, bytes_per_picture
+from data.storage import StoragePlan, bytes_per_picture
 from errors import PhiSightError
 from files import RememberedHashes, sweep_stale, sync
 
@@ -146,8 +147,10 @@ class FeatureStore:
     def __init__(
         self, folder: str | Path, key: str, shape: tuple[int, int], storage: str = "float16"
     ) -> None:
-        if storage not in STORAGES:
-            raise PhiSightError(f"--feature-storage {storage}: use one of {', '.join(STORAGES)}")
+        if storage not in FEATURE_STORAGES:
+            raise PhiSightError(
+                f"--feature-storage {storage}: use one of {', '.join(FEATURE_STORAGES)}"
+            )
         self.folder = Path(folder) / f"{key}-{storage}"
         self.shape, self.storage = shape, storage
         self.error = StorageError()

@@ -16,10 +16,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, Parser, need_file
+from config import FEATURE_STORAGES, Config, Parser, need_file
 from data.chat import ChatFormat, load_tokenizer
 from data.dataset import FAULTS, write_quarantine
-from data.storage import STORAGES, StoragePlan, size
+from data.storage import StoragePlan, size
 from data.survey import PICTURE_CHECKS, SMALL_FILE, Survey, peak_memory, survey
 from errors import PhiSightError, run_main
 
@@ -193,7 +193,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--feature-pooling", type=int, default=1, help="average N x N patches into one token"
     )
     parser.add_argument(
-        "--feature-storage", choices=STORAGES, default="float16", help="how a feature is kept"
+        "--feature-storage",
+        choices=FEATURE_STORAGES,
+        default="float16",
+        help="how a feature is kept",
     )
     parser.add_argument(
         "--features",

@@ -9,10 +9,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import FEATURE_STORAGES
 from errors import PhiSightError
 
-STORAGES = FEATURE_STORAGES
 OVERHEAD = 128  # bytes a picture in a shard's header: its hash and its check sum
 RESERVE = 64 * 2**20  # bytes left free: checkpoints and logs want to be written too
 

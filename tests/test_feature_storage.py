@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from assistant.assistant import Assistant
+from config import FEATURE_STORAGES
 from data import features, preflight, storage
 from data.features import (
     BLANK,
@@ -89,7 +90,7 @@ def test_every_way_to_read_and_keep_features_has_a_folder_of_its_own(tmp_path):
     folders = {
         FeatureStore(tmp_path, spec.key, spec.shape, form).folder
         for spec in specs
-        for form in storage.STORAGES
+        for form in FEATURE_STORAGES
     }
     assert len(folders) == 6
     assert read_vision_spec(CLIP).key == specs[0].key
@@ -168,7 +169,7 @@ def test_the_tiny_tower_keeps_its_features_in_int8_to_a_hundredth(pictures, tmp_
     assert again.error.total == 0  # nothing was computed
 
 
-@pytest.mark.parametrize("form", storage.STORAGES)
+@pytest.mark.parametrize("form", FEATURE_STORAGES)
 def test_the_plan_is_what_the_disk_holds(pictures, tmp_path, form):
     store = tower_store(tmp_path, form, pooling=2)
     add(store, pictures, pooling=2)
@@ -223,7 +224,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_computed(
     assert add(pooled, pictures, pooling=6) == {}
 
 
-@pytest.mark.parametrize("form", storage.STORAGES)
+@pytest.mark.parametrize("form", FEATURE_STORAGES)
 def test_a_damaged_byte_is_found_on_reading(tmp_path, pictures, form):
     store = tower_store(tmp_path, form)
     add(store, pictures)
