@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import config as configs
-from api.api import Api
+from api.api import Api, Listen
 from api.errors import ApiError
 from api.forms import MIB, Limits
 from api.server import address_of, is_local, listening_socket, run
@@ -83,10 +83,10 @@ def environment_key() -> str:
     return key
 
 
-def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
+def listening(load: Callable[[], Any]) -> Listen:
     """What writes down the speech of an audio file."""
 
-    def listen(data: bytes) -> str:
+    def listen(data: bytes, cancelled: Callable[[], bool]) -> str:
         try:
             speech = load()
         except PhiSightError as error:  # not the client's fault, and none of its business
