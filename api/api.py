@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
 
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp
 from api.errors import ApiError, as_api_error, bad, shutting_down
 from api.forms import Limits
 from api.guards import Beside, Budget, Intake, KeyGuard, Reporting, Taken
+from api.json_output import JsonOutput
 from api.measures import MEDIA_TYPE, Measures
 from api.places import KINDS, Kind, Place, Places
 from api.requests import ChatRequest, parse_request
@@ -32,7 +34,7 @@ from api.responses import (
 )
 from api.stream import in_thread, pieces_of, until_left
 from assistant.answer import Answer
-from assistant.assistant import Assistant
+from assistant.assistant import Assistant, ContextExceeded
 from errors import PhiSightError
 
 CHAT, MODELS, HEALTH, METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
@@ -70,7 +72,16 @@ class Api(FastAPI):
         PhiSightError; `max_requests`: how many may hold a place of each kind at once.
         """
         super().__init__(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-        self.assistant, self.limits = assistant, limits
+        self.assistant = assistant
+        parts = assistant.parts
+        self.limits = replace(
+            limits,
+            context_tokens=assistant.context_tokens,
+            picture_tokens=parts.chat_format.tokens_per_image,
+        )
+        self.json_output = JsonOutput(
+            parts.base.tokenizer, parts.base.model.config.vocab_size, assistant.stop_ids
+        )
         self.name = name or Path(assistant.source).parent.name
         self.listen = listen
         self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": ARRIVING})
@@ -168,14 +179,24 @@ class Api(FastAPI):
         return self.answer_to(question, heard)
 
     def answer_to(self, question: ChatRequest, heard: Mapping[str, str]) -> Answer:
-        return self.assistant.ask(
-            question.conversation(lambda sound: heard[sound.where]),
-            question.max_new_tokens,
-            question.sampling,
-            question.seed,
-            question.stop,
-            question.pictures,
-        )
+        schema = question.schema
+        try:
+            return self.assistant.ask(
+                question.conversation(lambda sound: heard[sound.where]),
+                question.max_new_tokens,
+                question.sampling,
+                question.seed,
+                question.stop,
+                question.pictures,
+                None if schema is None else self.json_output.constraint(schema),
+            )
+        except ContextExceeded as error:
+            # In the words by which programs know OpenAI's error.
+            reason = (
+                f"this model's maximum context length is {error.context} tokens, and the"
+                f" conversation has {error.tokens}; {error.remedy}"
+            )
+            raise bad(question.name, reason, "context_length_exceeded") from error
 
     async def pieces(self, answer: Answer, began: float) -> AsyncIterator[str]:
         """The text as it comes. Raises what ended the answer before its end."""

@@ -1,0 +1,166 @@
+"""Answers that are JSON of a schema, by constrained decoding with llguidance, an optional package.
+
+llguidance makes an automaton of a schema and a tokenizer, and gives for every step the tokens that
+may come next. A schema is untrusted: a chain of 5,000 `$ref` in 200 KB overflows the stack of
+llguidance 1.9.1, which ends the process, and a product of primes costs 0.15 s and 5 MB a token.
+Therefore its size is bounded, it is compiled on a stack of its own, and every step has its fuel;
+what exceeds it fails its own answer and no other. No reference to another file or address is
+followed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy
+import torch
+from torch import Tensor
+
+from api.errors import ApiError, bad
+from errors import PhiSightError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+Result = TypeVar("Result")
+STACK_LOCK = threading.Lock()
+ANY_OBJECT: dict[str, object] = {"type": "object"}
+LARGEST_SCHEMA = 128 * 1024  # characters
+MOST_CONTAINERS = 2000  # objects and lists of a schema: each may take 6 KB of the stack
+STACK = 64 * 2**20  # bytes
+INITIAL_FUEL = 1_000_000  # of compiling a schema: 60 ms
+STEP_FUEL = 20_000  # of a token: 2 ms
+STEP_ITEMS = 20_000  # of a token: 1 ms
+MOST_STATES = 5000  # 2 KB each
+LARGEST_GRAMMAR = 100_000  # symbols
+# One blank at most between two values: a small model can go on with blanks for ever.
+SPACING = {"whitespace_pattern": r"[ \n]?"}
+# A Phi begins what it says by a token with a space in front, which its decoder leaves out.
+GRAMMAR = 'start: " "? body\nbody: %json '
+NEEDED = "needs the package llguidance here (requirements-extras.txt); install it, or leave it out"
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A JSON schema as it was sent; `where` names it in errors."""
+
+    where: str
+    shape: dict[str, Any] = field(repr=False)
+
+
+class JsonConstraint:
+    """Holds one answer to a schema: a `Constraint` of assistant/answer.py."""
+
+    def __init__(self, matcher: LLMatcher, where: str) -> None:
+        self._matcher, self._where = matcher, where
+        self._allowed = self._next()
+
+    def allow(self, logits: Tensor) -> Tensor:
+        """(vocabulary,) logits of the next token, -inf where it may not come."""
+        allowed = self._allowed.to(logits.device)
+        return logits.masked_fill(~allowed[: len(logits)], float("-inf"))
+
+    def take(self, token: int) -> None:
+        """Go on with a token. Raises `PhiSightError` where the schema asks too much."""
+        self._matcher.consume_token(token)
+        self._allowed = self._next()
+
+    def _next(self) -> Tensor:
+        """(vocabulary,) bool, which tokens may come next; the stop tokens where it may end."""
+        bits = numpy.frombuffer(self._matcher.compute_bitmask(), numpy.uint8)
+        allowed = torch.from_numpy(numpy.unpackbits(bits, bitorder="little").astype(bool))
+        if self._matcher.is_error() or not allowed.any():
+            reason = reason_of(self._matcher)
+            raise PhiSightError(f"{self._where}: cannot be met from here ({reason}); simplify it")
+        return allowed
+
+
+class JsonOutput:
+    """Makes the constraints of answers of one model. For many threads."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, vocabulary: int, stop_ids: Collection[int]
+    ) -> None:
+        """`vocabulary`: of the model's logits; `stop_ids`: the tokens that end an answer."""
+        self._of = tokenizer, vocabulary, sorted(stop_ids)
+        self._tokens: LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    def constraint(self, schema: Schema) -> JsonConstraint:
+        """For one answer. Raises `ApiError` of status 400 for a schema that is not taken."""
+        if importlib.util.find_spec("llguidance") is None:
+            name = schema.where.partition(".")[0]
+            raise bad(name, NEEDED, "unsupported_parameter")
+        try:  # no options of the client's
+            text = json.dumps(schema.shape | {"x-guidance": SPACING})
+        except RecursionError:
+            raise bad(schema.where, "is nested too deeply; simplify it") from None
+        containers = text.count("{") + text.count("[")
+        for size, what, limit in (
+            (len(text), "characters", LARGEST_SCHEMA),
+            (containers, "objects and lists", MOST_CONTAINERS),
+        ):
+            if size > limit:
+                reason = f"has {size:,} {what}, over the limit of {limit:,}; simplify it"
+                raise bad(schema.where, reason)
+        return on_deep_stack(lambda: self._compiled(text, schema.where))
+
+    def _compiled(self, text: str, where: str) -> JsonConstraint:
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(
+            initial_lexer_fuel=INITIAL_FUEL,
+            step_lexer_fuel=STEP_FUEL,
+            step_max_items=STEP_ITEMS,
+            max_lexer_states=MOST_STATES,
+            max_grammar_size=LARGEST_GRAMMAR,
+            verbose_errors=False,  # they tell the schema
+        )
+        matcher = LLMatcher(self._tokenizer(), GRAMMAR + text, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise bad(where, f"is not taken ({reason_of(matcher)}); change it")
+        try:
+            return JsonConstraint(matcher, where)
+        except PhiSightError as error:
+            raise ApiError(400, str(error), "invalid_value", where) from error
+
+    def _tokenizer(self) -> LLTokenizer:
+        from llguidance.hf import from_tokenizer
+
+        with self._lock:
+            if self._tokens is None:
+                tokenizer, vocabulary, stop_ids = self._of
+                self._tokens = from_tokenizer(tokenizer, vocabulary, stop_ids)
+            return self._tokens
+
+
+def reason_of(matcher: LLMatcher) -> str:
+    """Why llguidance has given up, in one line."""
+    reason = matcher.get_error().partition("\n")[0] or "no token is left"
+    return reason.removeprefix("at 2(7): failed to compile JSON schema: ")[:200]
+
+
+def on_deep_stack(function: Callable[[], Result]) -> Result:
+    """What `function` returns or raises, called on a stack of `STACK` bytes."""
+    done: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:  # raised again where it is waited for
+            done.set_exception(error)
+
+    with STACK_LOCK:  # the size is that of every thread that starts meanwhile
+        former = threading.stack_size(STACK)
+        try:
+            threading.Thread(target=call, name="schema", daemon=True).start()
+        finally:
+            threading.stack_size(former)
+    return done.result()
