@@ -1,15 +1,14 @@
 """Answers that are JSON of a schema, by constrained decoding with llguidance, an optional package.
 
 llguidance makes an automaton of a schema and a tokenizer, and gives for every step the tokens that
-may come next. A schema is untrusted: a chain of 5,000 `$ref` in 200 KB overflows the stack of
-llguidance 1.9.1, which ends the process, and a product of primes costs 0.15 s and 5 MB a token.
-Therefore its size is bounded, it is compiled on a stack of its own, and every step has its fuel;
-what exceeds it fails its own answer and no other. No reference to another file or address is
-followed.
+may come next. A schema is untrusted: it is tried in a process of its own first
+(api/schema_check.py), and every step has its fuel: what exceeds it fails its own answer and no
+other. No reference to another file or address is followed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import threading
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from api.errors import ApiError, bad
+from assistant.caches import LeastRecentlyUsed
 from errors import PhiSightError
 
 if TYPE_CHECKING:
@@ -33,17 +33,10 @@ Result = TypeVar("Result")
 STACK_LOCK = threading.Lock()
 ANY_OBJECT: dict[str, object] = {"type": "object"}
 LARGEST_SCHEMA = 128 * 1024  # characters
-MOST_CONTAINERS = 2000  # objects and lists of a schema: each may take 6 KB of the stack
-STACK = 64 * 2**20  # bytes
-INITIAL_FUEL = 1_000_000  # of compiling a schema: 60 ms
-STEP_FUEL = 20_000  # of a token: 2 ms
-STEP_ITEMS = 20_000  # of a token: 1 ms
-MOST_STATES = 5000  # 2 KB each
-LARGEST_GRAMMAR = 100_000  # symbols
+STACK = 64 * 2**20  # bytes; the process that tries a schema has 8
+KNOWN = 1000  # schemas that were tried
 # One blank at most between two values: a small model can go on with blanks for ever.
 SPACING = {"whitespace_pattern": r"[ \n]?"}
-# A Phi begins what it says by a token with a space in front, which its decoder leaves out.
-GRAMMAR = 'start: " "? body\nbody: %json '
 NEEDED = "needs the package llguidance here (requirements-extras.txt); install it, or leave it out"
 
 
@@ -77,6 +70,8 @@ class JsonConstraint:
         bits = numpy.frombuffer(self._matcher.compute_bitmask(), numpy.uint8)
         allowed = torch.from_numpy(numpy.unpackbits(bits, bitorder="little").astype(bool))
         if self._matcher.is_error() or not allowed.any():
+            from api.schema_check import reason_of
+
             reason = reason_of(self._matcher)
             raise PhiSightError(f"{self._where}: cannot be met from here ({reason}); simplify it")
         return allowed
@@ -91,6 +86,7 @@ class JsonOutput:
         """`vocabulary`: of the model's logits; `stop_ids`: the tokens that end an answer."""
         self._of = tokenizer, vocabulary, sorted(stop_ids)
         self._tokens: LLTokenizer | None = None
+        self._known: LeastRecentlyUsed[str] = LeastRecentlyUsed(KNOWN)
         self._lock = threading.Lock()
 
     def constraint(self, schema: Schema) -> JsonConstraint:
@@ -102,30 +98,27 @@ class JsonOutput:
             text = json.dumps(schema.shape | {"x-guidance": SPACING})
         except RecursionError:
             raise bad(schema.where, "is nested too deeply; simplify it") from None
-        containers = text.count("{") + text.count("[")
-        for size, what, limit in (
-            (len(text), "characters", LARGEST_SCHEMA),
-            (containers, "objects and lists", MOST_CONTAINERS),
-        ):
-            if size > limit:
-                reason = f"has {size:,} {what}, over the limit of {limit:,}; simplify it"
-                raise bad(schema.where, reason)
+        if len(text) > LARGEST_SCHEMA:
+            reason = f"has {len(text):,} characters, over the limit of {LARGEST_SCHEMA:,}"
+            raise bad(schema.where, f"{reason}; simplify it")
+        if fault := self._fault(text):
+            raise bad(schema.where, f"is not taken ({fault}); simplify it")
         return on_deep_stack(lambda: self._compiled(text, schema.where))
 
-    def _compiled(self, text: str, where: str) -> JsonConstraint:
-        from llguidance import LLMatcher, LLParserLimits
+    def _fault(self, text: str) -> str:
+        from api.schema_check import fault_of
 
-        limits = LLParserLimits(
-            initial_lexer_fuel=INITIAL_FUEL,
-            step_lexer_fuel=STEP_FUEL,
-            step_max_items=STEP_ITEMS,
-            max_lexer_states=MOST_STATES,
-            max_grammar_size=LARGEST_GRAMMAR,
-            verbose_errors=False,  # they tell the schema
-        )
-        matcher = LLMatcher(self._tokenizer(), GRAMMAR + text, log_level=0, limits=limits)
-        if matcher.is_error():
-            raise bad(where, f"is not taken ({reason_of(matcher)}); change it")
+        digest = hashlib.sha256(text.encode()).digest()
+        fault = self._known.get(digest)
+        if fault is None:
+            fault = fault_of(text)
+            self._known.put(digest, fault)
+        return fault
+
+    def _compiled(self, text: str, where: str) -> JsonConstraint:
+        from api.schema_check import compiled
+
+        matcher = compiled(text, self._tokenizer())
         try:
             return JsonConstraint(matcher, where)
         except PhiSightError as error:
@@ -139,12 +132,6 @@ class JsonOutput:
                 tokenizer, vocabulary, stop_ids = self._of
                 self._tokens = from_tokenizer(tokenizer, vocabulary, stop_ids)
             return self._tokens
-
-
-def reason_of(matcher: LLMatcher) -> str:
-    """Why llguidance has given up, in one line."""
-    reason = matcher.get_error().partition("\n")[0] or "no token is left"
-    return reason.removeprefix("at 2(7): failed to compile JSON schema: ")[:200]
 
 
 def on_deep_stack(function: Callable[[], Result]) -> Result:
