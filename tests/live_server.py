@@ -15,6 +15,7 @@ import openai
 import runs
 
 from api.api import Api
+from api.connections import Patience
 from api.server import Server, address_of, listening_socket
 from assistant.assistant import Assistant
 
@@ -51,12 +52,17 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(assistant: Assistant, grace: float = 5.0, **settings: object) -> Iterator[Live]:
+def live(
+    assistant: Assistant,
+    grace: float = 5.0,
+    patience: Patience | None = None,
+    **settings: object,
+) -> Iterator[Live]:
     """A server over `assistant` on a free port, ended at the end of the block."""
     api = Api(assistant, name="tiny", **settings)
     with listening_socket("127.0.0.1", 0) as bound:
         bound.listen(64)
-        server = Server(api, grace, api.busy, api.close)
+        server = Server(api, grace, api.busy, api.close, patience)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:
