@@ -17,13 +17,13 @@ from starlette.types import ASGIApp
 
 from api.connections import Connection, Patience, give_up_the_slowest, most_connections
 from api.logs import line_of, once, only_once
+from api.origins import is_loopback
 from errors import PhiSightError
 
 BACKLOG = 256
 ACCEPTED_AT_ONCE = 16  # before they are counted
 SILENT_SECONDS = 60  # a client that takes nothing, or has gone without a word, is given up after it
 TOLD_SECONDS = 0.5  # in which clients are told that their answer has ended
-LOCAL = ("127.", "::1")
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -53,7 +53,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 def is_local(bound: socket.socket) -> bool:
     """Whether only this machine can reach it."""
-    return bound.getsockname()[0].startswith(LOCAL)
+    return is_loopback(bound.getsockname()[0])
 
 
 def address_of(bound: socket.socket) -> str:

@@ -96,7 +96,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
 def post(body: bytes | object, *headers: str, length: int | None = None) -> bytes:
     """The bytes of a chat request that asks for the connection to be closed after it."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Connection: close", *headers]
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Connection: close", *headers]
     if not any(line.lower().startswith("content-type") for line in headers):
         lines.append("Content-Type: application/json")
     if not any(line.lower().startswith("transfer-encoding") for line in headers):
@@ -105,7 +105,7 @@ def post(body: bytes | object, *headers: str, length: int | None = None) -> byte
 
 
 def get(path: str, *headers: str, method: str = "GET") -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", *headers]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 

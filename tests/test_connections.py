@@ -63,7 +63,7 @@ def test_who_says_nothing_is_closed(impatient):
 
 
 @pytest.mark.parametrize("sent", [
-    b"G", b"GET /health HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\nA: b",
+    b"G", b"GET /health HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: b",
 ])  # fmt: skip
 def test_half_a_head_is_a_408(impatient, sent):
     with impatient.send(sent) as connection:
@@ -206,13 +206,13 @@ def test_few_descriptors_neither_end_health_nor_flood_the_log():
 # -- what two programs read differently -----------------------------------------------------------
 
 CHUNKED = "Transfer-Encoding: chunked"
-HIDDEN = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+HIDDEN = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def raw(*lines: str, body: bytes = b"0\r\n\r\n", version: str = "1.1") -> bytes:
     head = [
         f"POST /v1/chat/completions HTTP/{version}",
-        "Host: x",
+        "Host: localhost",
         "Content-Type: application/json",
     ]
     return "\r\n".join([*head, *lines]).encode("latin-1") + b"\r\n\r\n" + body
@@ -282,7 +282,9 @@ def test_two_requests_in_a_row_are_two_answers(impatient):
     )
 )
 def test_a_head_is_sound_exactly_when_its_length_is_given_once_in_whole_lines(lines):
-    head = "POST / HTTP/1.1\r\nHost: x\r\n" + "".join(f"{n}: {v}{end}" for n, v, end in lines)
+    head = "POST / HTTP/1.1\r\nHost: localhost\r\n" + "".join(
+        f"{n}: {v}{end}" for n, v, end in lines
+    )
     framing = [name for name, _, _ in lines if name != "X-A"]
     sound = all(end == "\r\n" for _, _, end in lines) and len(framing) <= 1
     assert (fault_of_head(f"{head}\r\n".encode()) is None) == sound
