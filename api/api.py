@@ -20,6 +20,7 @@ from api.forms import Limits
 from api.guards import Beside, Budget, Intake, KeyGuard, Reporting, Taken
 from api.json_output import JsonOutput
 from api.measures import MEDIA_TYPE, Measures
+from api.origins import Allowed, OriginGuard
 from api.places import KINDS, Kind, Place, Places
 from api.requests import ChatRequest, parse_request
 from api.responses import (
@@ -60,6 +61,7 @@ class Api(FastAPI):
         assistant: Assistant,
         *,
         key: str = "",
+        allowed: Allowed = Allowed(),
         name: str | None = None,
         listen: Listen | None = None,
         limits: Limits = Limits(),
@@ -67,9 +69,10 @@ class Api(FastAPI):
         rest: ASGIApp | None = None,
     ) -> None:
         """
-        Args: `key`: what every request but /health has to bring, if not empty; `name`: the
-        model's, else that of its run; `listen`: writes down the speech of a recording, and raises
-        PhiSightError; `max_requests`: how many may hold a place of each kind at once.
+        Args: `key`: what every request but /health has to bring, if not empty; `allowed`: to which
+        hosts, and from pages of which origins; `name`: the model's, else that of its run; `listen`:
+        writes down the speech of a recording, and raises PhiSightError; `max_requests`: how many
+        may hold a place of each kind at once.
         """
         super().__init__(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
         self.assistant = assistant
@@ -105,6 +108,7 @@ class Api(FastAPI):
         if key:
             self.add_middleware(KeyGuard, key=key)
         self.add_middleware(Reporting, measures=self.measures, routes=ROUTES)
+        self.add_middleware(OriginGuard, allowed=allowed, measures=self.measures)
 
     def busy(self) -> bool:
         """Whether an answer is being read or made, for the web app too."""

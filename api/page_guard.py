@@ -28,6 +28,7 @@ POLICY = "; ".join(
         "connect-src 'self' data: blob:",
         "worker-src 'self' blob:",
         "frame-src 'none'",
+        "frame-ancestors 'self'",
         "object-src 'none'",
         "base-uri 'self'",
         "form-action 'self'",
