@@ -17,6 +17,8 @@ ORDER = (
     "config",
     "hub",
     "files",
+    "child",
+    "workers",
     "tensors",
     "manifest",
     "data",
