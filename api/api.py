@@ -8,38 +8,32 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from api.errors import ApiError, as_api_error, bad, shutting_down
+from api import chat
+from api.asking import Parse
+from api.errors import ApiError, bad, shutting_down
 from api.forms import Limits
 from api.guards import Beside, Budget, Intake, KeyGuard, Reporting, Taken
 from api.json_output import JsonOutput
 from api.measures import MEDIA_TYPE, Measures
 from api.origins import Allowed, OriginGuard
 from api.places import KINDS, Kind, Place, Places
-from api.requests import ChatRequest, parse_request
-from api.responses import (
-    EVENT_HEADERS,
-    AsciiJSON,
-    chunk,
-    completion,
-    completion_head,
-    event,
-    usage_chunk,
-    usage_of,
-)
-from api.stream import in_thread, pieces_of, until_left
+from api.requests import ChatRequest
+from api.responses import AsciiJSON
+from api.stream import in_thread, pieces_of
 from assistant.answer import Answer
 from assistant.assistant import Assistant, ContextExceeded
 from errors import PhiSightError
+from workers import never
 
-CHAT, MODELS, HEALTH, METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
-ROUTES = (CHAT, MODELS, HEALTH, METRICS)
+MODELS, HEALTH, METRICS = "/v1/models", "/health", "/metrics"
+ROUTES = (chat.CHAT, MODELS, HEALTH, METRICS)
 READ = ["GET", "HEAD"]
 BODIES = 8  # full-size bodies that may be held at once
 ARRIVING = 256  # requests whose bodies are being sent or read
@@ -92,8 +86,10 @@ class Api(FastAPI):
         self.created = int(time.time())
         self.running: set[Answer] = set()
         self.closing = False
+        self.schemas = asyncio.Semaphore(1)  # compiled at once
         self.turns = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
-        self.include_router(router)
+        for routes in (chat.router, router):
+            self.include_router(routes)
         self.add_exception_handler(HTTPException, pass_on)
         # A request meets the one that is added last first.
         if rest is not None:
@@ -161,13 +157,15 @@ class Api(FastAPI):
             if not answer.cached:
                 self.measures.generated(answer.completion_tokens)
 
-    def read(self, body: bytes) -> tuple[ChatRequest, Answer | None]:
-        """What is asked, and the answer, not yet begun; None while there is speech to listen to.
+    def read(self, body: bytes, parse: Parse) -> tuple[ChatRequest, Answer | None]:
+        """What is asked, and the answer, not yet begun; None while there is speech to listen to, or
+        a schema to compile.
 
         Raises `ApiError` and `PhiSightError`.
         """
-        question = parse_request(body, self.name, self.limits)
-        return question, None if question.sounds else self.answer_to(question, {})
+        question = parse(body, self.name, self.limits)
+        takes_long = question.sounds or question.schema is not None
+        return question, None if takes_long else self.answer_to(question, {})
 
     def listen_to(self, question: ChatRequest, cancelled: Callable[[], bool]) -> Answer:
         """The answer to a question with speech, not yet begun; when `cancelled` says so, the rest
@@ -180,9 +178,16 @@ class Api(FastAPI):
                 heard[sound.where] = self.listen(sound.data, cancelled)
             except PhiSightError as error:
                 raise bad(sound.where, str(error), "invalid_audio") from error
-        return self.answer_to(question, heard)
+        return self.answer_to(question, heard, cancelled)
 
-    def answer_to(self, question: ChatRequest, heard: Mapping[str, str]) -> Answer:
+    def answer_to(
+        self,
+        question: ChatRequest,
+        heard: Mapping[str, str],
+        cancelled: Callable[[], bool] = never,
+    ) -> Answer:
+        """The answer to a question whose speech is written down, not yet begun. Raises as `read`
+        does, and `workers.Cancelled`."""
         schema = question.schema
         try:
             return self.assistant.ask(
@@ -192,7 +197,7 @@ class Api(FastAPI):
                 question.seed,
                 question.stop,
                 question.pictures,
-                None if schema is None else self.json_output.constraint(schema),
+                None if schema is None else self.json_output.constraint(schema, cancelled),
             )
         except ContextExceeded as error:
             # In the words by which programs know OpenAI's error.
@@ -214,71 +219,16 @@ class Api(FastAPI):
             raise shutting_down()
         self.measures.whole_request.observe(time.perf_counter() - began)
 
-    async def events(
-        self, answer: Answer, pieces: AsyncIterator[str], include_usage: bool
-    ) -> AsyncIterator[str]:
-        """Server-sent events. What fails after the status is told as an event, as OpenAI does."""
-        head = completion_head(self.name)
-        also = {"usage": None} if include_usage else {}
-        yield event(chunk(head, {"role": "assistant", "content": ""}) | also)
-        try:
-            async for piece in pieces:
-                yield event(chunk(head, {"content": piece}) | also)
-                await asyncio.sleep(0)  # a lost connection is noticed before the next event
-        except Exception as failure:
-            error = as_api_error(failure, "an answer")
-            self.measures.errors[error.code] += 1
-            yield event(error.json())
-            return
-        yield event(chunk(head, {}, answer.finish_reason) | also)
-        if include_usage:
-            usage = usage_of(answer.prompt_tokens, answer.completion_tokens)
-            yield event(usage_chunk(head, usage))
-        yield event("[DONE]")
-
 
 def taken_at(limits: Limits) -> dict[str, Taken]:
     """What is taken in at every path that reads a body."""
-    return {CHAT: Taken(limits.body_bytes, "text")}
+    return {chat.CHAT: Taken(limits.body_bytes, "text")}
 
 
 async def pass_on(request: Request, failure: Exception) -> Response:
     """FastAPI's own answers to unknown paths and methods do not have OpenAI's form: `Reporting`
     answers them, as everything else that is raised."""
     raise failure
-
-
-async def asked(request: Request) -> AsyncIterator[tuple[ChatRequest, Answer]]:
-    """A chat request and the answer to it, which ends with the response however that ends."""
-    api: Api = request.app
-    body = await request.body()
-    question, answer = await api.turn(request, "arriving", api.read, body)
-    if answer is None:
-        with until_left() as gone:
-            answer = await api.turn(request, "ears", api.listen_to, question, gone)
-    with api.running_answer(answer):
-        if question.pictures:
-            await api.turn(request, "eyes", api.assistant.start, answer)
-            request.state.place.move("text")
-        else:
-            request.state.place.move("text")
-            api.assistant.start(answer)
-        yield question, answer
-
-
-@router.post(CHAT)
-async def chat(
-    request: Request, asked: Annotated[tuple[ChatRequest, Answer], Depends(asked)]
-) -> Response:
-    api: Api = request.app
-    question, answer = asked
-    pieces = api.pieces(answer, request.state.began)
-    if question.stream:
-        events = api.events(answer, pieces, question.include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=EVENT_HEADERS)
-    text = "".join([piece async for piece in pieces])
-    usage = usage_of(answer.prompt_tokens, answer.completion_tokens)
-    return AsciiJSON(completion(api.name, text, answer.finish_reason, usage))
 
 
 @router.api_route(MODELS, methods=READ)

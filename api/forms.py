@@ -61,6 +61,8 @@ class Limits:
     default_new_tokens: int = 256
     body_seconds: float = 60.0
     """in which a request has to have arrived"""
+    silent_seconds: float = 15.0
+    """of a stream after which a comment is sent"""
 
 
 # -- what forms are made of ------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch import Tensor
 from api.errors import ApiError, bad
 from assistant.caches import LeastRecentlyUsed
 from errors import PhiSightError
+from workers import Limits, Workers, never
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -34,6 +35,7 @@ STACK_LOCK = threading.Lock()
 ANY_OBJECT: dict[str, object] = {"type": "object"}
 LARGEST_SCHEMA = 128 * 1024  # characters
 STACK = 64 * 2**20  # bytes; the process that tries a schema has 8
+TRIED = Limits(cpu_seconds=2, wall_seconds=20.0, memory=512 << 20)
 KNOWN = 1000  # schemas that were tried
 # One blank at most between two values: a small model can go on with blanks for ever.
 SPACING = {"whitespace_pattern": r"[ \n]?"}
@@ -72,7 +74,7 @@ class JsonConstraint:
         if self._matcher.is_error() or not allowed.any():
             from api.schema_check import reason_of
 
-            reason = reason_of(self._matcher)
+            reason = reason_of(self._matcher) or "no token is left"
             raise PhiSightError(f"{self._where}: cannot be met from here ({reason}); simplify it")
         return allowed
 
@@ -87,10 +89,12 @@ class JsonOutput:
         self._of = tokenizer, vocabulary, sorted(stop_ids)
         self._tokens: LLTokenizer | None = None
         self._known: LeastRecentlyUsed[str] = LeastRecentlyUsed(KNOWN)
+        self._workers = Workers(1, TRIED)
         self._lock = threading.Lock()
 
-    def constraint(self, schema: Schema) -> JsonConstraint:
-        """For one answer. Raises `ApiError` of status 400 for a schema that is not taken."""
+    def constraint(self, schema: Schema, cancelled: Callable[[], bool] = never) -> JsonConstraint:
+        """For one answer. Raises `ApiError` of status 400 for a schema that is not taken, and
+        `Cancelled` as soon as `cancelled` says that nobody waits for it."""
         if importlib.util.find_spec("llguidance") is None:
             name = schema.where.partition(".")[0]
             raise bad(name, NEEDED, "unsupported_parameter")
@@ -101,19 +105,29 @@ class JsonOutput:
         if len(text) > LARGEST_SCHEMA:
             reason = f"has {len(text):,} characters, over the limit of {LARGEST_SCHEMA:,}"
             raise bad(schema.where, f"{reason}; simplify it")
-        if fault := self._fault(text):
-            raise bad(schema.where, f"is not taken ({fault}); simplify it")
+        self._check(text, schema.where, cancelled)
         return on_deep_stack(lambda: self._compiled(text, schema.where))
 
-    def _fault(self, text: str) -> str:
-        from api.schema_check import fault_of
+    def _check(self, text: str, where: str, cancelled: Callable[[], bool]) -> None:
+        """Raises `ApiError` for a schema that does not compile within its limits."""
+        from api.schema_check import try_schema
 
         digest = hashlib.sha256(text.encode()).digest()
         fault = self._known.get(digest)
         if fault is None:
-            fault = fault_of(text)
+            try:
+                fault, _ = self._workers.call(
+                    try_schema,
+                    text.encode(),
+                    name="schema",
+                    remedy="simplify it",
+                    cancelled=cancelled,
+                )
+            except PhiSightError as error:
+                fault = str(error).removeprefix("schema: ").removesuffix("; simplify it")
             self._known.put(digest, fault)
-        return fault
+        if fault:
+            raise bad(where, f"is not taken ({fault}); simplify it")
 
     def _compiled(self, text: str, where: str) -> JsonConstraint:
         from api.schema_check import compiled
