@@ -89,7 +89,7 @@ class JsonOutput:
         self._of = tokenizer, vocabulary, sorted(stop_ids)
         self._tokens: LLTokenizer | None = None
         self._known: LeastRecentlyUsed[str] = LeastRecentlyUsed(KNOWN)
-        self._workers = Workers(1, TRIED)
+        self._workers = Workers(1)
         self._lock = threading.Lock()
 
     def constraint(self, schema: Schema, cancelled: Callable[[], bool] = never) -> JsonConstraint:
@@ -122,6 +122,7 @@ class JsonOutput:
                     name="schema",
                     remedy="simplify it",
                     cancelled=cancelled,
+                    limits=TRIED,
                 )
             except PhiSightError as error:
                 fault = str(error).removeprefix("schema: ").removesuffix("; simplify it")
