@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from api import chat
+from api import chat, responses_reply
 from api.asking import Parse
 from api.errors import ApiError, bad, shutting_down
 from api.forms import Limits
@@ -33,7 +33,7 @@ from errors import PhiSightError
 from workers import never
 
 MODELS, HEALTH, METRICS = "/v1/models", "/health", "/metrics"
-ROUTES = (chat.CHAT, MODELS, HEALTH, METRICS)
+ROUTES = (chat.CHAT, responses_reply.RESPONSES, MODELS, HEALTH, METRICS)
 READ = ["GET", "HEAD"]
 BODIES = 8  # full-size bodies that may be held at once
 ARRIVING = 256  # requests whose bodies are being sent or read
@@ -88,7 +88,7 @@ class Api(FastAPI):
         self.closing = False
         self.schemas = asyncio.Semaphore(1)  # compiled at once
         self.turns = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
-        for routes in (chat.router, router):
+        for routes in (chat.router, responses_reply.router, router):
             self.include_router(routes)
         self.add_exception_handler(HTTPException, pass_on)
         # A request meets the one that is added last first.
@@ -222,7 +222,8 @@ class Api(FastAPI):
 
 def taken_at(limits: Limits) -> dict[str, Taken]:
     """What is taken in at every path that reads a body."""
-    return {chat.CHAT: Taken(limits.body_bytes, "text")}
+    text = Taken(limits.body_bytes, "text")
+    return {chat.CHAT: text, responses_reply.RESPONSES: text}
 
 
 async def pass_on(request: Request, failure: Exception) -> Response:

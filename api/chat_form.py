@@ -90,8 +90,20 @@ Content = Annotated[
 ]
 
 
+def with_content() -> Any:
+    """A validator of a message: an assistant's may be without content, as one that refused or that
+    called a tool has it."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, dict) or value.get("role") != "assistant":
+            return value
+        return value | {"content": []} if value.get("content") is None else value
+
+    return model_validator(mode="before")(check)
+
+
 class ChatMessage(Form):
-    """A turn. An assistant's may be without content, as one that refused has it."""
+    """A turn, as a program writes it or as it got it."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
         description="must be one of system, developer, user, assistant"
@@ -102,12 +114,7 @@ class ChatMessage(Form):
     content: Content = Field(description="send a text or a list of parts")
     refusal: str | None = Field(None, description="send a text")
 
-    @model_validator(mode="before")
-    @classmethod
-    def with_content(cls, value: object) -> object:
-        if not isinstance(value, dict) or value.get("role") != "assistant":
-            return value
-        return value | {"content": []} if value.get("content") is None else value
+    _with_content = with_content()
 
     def pieces(self, where: str) -> Iterator[Piece]:
         """What was said, in order; `where` names the turn in errors."""

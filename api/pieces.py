@@ -89,7 +89,7 @@ class Reader:
             if turns and turns[-1].role == role:
                 parts = turns.pop().parts + parts
             turns.append(Turn(role, parts or (Part("text", ""),)))
-        if turns[-1].role != "user":
+        if not turns or turns[-1].role != "user":
             raise bad(self.name, "the last one is not the user's; end with a question")
         if not any(
             not isinstance(part, Part) or part.kind == "image" or part.value.strip()
