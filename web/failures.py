@@ -7,7 +7,7 @@ import sys
 import traceback
 from typing import Any
 
-from api.logs import line_of, once
+from api.logs import failed
 
 
 class _Told:
@@ -17,8 +17,7 @@ class _Told:
     def print_exc(self, *_: Any, **__: Any) -> None:
         error = sys.exception()
         if error is not None:
-            line = line_of(error)
-            once(f"{type(error).__name__} {line.rpartition('(')[2]}", f"an event failed: {line}")
+            failed("an event", error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(traceback, name)
