@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-
 from starlette.exceptions import HTTPException
 
+from api.logs import failed
 from assistant.assistant import Blocked
 from assistant.engine import Busy
 from errors import PhiSightError
 
 NAMED = ("messages[", "input[", "response_format", "text.format")  # fields that a failure may name
-log = logging.getLogger("phisight.serving")
 
 
 class ApiError(Exception):
@@ -67,7 +65,7 @@ def as_api_error(failure: Exception, what: str, path: str = "") -> ApiError:
         method = "GET" if "GET" in (failure.headers or {}).get("Allow", "") else "POST"
         message = f"{path}: takes {method} only"
         return ApiError(405, message, "method_not_allowed", headers={"Allow": method})
-    log.error("%s failed", what, exc_info=failure)
+    failed(what, failure)
     return ApiError(500, "the server failed at this request; its log says why", "internal_error")
 
 

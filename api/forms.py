@@ -10,11 +10,10 @@ What is done with a field:
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -68,8 +67,7 @@ class Limits:
 # -- what forms are made of ------------------------------------------------------------------
 #
 # A description says what the client is told when the field is not right: "must be ...", or what to
-# send. Fields of one module that have the same name have the same description. Where a field has
-# one of several forms, its tag stands between < and >.
+# send. Where a field has one of several forms, its tag stands between < and >.
 
 
 class Form(BaseModel):
@@ -146,22 +144,25 @@ OBJECTS = {
 }
 
 
-def forms_below(form: type[Form]) -> Iterator[type[Form]]:
-    for inner in form.__subclasses__():
-        yield inner
-        yield from forms_below(inner)
+def reason_at(form: type[Form], path: Iterable[str]) -> str:
+    """The description of the field that a path of names leads to from a form."""
+    forms, reason = [form], ""
+    for name in path:
+        for inner in forms:
+            fields = {field.alias or own: field for own, field in inner.model_fields.items()}
+            if name in fields:
+                reason = fields[name].description or ""
+                forms = list(forms_in(fields[name].annotation))
+                break
+    return reason
 
 
-@functools.cache
-def reasons(module: str) -> dict[str, str]:
-    """By the name of a field of a module's forms: what the client is told."""
-    forms: Iterable[type[Form]] = (Question, *forms_below(Form))
-    return {
-        field.alias or name: field.description or ""
-        for form in forms
-        if form.__module__ in (module, __name__)
-        for name, field in form.model_fields.items()
-    }
+def forms_in(annotation: object) -> Iterator[type[Form]]:
+    """The forms that a field's type names, such as those of a list's items."""
+    if isinstance(annotation, type) and issubclass(annotation, Form):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from forms_in(inner)
 
 
 def as_refusal(error: ValidationError, form: type[Form]) -> ApiError:
@@ -169,10 +170,10 @@ def as_refusal(error: ValidationError, form: type[Form]) -> ApiError:
     fault = error.errors(include_url=False)[0]
     kind, found = fault["type"], fault["input"]
     first, *rest = fault["loc"]
-    where = name = str(first)
+    where, path = str(first), [str(first)]
     for step in rest:
         if isinstance(step, str) and not step.startswith("<"):
-            where, name = f"{where}.{step}", step
+            where, path = f"{where}.{step}", [*path, step]
         elif isinstance(step, int) and first in LISTS:
             where += f"[{step}]"
     if kind == "too_large":
@@ -181,14 +182,11 @@ def as_refusal(error: ValidationError, form: type[Form]) -> ApiError:
         return bad(where, fault["msg"], kind)
     if kind == "string_unicode" and where == "stop":
         return bad(where, "is not valid Unicode; send whole characters")
+    reason = reason_at(form, path)
     if kind == "missing" and not rest:
-        remedy = reasons(form.__module__)[name].removeprefix("must be ")
-        remedy = remedy if remedy.startswith("send") else f"send {remedy}"
-        return bad(where, f"is missing; {remedy}", "missing_required_parameter")
+        return bad(where, f"is missing; {reason}", "missing_required_parameter")
     if kind == "model_type":
         reason = f"send {OBJECTS.get(fault['ctx']['class_name'], 'an object')}"
-    else:
-        reason = reasons(form.__module__)[name]
     if not reason.startswith("must"):
         reason = f"is {kind_of(None if kind == 'missing' else found)}; {reason}"
     return bad(where, reason)

@@ -40,12 +40,14 @@ class Reporting:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = GONE
+        status, whole = GONE, False
 
         async def counting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
+            else:
+                whole = not message.get("more_body", False)
             await send(message)
 
         path = scope["path"]
@@ -57,9 +59,10 @@ class Reporting:
         except Exception as failure:
             error = as_api_error(failure, f"{scope['method']} {path!r}", path)
             self.measures.errors[error.code] += 1
-            if status != GONE:
+            if status == GONE:
+                await error_response(error)(scope, receive, counting)
+            elif not whole:
                 raise  # the answer has begun: the server closes the connection
-            await error_response(error)(scope, receive, counting)
         finally:
             self.measures.requests[path if path in self.routes else "other", status] += 1
 

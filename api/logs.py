@@ -11,7 +11,8 @@ from pathlib import Path
 
 EVERY_SECONDS = 60.0  # the same kind is told again at the earliest after it
 MOST_KINDS = 256  # remembered; beyond, all others count as one kind
-LONGEST = 300  # characters of a line
+LONGEST = 150  # characters of what an error says
+PLACES = 3  # in the code that are named
 
 log = logging.getLogger("phisight.serving")
 _lock = threading.Lock()
@@ -32,16 +33,22 @@ def once(kind: str, line: str) -> bool:
             _told[kind] = last, unsaid + 1
             return False
         _told[kind] = now, 0
-    line = "".join(c if c.isprintable() else " " for c in " ".join(line.split())[:LONGEST])
+    line = "".join(c if c.isprintable() else " " for c in " ".join(line.split())[: 2 * LONGEST])
     log.warning("%s%s", line, f" ({unsaid} more of the kind)" if unsaid else "")
     return True
 
 
 def line_of(error: BaseException) -> str:
-    """What failed and where, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    """What failed and where, the innermost place first, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)[-PLACES:]
+    where = ", ".join(f"{Path(at.filename).name}:{at.lineno}" for at in reversed(frames))
+    return f"{type(error).__name__}: {str(error)[:LONGEST]} ({where})"
+
+
+def failed(what: str, error: BaseException) -> None:
+    """Tell that something failed that should not have, once in a while by its kind and place."""
+    line = line_of(error)
+    once(f"{type(error).__name__} {line.rpartition('(')[2]}", f"{what} failed: {line}")
 
 
 def only_once(record: logging.LogRecord) -> bool:
@@ -52,7 +59,7 @@ def only_once(record: logging.LogRecord) -> bool:
     if error is None:
         once(said, said)
     else:
-        once(f"{type(error).__name__} {said}", f"{said.strip()}: {line_of(error)}")
+        failed(said.strip(), error)
     return False
 
 

@@ -20,6 +20,7 @@ ORDER = (
     "child",
     "workers",
     "tensors",
+    "torch_files",
     "manifest",
     "data",
     "ops",
