@@ -78,7 +78,7 @@ def listening(load: Callable[[], Any]) -> Listen:
             print(f"error: {error}", file=sys.stderr, flush=True)
             message = "the server cannot load its speech model; its log says why"
             raise ApiError(500, message, "speech_unavailable") from error
-        return speech.text(read_audio(data))
+        return speech.text(read_audio(data, cancelled), cancelled=cancelled)
 
     return listen
 

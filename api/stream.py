@@ -49,7 +49,13 @@ async def in_thread(
     await turns.acquire()
     called.set_running_or_notify_cancel()
     ended = asyncio.wrap_future(called)
-    ended.add_done_callback(lambda _: turns.release())
+
+    def free(done: asyncio.Future[Result]) -> None:
+        turns.release()
+        if not done.cancelled():
+            done.exception()  # looked at, also where nobody waits for it any more
+
+    ended.add_done_callback(free)
     Thread(target=call, name="question", daemon=True).start()
     return await asyncio.shield(ended)
 

@@ -22,6 +22,7 @@ from api import logs
 from speech.whisper import Segment
 from web.presence import Presence
 from web.temporary import MADE, UPLOADS, own_folder
+from workers import Cancelled
 
 
 class Ears:
@@ -30,13 +31,13 @@ class Ears:
     def __init__(self) -> None:
         self.heard = self.begun = self.ended = 0
 
-    def transcribe(self, *_: object, **settings: object) -> Iterator[Segment]:
+    def transcribe(self, *settings: object) -> Iterator[Segment]:
         self.begun += 1
-        cancelled = settings.get("cancelled", lambda: False)
+        *_, cancelled = settings
         try:
             for second in range(100_000):
                 if cancelled():
-                    return
+                    raise Cancelled
                 self.heard += 1
                 time.sleep(0.005)
                 yield Segment(second, second + 1, "word", "en")

@@ -25,6 +25,7 @@ from web.conversation_store import ConversationStore
 from web.errors import RequestError, UploadError
 from web.settings import Settings
 from web.uploads import is_recording, read_picture
+from workers import Cancelled
 
 LOOK_SECONDS = 0.05  # how often one who waits for his turn looks whether he is stopped
 LISTENED_TO = 4  # recordings at once; Whisper's windows take turns
@@ -103,14 +104,15 @@ class Talk:
             raise RequestError("no_speech_model")
         found_words = False
         with self._ears(window) as stopped:
-            audio = read_audio(path)
-            for segment in self.speech().transcribe(
-                audio, settings.spoken, settings.translate, settings.denoise
-            ):
-                if stopped():
-                    raise RequestError("not_heard")
-                found_words = found_words or bool(segment.text.strip())
-                yield segment
+            try:
+                audio = read_audio(path, stopped)
+                for segment in self.speech().transcribe(
+                    audio, settings.spoken, settings.translate, settings.denoise, stopped
+                ):
+                    found_words = found_words or bool(segment.text.strip())
+                    yield segment
+            except Cancelled:
+                raise RequestError("not_heard") from None
         if not found_words:
             raise NoSpeech
 
