@@ -15,10 +15,10 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from api import chat, responses_reply
+from api import chat, responses_reply, spoken, transcriptions
 from api.asking import Parse
 from api.errors import ApiError, bad, shutting_down
-from api.forms import Limits
+from api.forms import MIB, Limits
 from api.guards import Beside, Budget, Intake, KeyGuard, Reporting, Taken
 from api.json_output import JsonOutput
 from api.measures import MEDIA_TYPE, Measures
@@ -26,24 +26,27 @@ from api.origins import Allowed, OriginGuard
 from api.places import KINDS, Kind, Place, Places
 from api.requests import ChatRequest
 from api.responses import AsciiJSON
+from api.senses import Listen
+from api.spoken import SPEECH, Speak
 from api.stream import in_thread, pieces_of
+from api.transcriptions import TRANSCRIPTIONS, TRANSLATIONS, Transcribe
 from assistant.answer import Answer
 from assistant.assistant import Assistant, ContextExceeded
 from errors import PhiSightError
 from workers import never
 
 MODELS, HEALTH, METRICS = "/v1/models", "/health", "/metrics"
-ROUTES = (chat.CHAT, responses_reply.RESPONSES, MODELS, HEALTH, METRICS)
+ASKED = (chat.CHAT, responses_reply.RESPONSES)
+ROUTES = (*ASKED, TRANSCRIPTIONS, TRANSLATIONS, SPEECH, MODELS, HEALTH, METRICS)
 READ = ["GET", "HEAD"]
 BODIES = 8  # full-size bodies that may be held at once
 ARRIVING = 256  # requests whose bodies are being sent or read
 # How much of each kind of work is done at once; each takes memory by its file. A recording is heard
 # window by window, and windows of several take turns.
 AT_ONCE: dict[Kind, int] = {"arriving": 4, "ears": 4, "eyes": 1, "voice": 1}
-Listen = Callable[[bytes, Callable[[], bool]], str]
-"""Writes down the speech of a recording, until the second one says that nobody waits for it."""
 Result = TypeVar("Result")
 Given = ParamSpec("Given")
+PARTS = (chat, responses_reply, transcriptions, spoken)
 router = APIRouter()
 
 
@@ -58,6 +61,8 @@ class Api(FastAPI):
         allowed: Allowed = Allowed(),
         name: str | None = None,
         listen: Listen | None = None,
+        transcribe: Transcribe | None = None,
+        speak: Speak | None = None,
         limits: Limits = Limits(),
         max_requests: int = 80,
         rest: ASGIApp | None = None,
@@ -65,8 +70,8 @@ class Api(FastAPI):
         """
         Args: `key`: what every request but /health has to bring, if not empty; `allowed`: to which
         hosts, and from pages of which origins; `name`: the model's, else that of its run; `listen`:
-        writes down the speech of a recording, and raises PhiSightError; `max_requests`: how many
-        may hold a place of each kind at once.
+        writes down the speech of a question, and raises PhiSightError; `transcribe` and `speak`:
+        what the routes of sound do; `max_requests`: how many may hold a place of each kind at once.
         """
         super().__init__(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
         self.assistant = assistant
@@ -80,7 +85,7 @@ class Api(FastAPI):
             parts.base.tokenizer, parts.base.model.config.vocab_size, assistant.stop_ids
         )
         self.name = name or Path(assistant.source).parent.name
-        self.listen = listen
+        self.listen, self.transcribe, self.speak = listen, transcribe, speak
         self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": ARRIVING})
         self.measures, self.budget = Measures(self.places), Budget(limits.body_bytes * BODIES)
         self.created = int(time.time())
@@ -88,7 +93,7 @@ class Api(FastAPI):
         self.closing = False
         self.schemas = asyncio.Semaphore(1)  # compiled at once
         self.turns = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
-        for routes in (chat.router, responses_reply.router, router):
+        for routes in (*(part.router for part in PARTS), router):
             self.include_router(routes)
         self.add_exception_handler(HTTPException, pass_on)
         # A request meets the one that is added last first.
@@ -222,8 +227,12 @@ class Api(FastAPI):
 
 def taken_at(limits: Limits) -> dict[str, Taken]:
     """What is taken in at every path that reads a body."""
-    text = Taken(limits.body_bytes, "text")
-    return {chat.CHAT: text, responses_reply.RESPONSES: text}
+    sound = Taken(limits.body_bytes, "ears", (b"multipart/form-data",))
+    return {
+        **dict.fromkeys(ASKED, Taken(limits.body_bytes, "text")),
+        **dict.fromkeys((TRANSCRIPTIONS, TRANSLATIONS), sound),
+        SPEECH: Taken(min(MIB, limits.body_bytes), "voice"),
+    }
 
 
 async def pass_on(request: Request, failure: Exception) -> Response:

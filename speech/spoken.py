@@ -30,6 +30,21 @@ def loaded_once(name: str, device: str = "cpu") -> Callable[[], Speech] | None:
     return load if name else None
 
 
+def voices_loaded_once(name: str) -> Callable[[str], Voice] | None:
+    """What gives the voice called `name` for a language, loaded when it is first needed, from any
+    thread; None for an empty name."""
+    loaded: dict[str, Voice] = {}
+    lock = threading.Lock()
+
+    def load(language: str) -> Voice:
+        with lock:
+            if language not in loaded:
+                loaded[language] = Voice.load(name, language)
+            return loaded[language]
+
+    return load if name else None
+
+
 def listener(
     options: argparse.Namespace,
     preset: str,
