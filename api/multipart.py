@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -9,6 +10,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from api.errors import ApiError, bad
 
+# A client is told what is wrong with its form; the log is not.
+SILENT = logging.Logger("multipart", logging.CRITICAL + 1)
 MOST_PARTS = 100
 LONGEST_HEADERS = 8192  # bytes of a part's
 
@@ -30,6 +33,7 @@ def parse_multipart(body: bytes, content_type: bytes) -> list[FormPart]:
     collected = _Parts()
     try:
         parser = MultipartParser(boundary, collected.callbacks())  # type: ignore[arg-type]
+        parser.logger = SILENT
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
