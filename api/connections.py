@@ -41,7 +41,8 @@ class Patience:
     head_seconds: float = 10.0
     """in which a request's head has to have arrived"""
     body_seconds: float = 20.0
-    """and its body: so many seconds, and one more for every `bytes_a_second` that have come"""
+    """and its body: so many seconds, and one more for every `bytes_a_second` that come, but never
+    more than so many from now on"""
     bytes_a_second: float = 8192.0
     left_seconds: float = 2.0
     """in which what is still being sent is read and thrown away, when the answer has been given"""
@@ -163,7 +164,11 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self._body_deadline += len(data) / self.patience.bytes_a_second
+        # What has come fast buys no long silence.
+        self._body_deadline = min(
+            self._body_deadline + len(data) / self.patience.bytes_a_second,
+            self.loop.time() + self.patience.body_seconds,
+        )
         super().data_received(data)
         self._watch()
 

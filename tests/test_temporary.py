@@ -47,10 +47,13 @@ def test_what_killed_servers_left_goes_and_what_living_ones_use_stays(tmp_path):
     living = folder_of_a_server(tmp_path, "living")
     begins = folder_of_a_server(tmp_path, "begins", with_lock=False)
     never_began = folder_of_a_server(tmp_path, "never", with_lock=False)
-    former = folder_of_a_server(tmp_path, "uploads-abc", with_lock=False)
+    former, others = tmp_path / "phisight-uploads-abc", tmp_path / "phisight-tests-abc"
+    for folder in (former, others):
+        folder.mkdir()
+        (folder / "file").touch()
     for path in (*never_began.rglob("*"), never_began):
         aged(path, time.time() - 120)
-    for path in (*former.rglob("*"), former):
+    for path in (*former.rglob("*"), former, *others.rglob("*"), others):
         aged(path)
     elsewhere = tmp_path / "other"
     elsewhere.mkdir()
@@ -61,6 +64,7 @@ def test_what_killed_servers_left_goes_and_what_living_ones_use_stays(tmp_path):
         sweep_dead(tmp_path)
     assert not (dead.exists() or never_began.exists() or former.exists())
     assert (living / "uploads" / "picture.png").exists() and begins.exists()
+    assert (others / "file").exists()  # no folder of a server's
     assert elsewhere.exists() and (tmp_path / f"{PREFIX}link").is_symlink()
 
 

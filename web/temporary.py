@@ -24,10 +24,11 @@ from typing import IO
 from api.logs import once
 from errors import PhiSightError
 
-PREFIX = "phisight-"
+PREFIX = "phisight-server-"
+FORMER = ("phisight-uploads-", "phisight-examples-")  # of former versions, which had no lock
 LOCK = ".lock"
 YOUNG_SECONDS = 60.0  # a folder that has no lock yet may be about to get one
-FORMER_SECONDS = 2 * 24 * 3600.0  # folders of former versions have no lock at all
+FORMER_SECONDS = 2 * 24 * 3600.0  # nobody has touched them for so long: their server has ended
 KEPT_SECONDS = 24 * 3600.0  # a file that nobody touched for so long is removed
 SWEPT_EVERY = 600.0  # seconds
 CUT_OFF_SECONDS = 3600.0  # an upload under way has no part that is older
@@ -63,9 +64,9 @@ def own_folder() -> Path:
 
 
 def sweep_dead(root: Path) -> None:
-    """Remove the folders below `root` whose processes have ended. A folder of another user's, a
-    link, and one whose process lives are left."""
-    for folder in root.glob(f"{PREFIX}*"):
+    """Remove the folders below `root` whose servers have ended. A folder of another user's, a link,
+    one whose server lives, and what bears another name are left."""
+    for folder in (path for prefix in (PREFIX, *FORMER) for path in root.glob(f"{prefix}*")):
         try:
             status = folder.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
@@ -73,9 +74,7 @@ def sweep_dead(root: Path) -> None:
             try:
                 lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
             except FileNotFoundError:
-                name = folder.name.removeprefix(PREFIX)
-                former = name.startswith(("uploads-", "examples-"))
-                age = FORMER_SECONDS if former else YOUNG_SECONDS
+                age = YOUNG_SECONDS if folder.name.startswith(PREFIX) else FORMER_SECONDS
                 if time.time() - newest(folder) > age:
                     shutil.rmtree(folder, ignore_errors=True)
                 continue
