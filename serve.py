@@ -1,4 +1,4 @@
-"""Serve a trained model to programs that speak OpenAI's chat API.
+"""Serve a trained model to programs that speak OpenAI's API.
 
 python serve.py --port 8000                             # http://127.0.0.1:8000/v1
 PHISIGHT_API_KEY=... python serve.py --host 0.0.0.0     # other machines need the key
