@@ -33,6 +33,7 @@ from api.transcriptions import TRANSCRIPTIONS, TRANSLATIONS, Transcribe
 from assistant.answer import Answer
 from assistant.assistant import Assistant, ContextExceeded
 from errors import PhiSightError
+from speech.whisper import TooLong
 from workers import never
 
 MODELS, HEALTH, METRICS = "/v1/models", "/health", "/metrics"
@@ -179,8 +180,23 @@ class Api(FastAPI):
         for sound in question.sounds:
             if self.listen is None:
                 raise bad(sound.where, "this server does not listen; send text")
+
+            def fits(text: str) -> bool:
+                so_far = heard | {sound.where: text}
+                return self.assistant.has_room(
+                    question.conversation(lambda other: so_far.get(other.where, ""))
+                )
+
             try:
-                heard[sound.where] = self.listen(sound.data, cancelled)
+                heard[sound.where] = self.listen(sound.data, cancelled, fits)
+            except TooLong as error:
+                reason = (
+                    f"this model's maximum context length is {self.limits.context_tokens} tokens,"
+                    f" and the first {error.seconds / 60:.1f} minutes of {sound.where} fill it, the"
+                    " rest was not heard; send a shorter part, or have it written down by"
+                    f" {TRANSCRIPTIONS}"
+                )
+                raise bad(question.name, reason, "context_length_exceeded") from error
             except PhiSightError as error:
                 raise bad(sound.where, str(error), "invalid_audio") from error
         return self.answer_to(question, heard, cancelled)

@@ -18,8 +18,9 @@ from speech.spoken import voices_loaded_once
 from speech.voice import PROGRAM
 from speech.whisper import Speech
 
-Listen = Callable[[bytes, Callable[[], bool]], str]
-"""Writes down the speech of a recording, until the second one says that nobody waits for it."""
+Listen = Callable[[bytes, Callable[[], bool], Callable[[str], bool]], str]
+"""Writes down the speech of a recording, until the second one says that nobody waits for it, or the
+third one that what is written down so far is too long."""
 Loaded = TypeVar("Loaded")
 
 
@@ -34,11 +35,11 @@ def available(load: Callable[[], Loaded], what: str) -> Loaded:
 
 
 def listening(load: Callable[[], Speech]) -> Listen:
-    """What writes down the speech of a question. Raises `PhiSightError`."""
+    """What writes down the speech of a question. Raises `PhiSightError`, such as `TooLong`."""
 
-    def listen(data: bytes, cancelled: Callable[[], bool]) -> str:
+    def listen(data: bytes, cancelled: Callable[[], bool], fits: Callable[[str], bool]) -> str:
         speech = available(load, "speech model")
-        return speech.text(read_audio(data, cancelled), cancelled=cancelled)
+        return speech.text(read_audio(data, cancelled), cancelled=cancelled, fits=fits)
 
     return listen
 

@@ -186,6 +186,11 @@ class Assistant:
             constraint=constraint,
         )
 
+    def has_room(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation leaves room for an answer."""
+        prompt = render(messages, self.parts.chat_format, add_generation_prompt=True).input_ids
+        return len(prompt) < self.context_tokens
+
     def start(self, answer: Answer) -> None:
         """Read and encode the pictures of an answer, and hand it to the engine; an answer that is
         remembered ends at once. May be called in any thread; returns early if it is cancelled.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy
 import openai
@@ -24,7 +24,7 @@ from api.spoken import KINDS, PCM_RATE, SpeechBody, spoken
 from api.transcriptions import Heard, parse_recording
 from speech.spoken import loaded_once
 from speech.subtitles import CUE_CHARACTERS, as_srt, as_vtt
-from speech.whisper import Segment
+from speech.whisper import Segment, write_down
 from workers import Cancelled
 
 QUESTION = "What colour is the star?"
@@ -239,6 +239,30 @@ def test_who_leaves_is_not_heard_to_the_end():
         connection.close()
         wait_until(lambda: not server.api.measures.in_flight)
         assert asked[0]()
+    assistant.close()
+
+
+def test_a_long_recording_asked_about_is_heard_until_the_context_is_full():
+    begun = []
+
+    def endless_speech() -> Iterator[Segment]:
+        for minute in range(1000):
+            begun.append(minute)
+            yield Segment(60 * minute, 60 * minute + 60, "word " * 100, "en")
+
+    def listen(data: bytes, cancelled: object, fits: Callable[[str], bool]) -> str:
+        return write_down(endless_speech(), fits)
+
+    assistant = assistant_of()
+    parts = [{"type": "input_audio", "input_audio": {"format": "mp3", "data": "AAAA"}}]
+    question = {"role": "user", "content": parts}
+    with live(assistant, listen=listen) as server:
+        with pytest.raises(openai.BadRequestError, match="minutes of messages.0") as raised:
+            server.client().chat.completions.create(model="tiny", messages=[question])
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
+    told = raised.value.message
+    assert f"{assistant.context_tokens} tokens" in told and "picture" not in told
+    assert 1 < len(begun) < 20 and f"first {len(begun)}.0 minutes" in told
     assistant.close()
 
 

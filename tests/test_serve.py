@@ -39,7 +39,7 @@ DESCRIBE = "Describe the picture in detail."
 LIMITS = Limits(body_bytes=200_000, picture_bytes=100_000, body_seconds=0.5, new_tokens=600)
 
 
-def listen(data: bytes, cancelled: Callable[[], bool]) -> str:
+def listen(data: bytes, cancelled: Callable[[], bool], fits: Callable[[str], bool]) -> str:
     """Stands for Whisper, which has tests of its own: a recording says what its bytes spell."""
     if not data:
         raise PhiSightError("recording: no speech heard; speak up")
@@ -498,7 +498,9 @@ class LongListener:
     def __init__(self) -> None:
         self.begun, self.heard, self.go_on = 0, [], threading.Event()
 
-    def __call__(self, data: bytes, cancelled: Callable[[], bool]) -> str:
+    def __call__(
+        self, data: bytes, cancelled: Callable[[], bool], fits: Callable[[str], bool]
+    ) -> str:
         self.begun += 1
         while not self.go_on.wait(0.005):
             if cancelled():
