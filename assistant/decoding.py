@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -172,8 +173,9 @@ class Decoding(Generic[AnyRow]):
         ])  # fmt: skip
         totals = [len(row.ids) for row in rows]
         hidden = self.decoder(embeddings, positions[None], lengths, caches, totals=totals)[0]
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        logits = self.model.language_model.lm_head(hidden[last[list(wanted)]]).float()
+        ends = list(accumulate(lengths))
+        last = torch.tensor([ends[i] - 1 for i in wanted], dtype=torch.long, device=self.device)
+        logits = self.model.language_model.lm_head(hidden[last]).float()
         # A slot for a picture that does not exist is nothing to say, however hot the sampling.
         logits[:, self.model.placeholder_id] = float("-inf")
         return logits

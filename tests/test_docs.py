@@ -74,6 +74,7 @@ NOT_RUN = {
     "python -m benchmarks.decode": MINUTES,
     "python -m benchmarks.assistant": MINUTES,
     "python -m benchmarks.serve_load": MINUTES,
+    "python -m benchmarks.mixed_load": MINUTES,
     "python -m benchmarks.full_shape": MINUTES,
 }
 SERVERS = ("app.py", "serve.py")
