@@ -103,15 +103,22 @@ class Assistant:
         )
         torch.set_num_threads(config.threads or torch.get_num_threads())
         parts = assemble(config)
-        for what, saved, found in (
-            ("base", checkpoint.config["base_fingerprint"], parts.base.fingerprint),
-            ("CLIP", checkpoint.config["vision_fingerprint"], parts.vision.key),
+        for what, named, saved, found in (
+            (
+                "base",
+                f"{config.base}; name the right one with --base",
+                checkpoint.config["base_fingerprint"],
+                parts.base.fingerprint,
+            ),
+            (
+                "CLIP",
+                f"{config.vision}; name the right one with --vision",
+                checkpoint.config["vision_fingerprint"],
+                parts.vision.key,
+            ),
         ):
             if saved != found:
-                raise PhiSightError(
-                    f"{where}: was trained on another {what} than {config.base} and"
-                    f" {config.vision}; name the right one with --base or --vision"
-                )
+                raise PhiSightError(f"{where}: was trained on another {what} than {named}")
         load_model_state(parts.model, checkpoint.state)
         return cls(parts, config, where, cache, max_rows, queue_limit, content_filter)
 
@@ -166,6 +173,11 @@ class Assistant:
                 (name, given.get(name)) for name in Conversation("chat", tuple(messages)).images
             ],
         )
+
+    def has_room(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation leaves room for an answer."""
+        prompt = render(messages, self.parts.chat_format, add_generation_prompt=True).input_ids
+        return len(prompt) < self.parts.base.model.config.max_position_embeddings
 
     def start(self, answer: Answer) -> None:
         """Read and encode the pictures of an answer, and hand it to the engine; an answer that is
