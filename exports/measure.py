@@ -89,7 +89,11 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
         config.features, parts.vision.key, parts.vision.shape, config.feature_storage
     )
     data = prepare(
-        config, parts.chat_format, store, lambda: VisionTower(parts.vision, parts.device)
+        config,
+        parts.chat_format,
+        store,
+        lambda: VisionTower(parts.vision, parts.device),
+        positions=parts.base.model.config.max_position_embeddings,
     )
     samples = [sample for sample in data.validation if sample.images]
     if not samples:

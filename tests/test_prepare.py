@@ -40,6 +40,8 @@ def record(picture: str | None, question: str = "What colour is it?", turns: int
 class Workspace:
     """A data file and a picture folder to write and to break."""
 
+    positions = 2048  # of a base that is not there
+
     def __init__(self, folder, chat_format: ChatFormat) -> None:
         self.folder, self.chat_format = folder, chat_format
         (folder / "images").mkdir()
@@ -72,6 +74,7 @@ class Workspace:
             self.chat_format,
             self.store,
             lambda: lambda pictures: torch.zeros(len(pictures), TOKENS, 2),
+            positions=self.positions,
         )
 
 
@@ -245,7 +248,7 @@ def test_a_file_that_changes_while_it_is_in_use_is_an_error(workspace):
         path.write_text(whole)
         store = FeatureStore(workspace.folder / str(number), "fake", (TOKENS, 2))
         with pytest.raises(PhiSightError, match="was changed while it was in use; run again"):
-            prepare(config, workspace.chat_format, store, extract)
+            prepare(config, workspace.chat_format, store, extract, positions=2048)
 
 
 def test_evenly_spaced():
