@@ -246,6 +246,19 @@ def render_to_limit(
     return draft.closed_by(chat_format.end_of_text_id), turns - kept_turns
 
 
+def too_many_pictures(messages: Sequence[Message], chat_format: ChatFormat, limits: Limits) -> str:
+    """Why a conversation cannot be used whose first turn is too long by its pictures alone; empty
+    for any other, of which nothing is tokenised."""
+    pictures = 0
+    for message in messages:
+        pictures += sum(part.kind == "image" for part in message.parts)
+        if message.role == "assistant":
+            break
+    if limits.hold(0, pictures * chat_format.tokens_per_image):
+        return ""
+    return limits.reason(*_first_turn_length(messages, chat_format))
+
+
 def _first_turn_length(messages: Sequence[Message], chat_format: ChatFormat) -> tuple[int, ...]:
     """Tokens of text, pictures, and all tokens up to the first answer, and `<|endoftext|>`."""
     text_tokens, pictures = 1, 0

@@ -38,6 +38,7 @@ from data.stream import NotJson, kind_of, read_lines, read_records
 from errors import PhiSightError
 from files import whole_file
 
+KIND_LENGTH = 60
 ID_SHOWN = 100  # characters of an id in a report
 Role = Literal["user", "assistant", "system"]
 ROLES: dict[str, Role] = {
@@ -241,14 +242,16 @@ def _parse_turn(turn: object, what: str, role_key: str, text_key: str) -> _Turn:
         )
     text = turn[text_key]
     as_it_is = isinstance(text, str) and not any(kind == "image" for kind, _ in pieces)
-    return _Turn(role, pieces, said is not False, text if as_it_is else pieces)
+    learnt = role != "assistant" or said is not False
+    return _Turn(role, pieces, learnt, text if as_it_is else pieces)
 
 
 def _with_system(turns: list[_Turn], text: str) -> list[_Turn]:
     """The turns with the system message that stands beside them, unless it is among them too."""
+    beside = _parse_turn({"role": "system", "content": text}, "its system text", "role", "content")
     if turns[0].role != "system":
-        return [_Turn("system", [("text", text)], True, text), *turns]
-    if turns[0].pieces != [("text", text)]:
+        return [beside, *turns]
+    if turns[0].pieces != beside.pieces:
         raise BadRecord("it has a system message beside the turns and another one among them")
     return turns
 
@@ -343,7 +346,7 @@ def load_questions(path: str | Path) -> list[Question]:
         try:
             question = _parse_question(record)
             if question.id in seen:
-                raise BadRecord(f"the question_id {question.id} occurs twice")
+                raise BadRecord(f"the question_id {question.id[:ID_SHOWN]} occurs twice")
         except BadRecord as error:
             raise PhiSightError(f"{where}: {error}; mend or remove the line") from None
         seen.add(question.id)
@@ -365,6 +368,8 @@ def _parse_question(record: object) -> Question:
         if not isinstance(value, str) or (key != "kind" and not value.strip()):
             raise BadRecord(f"`{key}` is {kind_of(value)}, not text")
         texts[key] = checked_text(value.strip(), key)
+    if not texts["kind"].isprintable() or len(texts["kind"]) > KIND_LENGTH:  # a row of a table
+        raise BadRecord(f"`kind` is not one line of at most {KIND_LENGTH} characters")
     image = picture_name(record.get("image"))
     identity = checked_text(str(identity), "question_id")
     return Question(identity, image, texts["text"], texts["label"], texts["kind"])

@@ -14,7 +14,14 @@ from itertools import chain
 from pathlib import Path
 
 from config import Config, need_file
-from data.chat import ChatFormat, Limits, RenderedSample, first_exchange, render_to_limit
+from data.chat import (
+    ChatFormat,
+    Limits,
+    RenderedSample,
+    first_exchange,
+    render_to_limit,
+    too_many_pictures,
+)
 from data.dataset import ID_SHOWN, Conversation, Quarantined, read_conversations
 from data.features import Extract, FeatureStore
 from data.packed import PackedSamples
@@ -58,14 +65,19 @@ def prepare(
     """
     path = need_file(config.data, "--data", DATA_REMEDY)
     quarantined: list[Quarantined] = []
-    everything = _outlines(path, quarantined, config.strict)
+    limits = Limits(config.max_text_tokens, config.row_tokens, positions)
+    everything = _outlines(path, quarantined, config.strict, chat_format, limits)
     outlines = take_fraction(everything, config.data_fraction, config.seed)
+    # Before the split, in which such a record would tie all of its pictures to one side.
+    outlines, too_long = _without(outlines, "conversation", lambda outline: outline.reason)
     if any(c.images for c in outlines) and not Path(config.images).is_dir():
         raise PhiSightError(f"{config.images or '--images'}: no such folder; give --images FOLDER")
     names = sorted({name for c in outlines for name in c.images})
     bad = store.add(names, Path(config.images), extract)
-    outlines, unusable = _without(outlines, bad)
-    quarantined += unusable
+    outlines, unusable = _without(
+        outlines, "picture", lambda c: next((bad[name] for name in c.images if name in bad), "")
+    )
+    quarantined += too_long + unusable
     _stop_if_strict(config, quarantined)
     if not outlines:
         raise _nothing_left(config, "train", quarantined)
@@ -76,7 +88,6 @@ def prepare(
         store.hash_of if config.split_by == "content" else None,
     )
     asked = evenly_spaced(validation, config.evaluation_conversations)
-    limits = Limits(config.max_text_tokens, config.row_tokens, positions)
     rendered_train, rendered_validation, first_exchanges = _render(
         path, everything, train, validation, asked, chat_format, limits
     )
@@ -146,11 +157,22 @@ def _render(
     return rendered_train, rendered_validation, first_exchanges
 
 
-def _outlines(path: Path, quarantined: list[Quarantined], strict: bool) -> list[Outline]:
+def _outlines(
+    path: Path,
+    quarantined: list[Quarantined],
+    strict: bool,
+    chat_format: ChatFormat,
+    limits: Limits,
+) -> list[Outline]:
     """All good conversations without their text, which is read again when it is rendered."""
     names: dict[str, str] = {}  # conversations share pictures: each name is held once
     return [
-        Outline(number, conversation.id, tuple(names.setdefault(n, n) for n in conversation.images))
+        Outline(
+            number,
+            conversation.id,
+            tuple(names.setdefault(n, n) for n in conversation.images),
+            too_many_pictures(conversation.messages, chat_format, limits),
+        )
         for number, conversation in enumerate(read_conversations(path, quarantined, strict))
     ]
 
@@ -199,15 +221,15 @@ def evenly_spaced(items: Sequence, count: int) -> list:
 
 
 def _without(
-    conversations: Sequence[Outline], bad: dict[str, str]
+    outlines: Sequence[Outline], where: str, reason_of: Callable[[Outline], str]
 ) -> tuple[list[Outline], list[Quarantined]]:
+    """Those without a reason against them, and the others, set aside."""
     good, set_aside = [], []
-    for conversation in conversations:
-        reason = next((bad[name] for name in conversation.images if name in bad), None)
-        if reason is None:
-            good.append(conversation)
+    for outline in outlines:
+        if reason := reason_of(outline):
+            set_aside.append(Quarantined(where, outline.id[:ID_SHOWN], reason))
         else:
-            set_aside.append(Quarantined("picture", conversation.id[:ID_SHOWN], reason))
+            good.append(outline)
     return good, set_aside
 
 

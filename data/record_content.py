@@ -136,11 +136,13 @@ def _part_pieces(part: object, what: str) -> Iterator[Piece]:
         shown = named(kind) if isinstance(kind, str) else kind_of(kind)
         raise BadRecord(f"{what} is of the type {shown}; only text and image are read", NOT_DONE)
     if kind in TEXT_TYPES:
-        if names or not isinstance(text, str):
-            raise BadRecord(f"{what}: `text` is {kind_of(text)}, and it is of the type {kind}")
+        if names:
+            raise BadRecord(f"{what} is of the type {kind} and names a picture")
+        if not isinstance(text, str):
+            raise BadRecord(f"{what}: `text` is {kind_of(text)}, not text")
         yield from _cut(checked_text(text, f"text of {what}"))
     elif len(names) > 1 or text not in (None, ""):
-        raise BadRecord(f"{what} is of the type {kind} and holds more than one picture")
+        raise BadRecord(f"{what} holds more than one picture; give each thing a part of its own")
     elif names:
         name = names[0]
         yield "image", picture_name(name.get("url") if isinstance(name, dict) else name)

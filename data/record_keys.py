@@ -26,6 +26,7 @@ FAULTS = (UNLIKE_PICTURES, UNSUPERVISED, NOT_DONE, MALFORMED)
 FORMS = (("conversations", "from", "value"), ("messages", "role", "content"))
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # beside the turns
 PICTURE_KEYS = ("image", "images")  # of a record or of a turn
+ORDINARY = {"id", *PICTURE_KEYS, *(key for form in FORMS for key in form)}
 RECORD_KEYS = {"id", *PICTURE_KEYS, *SYSTEM_KEYS, *(form[0] for form in FORMS)}
 PART_KEYS = {"type", "text", "image", "image_url", "path", "url", "index"}
 
@@ -34,12 +35,12 @@ LEARN_KEYS = {
     *("loss", "loss_weight", "loss_scale", "loss_mask", "compute_loss", "weight", "sample_weight"),
     *("train", "training", "trainable", "is_trainable", "learn", "supervised"),
 }
-# true: do not learn from it. A number is refused: 0 is "out of the loss" to some, "shown" to others
+# true: do not learn from it. A number is refused: 0 may be "out of the loss" or "not masked".
 MASK_KEYS = {"mask", "masked", "mask_loss", "ignore", "ignored", "ignore_loss", "skip_loss"}
 # Unknown keys of a turn that speak of the same: what they say cannot be known.
 OF_LEARNING = re.compile(
-    r"(?:^|_)(?:loss|weight|mask|ignore)(?:e?s|ed)?(?:_|$)"
-    r"|(?:^|_)(?:train|training|trainable|learn|learned|learnt|supervised?|supervision)(?:_|$)"
+    r"(?:^|_)(?:loss|losses|weights?|mask|masks|masked|ignored?|skip|skipped|excluded?|train|trained"
+    r"|training|trainable|learn|learned|learnt|supervised?|supervision|grad|gradient)(?:_|$)"
 )
 # NeMo's `mask` names the speaker whose words are not learnt, which is what is done anyway.
 ASKERS = ("user", "human")
@@ -50,9 +51,14 @@ MEDIA = re.compile(
     rf"|attachment)s?{HOLDER}"
 )
 PICTURES_ELSEWHERE = re.compile(rf"(?:input_)?(?:image|img|picture|photo|pic)s?{HOLDER}")
+MORE_PICTURES = re.compile(r"(?:image|img|picture|photo|pic)s?_?\d+")  # image_2
+MEDIA_FILE = re.compile(
+    r"\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg|m4a)$", re.I
+)
 # What belongs to a conversation and has no place in the chats of this model.
 TOOLS = {"tools", "functions", "tool_calls", "function_call", "tool_call_id", "documents"}
 THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # of a turn
+INNER_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 EMPTY_TEXTS = ("", "[]", "{}", "null", "none")
 
 
@@ -89,19 +95,35 @@ def check_keys(
     if isinstance(fields, RepeatedKeys):
         raise BadRecord(f"{what} has {named(fields.repeated)} twice; keep one of them")
     for key, value in fields.items():
+        if key in ORDINARY:
+            continue
+        if key in ("label", "kto_tag") and value is False:  # of a preference: what to avoid
+            raise BadRecord(f"{what} has `{key}` false: its answer is a bad one", NOT_DONE)
         if _is_empty(value):
             continue
-        name = key.strip().lower()
+        name = plain(key)
         if name in TOOLS or name in THOUGHTS and not is_record:
             raise BadRecord(f"{what} has {named(key)}, which cannot be trained", NOT_DONE)
         if not isinstance(value, (str, list, dict)):
             continue
         if MEDIA.fullmatch(name):
             raise BadRecord(f"{what} has {named(key)}: only pictures and text are read", NOT_DONE)
-        if key not in PICTURE_KEYS and not has_pictures and PICTURES_ELSEWHERE.fullmatch(name):
+        elsewhere = PICTURES_ELSEWHERE.fullmatch(name) or _names_media(value)
+        if MORE_PICTURES.fullmatch(name) or not has_pictures and elsewhere:
             raise BadRecord(
                 f"{what} has {named(key)}, where no picture is looked for; call it `image`"
             )
+
+
+def plain(key: str) -> str:
+    """`lossWeight`, `Loss-weight` -> `loss_weight`."""
+    return INNER_CAPITAL.sub("_", key.strip()).lower().replace("-", "_")
+
+
+def _names_media(value: object) -> bool:
+    """Whether a value is the name of a picture, a film or a recording, or a list of such."""
+    first = value[0] if isinstance(value, list) else value
+    return isinstance(first, str) and bool(MEDIA_FILE.search(first[-8:]))
 
 
 def _is_empty(value: object) -> bool:
@@ -117,8 +139,10 @@ def says_learn(fields: Mapping[str, Any], what: str, is_record: bool = False) ->
     """
     said: dict[bool, str] = {}
     for key, value in fields.items():
-        name = key.strip().lower()
-        if value is None or is_record and name == "mask" and _names_askers(value):
+        if value is None or key in ORDINARY:
+            continue
+        name = plain(key)
+        if is_record and name == "mask" and _names_askers(value):
             continue
         if name in LEARN_KEYS and value in (True, False):  # 1 and 0 as well
             said[bool(value)] = key
@@ -160,11 +184,8 @@ def _shown(value: object) -> str:
 
 def check_record_is_learnt(record: Mapping[str, Any]) -> None:
     """Raise BadRecord where the record as a whole is not to be learnt from."""
-    for key in ("label", "kto_tag"):  # of a preference: a bad answer, told apart by this key alone
-        if record.get(key) is False:
-            raise BadRecord(f"`{key}` is false: its answer is one to avoid", NOT_DONE)
     if says_learn(record, "the record", is_record=True) is False:
-        raise BadRecord("it says that nothing of it is to be learnt", UNSUPERVISED)
+        raise BadRecord("it says itself that it is not to be learnt", UNSUPERVISED)
 
 
 def system_text(record: Mapping[str, Any]) -> str:
@@ -189,15 +210,14 @@ def unread_keys(record: object) -> Iterator[str]:
     if not isinstance(record, dict):
         return
     learning = LEARN_KEYS | MASK_KEYS
-    yield from (key for key in record if key not in RECORD_KEYS and key.lower() not in learning)
+    yield from (key for key in record if key not in RECORD_KEYS and plain(key) not in learning)
     for list_key, role_key, text_key in FORMS:
         turns = record.get(list_key)
         for turn in turns if isinstance(turns, list) else ():
             if not isinstance(turn, dict):
                 continue
             for key in turn:
-                read = key in (role_key, text_key, *PICTURE_KEYS) or key.lower() in learning
-                if not read:
+                if key not in (role_key, text_key, *PICTURE_KEYS) and plain(key) not in learning:
                     yield f"turn: {key}"
             parts = turn.get(text_key)
             for part in parts if isinstance(parts, list) else ():

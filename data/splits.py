@@ -35,6 +35,8 @@ class Outline:
     number: int
     id: str
     images: tuple[str, ...]
+    reason: str = ""
+    """why it cannot be used, where that is known without its text"""
 
 
 def split_by_image(

@@ -97,9 +97,12 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
     )
     samples = [sample for sample in data.validation if sample.images]
     if not samples:
+        remedy = "give data with pictures with --data"
+        if not config.validation_fraction:
+            remedy = "the run has none: give a share of its data with --validation-fraction"
         raise PhiSightError(
             f"{config.data}: no validation conversation has a picture, so nothing can be measured;"
-            " give data with pictures with --data"
+            f" {remedy}"
         )
     if config.held_out_questions:
         path = need_file(config.held_out_questions, "--held-out-questions", DATA_REMEDY)
