@@ -39,8 +39,8 @@ LEARN_KEYS = {
 MASK_KEYS = {"mask", "masked", "mask_loss", "ignore", "ignored", "ignore_loss", "skip_loss"}
 # Unknown keys of a turn that speak of the same: what they say cannot be known.
 OF_LEARNING = re.compile(
-    r"(?:^|_)(?:loss|losses|weights?|mask|masks|masked|ignored?|skip|skipped|excluded?|train|trained"
-    r"|training|trainable|learn|learned|learnt|supervised?|supervision|grad|gradient)(?:_|$)"
+    r"(?:^|_)(?:loss|losses|weights?|mask|masks|masked|ignored?|skip|skipped|excluded?|grad"
+    r"|train|trained|training|trainable|learn|learned|learnt|supervised?|supervision)(?:_|$)"
 )
 # NeMo's `mask` names the speaker whose words are not learnt, which is what is done anyway.
 ASKERS = ("user", "human")
