@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
 def print_set_aside(entries: list[Quarantined]) -> None:
     """The first of them; where they stand, their ids and the reasons are of unknown origin."""
     for entry in entries[:SHOWN]:
-        where, reason = printable(entry.where), printable(entry.reason, REASON_SHOWN)
+        where, reason = (printable(text, REASON_SHOWN) for text in (entry.where, entry.reason))
         print(f"set aside: {where} (id {printable(entry.id) or '-'}): {reason}")
     if len(entries) > SHOWN:
         print(f"... and {len(entries) - SHOWN:,} more; --quarantine FILE writes all of them")
