@@ -359,10 +359,10 @@ def test_a_text_has_as_many_tokens_as_its_words(chat_format, text):
     assert TokenCounter(chat_format).text_tokens(text) == len(chat_format.encode_text(text))
 
 
-@given(st.lists(texts.filter(str.strip), min_size=2, max_size=2), st.integers(0, 2))
-def test_a_conversation_has_as_many_tokens_as_it_renders_to(chat_format, said, pictures):
+@given(st.lists(texts.filter(str.strip), min_size=2, max_size=2), st.integers(0, 2), st.booleans())
+def test_a_conversation_has_as_many_tokens_as_it_renders_to(chat_format, said, pictures, learnt):
     parts = (*[Part("image", "a.jpg")] * pictures, Part("text", said[0]), Part("text", said[0]))
-    messages = (Message("user", parts), Message("assistant", (Part("text", said[1]),)))
+    messages = (Message("user", parts), Message("assistant", (Part("text", said[1]),), learnt))
     sample = render(messages, chat_format)
     counted = TokenCounter(chat_format).count(messages)
     assert (counted.tokens, counted.supervised) == (len(sample.input_ids), sum(sample.supervised))
