@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,8 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    keys, marked = [key for key, _ in pairs], RepeatedKeys(found)
-    marked.repeated = next(key for key in found if keys.count(key) > 1)
+    marked, counts = RepeatedKeys(found), Counter(key for key, _ in pairs)
+    marked.repeated = next(key for key, count in counts.items() if count > 1)
     return marked
 
 

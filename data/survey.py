@@ -92,8 +92,12 @@ class Tally:
                 getattr(self, name).extend(value)
             else:
                 setattr(self, name, getattr(self, name) + value)
-        if len(self.unread) > KEYS_COUNTED:
-            rest = self.unread.most_common()[KEYS_COUNTED - 1 :]
+        self.bound_unread(KEYS_COUNTED)
+
+    def bound_unread(self, names: int) -> None:
+        """Keep so many names of keys, the most frequent; the others become one count."""
+        if len(self.unread) > names:
+            rest = self.unread.most_common()[names - 1 :]
             self.unread -= Counter(dict(rest))
             self.unread[OTHER_KEYS] += sum(count for _, count in rest)
 
@@ -244,6 +248,7 @@ def tally_records(
     tally = Tally(records=len(records))
     for where, record in records:
         tally.unread.update(key[:ID_SHOWN] for key in unread_keys(record))
+        tally.bound_unread(100 * KEYS_COUNTED)  # a single record may have a million
         result = conversation_or_fault(record)
         if isinstance(result, Conversation):
             _count(tally, where, result, bad, counter, limits)

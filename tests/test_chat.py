@@ -212,6 +212,10 @@ def test_a_first_exchange_is_what_the_renderer_gives_for_it(chat_format):
         start = 1 + (messages[0].role == "system")
         expected = render(messages[: start + 1], chat_format)
         assert first_exchange(render(messages, chat_format), chat_format) == expected
+    first, second, third, *rest = THREE_TURNS
+    unlearnt = (first, Message(second.role, second.parts, learnt=False), third, *rest)
+    expected = render(unlearnt[:4], chat_format)  # the first answer is only read
+    assert first_exchange(render(unlearnt, chat_format), chat_format) == expected
 
 
 def test_a_tokenizer_that_treats_the_first_stretch_alone_is_refused():

@@ -11,7 +11,9 @@ import runs
 
 import checkpoints
 import config as configs
+from assistant.assistant import Assistant
 from errors import PhiSightError
+from exports.measure import make_probe
 from reports.log import read_metrics
 
 WITHOUT_VALIDATION = runs.SHORT | {"validation_fraction": 0, "evaluate_steps": 1, "max_steps": 2}
@@ -65,6 +67,12 @@ def test_a_run_without_validation_trains_stops_and_goes_on(tmp_path, capsys):
     runs.start(part, "--stop-at-step=1", **WITHOUT_VALIDATION)
     runs.resume(part)
     assert checkpoints.diff(whole, part).identical
+
+    assistant = Assistant.load(whole)
+    with pytest.raises(PhiSightError, match="the run has none: .* with --validation-fraction"):
+        make_probe(assistant, greedy_answers=1)
+    assistant.config = configs.replace(assistant.config, validation_fraction=0.2)
+    assert make_probe(assistant, greedy_answers=1).facts["conversations"]
 
 
 def test_a_run_about_one_picture(tmp_path, capsys):
