@@ -119,15 +119,22 @@ class Assistant:
         )
         torch.set_num_threads(config.threads or torch.get_num_threads())
         parts = assemble(config)
-        for what, saved, found in (
-            ("base", checkpoint.config["base_fingerprint"], parts.base.fingerprint),
-            ("CLIP", checkpoint.config["vision_fingerprint"], parts.vision.key),
+        for what, named, saved, found in (
+            (
+                "base",
+                f"{config.base}; name the right one with --base",
+                checkpoint.config["base_fingerprint"],
+                parts.base.fingerprint,
+            ),
+            (
+                "CLIP",
+                f"{config.vision}; name the right one with --vision",
+                checkpoint.config["vision_fingerprint"],
+                parts.vision.key,
+            ),
         ):
             if saved != found:
-                raise PhiSightError(
-                    f"{where}: was trained on another {what} than {config.base} and"
-                    f" {config.vision}; name the right one with --base or --vision"
-                )
+                raise PhiSightError(f"{where}: was trained on another {what} than {named}")
         load_model_state(parts.model, checkpoint.state)
         return cls(parts, config, where, cache, max_rows, queue_limit, content_filter, kv_bytes)
 

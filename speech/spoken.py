@@ -12,7 +12,7 @@ import numpy
 
 from errors import PhiSightError
 from speech.voice import Voice, write_wav
-from speech.whisper import NoSpeech, Speech
+from speech.whisper import Speech, write_down
 
 
 def loaded_once(name: str, device: str = "cpu") -> Callable[[], Speech] | None:
@@ -50,11 +50,12 @@ def listener(
     preset: str,
     device: str,
     show: Callable[[str], None] | None = None,
+    fits: Callable[[str], bool] | None = None,
 ) -> Callable[[numpy.ndarray], str]:
     """Audio as `read_audio` gives it -> what is said in it; the first one loads the model.
 
     `show` gets every piece as it is understood. The function raises `NoSpeech` where nothing is
-    said, `PhiSightError` where no model is named.
+    said, `TooLong` where the text does not pass `fits`, `PhiSightError` where no model is named.
     """
     load = loaded_once(options.speech or preset, device)
 
@@ -64,16 +65,8 @@ def listener(
                 "--speech: neither this flag nor the run names a Whisper; name one, such as base,"
                 " or a .pt file"
             )
-        said = []
-        for segment in load().transcribe(
-            audio, options.language, options.translate, options.denoise
-        ):
-            said.append(segment.text)
-            if show is not None:
-                show(segment.text)
-        if not said:
-            raise NoSpeech
-        return " ".join(said)
+        segments = load().transcribe(audio, options.language, options.translate, options.denoise)
+        return write_down(segments, fits, show)
 
     return listen
 
