@@ -126,6 +126,12 @@ def of_assistant(statistics: Mapping[str, float]) -> Iterator[str]:
         for cache in ("feature", "prefix")
     }
     yield family("cache_bytes", "gauge", "Memory that a cache holds.", held)
+    sizes = {
+        '{what="held"}': statistics["kv_bytes"],
+        '{what="reserved"}': statistics["kv_bytes_reserved"],
+    }
+    text = "Keys and values of the answers being read and decoded, now and at most."
+    yield family("kv_bytes", "gauge", text, sizes)
 
 
 def of_process() -> Iterator[str]:
