@@ -22,10 +22,13 @@ from assistant.text_stream import TextStream
 from data.chat import render
 from data.dataset import Conversation, Message
 from data.features import as_stored
-from data.images import decode_image, read_image_bytes
+from data.images import read_image_bytes
+from data.reading import fit_image
 from errors import PhiSightError
+from fitting import Fitted
 from model.build import Assembled, assemble, load_model_state
 from model.vision import VisionTower
+from workers import Cancelled
 
 FEATURE_BYTES = 256 * 2**20  # 430 pictures of CLIP L/14 at 336
 PREFIX_BYTES = 1024 * 2**20  # 2,600 tokens of Phi-3.5-mini in 16 bits
@@ -184,7 +187,7 @@ class Assistant:
             answer.end("failed", error)
             raise
 
-    def features(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def features(self, pictures: Sequence[Image.Image | Fitted]) -> Tensor:
         """(pictures, tokens, vision dim) float32, rounded as the feature store rounds them."""
         if not pictures:
             return torch.zeros(0, *self.parts.vision.shape)
@@ -245,7 +248,8 @@ class Assistant:
         off when it is cancelled."""
         keys: dict[str, str] = {}
         known: dict[str, Tensor] = {}
-        unseen: dict[str, Image.Image] = {}
+        unseen: dict[str, Image.Image | Fitted] = {}
+        fit = self.parts.vision.preparation.fit
         for name, content in answer.pictures:
             if answer.cancelled:
                 return
@@ -259,7 +263,10 @@ class Assistant:
             if features is not None:
                 known[key] = features
             elif isinstance(picture, bytes):
-                unseen[key] = decode_image(picture, name)
+                try:
+                    unseen[key] = fit_image(picture, name, fit, lambda: answer.cancelled)
+                except Cancelled:
+                    return
             else:
                 unseen[key] = picture.convert("RGB")
         order = list(unseen)

@@ -70,6 +70,7 @@ class Report:
             ("  missing", self.survey.missing, ""),
             ("  broken", len(bad) - self.survey.missing, ""),
             ("  copies of another", self.survey.copies, "the same bytes under another name"),
+            ("  not square", len(self.survey.cut_off), self.what_cropping_cuts()),
             ("repeated ids", tally.conversations - tally.distinct("ids"), ""),
             ("identical conversations", tally.conversations - tally.distinct("contents"), ""),
             ("tokens", tokens, ""),
@@ -86,6 +87,16 @@ class Report:
             *histogram(tally.lengths),
             *self.features_lines(),
         ]
+
+    def what_cropping_cuts(self) -> str:
+        """What `--picture-fit crop` loses of the pictures that are not square."""
+        shares = self.survey.cut_off
+        if not shares:
+            return ""
+        mean = sum(shares) / len(shares)
+        return (
+            f"--picture-fit crop cuts off {mean:.0%} of them on average, {max(shares):.0%} at most"
+        )
 
     def features_lines(self) -> list[str]:
         """What the feature store takes: disk, and time where a tower was measured."""
