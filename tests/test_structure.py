@@ -21,6 +21,7 @@ ORDER = (
     "workers",
     "fitting",
     "tensors",
+    "torch_files",
     "manifest",
     "data",
     "ops",
