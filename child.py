@@ -69,13 +69,10 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytearray:
 
 
 def _answer(request: dict[str, Any], data: bytearray) -> tuple[dict[str, Any], memoryview]:
-    """Call the function that a request names, within its limits."""
+    """The header of the reply to a request, and the raw bytes behind it."""
     nothing = memoryview(b"")
     try:
-        module, name = request["function"].split(":")
-        function = getattr(importlib.import_module(module), name)
-        _limit(request["cpu_seconds"], request["memory"])
-        value, result = function(data, **request["arguments"])
+        value, result = _within_limits(request, data)
         return {"value": value}, memoryview(result).cast("B")
     except PhiSightError as error:
         return {"refused": str(error)}, nothing
@@ -86,7 +83,18 @@ def _answer(request: dict[str, Any], data: bytearray) -> tuple[dict[str, Any], m
         return {"died": f"cannot be read ({reason})"}, nothing
     finally:
         sys.stderr.flush()
-        _set_limits(None, None)  # the next request has its own
+
+
+def _within_limits(request: dict[str, Any], data: bytearray) -> Result:
+    """What the function that a request names returns; without limits again, however that ends, so
+    that there is memory to say why."""
+    module, name = request["function"].split(":")
+    function = getattr(importlib.import_module(module), name)
+    _limit(request["cpu_seconds"], request["memory"])
+    try:
+        return function(data, **request["arguments"])
+    finally:
+        _set_limits(None, None)
 
 
 def _limit(cpu_seconds: int, memory: int) -> None:

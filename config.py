@@ -23,6 +23,7 @@ DEFAULT_PRESET = "tiny"
 LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 QUANTIZATIONS = ("nf4", "nf4-nested", "none")
 FEATURE_STORAGES = ("float16", "int8")
+PICTURE_FITS = ("pad", "crop")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -112,6 +113,15 @@ class Config:
         1,
         "average N x N patches into one token; 2 leaves 144 of the 576 of CLIP L/14 at 336",
         bounds=AT_LEAST_1,
+    )
+    picture_fit: str = _field(
+        # As LLaVA-1.5: what stands at the sides of a wide picture is seen. A square picture is the
+        # same either way.
+        "pad",
+        "how a picture that is not square fits the CLIP: padded to a square with the mean colour,"
+        " or its sides cut off",
+        choices=PICTURE_FITS,
+        old_checkpoints="crop",
     )
     feature_storage: str = _field(
         "float16",

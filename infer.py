@@ -25,7 +25,7 @@ from assistant.flags import (
     sampling_of,
 )
 from assistant.messages import user_message
-from data.images import load_image
+from data.reading import check_image_file
 from errors import PhiSightError, run_main
 from speech.flags import add_recording_flags
 
@@ -100,7 +100,7 @@ def answer_one(options: argparse.Namespace) -> int:
     if options.prompt is not None:
         user_message(options.prompt, options.image)
     for path in options.image:  # what cannot be used is told before the model is loaded
-        load_image(path)
+        check_image_file(path)
     audio, spoken = None, None
     if options.audio is not None or options.speak:
         from speech.recordings import read_audio

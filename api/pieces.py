@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Literal
-
-from PIL import Image
 
 from api.attachments import decode_base64, read_data_url
 from api.errors import ApiError, bad, too_large
 from api.forms import Limits, Role
 from data.dataset import Part
-from data.images import FORMATS
+from data.reading import claimed_size
+from errors import PhiSightError
 
 # As programs name them. A name is a hint: speech/recordings.py knows a recording by its bytes.
 SOUND_FORMATS = (
@@ -132,7 +130,7 @@ class Reader:
             )
             raise bad(self.name, reason, "context_length_exceeded")
         data = url.decode(name, self.limits.picture_bytes)
-        self.pixels += pixels_claimed(data)
+        self.pixels += pixels_claimed(data, name)
         if self.pixels > self.limits.pixels:
             size, limit = f"{self.pixels:,} pixels in all", f"{self.limits.pixels:,}"
             raise too_large(piece.where, size, limit, "send smaller pictures")
@@ -154,13 +152,11 @@ class Reader:
         return Sound(piece.where, url.decode(name, most))
 
 
-def pixels_claimed(data: bytes) -> int:
+def pixels_claimed(data: bytes, where: str) -> int:
     """Width times height by a picture's header; 0 for what is not a picture, which is refused when
-    it is decoded."""
+    it is decoded. Raises `ApiError` for a header that cannot be read within limits."""
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            return image.width * image.height
-    except Image.DecompressionBombError:
-        return 2**62
-    except Exception:  # untrusted bytes make PIL raise anything: see data/images.py
-        return 0
+        width, height = claimed_size(data, where) or (0, 0)
+    except PhiSightError as error:
+        raise bad(where, str(error).removeprefix(f"{where}: ")) from None
+    return width * height

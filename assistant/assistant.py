@@ -23,11 +23,14 @@ from assistant.turns import Turns
 from data.chat import render
 from data.dataset import Conversation, Message
 from data.features import as_stored
-from data.images import decode_image, read_image_bytes
+from data.images import read_image_bytes
+from data.reading import fit_image
 from errors import PhiSightError
+from fitting import Fitted
 from model.build import Assembled, assemble, load_model_state
 from model.cache import default_kv_bytes
 from model.vision import VisionTower
+from workers import Cancelled
 
 FEATURE_BYTES = 256 * 2**20  # 430 pictures of CLIP L/14 at 336
 PREFIX_BYTES = 1024 * 2**20  # 2,600 tokens of Phi-3.5-mini in 16 bits
@@ -215,7 +218,7 @@ class Assistant:
             answer.end("failed", error)
             raise
 
-    def features(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def features(self, pictures: Sequence[Image.Image | Fitted]) -> Tensor:
         """(pictures, tokens, vision dim) float32, rounded as the feature store rounds them."""
         if not pictures:
             return torch.zeros(0, *self.parts.vision.shape)
@@ -283,8 +286,9 @@ class Assistant:
         names = list(contents)
         keys: dict[str, str] = {}
         known: dict[str, Tensor] = {}
+        fit = self.parts.vision.preparation.fit
         for start in range(0, len(names), TOWER_PICTURES):
-            unseen: dict[str, Image.Image] = {}
+            unseen: dict[str, Image.Image | Fitted] = {}
             for name in names[start : start + TOWER_PICTURES]:
                 if answer.cancelled:
                     return
@@ -297,7 +301,10 @@ class Assistant:
                 if features is not None:
                     known[key] = features
                 elif isinstance(picture, bytes):
-                    unseen[key] = decode_image(picture, name)
+                    try:
+                        unseen[key] = fit_image(picture, name, fit, lambda: answer.cancelled)
+                    except Cancelled:
+                        return
                 else:
                     unseen[key] = picture.convert("RGB")
             if unseen:

@@ -30,9 +30,11 @@ from tqdm import tqdm
 
 from config import FEATURE_STORAGES
 from data.images import load_image
+from data.reading import fit_files
 from data.storage import StoragePlan, bytes_per_picture
 from errors import PhiSightError
 from files import RememberedHashes, sweep_stale, sync
+from fitting import Fitted
 
 SHARD_PICTURES = 1024
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory twice while it is written
@@ -41,8 +43,11 @@ BLANK = "blank"  # the key of a uniform grey picture, what "no picture" means to
 STORED_DTYPE = torch.float16
 DTYPES = {"float16": {"features": "F16"}, "int8": {"features": "I8", "scales": "F32"}}
 
-Extract = Callable[[Sequence[Image.Image]], Tensor]
-"""Pictures -> (pictures, tokens, dim). It may have `notes() -> str`: what to tell after a job."""
+Picture = Image.Image | Fitted
+Extract = Callable[[Sequence[Picture]], Tensor]
+"""Pictures -> (pictures, tokens, dim). It may have `fit: Fit`, to which pictures are then brought
+where they are decoded, so that a large one takes no more memory here than a small one; without, it
+is given them whole. It may have `notes() -> str`: what to tell after a job."""
 
 
 # -- how a feature is kept ------------------------------------------------------------------------
@@ -279,28 +284,26 @@ class FeatureStore:
     def _compute(
         self, missing: dict[str, Path], extract: Extract, batch_size: int, bad: dict[str, str]
     ) -> None:
-        def pictures() -> Iterator[tuple[str, Image.Image]]:
+        def pictures() -> Iterator[tuple[str, Picture]]:
             if BLANK not in self:
                 yield BLANK, blank_picture()
-            failed: dict[str, str | None] = {}  # hash -> why; the same bytes may have two names
-            for name, path in tqdm(
-                missing.items(), desc="picture features", unit="picture", disable=None
+            names: dict[str, list[str]] = {}  # hash -> names; the same bytes may have two
+            for name in missing:
+                names.setdefault(self._hash_of[name], []).append(name)
+            read = read_files([missing[known[0]] for known in names.values()], extract)
+            for (picture_hash, known), picture in zip(
+                tqdm(names.items(), desc="picture features", unit="picture", disable=None), read
             ):
-                picture_hash = self._hash_of[name]
-                if picture_hash not in failed:
-                    failed[picture_hash] = None
-                    try:
-                        yield picture_hash, load_image(path)
-                    except PhiSightError as error:
-                        failed[picture_hash] = str(error)
-                if reason := failed[picture_hash]:
-                    bad[name] = reason
+                if isinstance(picture, PhiSightError):
+                    bad.update(dict.fromkeys(known, str(picture)))
+                else:
+                    yield picture_hash, picture
 
         in_a_shard = max(
             1, min(SHARD_PICTURES, SHARD_BYTES // bytes_per_picture(self.shape, self.storage))
         )
         hashes: list[str] = []
-        waiting: list[Image.Image] = []
+        waiting: list[Picture] = []
         computed: list[dict[str, Tensor]] = []
         begun = time.monotonic()
 
@@ -359,6 +362,18 @@ class FeatureStore:
         finally:
             partial.unlink(missing_ok=True)
         self._open(path)
+
+
+def read_files(paths: Sequence[Path], extract: Extract) -> Iterator[Picture | PhiSightError]:
+    """Each picture as `extract` wants it, or why it cannot be used, in order."""
+    if (fit := getattr(extract, "fit", None)) is not None:
+        yield from fit_files(paths, fit)
+        return
+    for path in paths:
+        try:
+            yield load_image(path)
+        except PhiSightError as error:
+            yield error
 
 
 def _put_in_place(partial: Path, number: int) -> Path:

@@ -75,6 +75,7 @@ class Report:
             ("  missing", self.survey.missing, ""),
             ("  broken", len(bad) - self.survey.missing, ""),
             ("  copies of another", self.survey.copies, "the same bytes under another name"),
+            ("  not square", len(self.survey.cut_off), self.what_cropping_cuts()),
             ("repeated ids", tally.conversations - tally.distinct("ids"), ""),
             ("identical conversations", tally.conversations - tally.distinct("contents"), ""),
             ("tokens", tokens, ""),
@@ -88,6 +89,16 @@ class Report:
             *histogram(tally.lengths),
             *self.features_lines(),
         ]
+
+    def what_cropping_cuts(self) -> str:
+        """What `--picture-fit crop` loses of the pictures that are not square."""
+        shares = self.survey.cut_off
+        if not shares:
+            return ""
+        mean = sum(shares) / len(shares)
+        return (
+            f"--picture-fit crop cuts off {mean:.0%} of them on average, {max(shares):.0%} at most"
+        )
 
     def counted_over_limits(self) -> list[Counted]:
         """How many conversations are longer than training takes, and what becomes of them."""

@@ -31,11 +31,13 @@ from data.dataset import (
     conversation_or_fault,
     picture_names,
 )
-from data.images import END_BYTES, load_image, looks_whole
+from data.images import END_BYTES, size_if_whole
 from data.lengths import TokenCounter, fit
+from data.reading import check_image_file
 from data.record_keys import unread_keys
 from data.stream import read_records
 from errors import PhiSightError
+from fitting import share_cut_off
 
 BATCH = 128  # records, or pictures, that a process is given at a time
 DECODED_AT_MOST = 5000  # pictures that "auto" decodes; more would take minutes
@@ -119,6 +121,8 @@ class Survey:
     workers: int
     copies: int = 0
     """pictures that have the bytes of another one of another name"""
+    cut_off: list[float] = field(default_factory=list)
+    """of each picture looked into that is not square, the share of it that cropping loses"""
 
 
 def survey(
@@ -140,6 +144,7 @@ def survey(
         raise PhiSightError(f"{folder}: no such image folder; give the folder of the pictures")
     bad: dict[str, str] = {}
     missing, copies = 0, 0
+    cut_off: list[float] = []
     if picture_check == "auto" and folder is not None:
         few = sum(1 for _ in islice(distinct_names(path), DECODED_AT_MOST + 1)) <= DECODED_AT_MOST
         picture_check = "decode" if few else "quick"
@@ -147,12 +152,13 @@ def survey(
         if folder is not None:
             first: dict[int, str] = {}  # mark -> the first picture of it
             alike: dict[int, list[str]] = {}
-            for unusable, absent, marks in pool.map(
+            for unusable, absent, marks, shares in pool.map(
                 check_pictures,
                 ((names, folder, picture_check) for names in batches(distinct_names(path))),
             ):
                 bad |= unusable
                 missing += absent
+                cut_off += shares
                 for name, mark in marks.items():
                     if first.setdefault(mark, name) is not name:
                         alike.setdefault(mark, [first[mark]]).append(name)
@@ -165,7 +171,8 @@ def survey(
             total.add(tally)
     if not total.records:
         raise PhiSightError(f"{path}: holds no record; give a LLaVA-Instruct JSON file")
-    return Survey(total, bad, missing, "" if folder is None else picture_check, workers, copies)
+    checked = "" if folder is None else picture_check
+    return Survey(total, bad, missing, checked, workers, copies, cut_off)
 
 
 def distinct_names(path: Path) -> Iterator[str]:
@@ -196,10 +203,12 @@ def reasons_for(batch: Sequence[tuple[str, object]], bad: dict[str, str]) -> dic
 
 def check_pictures(
     counter: TokenCounter, names: Sequence[str], folder: Path, picture_check: str
-) -> tuple[dict[str, str], int, dict[str, int]]:
-    """name -> reason for the pictures that cannot be used, how many of them are missing, and
-    name -> mark for those that were looked into: files of different marks are different."""
+) -> tuple[dict[str, str], int, dict[str, int], list[float]]:
+    """name -> reason for the pictures that cannot be used, how many of them are missing, name ->
+    mark for those that were looked into (files of different marks are different), and what
+    cropping loses of those that are not square."""
     bad, missing, marks = {}, 0, {}
+    cut_off: list[float] = []
     for name in names:
         path = folder / name
         try:
@@ -209,13 +218,15 @@ def check_pictures(
                         f"{path}: no such file; check the name and the image folder"
                     )
                 continue
-            if picture_check == "decode" or not looks_whole(path):
-                load_image(path)
+            size = size_if_whole(path) if picture_check == "quick" else None
+            width, height = size or check_image_file(path)
+            if width != height:
+                cut_off.append(share_cut_off(width, height))
             marks[name] = _mark(path)
         except PhiSightError as error:
             bad[name] = str(error)
             missing += not os.path.lexists(path)
-    return bad, missing, marks
+    return bad, missing, marks, cut_off
 
 
 def _mark(path: Path) -> int:

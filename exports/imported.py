@@ -28,6 +28,7 @@ MODEL_FIELDS = (
     "vision_features",
     "vision_layer",
     "feature_pooling",
+    "picture_fit",
     "feature_storage",
 )
 

@@ -22,6 +22,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from assistant.assistant import Assistant
 from data.chat import END_OF_TEXT, IMAGE_TOKEN
@@ -143,8 +144,13 @@ def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGen
 def write_processor(assistant: Assistant, folder: Path, base_folder: Path) -> None:
     """What turns pictures and chat into the ids and pixels that the model was trained on."""
     parts = assistant.parts
+    pads = assistant.config.picture_fit == "pad"
     LlavaProcessor(
-        image_processor=CLIPImageProcessorPil.from_pretrained(parts.vision.folder),
+        image_processor=(
+            LlavaImageProcessorPil.from_pretrained(parts.vision.folder, do_pad=True)
+            if pads
+            else CLIPImageProcessorPil.from_pretrained(parts.vision.folder)
+        ),
         tokenizer=parts.base.tokenizer,
         patch_size=CLIPVisionConfig.from_pretrained(parts.vision.folder).patch_size,
         vision_feature_select_strategy="default",

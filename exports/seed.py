@@ -69,6 +69,7 @@ def import_seed(source: str | Path, out: str | Path, config: Config) -> str:
         "pooled",
         config.vision_layer,
         config.feature_pooling,
+        "crop",  # as the seed's CLIP processor did
         config.base_cache,
     )
     lora, targets, rank, scaling = seed_lora(source / LORA, base)
@@ -76,6 +77,7 @@ def import_seed(source: str | Path, out: str | Path, config: Config) -> str:
     parts, config = model_for(
         config,
         vision_features="pooled",
+        picture_fit="crop",
         lora_targets=targets,
         lora_rank=rank,
         lora_alpha=scaling * rank,

@@ -62,6 +62,7 @@ def assemble(config: Config) -> Assembled:
         config.vision_features,
         config.vision_layer,
         config.feature_pooling,
+        config.picture_fit,
         config.base_cache,
     )
     chat_format = ChatFormat.from_tokenizer(base.tokenizer, vision.shape[0])

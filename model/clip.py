@@ -7,6 +7,7 @@ Parameter names are those of the hub's files, without their prefix `vision_model
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from errors import PhiSightError
+from fitting import Fit, Fitted
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 
@@ -166,17 +168,13 @@ class ClipVision(nn.Module):
 class Preparation:
     """What a preprocessor_config.json says is done to a picture before the CLIP sees it."""
 
-    shortest_edge: int | None
-    """the shorter side is scaled to this"""
-    size: tuple[int, int] | None
-    """or the whole picture to this (height, width); both None: it is not scaled"""
-    resample: int
-    crop: tuple[int, int] | None
-    """(height, width) that is cut from the middle"""
+    fit: Fit
     scale: float | None
     """what bytes are multiplied with"""
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    mean_colour: tuple[int, ...]
+    """in bytes, also where nothing is normalised by it"""
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Preparation:
@@ -202,31 +200,34 @@ class Preparation:
             raise ValueError("do_pad")
         mean = content.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
         std = content.get("image_std", (0.26862954, 0.26130258, 0.27577711))
-        return cls(
+        fit = Fit(
             int(size["shortest_edge"]) if by_edge else None,
             (int(size["height"]), int(size["width"])) if resized and not by_edge else None,
             Image.Resampling(content.get("resample", Image.Resampling.BICUBIC)),
             (int(crop["height"]), int(crop["width"])) if cropped else None,
+        )
+        return cls(
+            fit,
             float(content.get("rescale_factor", 1 / 255)) if rescaled else None,
             tuple(map(float, mean)) if normed else None,
             tuple(map(float, std)) if normed else None,
+            tuple(int(float(value) * 255) for value in mean),
         )
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures of any size -> (pictures, 3, height, width) float32."""
+    def padded(self) -> Preparation:
+        """The same, of pictures that are first made square with the mean colour, as LLaVA-1.5 does
+        (arXiv:2310.03744, in the integers of transformers' `LlavaImageProcessor`)."""
+        red, green, blue = self.mean_colour
+        fit = dataclasses.replace(self.fit, padding=(red, green, blue))
+        return dataclasses.replace(self, fit=fit)
+
+    def __call__(self, pictures: Sequence[Image.Image | Fitted]) -> Tensor:
+        """RGB pictures of any size, or fitted ones -> (pictures, 3, height, width) float32."""
         return torch.from_numpy(numpy.stack([self._pixels(picture) for picture in pictures]))
 
-    def _pixels(self, picture: Image.Image) -> numpy.ndarray:
-        if self.shortest_edge is not None:
-            width, height = picture.size
-            long = int(self.shortest_edge * max(picture.size) / min(picture.size))
-            new = (self.shortest_edge, long) if width <= height else (long, self.shortest_edge)
-            picture = picture.resize(new, self.resample)
-        elif self.size is not None:
-            picture = picture.resize(self.size[::-1], self.resample)
-        pixels = numpy.asarray(picture)  # (height, width, 3) bytes
-        if self.crop is not None:
-            pixels = cut_from_middle(pixels, *self.crop)
+    def _pixels(self, picture: Image.Image | Fitted) -> numpy.ndarray:
+        fitted = picture if isinstance(picture, Fitted) else self.fit(picture)
+        pixels = fitted.pixels  # (height, width, 3) bytes
         if self.scale is not None:
             pixels = pixels.astype(numpy.float64) * self.scale
         pixels = pixels.astype(numpy.float32)
@@ -234,11 +235,3 @@ class Preparation:
             mean, std = numpy.array((self.mean, self.std), dtype=numpy.float32)
             pixels = (pixels - mean) / std
         return pixels.transpose(2, 0, 1)
-
-
-def cut_from_middle(pixels: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
-    """(any height, any width, 3) -> (height, width, 3); black is added around where it is less."""
-    missing = [max(0, wanted - got) for wanted, got in zip((height, width), pixels.shape)]
-    pixels = numpy.pad(pixels, [*((-(-n // 2), n // 2) for n in missing), (0, 0)])
-    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
-    return pixels[top : top + height, left : left + width]

@@ -23,6 +23,7 @@ import hub
 from config import Config, Parser
 from errors import PhiSightError, run_main
 from files import hash_files
+from fitting import Fit, Fitted
 from model.base import DOWNLOADED, find_weight_files, read_json
 from model.clip import ClipConfig, ClipVision, Preparation
 from torch_files import NotRead, load_torch_file
@@ -49,6 +50,8 @@ class VisionSpec:
     """(tokens, dim) of one picture"""
     key: str
     """names the weights, the preprocessing and the way of reading: features of one key are equal"""
+    preparation: Preparation
+    """what is done to a picture before the CLIP sees it"""
 
 
 def read_vision_spec(
@@ -57,13 +60,14 @@ def read_vision_spec(
     features: str = "patches",
     layer: int = -2,
     pooling: int = 1,
+    picture_fit: str = "crop",
     cache: str | Path = "",
 ) -> VisionSpec:
     """Find the CLIP, check its config and fingerprint its files, without loading the weights.
 
-    `cache`: a folder in which to remember the fingerprint, see `fingerprint`. Raises
-    PhiSightError for a folder that is no CLIP's, a layer that it does not have, and a `pooling`
-    into which its grid of patches cannot be cut.
+    `picture_fit`: see `Config`. `cache`: a folder in which to remember the fingerprint, see
+    `hash_files`. Raises PhiSightError for a folder that is no CLIP's, a layer that it does not
+    have, and a `pooling` into which its grid of patches cannot be cut.
     """
     folder = find_clip(id_or_folder, revision or None)
     files = [folder / "config.json", folder / "preprocessor_config.json"]
@@ -85,9 +89,14 @@ def read_vision_spec(
     shape = ((side // pooling) ** 2, config.hidden_size)
     digest = hash_files([*files, *find_weight_files(folder, PICKLED)], cache)
     said = f"{digest}/{features}/{layer}"
-    said += f"/{pooling}" if pooling > 1 else ""  # what is not pooled keeps the key it had
+    # What is not pooled and not padded keeps the key that it had before there was a choice.
+    said += f"/{pooling}" if pooling > 1 else ""
+    said += "/pad" if picture_fit == "pad" else ""
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
-    return VisionSpec(folder, features, layer, pooling, shape, key)
+    preparation = read_preparation(folder)
+    if picture_fit == "pad":
+        preparation = preparation.padded()
+    return VisionSpec(folder, features, layer, pooling, shape, key, preparation)
 
 
 def find_clip(id_or_folder: str, revision: str | None) -> Path:
@@ -119,9 +128,9 @@ class VisionTower:
     """CLIP's vision transformer and the preparation of its pictures, frozen, in float32."""
 
     def __init__(self, spec: VisionSpec, device: torch.device | str = "cpu") -> None:
-        self.prepare = read_preparation(spec.folder)
+        self.prepare = spec.preparation
         config = read_clip_config(spec.folder)
-        sides, made = (config.image_size, config.image_size), self.prepare.crop or self.prepare.size
+        sides, made = (config.image_size, config.image_size), self.fit.crop or self.fit.size
         if made != sides:
             raise PhiSightError(
                 f"{spec.folder}: preprocessor_config.json makes pictures of {made}, config.json"
@@ -134,9 +143,14 @@ class VisionTower:
         # What pooling has cost: summed squares of the error and of the patches, the worst patch.
         self._pooled = [0.0, 0.0, 0.0]
 
+    @property
+    def fit(self) -> Fit:
+        """How a picture is brought to the size that this tower reads."""
+        return self.prepare.fit
+
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures of any size -> (pictures, tokens, dim) float32."""
+    def __call__(self, pictures: Sequence[Image.Image | Fitted]) -> Tensor:
+        """RGB pictures of any size, or fitted ones -> (pictures, tokens, dim) float32."""
         pixels = self.prepare(pictures).to(self.device)
         if self.spec.features == "pooled":
             return self.model.pooled(pixels)[:, None, :]
@@ -258,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("vision_features", str),
         ("vision_layer", int),
         ("feature_pooling", int),
+        ("picture_fit", str),
     ):
         parser.add_argument(
             f"--{name.replace('_', '-')}",
@@ -280,6 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.vision_features,
         options.vision_layer,
         options.feature_pooling,
+        options.picture_fit,
     )
     rate = pictures_per_second(VisionTower(spec, device), options.seconds)
     tokens, dim = spec.shape

@@ -12,7 +12,7 @@ from assistant.answer import Answer
 from assistant.assistant import Assistant
 from assistant.messages import answer_message, user_message
 from data.dataset import Message
-from data.images import load_image
+from data.reading import check_image_file
 from errors import PhiSightError
 from speech.whisper import TooLong
 
@@ -72,7 +72,7 @@ class Terminal:
             self.messages, self.images = [], []
             self.write("a new conversation")
         elif command == "/image":
-            load_image(argument)  # a picture that cannot be used is refused at once
+            check_image_file(argument)  # a picture that cannot be used is refused at once
             self.images.append(argument)
             self.write(f"picture {len(self.images)}: {argument}")
         elif command == "/audio":

@@ -271,6 +271,7 @@ BAD: dict[str, tuple] = {
     "threads": (-1, 1025),
     "feature_pooling": (0, -2),
     "feature_storage": ("int4", ""),
+    "picture_fit": ("stretch", ""),
 }
 FREE = {  # any value of the right type is one; whether it is there is found out on use
     "base",
@@ -340,3 +341,9 @@ def test_the_tiny_preset_points_at_the_assets_of_this_project():
     root = Path(__file__).resolve().parent.parent
     for folder in (GOOD.base, GOOD.vision):
         assert (root / folder / "config.json").is_file()
+
+
+def test_checkpoints_from_before_the_choice_go_on_cropping_their_pictures():
+    saved = configs.to_dict(GOOD)
+    assert saved.pop("picture_fit") == "pad"
+    assert configs.from_dict(saved, "an old checkpoint").picture_fit == "crop"

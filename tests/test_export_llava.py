@@ -11,6 +11,7 @@ import pytest
 import runs
 import torch
 from exporting import logits_over, pictures
+from PIL import Image
 from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
@@ -22,13 +23,13 @@ import exports.prune
 import exports.requantize
 from assistant.assistant import Assistant
 from config import replace
-from data.chat import ChatFormat, load_tokenizer, render
+from data.chat import IMAGE_TOKEN, ChatFormat, load_tokenizer, render
 from data.dataset import Message, Part
 from errors import PhiSightError
 from exports import measure
 from exports.measure import Tolerance
 from model.base import load_base
-from model.vision import VisionTower
+from model.vision import VisionTower, read_vision_spec
 
 REAL_TOKENIZER = runs.ROOT.parent / "shared" / "real" / "phi-3-mini-tokenizer"
 
@@ -112,6 +113,23 @@ def test_llava_generates_what_we_answer(llava, assistant):
     made = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)
     answer = processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer.strip() == "".join(assistant.reply([message], 12)).strip()
+
+
+@pytest.mark.parametrize("picture_fit", ["pad", "crop"])
+def test_the_processor_fits_a_picture_that_is_not_square_as_the_run_does(
+    tmp_path, assistant, picture_fit
+):
+    config = replace(assistant.config, picture_fit=picture_fit)
+    spec = read_vision_spec(config.vision, layer=config.vision_layer, picture_fit=picture_fit)
+    parts = dataclasses.replace(assistant.parts, vision=spec)
+    other = Assistant(parts, config, assistant.source)
+    exports.llava.write_processor(other, tmp_path, Path(config.base))
+    other.close()
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    wide = pictures()[0].resize((150, 60)).rotate(7)
+    for picture in (wide, wide.transpose(Image.Transpose.ROTATE_90), wide.resize((40, 40))):
+        pixels = processor(images=[picture], text=IMAGE_TOKEN, return_tensors="pt")["pixel_values"]
+        assert torch.equal(pixels, spec.preparation([picture]))
 
 
 CHATS = [

@@ -20,7 +20,7 @@ from data import preflight
 from data import survey as surveys
 from data.chat import ChatFormat, Limits, load_tokenizer, render, render_to_limit
 from data.dataset import Conversation, Message, Part, Quarantined
-from data.images import load_image, looks_whole
+from data.images import load_image, size_if_whole
 from data.lengths import TokenCounter, words_are_independent
 from data.stream import read_records
 from data.survey import Tally, survey
@@ -125,10 +125,11 @@ def test_check_pictures(tmp_path, chat_format):
     (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
     counter = TokenCounter(chat_format)
     names = ["good.png", "broken.png", "none.png", "good.png/x"]
-    bad, missing, marks = surveys.check_pictures(counter, names, tmp_path, "decode")
+    bad, missing, marks, cut_off = surveys.check_pictures(counter, names, tmp_path, "decode")
     assert list(bad) == names[1:] and missing == 2 and list(marks) == names[:1]
     assert "truncated" in bad["broken.png"]
-    bad, missing, _ = surveys.check_pictures(counter, names, tmp_path, "exists")
+    assert cut_off == []
+    bad, missing, *_ = surveys.check_pictures(counter, names, tmp_path, "exists")
     assert list(bad) == names[2:] and missing == 2
     with pytest.raises(PhiSightError, match="no such image folder"):
         survey(tmp_path / "d.json", tmp_path / "none", chat_format)
@@ -408,11 +409,23 @@ def test_no_picture_that_was_cut_looks_whole(tmp_path, form):
     picture.save(path, form)
     whole = path.read_bytes()
     load_image(path)
-    assert looks_whole(path) == (form in ("PNG", "JPEG", "WEBP"))
+    assert (size_if_whole(path) is not None) == (form in ("PNG", "JPEG", "WEBP"))
     for length in (0, 1, 10, len(whole) // 2, len(whole) - 100, len(whole) - 20):
         path.write_bytes(whole[:length])
-        assert not looks_whole(path)
-    assert not looks_whole(tmp_path) and not looks_whole(tmp_path / "none")
+        assert size_if_whole(path) is None
+    assert size_if_whole(tmp_path) is None and size_if_whole(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("check", ["quick", "decode"])
+def test_what_cropping_would_cut_off_is_counted(tmp_path, chat_format, check):
+    sizes = {"wide.png": (80, 40), "high.jpg": (30, 40), "square.png": (50, 50)}
+    for name, shape in sizes.items():
+        Image.new("RGB", shape).save(tmp_path / name)
+    path = tmp_path / "data.json"
+    names = [*sizes, "none.png"]
+    write_json(path, records(len(names), names, broken=0, seed=0), len(names))
+    counted = survey(path, tmp_path, chat_format, check)
+    assert sorted(counted.cut_off) == [0.25, 0.5]
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ ORDER = (
     "files",
     "child",
     "workers",
+    "fitting",
     "tensors",
     "torch_files",
     "manifest",

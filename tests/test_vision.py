@@ -9,6 +9,7 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPModel
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from errors import PhiSightError
 from model.vision import VisionTower, read_preparation, read_vision_spec
@@ -122,6 +123,17 @@ def test_a_preparation_that_is_not_known_is_one_error(folder, changes):
         VisionTower(read_vision_spec(str(folder)))
 
 
+@pytest.mark.parametrize("changes", [{}, {"size": 50, "crop_size": 40}, {"do_normalize": False}])
+def test_pictures_are_padded_as_llava_does(folder, pictures, changes):
+    edit(folder / "preprocessor_config.json", **changes)
+    theirs = LlavaImageProcessorPil.from_pretrained(folder, do_pad=True)
+    ours = read_vision_spec(str(folder), picture_fit="pad").preparation
+    for picture in pictures:
+        expected = theirs([picture], return_tensors="pt")["pixel_values"]
+        assert torch.equal(ours([picture]), expected)
+        assert torch.equal(ours([ours.fit(picture)]), expected)  # fitted where it was decoded
+
+
 # -- the key --------------------------------------------------------------------------------------
 
 
@@ -141,6 +153,7 @@ def test_the_key_changes_with_all_that_changes_the_features(folder):
     assert not is_new()
     assert is_new(layer=-1)
     assert is_new(features="pooled")
+    assert is_new(picture_fit="pad") and not is_new(picture_fit="crop")
     edit(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
     assert is_new()
     tensors = load_file(folder / "model.safetensors")

@@ -79,6 +79,11 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
         )
     for what, saved, here in (
         ("base", source.config["base_fingerprint"], parts.base.fingerprint),
+        (
+            "--picture-fit",
+            source.config["config"].get("picture_fit", "crop"),  # the only one before the field
+            config.picture_fit,
+        ),
         ("CLIP, or way to read it,", source.config["vision_fingerprint"], parts.vision.key),
         ("--quantization", source.config["config"]["quantization"], config.quantization),
         ("--lora-alpha", source.config["config"]["lora_alpha"], config.lora_alpha),

@@ -16,9 +16,9 @@ import shutil
 import time
 from pathlib import Path
 
-from data.images import decode_image
+from data.reading import as_png, check_image
 from errors import PhiSightError
-from files import whole_file, write_whole
+from files import write_whole
 from web.conversation import ID, MAX_MESSAGES, PICTURE, SavedConversation, from_json, to_json
 from web.temporary import check_disk
 
@@ -116,20 +116,20 @@ class ConversationStore:
     def keep_picture(self, id: str, data: bytes, name: str) -> str:
         """Keep the bytes of a picture with conversation `id`; returns the name to call it by.
 
-        `name` stands in the errors. Raises PhiSightError for all that `decode_image` refuses.
+        `name` stands in the errors. Raises PhiSightError for all that `check_image` refuses.
         """
-        picture = decode_image(data, name)
         suffix = next((s for start, s in SUFFIXES.items() if data.startswith(start)), None)
+        if suffix is None:
+            shown = as_png(data, name)
+        else:
+            check_image(data, name)
+            shown = data
         kept = f"{hashlib.sha256(data).hexdigest()}{suffix or '.png'}"
         path = self._folder_of(id) / kept
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             check_disk(path.parent)
-            with whole_file(path) as temporary:  # under its hash lies the whole picture or nothing
-                if suffix is None:
-                    picture.save(temporary, format="PNG")
-                else:
-                    temporary.write_bytes(data)
+            write_whole(path, shown)  # under its hash lies the whole picture or nothing
         except OSError as error:
             raise self._not_writable(error) from None
         return kept

@@ -15,7 +15,7 @@ import numpy
 from assistant.answer import Answer
 from assistant.assistant import Assistant
 from data.dataset import Message, Part
-from data.images import decode_image
+from data.reading import check_image
 from errors import PhiSightError
 from speech.recordings import read_audio
 from speech.voice import Voice
@@ -85,7 +85,7 @@ class Talk:
                     ]
                 else:
                     pictures.append((read_picture(path), path.name))
-                    decode_image(*pictures[-1])  # all are judged before the first is kept
+                    check_image(*pictures[-1])  # all are judged before the first is kept
             except RequestError:
                 raise
             except PhiSightError as error:
