@@ -15,8 +15,8 @@ from api.server import address_of, run
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import run_main
 from speech.flags import add_speech_flag, add_voice_flag
-from speech.spoken import loaded_once
-from web.app import build_app, voices_loaded_once, web_application
+from speech.spoken import loaded_once, voices_loaded_once
+from web.app import build_app, web_application
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Serve a trained model to programs that speak OpenAI's chat API.
+"""Serve a trained model to programs that speak OpenAI's API.
 
 python serve.py --port 8000                             # http://127.0.0.1:8000/v1
 PHISIGHT_API_KEY=... python serve.py --host 0.0.0.0     # other machines need the key
@@ -8,22 +8,20 @@ python serve.py --app                                   # the web app too, on th
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import config as configs
-from api.api import Api, Listen
+from api.api import Api
 from api.door import KEY, add_door_flags, opened
-from api.errors import ApiError
 from api.forms import MIB, Limits
+from api.senses import listening, speaking, transcribing
 from api.server import address_of, run
 from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, add_length_flag, load_assistant
 from errors import PhiSightError, run_main
-from speech.flags import VOICES, add_speech_flag, add_voice_flag
-from speech.recordings import read_audio
-from speech.spoken import loaded_once
+from speech.flags import add_speech_flag, add_voice_flag
+from speech.spoken import loaded_once, voices_loaded_once
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="in which answers may end after Ctrl-C or SIGTERM (%(default)s)",
     )
     add_speech_flag(parser)
-    add_voice_flag(parser, f"of the app: {VOICES}")
+    add_voice_flag(parser)
     parser.add_argument("--app", action="store_true", help="serve the web app at / too")
     options = parser.parse_args(arguments)
     for name, low, high in (
@@ -68,24 +66,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def listening(load: Callable[[], Any]) -> Listen:
-    """What writes down the speech of an audio file."""
-
-    def listen(data: bytes, cancelled: Callable[[], bool]) -> str:
-        try:
-            speech = load()
-        except PhiSightError as error:  # not the client's fault, and none of its business
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            message = "the server cannot load its speech model; its log says why"
-            raise ApiError(500, message, "speech_unavailable") from error
-        return speech.text(read_audio(data, cancelled), cancelled=cancelled)
-
-    return listen
-
-
 def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> Any:
     """The web app, to stand at the paths that the API does not take."""
-    from web.app import build_app, voices_loaded_once, web_application
+    from web.app import build_app, web_application
 
     page = build_app(assistant, speech=speech, voice=voices_loaded_once(voice))
     return web_application(page)
@@ -105,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
                 name=options.model_name,
                 limits=limits,
                 listen=listening(speech) if speech else None,
+                transcribe=transcribing(speech) if speech else None,
+                speak=speaking(options.voice),
                 max_requests=options.max_rows + options.queue_limit,
                 rest=web_app(assistant, speech, options.voice) if options.app else None,
             )

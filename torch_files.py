@@ -53,11 +53,14 @@ def load_torch_file(path: str | Path, most_bytes: int) -> Any:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
     except Exception as error:  # an untrusted file makes torch.load raise anything
         raise NotRead(" ".join(str(error).split())[:200] or type(error).__name__) from None
-    taken = 0
+    taken, seen = 0, set()
     for tensor in _tensors(content):
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise NotRead("it holds tensors without values of their own")
-        taken += tensor.numel() * tensor.element_size()
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if view not in seen:  # weights that are tied are there once
+            taken += tensor.numel() * tensor.element_size()
+            seen.add(view)
         if taken > unpacked:  # views of few elements that claim to be many
             raise NotRead(f"its tensors claim to be larger than the {unpacked:,} bytes it holds")
     return content

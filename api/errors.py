@@ -9,6 +9,8 @@ from assistant.assistant import Blocked
 from assistant.engine import Busy
 from errors import PhiSightError
 
+NAMED = ("messages[", "input[", "response_format", "text.format")  # fields that a failure may name
+
 
 class ApiError(Exception):
     """A request that is refused or failed: its HTTP status and what the client is told."""
@@ -55,7 +57,7 @@ def as_api_error(failure: Exception, what: str, path: str = "") -> ApiError:
         return ApiError(400, str(failure), "content_filter", "messages")
     if isinstance(failure, PhiSightError):  # the assistant does not take the question
         where, colon, _ = str(failure).partition(": ")
-        param = where if colon and where.startswith("messages[") else None
+        param = where if colon and where.startswith(NAMED) else None
         return ApiError(400, str(failure), "invalid_value", param)
     if isinstance(failure, HTTPException) and failure.status_code == 404:
         return ApiError(404, "no such path; see /v1/models and /v1/chat/completions", "not_found")

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -17,6 +18,19 @@ from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
 
 log = logging.getLogger("phisight.assistant")
+
+
+class Constraint(Protocol):
+    """What an answer has to be: it decides before every token which ones may come."""
+
+    def allow(self, logits: Tensor) -> Tensor:
+        """(vocabulary,) logits of the next token, -inf where it may not come; never all of them.
+        A stop token may come where the answer may end."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on with the token that was chosen. What it raises makes the answer fail."""
+        ...
 
 
 @dataclass(eq=False, repr=False)
@@ -50,6 +64,8 @@ class Answer:
     pictures: Sequence[tuple[str, bytes | Image.Image | None]] = ()
     """name and content of the pictures that are still to be encoded, in slot order; content None
     is read from the file of that name"""
+    constraint: Constraint | None = None
+    """what the answer has to be; None: any text"""
 
     finish_reason: str | None = field(default=None, init=False)
     """None while it runs; "stop", "length", "filtered", "cancelled" or "failed" """
@@ -152,12 +168,15 @@ class Answer:
     def push(self, token: int) -> str | None:
         """Take the next token and tell the text that it completes.
 
-        Returns the reason to end, or None to go on. Raises what the content filter raises.
+        Returns the reason to end, or None to go on. Raises what the content filter and the
+        constraint raise.
         """
         if self.seconds_to_first_token is None:
             self.seconds_to_first_token = time.perf_counter() - self.submitted
         self.tokens.append(token)
         self.completion_tokens += 1
+        if self.constraint is not None:
+            self.constraint.take(token)
         if self.text is not None:
             self._tell(self.text.push(token))
             if self.text.finished:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import checkpoints
 import config as configs
-from assistant.answer import Answer
+from assistant.answer import Answer, Constraint
 from assistant.caches import LeastRecentlyUsed
 from assistant.engine import Engine
 from assistant.filter import ContentFilter
@@ -40,6 +40,15 @@ TOWER_PICTURES = 4  # of one question in one turn: more at once are not faster o
 
 class Blocked(PhiSightError):
     """The content filter does not let a question pass."""
+
+
+class ContextExceeded(PhiSightError):
+    """A conversation leaves no room for an answer."""
+
+    def __init__(self, tokens: int, context: int, pictures: bool) -> None:
+        self.tokens, self.context = tokens, context
+        self.remedy = "shorten it or send fewer pictures" if pictures else "shorten it"
+        super().__init__(f"conversation: {tokens} tokens, the model reads {context}; {self.remedy}")
 
 
 class Assistant:
@@ -114,15 +123,22 @@ class Assistant:
         )
         torch.set_num_threads(config.threads or torch.get_num_threads())
         parts = assemble(config)
-        for what, saved, found in (
-            ("base", checkpoint.config["base_fingerprint"], parts.base.fingerprint),
-            ("CLIP", checkpoint.config["vision_fingerprint"], parts.vision.key),
+        for what, named, saved, found in (
+            (
+                "base",
+                f"{config.base}; name the right one with --base",
+                checkpoint.config["base_fingerprint"],
+                parts.base.fingerprint,
+            ),
+            (
+                "CLIP",
+                f"{config.vision}; name the right one with --vision",
+                checkpoint.config["vision_fingerprint"],
+                parts.vision.key,
+            ),
         ):
             if saved != found:
-                raise PhiSightError(
-                    f"{where}: was trained on another {what} than {config.base} and"
-                    f" {config.vision}; name the right one with --base or --vision"
-                )
+                raise PhiSightError(f"{where}: was trained on another {what} than {named}")
         load_model_state(parts.model, checkpoint.state)
         return cls(parts, config, where, cache, max_rows, queue_limit, content_filter, kv_bytes)
 
@@ -149,23 +165,22 @@ class Assistant:
         seed: int | None = None,
         stop: Sequence[str] = (),
         pictures: Mapping[str, Image.Image | bytes] | None = None,
+        constraint: Constraint | None = None,
     ) -> Answer:
         """The answer to a conversation that ends with the user's turn, not yet begun: `start` it.
 
         A picture part names one of `pictures` (encoded bytes or an RGB picture), else a file.
-        `seed` makes sampling repeatable; an answer ends before the first of the `stop` strings.
-        Raises `PhiSightError` for a conversation that leaves no room for an answer or takes more
-        memory than there is for all, and `Blocked` for what the filter refuses. Opens no file and
+        `seed` makes sampling repeatable; an answer ends before the first of the `stop` strings;
+        `constraint` is of this answer alone. Raises `ContextExceeded` for a conversation that
+        leaves no room for an answer, `PhiSightError` for one that takes more memory than there is
+        for all, and `Blocked` for what the filter refuses. Opens no file and
         does not wait.
         """
         self._check(messages)
-        prompt = render(messages, self.parts.chat_format, add_generation_prompt=True).input_ids
-        room = self.parts.base.model.config.max_position_embeddings - len(prompt)
+        sample = render(messages, self.parts.chat_format, add_generation_prompt=True)
+        prompt, room = sample.input_ids, self.context_tokens - len(sample.input_ids)
         if room < 1:
-            raise PhiSightError(
-                f"conversation: {len(prompt)} tokens, the model reads {room + len(prompt)};"
-                " shorten it or send fewer pictures"
-            )
+            raise ContextExceeded(len(prompt), self.context_tokens, bool(sample.images))
         limit = min(max_new_tokens, room)
         self.engine.check(len(prompt), limit)
         given = pictures or {}
@@ -179,7 +194,13 @@ class Assistant:
             pictures=[
                 (name, given.get(name)) for name in Conversation("chat", tuple(messages)).images
             ],
+            constraint=constraint,
         )
+
+    def has_room(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation leaves room for an answer."""
+        prompt = render(messages, self.parts.chat_format, add_generation_prompt=True).input_ids
+        return len(prompt) < self.context_tokens
 
     def start(self, answer: Answer) -> None:
         """Read and encode the pictures of an answer, and hand it to the engine; an answer that is
@@ -222,6 +243,11 @@ class Assistant:
         self.engine.close()
 
     @property
+    def context_tokens(self) -> int:
+        """How many tokens the model reads, the answer's among them."""
+        return self.parts.base.model.config.max_position_embeddings
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         chat = self.parts.chat_format
         return frozenset((chat.end_id, chat.end_of_text_id))
@@ -240,7 +266,7 @@ class Assistant:
         """End a greedy answer with what is remembered of the same question, or have it remembered
         when it ends. Whether it has ended."""
         text = answer.text
-        if answer.sampling.temperature != 0 or text is None:
+        if answer.sampling.temperature != 0 or text is None or answer.constraint is not None:
             return False
         limit, sampling = answer.max_new_tokens, answer.sampling
         asked = (tuple(answer.ids), tuple(answer.image_keys), limit, text.stop, sampling)

@@ -257,7 +257,7 @@ class Engine:
         self.counts["tokens_generated"] += 1
         try:
             return answer.push(token), None
-        except Exception as error:  # the content filter's: it harms no other answer
+        except Exception as error:  # the filter's or the constraint's: it harms no other answer
             return "failed", error
 
     def _choose(self, rows: Sequence[Answer]) -> list[int]:
@@ -266,7 +266,9 @@ class Engine:
         tokens = logits.argmax(-1).tolist() if rows else []
         for index, answer in enumerate(rows):
             sampling = answer.sampling
-            if sampling.temperature or sampling.repetition_penalty != 1:
+            if sampling.temperature or sampling.repetition_penalty != 1 or answer.constraint:
                 own = penalize(logits[index], answer.ids, sampling.repetition_penalty)
+                if answer.constraint is not None:
+                    own = answer.constraint.allow(own)
                 tokens[index] = int(choose(own[None], sampling, answer.generator))
         return tokens

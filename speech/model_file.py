@@ -66,6 +66,8 @@ def _what_differs(dims: dict[str, int], state: dict[str, Any]) -> str:
             return f"{key} has another shape than its dimensions say"
         if not found.is_floating_point():
             return f"{key} holds {found.dtype}, not floating-point numbers"
+    if len({state[key].data_ptr() for key in wanted}) < len(wanted):
+        return "several tensors are one and the same"
     return ""
 
 

@@ -2,9 +2,8 @@
 
 Whisper answers music and noise with invented words, and its own figures say so: a share for no
 speech, and how likely it finds its text (Radford et al., arXiv 2212.04356, section 4.5). Where the
-sound has no voice in it (`has_voice`), as music and noise have none and whispering has none, less
-doubt is enough to drop a text. A Whisper made for single utterances knows its own sentences only,
-and gets no sound without a voice. benchmarks/ears.py measures what is heard wrong, lost, invented.
+sound has no voice in it (`has_voice`), as most music and noise have none, and whispering too, less
+doubt is enough to drop a text. benchmarks/ears.py measures what is heard wrong, lost and invented.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from errors import PhiSightError
-from speech.activity import has_voice, join_neighbours, reduce_noise, utterances
+from speech.activity import SHORTEST, has_voice, join_neighbours, reduce_noise, utterances
 from speech.model_file import load_model_file
 from speech.recordings import SAMPLE_RATE, finite
 from speech.turns import Turns
@@ -28,8 +27,11 @@ WHISPER_TEXT_TOKENS = 448  # n_text_ctx of every Whisper of OpenAI's
 NO_SPEECH, UNLIKELY = 0.6, -1.0  # whisper's own: probability of no speech, mean log probability
 SURELY_NO_SPEECH = 0.9
 NO_SPEECH_WITHOUT_VOICE = 0.5
-INVENTED = -1.5  # mean log probability: see benchmarks/ears.py
-REPETITIVE = 2.4  # whisper's own: text that packs better than this may go in circles
+# Mean log probability of what is made up, as benchmarks/ears.py saw it. OpenAI's models are seldom
+# sure of what they hear; one that was taught a few sentences is, when it hears one of them.
+INVENTED, INVENTED_BY_SMALL = -1.5, -0.6
+REPETITIVE = 2.4  # whisper's own: text that packs better than this may go in circles,
+DOUBTED_REPEATS = 0.4  # and does where no speech is this likely: people who repeat had up to 0.3
 # A window over 4 s that went in circles is cut into parts of at most 0.6 of it, and those again.
 SHORTEST_CUT, PART, MOST_CUTS = 4.0, 0.6, 2
 
@@ -90,6 +92,7 @@ class Speech:
         self.longest = LONGEST_WINDOW * min(1.0, room / WHISPER_TEXT_TOKENS)
         # A model with less room than that was made for single utterances.
         self.joins = room >= WHISPER_TEXT_TOKENS
+        self.invented = INVENTED if self.joins else INVENTED_BY_SMALL
         self._turns = Turns()  # whisper keeps its cache in hooks on the one model
 
     @classmethod
@@ -137,8 +140,9 @@ class Speech:
         """What is said in (samples,) float32 at 16 kHz, window by window as it is understood.
 
         `language` is a code or an English name; None lets a multilingual model listen for it.
-        `translate` puts it into English. Nothing comes of other sounds. Raises
-        `PhiSightError` at once for a language or task that the model does not have, and
+        `translate` puts it into English. `denoise` helps a small model, and is refused for those of
+        OpenAI's size: of speech in noise they understood less with it. Nothing comes of other
+        sounds. Raises `PhiSightError` at once for what the model cannot do, and
         `workers.Cancelled` between windows, or while it waits for others, when `cancelled` says so.
         """
         if not isinstance(audio, np.ndarray) or audio.ndim != 1:
@@ -148,6 +152,11 @@ class Speech:
             raise PhiSightError(
                 f"speech model {self.name}: hears English only and translates"
                 " nothing; name a multilingual one such as base"
+            )
+        if denoise and self.joins:
+            raise PhiSightError(
+                f"speech model {self.name}: hears noisy speech better as it is than with its noise"
+                " reduced; leave out --denoise"
             )
         samples = finite(audio).astype(np.float32)
         return self._segments(samples, code, translate, denoise, cancelled)
@@ -199,12 +208,12 @@ class Speech:
             window = audio[start:end]
             if cancelled():
                 raise Cancelled
-            voice = has_voice(window)
-            if not (voice or self.joins):
+            if len(window) < SHORTEST * SAMPLE_RATE:
                 continue
+            voice = has_voice(window)
             with self._turns.take(cancelled):
                 result = self._decode(window, language, translate)
-            if not is_believable(result, voice):
+            if not is_believable(result, voice, self.invented):
                 continue
             if self._went_in_circles(result):
                 seconds = (end - start) / SAMPLE_RATE
@@ -245,11 +254,14 @@ class Speech:
         return whisper.decode(self.model, mels, options)
 
 
-def is_believable(result: Decoded, voice: bool) -> bool:
-    """Whether a text was heard and not invented. `voice`: whether its sound has a voice in it."""
+def is_believable(result: Decoded, voice: bool, invented: float = INVENTED) -> bool:
+    """Whether a text was heard. `voice`: whether its sound has a voice in it; `invented`: the mean
+    log probability below which a text is made up."""
     doubted = result.no_speech_prob > NO_SPEECH and result.avg_logprob < UNLIKELY
-    surely = SURELY_NO_SPEECH if voice else NO_SPEECH_WITHOUT_VOICE
-    return not (doubted or result.avg_logprob < INVENTED or result.no_speech_prob > surely)
+    limit = SURELY_NO_SPEECH if voice else NO_SPEECH_WITHOUT_VOICE
+    if result.compression_ratio > REPETITIVE:
+        limit = DOUBTED_REPEATS
+    return not (doubted or result.avg_logprob < invented or result.no_speech_prob > limit)
 
 
 def write_down(

@@ -39,7 +39,7 @@ DESCRIBE = "Describe the picture in detail."
 LIMITS = Limits(body_bytes=200_000, picture_bytes=100_000, body_seconds=0.5, new_tokens=600)
 
 
-def listen(data: bytes, cancelled: Callable[[], bool]) -> str:
+def listen(data: bytes, cancelled: Callable[[], bool], fits: Callable[[str], bool]) -> str:
     """Stands for Whisper, which has tests of its own: a recording says what its bytes spell."""
     if not data:
         raise PhiSightError("recording: no speech heard; speak up")
@@ -211,7 +211,7 @@ def test_the_models_are_listed(client):
      "unsupported_parameter"),
     ({"n": 2}, openai.BadRequestError, "unsupported_parameter"),
     ({"messages": [{"role": "user", "content": "word " * 3000}]}, openai.BadRequestError,
-     "invalid_value"),
+     "context_length_exceeded"),
     ({"messages": with_pictures("x", b"no picture")}, openai.BadRequestError, "invalid_value"),
     ({"messages": with_pictures("x", bytes(100_001))}, openai.APIStatusError, "too_large"),
 ])  # fmt: skip
@@ -221,6 +221,40 @@ def test_what_is_refused_is_the_clients_own_exception(client, settings, error, c
             **{"model": "tiny", "messages": ask()["messages"]} | settings
         )
     assert raised.value.code == code and raised.value.type == "invalid_request_error"
+
+
+def test_too_long_a_conversation_is_told_in_the_words_that_programs_look_for(client):
+    with pytest.raises(openai.BadRequestError) as raised:
+        say(client, "word " * 3000)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
+    told = raised.value.message
+    found = re.search(r"maximum context length is (\d+) tokens, .* has (\d+); shorten it$", told)
+    assert found, told
+    assert int(found[1]) == runs.assistant().context_tokens < 3000 < int(found[2])
+
+
+def test_as_many_pictures_are_taken_as_the_context_has_room_for(client, pictures):
+    shared = runs.assistant()
+    each, context = shared.parts.chat_format.tokens_per_image, shared.context_tokens
+    many = with_pictures("Which is the largest?", *[pictures[0]] * 17)
+    said = client.chat.completions.create(model="tiny", messages=many, max_tokens=1)
+    assert said.usage.prompt_tokens > 17 * each
+    small = b"not looked at: they are counted first"
+    too_many = with_pictures("x", *[small] * (context // each + 1))
+    with pytest.raises(openai.BadRequestError, match=f"maximum context length is {context} ") as no:
+        client.chat.completions.create(model="tiny", messages=too_many)
+    assert (no.value.code, no.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_what_the_client_got_can_be_sent_back(client):
+    first = client.chat.completions.create(model="tiny", messages=ask(DESCRIBE)["messages"])
+    got = first.choices[0].message
+    expected = answer(user(DESCRIBE), Message("assistant", (Part("text", got.content),)),
+                      user("What is it?"))  # fmt: skip
+    for turn in (got, got.model_dump(), got.to_dict() | {"name": "tiny", "annotations": []}):
+        messages = [*ask(DESCRIBE)["messages"], turn, *ask("What is it?")["messages"]]
+        again = client.chat.completions.create(model="tiny", messages=messages)
+        assert again.choices[0].message.content == expected
 
 
 def test_a_broken_picture_is_named(client):
@@ -464,7 +498,9 @@ class LongListener:
     def __init__(self) -> None:
         self.begun, self.heard, self.go_on = 0, [], threading.Event()
 
-    def __call__(self, data: bytes, cancelled: Callable[[], bool]) -> str:
+    def __call__(
+        self, data: bytes, cancelled: Callable[[], bool], fits: Callable[[str], bool]
+    ) -> str:
         self.begun += 1
         while not self.go_on.wait(0.005):
             if cancelled():

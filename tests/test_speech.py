@@ -20,6 +20,7 @@ import torch
 from sounds import JFK, RATE, TINY, needs_espeak, said, tiny, vowels
 
 from assistant.messages import user_message
+from benchmarks import ears
 from errors import PhiSightError
 from speech.activity import has_voice, utterances
 from speech.model_file import _shapes
@@ -28,6 +29,7 @@ from speech.spoken import listener
 from speech.turns import Turns
 from speech.voice import Voice, write_wav
 from speech.whisper import NoSpeech, Segment, Speech, TooLong, is_believable, write_down
+from terminal.hearing import listening
 from tools import build_whisper
 from tools.tiny import listener as taught
 from tools.tiny import utterances as sentences
@@ -116,6 +118,8 @@ class Heard:
         (Heard(0.7, -1.2), False, False),
         (Heard(0.95, -0.1), False, False),
         (Heard(0.1, -1.2), True, True),
+        (Heard(0.13, -0.1, 5.3, "call me. " * 8), True, True),
+        (Heard(0.57, -0.12, 49.0, "o" * 300), False, False),
         # As Whisper base heard them: an arpeggio, a siren, typing; whispering, "Stop." in noise.
         (Heard(0.27, -1.85, 0.3, "1.0%"), False, False),
         (Heard(0.55, -2.55, 0.1, "I"), False, False),
@@ -170,12 +174,27 @@ def test_speech_that_repeats_itself_is_kept_and_circles_are_heard_in_parts():
     assert len(sizes) == 1  # nobody speaks: its parts need no hearing
 
 
-def test_whispering_reaches_a_whisper_of_full_size_and_no_other():
-    whisper = np.random.default_rng(0).normal(0, 0.05, RATE).astype(np.float32)  # without a voice
-    assert [s.text for s in of_full_size(lambda window: Heard()).transcribe(whisper)] == ["a star"]
-    small = Speech(tiny().model, "made up")
-    small._decode = lambda *window: Heard()
-    assert list(small.transcribe(whisper)) == []
+def test_a_sound_without_a_voice_is_heard_and_doubted_more():
+    whisper = np.random.default_rng(0).normal(0, 0.05, RATE).astype(np.float32)
+    assert not has_voice(whisper)
+    for share, kept in ((0.3, ["a star"]), (0.55, [])):
+        model = of_full_size(lambda window: Heard(no_speech_prob=share))
+        assert [segment.text for segment in model.transcribe(whisper)] == kept
+
+
+@needs_espeak
+def test_whispering_is_understood():
+    assert tiny().text(ears.whispered(said(QUESTIONS[0]))) == QUESTIONS[0]
+
+
+def test_a_model_that_knows_few_sentences_has_to_be_sure():
+    assert is_believable(Heard(0.1, -0.8), True)
+    assert not is_believable(Heard(0.1, -0.8), True, tiny().invented)
+
+
+def test_denoising_is_refused_where_it_does_harm():
+    with pytest.raises(PhiSightError, match="made up: hears noisy speech better as it is"):
+        of_full_size(lambda window: Heard()).transcribe(vowels(), denoise=True)
 
 
 # -- turns, and those who have gone ----------------------------------------------------------------
@@ -258,6 +277,32 @@ def test_a_recording_longer_than_the_context_stops_there_and_keeps_its_text():
         model.text(audio, fits=lambda text: False)
 
 
+@needs_espeak
+def test_a_question_is_heard_as_far_as_the_model_has_room():
+    """`infer.py --audio`, with a model that reads little."""
+    rooms = []
+
+    def has_room(messages) -> bool:
+        rooms.append([part.value for part in messages[0].parts])
+        return len(messages[0].parts[-1].value) < 30
+
+    assistant = argparse.Namespace(config=argparse.Namespace(speech=str(TINY)), has_room=has_room)
+    options = argparse.Namespace(
+        speech=None, device="cpu", language=None, translate=False, denoise=False
+    )
+    gap = np.zeros(RATE, np.float32)
+    audio = np.concatenate([part for text in QUESTIONS for part in (said(text), gap)])
+    with pytest.raises(TooLong) as error:
+        listening(options, assistant, images=["a.png"])(audio)
+    assert error.value.text == " ".join(QUESTIONS[:2])
+    assert rooms == [["a.png", QUESTIONS[0]], ["a.png", " ".join(QUESTIONS[:2])]]
+
+
+def test_an_assistant_knows_its_room():
+    assert runs.assistant().has_room([user_message("What is a star?", [])])
+    assert not runs.assistant().has_room([user_message("star " * 5000, [])])
+
+
 def test_no_speech_blames_nothing_but_the_sound():
     with pytest.raises(NoSpeech) as error:
         tiny().text(np.zeros(RATE, np.float32))
@@ -338,7 +383,8 @@ from errors import PhiSightError
 from speech import model_file
 from speech.whisper import Speech
 
-folder, DIMENSIONS = sys.argv[1], model_file.LARGEST_DIMENSIONS
+folder = sys.argv[1]
+DIMENSIONS = model_file.LARGEST_DIMENSIONS | {"n_audio_layer": 8, "n_text_layer": 8}  # 10 GB
 shapes = model_file._shapes(DIMENSIONS)
 
 
@@ -392,6 +438,16 @@ def test_no_model_is_made_by_sizes_that_a_file_only_claims(tmp_path):
     assert done.returncode == 0, done.stderr
     megabytes, unit = done.stdout.split()
     assert unit == "MB" and int(megabytes) < 50, done.stdout
+
+
+def test_tensors_that_are_one_and_the_same_are_refused(tmp_path):
+    """As a file of one layer could claim to be one of many."""
+    saved = torch.load(small_whisper(tmp_path / "m.pt"), weights_only=True)
+    state = saved["model_state_dict"]
+    state["encoder.blocks.0.attn.query.weight"] = state["encoder.blocks.0.attn.value.weight"]
+    torch.save(saved, tmp_path / "m.pt")
+    with pytest.raises(PhiSightError, match="one and the same.*name another .pt"):
+        Speech.load(tmp_path / "m.pt")
 
 
 def test_the_shapes_that_are_wanted_are_those_of_whisper(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,21 +129,6 @@ def web_application(page: Page) -> FastAPI:
     from fastapi import FastAPI
 
     return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page)
-
-
-def voices_loaded_once(name: str) -> Callable[[str], Voice] | None:
-    """What gives the voice called `name` for a language, loaded when it is first needed, from any
-    thread; None for an empty name."""
-    loaded: dict[str, Voice] = {}
-    lock = threading.Lock()
-
-    def load(language: str) -> Voice:
-        with lock:
-            if language not in loaded:
-                loaded[language] = Voice.load(name, language)
-            return loaded[language]
-
-    return load if name else None
 
 
 def _prepare_gradio() -> None:
