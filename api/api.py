@@ -43,8 +43,8 @@ READ = ["GET", "HEAD"]
 BODIES = 8  # full-size bodies that may be held at once
 ARRIVING = 256  # requests whose bodies are being sent or read
 # How much of each kind of work is done at once; each takes memory by its file. A recording is heard
-# window by window, and windows of several take turns.
-AT_ONCE: dict[Kind, int] = {"arriving": 4, "ears": 4, "eyes": 1, "voice": 1}
+# window by window, and windows of several take turns; so do pictures, by four.
+AT_ONCE: dict[Kind, int] = {"arriving": 4, "ears": 4, "eyes": 4, "voice": 1}
 Result = TypeVar("Result")
 Given = ParamSpec("Given")
 PARTS = (chat, responses_reply, transcriptions, spoken)
