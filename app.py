@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 import config as configs
+import paths
 from api.server import address_of, listening_socket, run
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import run_main
@@ -25,10 +26,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (%(default)s)")
     parser.add_argument(
         "--conversations",
-        default="cache/conversations",
+        default=paths.located("cache/conversations"),
         help="folder of the saved conversations (%(default)s)",
     )
-    parser.add_argument("--runs", default="runs", help="folder of the training tab's runs")
+    parser.add_argument(
+        "--runs", default=paths.located("runs"), help="folder of the training tab's runs"
+    )
     add_speech_flag(parser)
     add_voice_flag(parser)
     return parser.parse_args(arguments)

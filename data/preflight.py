@@ -22,6 +22,7 @@ from data.dataset import FAULTS, write_quarantine
 from data.storage import StoragePlan, size
 from data.survey import PICTURE_CHECKS, SMALL_FILE, Survey, peak_memory, survey
 from errors import PhiSightError, run_main
+from paths import located
 
 BUCKET = 256  # tokens per bar of the histogram
 SHOWN = 10  # records set aside that are printed
@@ -168,7 +169,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     fields = Config.__dataclass_fields__
     parser.add_argument("--data", default="", help="JSON list or JSONL of conversations")
     parser.add_argument("--images", help="the folder that the pictures' names are relative to")
-    parser.add_argument("--tokenizer", default="assets/tiny/phi3", help="folder or hub id")
+    parser.add_argument("--tokenizer", default=located("assets/tiny/phi3"), help="folder or hub id")
     parser.add_argument(
         "--pictures",
         choices=("auto", *PICTURE_CHECKS),
@@ -200,7 +201,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--features",
-        default=fields["features"].default,
+        default=located(fields["features"].default),
         help="folder of the feature store, for the room on its disk",
     )
     parser.add_argument(
