@@ -184,8 +184,7 @@ def commit(run_dir: str | Path, snapshot: Snapshot, keep: int = 1) -> Path:
             )
         if not _is_same(temporary, final):
             files.replace_folder(temporary, final)
-        best = json.loads(snapshot.documents[TRAINER_STATE]).get("best_step")
-        _prune(run_dir, snapshot.step, keep, best)
+        _prune(run_dir, snapshot.step, keep)
     except (OSError, SafetensorError) as error:
         raise PhiSightError(
             f"{final}: not saved or not tidied up ({error}); earlier checkpoints "
@@ -214,7 +213,7 @@ def _is_same(temporary: Path, final: Path) -> bool:
     )
 
 
-def _prune(run_dir: Path, step: int, keep: int, best: int | None) -> None:
+def _prune(run_dir: Path, step: int, keep: int) -> None:
     sweep(run_dir)  # the folder that was replaced, if any
     older = [
         (saved_step, path)
@@ -227,7 +226,8 @@ def _prune(run_dir: Path, step: int, keep: int, best: int | None) -> None:
     newest_first = [path for _, path in sorted(older, reverse=True)]
     # A damaged one must not count among those to keep: an intact one would go for it.
     spared = list(itertools.islice((path for path in newest_first if not verify(path)), keep - 1))
-    bests = {best, *(load(path).trainer_state.get("best_step") for path in spared)}
+    kept = [run_dir / f"checkpoint-{step:06d}", *spared]
+    bests = {json.loads((path / TRAINER_STATE).read_bytes()).get("best_step") for path in kept}
     for path in reversed(newest_first):
         if path not in spared and _step_of(path) not in bests:
             files.remove_folder(path)
@@ -340,13 +340,20 @@ def load_best(run_dir: str | Path) -> Checkpoint:
     """The checkpoint of the lowest validation loss, of those that a run has kept. Raises
     PhiSightError when none was kept, or it is damaged."""
     newest = load_newest(run_dir)
-    step = newest.trainer_state.get("best_step")
-    if step is None:
+    if (step := newest.trainer_state.get("best_step")) is None:
         raise PhiSightError(
             f"{run_dir}: keeps no best checkpoint; train with --keep-best or --early-stopping, or"
             f" name the run alone for its newest"
         )
-    return newest if step == newest.step else load(Path(run_dir) / f"checkpoint-{step:06d}")
+    if step == newest.step:
+        return newest
+    path = Path(run_dir) / f"checkpoint-{step:06d}"
+    try:
+        return load(path)
+    except DamagedFolder:
+        if path.exists() or load_newest(run_dir).step == newest.step:
+            raise
+    return load_best(run_dir)  # a training has just found a better one
 
 
 def resolve(path: str | Path) -> Checkpoint:
