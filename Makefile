@@ -31,7 +31,7 @@ lint: .venv/test.stamp
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/test.stamp: requirements-test.txt requirements.txt | .venv/path.stamp
+.venv/test.stamp: requirements-test.txt requirements-extras.txt requirements.txt | .venv/path.stamp
 	$(PIP) -r requirements-test.txt
 	touch $@ .venv/demo.stamp
 

@@ -5,6 +5,7 @@ python infer.py --image a.png --image b.png --prompt "<image> <image> Which one 
 python infer.py --image x.jpg --audio question.wav --speak answer.wav
 python infer.py --chat
 python infer.py --batch questions.jsonl --out answers.jsonl
+python infer.py --transcribe talk.mp3 --out talk.srt
 """
 
 from __future__ import annotations
@@ -42,17 +43,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch", metavar="JSONL", help='many questions: {"prompt": ..., "image": ...} a line'
     )
-    parser.add_argument("--out", metavar="JSONL", help="where --batch writes; it goes on there")
+    parser.add_argument("--out", metavar="FILE", help="where --batch or --transcribe writes")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a stream")
     add_recording_flags(parser)
     options = parser.parse_args(arguments)
-    ways = (options.prompt, options.audio, options.batch, options.chat or None)
+    ways = (options.prompt, options.audio, options.batch, options.transcribe, options.chat or None)
     if sum(way is not None for way in ways) != 1:
-        raise PhiSightError("infer.py: give one of --prompt, --audio, --chat and --batch")
-    if (options.batch is None) != (options.out is None):
+        one = "give one of --prompt, --audio, --chat and --batch, or --transcribe"
+        raise PhiSightError(f"infer.py: {one}")
+    if options.transcribe is None and (options.batch is None) != (options.out is None):
         raise PhiSightError("infer.py: --batch and --out belong together; give both")
-    of_one = options.image or options.json or options.speak
-    if of_one and (options.chat or options.batch is not None):
+    of_one = options.image or options.speak or (options.json and options.transcribe is None)
+    if of_one and (options.prompt, options.audio) == (None, None):
         alone = "--image, --json and --speak belong to one question"
         raise PhiSightError(f"infer.py: {alone}; leave them out")
     return options
@@ -61,24 +63,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sampling_of(options)  # a bad number is told before anything is loaded
+    if options.transcribe is not None:
+        from terminal.transcript import transcribe
+
+        return transcribe(options)
     if options.prompt is not None or options.audio is not None:
         return answer_one(options)
     assistant = load_assistant(options)
     ask = asker(assistant, options)
     try:
-        return chat(ask, options, assistant.config.speech) if options.chat else batch(ask, options)
+        if not options.chat:
+            return batch(ask, options)
+        from terminal.chat import converse
+
+        return converse(ask, options, assistant)
     finally:
         assistant.close()
-
-
-def chat(ask: Asker, options: argparse.Namespace, whisper: str) -> int:
-    """A conversation in the terminal."""
-    from speech.recordings import read_audio
-    from speech.spoken import listener
-    from terminal.chat import Terminal
-
-    listen = listener(options, whisper, options.device)
-    return Terminal(ask, lambda path: listen(read_audio(path))).run()
 
 
 def batch(ask: Asker, options: argparse.Namespace) -> int:
@@ -104,15 +104,15 @@ def answer_one(options: argparse.Namespace) -> int:
     audio, spoken = None, None
     if options.audio is not None or options.speak:
         from speech.recordings import read_audio
-        from speech.spoken import SpokenAnswer, listener, tell_heard
+        from speech.spoken import SpokenAnswer, tell_heard
+        from terminal.hearing import listening
 
         audio = None if options.audio is None else read_audio(options.audio)
         spoken = SpokenAnswer(options) if options.speak else None
     started = time.perf_counter()
-    assistant = load_assistant(options)
-    prompt = options.prompt
+    assistant, prompt = load_assistant(options), options.prompt
     if audio is not None:
-        prompt = listener(options, assistant.config.speech, options.device, tell_heard)(audio)
+        prompt = listening(options, assistant, tell_heard, options.image)(audio)
     loaded = time.perf_counter()
     reply = asker(assistant, options)([user_message(prompt, options.image)])
     text, first = "", None

@@ -1,4 +1,4 @@
-"""Serve a trained model to programs that speak OpenAI's chat API.
+"""Serve a trained model to programs that speak OpenAI's API.
 
 python serve.py --port 8000                             # http://127.0.0.1:8000/v1
 PHISIGHT_API_KEY=... python serve.py --host 0.0.0.0     # other machines need the key
@@ -8,34 +8,27 @@ python serve.py --app                                   # the web app too, on th
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import config as configs
 from api.api import Api
-from api.errors import ApiError
+from api.door import KEY, add_door_flags, opened
 from api.forms import MIB, Limits
-from api.server import address_of, is_local, listening_socket, run
+from api.senses import listening, speaking, transcribing
+from api.server import address_of, run
 from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, add_length_flag, load_assistant
 from errors import PhiSightError, run_main
-from speech.flags import VOICES, add_speech_flag, add_voice_flag
-from speech.recordings import read_audio
-from speech.spoken import loaded_once
-
-KEY = "PHISIGHT_API_KEY"
+from speech.flags import add_speech_flag, add_voice_flag
+from speech.spoken import loaded_once, voices_loaded_once
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     limits = Limits()
     parser = configs.Parser(prog="serve.py", description=__doc__.splitlines()[0])
     add_assistant_flags(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
-    without_key = f"let other machines ask although {KEY} is not set"
-    parser.add_argument("--without-key", action="store_true", help=without_key)
+    add_door_flags(parser, port=8000)
     parser.add_argument("--model-name", help="what programs call the model (default: the run's)")
     parser.add_argument(
         "--queue-limit",
@@ -59,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="in which answers may end after Ctrl-C or SIGTERM (%(default)s)",
     )
     add_speech_flag(parser)
-    add_voice_flag(parser, f"of the app: {VOICES}")
+    add_voice_flag(parser)
     parser.add_argument("--app", action="store_true", help="serve the web app at / too")
     options = parser.parse_args(arguments)
     for name, low, high in (
@@ -73,34 +66,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def environment_key() -> str:
-    """The key that requests have to bring; empty for none."""
-    key = os.environ.get(KEY)
-    if key is None:
-        return ""
-    if not key.strip() or not key.isascii() or key != key.strip():
-        raise PhiSightError(f"{KEY}: is empty or not plain ASCII; set a key or unset it")
-    return key
-
-
-def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
-    """What writes down the speech of an audio file."""
-
-    def listen(data: bytes) -> str:
-        try:
-            speech = load()
-        except PhiSightError as error:  # not the client's fault, and none of its business
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            message = "the server cannot load its speech model; its log says why"
-            raise ApiError(500, message, "speech_unavailable") from error
-        return speech.text(read_audio(data))
-
-    return listen
-
-
 def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> Any:
     """The web app, to stand at the paths that the API does not take."""
-    from web.app import build_app, voices_loaded_once, web_application
+    from web.app import build_app, web_application
 
     page = build_app(assistant, speech=speech, voice=voices_loaded_once(voice))
     return web_application(page)
@@ -108,33 +76,30 @@ def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    key = environment_key()
-    with listening_socket(options.host, options.port) as bound:
-        if not (key or options.without_key or is_local(bound)):
-            raise PhiSightError(
-                f"--host {options.host}: anyone who reaches it could ask;"
-                f" set {KEY}, or add --without-key"
-            )
+    with opened(options) as door:
         assistant = load_assistant(options)
         speech = loaded_once(assistant.config.speech if options.speech is None else options.speech)
         try:
             limits = Limits(new_tokens=options.max_new_tokens, body_bytes=options.max_body * MIB)
             api = Api(
                 assistant,
-                key=key,
+                key=door.key,
+                allowed=door.allowed,
                 name=options.model_name,
                 limits=limits,
                 listen=listening(speech) if speech else None,
+                transcribe=transcribing(speech) if speech else None,
+                speak=speaking(options.voice),
                 max_requests=options.max_rows + options.queue_limit,
                 rest=web_app(assistant, speech, options.voice) if options.app else None,
             )
-            address = address_of(bound)
+            address = address_of(door.bound)
             announcement = (
                 f"{api.name} ({assistant.source}): {address}/v1"
                 + (f", the app at {address}/" if options.app else "")
-                + (f"; requests need {KEY}" if key else "")
+                + (f"; requests need {KEY}" if door.key else "")
             )
-            run(api, bound, announcement, grace=options.grace, busy=api.busy, hurry=api.close)
+            run(api, door.bound, announcement, grace=options.grace, busy=api.busy, hurry=api.close)
         finally:
             assistant.close()
     return 0

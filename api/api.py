@@ -6,39 +6,48 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import ParamSpec, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from api.errors import ApiError, as_api_error, bad, busy, shutting_down
-from api.forms import Limits
-from api.guards import Beside, Budget, Intake, KeyGuard, Reporting
+from api import chat, responses_reply, spoken, transcriptions
+from api.asking import Parse
+from api.errors import ApiError, bad, shutting_down
+from api.forms import MIB, Limits
+from api.guards import Beside, Budget, Intake, KeyGuard, Reporting, Taken
+from api.json_output import JsonOutput
 from api.measures import MEDIA_TYPE, Measures
-from api.requests import ChatRequest, parse_request
-from api.responses import (
-    EVENT_HEADERS,
-    AsciiJSON,
-    chunk,
-    completion,
-    completion_head,
-    event,
-    usage_chunk,
-    usage_of,
-)
+from api.origins import Allowed, OriginGuard
+from api.places import KINDS, Kind, Place, Places
+from api.requests import ChatRequest
+from api.responses import AsciiJSON
+from api.senses import Listen
+from api.spoken import SPEECH, Speak
 from api.stream import in_thread, pieces_of
+from api.transcriptions import TRANSCRIPTIONS, TRANSLATIONS, Transcribe
 from assistant.answer import Answer
-from assistant.assistant import Assistant
+from assistant.assistant import Assistant, ContextExceeded
 from errors import PhiSightError
+from speech.whisper import TooLong
+from workers import never
 
-CHAT, MODELS, HEALTH, METRICS = "/v1/chat/completions", "/v1/models", "/health", "/metrics"
-ROUTES = (CHAT, MODELS, HEALTH, METRICS)
+MODELS, HEALTH, METRICS = "/v1/models", "/health", "/metrics"
+ASKED = (chat.CHAT, responses_reply.RESPONSES)
+ROUTES = (*ASKED, TRANSCRIPTIONS, TRANSLATIONS, SPEECH, MODELS, HEALTH, METRICS)
 READ = ["GET", "HEAD"]
 BODIES = 8  # full-size bodies that may be held at once
-READERS = 4  # requests that are parsed and put into tokens at once; each takes memory by its size
+ARRIVING = 256  # requests whose bodies are being sent or read
+# How much of each kind of work is done at once; each takes memory by its file. A recording is heard
+# window by window, and windows of several take turns.
+AT_ONCE: dict[Kind, int] = {"arriving": 4, "ears": 4, "eyes": 1, "voice": 1}
+Result = TypeVar("Result")
+Given = ParamSpec("Given")
+PARTS = (chat, responses_reply, transcriptions, spoken)
 router = APIRouter()
 
 
@@ -50,39 +59,58 @@ class Api(FastAPI):
         assistant: Assistant,
         *,
         key: str = "",
+        allowed: Allowed = Allowed(),
         name: str | None = None,
-        listen: Callable[[bytes], str] | None = None,
+        listen: Listen | None = None,
+        transcribe: Transcribe | None = None,
+        speak: Speak | None = None,
         limits: Limits = Limits(),
         max_requests: int = 80,
         rest: ASGIApp | None = None,
     ) -> None:
         """
-        Args: `key`: what every request but /health has to bring, if not empty; `name`: the
-        model's, else that of its run; `listen`: writes down the speech of a WAV or MP3 file, and
-        raises PhiSightError; `max_requests`: chat requests taken in at once.
+        Args: `key`: what every request but /health has to bring, if not empty; `allowed`: to which
+        hosts, and from pages of which origins; `name`: the model's, else that of its run; `listen`:
+        writes down the speech of a question, and raises PhiSightError; `transcribe` and `speak`:
+        what the routes of sound do; `max_requests`: how many may hold a place of each kind at once.
         """
         super().__init__(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-        self.assistant, self.limits, self.max_requests = assistant, limits, max_requests
+        self.assistant = assistant
+        parts = assistant.parts
+        self.limits = replace(
+            limits,
+            context_tokens=assistant.context_tokens,
+            picture_tokens=parts.chat_format.tokens_per_image,
+        )
+        self.json_output = JsonOutput(
+            parts.base.tokenizer, parts.base.model.config.vocab_size, assistant.stop_ids
+        )
         self.name = name or Path(assistant.source).parent.name
-        self.listen = listen
-        self.measures, self.budget = Measures(), Budget(limits.body_bytes * BODIES)
+        self.listen, self.transcribe, self.speak = listen, transcribe, speak
+        self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": ARRIVING})
+        self.measures, self.budget = Measures(self.places), Budget(limits.body_bytes * BODIES)
         self.created = int(time.time())
         self.running: set[Answer] = set()
         self.closing = False
-        # One request at a time looks at pictures and one listens: each takes memory by the file.
-        self.reading = asyncio.Semaphore(READERS)
-        self.looking, self.listening = asyncio.Semaphore(1), asyncio.Semaphore(1)
-        self.include_router(router)
+        self.schemas = asyncio.Semaphore(1)  # compiled at once
+        self.turns = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
+        for routes in (*(part.router for part in PARTS), router):
+            self.include_router(routes)
         self.add_exception_handler(HTTPException, pass_on)
         # A request meets the one that is added last first.
         if rest is not None:
             self.add_middleware(Beside, other=rest, routes=ROUTES)
         self.add_middleware(
-            Intake, path=CHAT, limits=limits, budget=self.budget, taken_in=self.taken_in
+            Intake,
+            paths=taken_at(limits),
+            seconds=limits.body_seconds,
+            budget=self.budget,
+            taken_in=self.taken_in,
         )
         if key:
             self.add_middleware(KeyGuard, key=key)
         self.add_middleware(Reporting, measures=self.measures, routes=ROUTES)
+        self.add_middleware(OriginGuard, allowed=allowed, measures=self.measures)
 
     def busy(self) -> bool:
         """Whether an answer is being read or made, for the web app too."""
@@ -96,17 +124,27 @@ class Api(FastAPI):
             answer.cancel()
 
     @contextmanager
-    def taken_in(self) -> Iterator[None]:
-        """For as long as a chat request lasts. Raises `ApiError` where there is no room for it."""
+    def taken_in(self, kind: Kind) -> Iterator[Place]:
+        """For as long as a request lasts. Raises `ApiError` where there is no room for it, or none
+        of the kind that it will need."""
         if self.closing:
             raise shutting_down()
-        if self.measures.in_flight >= self.max_requests:
-            raise busy(f"{self.measures.in_flight} requests are under way already")
-        self.measures.in_flight += 1
-        try:
-            yield
-        finally:
-            self.measures.in_flight -= 1
+        self.places.check(kind)
+        with self.places.place() as place:
+            yield place
+
+    async def turn(
+        self,
+        request: Request,
+        kind: Kind,
+        function: Callable[Given, Result],
+        *arguments: Given.args,
+        **settings: Given.kwargs,
+    ) -> Result:
+        """Gives a request a place of a kind, and what `function` returns or raises in a thread when
+        its turn has come. Raises `ApiError` where too many wait."""
+        request.state.place.move(kind)
+        return await in_thread(self.turns[kind], function, *arguments, **settings)
 
     def model(self) -> dict[str, object]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "phisight"}
@@ -125,35 +163,70 @@ class Api(FastAPI):
             if not answer.cached:
                 self.measures.generated(answer.completion_tokens)
 
-    def read(self, body: bytes) -> tuple[ChatRequest, Answer | None]:
-        """What is asked, and the answer, not yet begun; None while there is speech to listen to.
+    def read(self, body: bytes, parse: Parse) -> tuple[ChatRequest, Answer | None]:
+        """What is asked, and the answer, not yet begun; None while there is speech to listen to, or
+        a schema to compile.
 
         Raises `ApiError` and `PhiSightError`.
         """
-        question = parse_request(body, self.name, self.limits)
-        return question, None if question.sounds else self.answer_to(question, {})
+        question = parse(body, self.name, self.limits)
+        takes_long = question.sounds or question.schema is not None
+        return question, None if takes_long else self.answer_to(question, {})
 
-    def listen_to(self, question: ChatRequest) -> Answer:
-        """The answer to a question with speech, not yet begun. Raises as `read` does."""
+    def listen_to(self, question: ChatRequest, cancelled: Callable[[], bool]) -> Answer:
+        """The answer to a question with speech, not yet begun; when `cancelled` says so, the rest
+        is not heard. Raises as `read` does."""
         heard: dict[str, str] = {}
         for sound in question.sounds:
             if self.listen is None:
                 raise bad(sound.where, "this server does not listen; send text")
+
+            def fits(text: str) -> bool:
+                so_far = heard | {sound.where: text}
+                return self.assistant.has_room(
+                    question.conversation(lambda other: so_far.get(other.where, ""))
+                )
+
             try:
-                heard[sound.where] = self.listen(sound.data)
+                heard[sound.where] = self.listen(sound.data, cancelled, fits)
+            except TooLong as error:
+                reason = (
+                    f"this model's maximum context length is {self.limits.context_tokens} tokens,"
+                    f" and the first {error.seconds / 60:.1f} minutes of {sound.where} fill it, the"
+                    " rest was not heard; send a shorter part, or have it written down by"
+                    f" {TRANSCRIPTIONS}"
+                )
+                raise bad(question.name, reason, "context_length_exceeded") from error
             except PhiSightError as error:
                 raise bad(sound.where, str(error), "invalid_audio") from error
-        return self.answer_to(question, heard)
+        return self.answer_to(question, heard, cancelled)
 
-    def answer_to(self, question: ChatRequest, heard: Mapping[str, str]) -> Answer:
-        return self.assistant.ask(
-            question.conversation(lambda sound: heard[sound.where]),
-            question.max_new_tokens,
-            question.sampling,
-            question.seed,
-            question.stop,
-            question.pictures,
-        )
+    def answer_to(
+        self,
+        question: ChatRequest,
+        heard: Mapping[str, str],
+        cancelled: Callable[[], bool] = never,
+    ) -> Answer:
+        """The answer to a question whose speech is written down, not yet begun. Raises as `read`
+        does, and `workers.Cancelled`."""
+        schema = question.schema
+        try:
+            return self.assistant.ask(
+                question.conversation(lambda sound: heard[sound.where]),
+                question.max_new_tokens,
+                question.sampling,
+                question.seed,
+                question.stop,
+                question.pictures,
+                None if schema is None else self.json_output.constraint(schema, cancelled),
+            )
+        except ContextExceeded as error:
+            # In the words by which programs know OpenAI's error.
+            reason = (
+                f"this model's maximum context length is {error.context} tokens, and the"
+                f" conversation has {error.tokens}; {error.remedy}"
+            )
+            raise bad(question.name, reason, "context_length_exceeded") from error
 
     async def pieces(self, answer: Answer, began: float) -> AsyncIterator[str]:
         """The text as it comes. Raises what ended the answer before its end."""
@@ -167,63 +240,21 @@ class Api(FastAPI):
             raise shutting_down()
         self.measures.whole_request.observe(time.perf_counter() - began)
 
-    async def events(
-        self, answer: Answer, pieces: AsyncIterator[str], include_usage: bool
-    ) -> AsyncIterator[str]:
-        """Server-sent events. What fails after the status is told as an event, as OpenAI does."""
-        head = completion_head(self.name)
-        also = {"usage": None} if include_usage else {}
-        yield event(chunk(head, {"role": "assistant", "content": ""}) | also)
-        try:
-            async for piece in pieces:
-                yield event(chunk(head, {"content": piece}) | also)
-                await asyncio.sleep(0)  # a lost connection is noticed before the next event
-        except Exception as failure:
-            error = as_api_error(failure, "an answer")
-            self.measures.errors[error.code] += 1
-            yield event(error.json())
-            return
-        yield event(chunk(head, {}, answer.finish_reason) | also)
-        if include_usage:
-            usage = usage_of(answer.prompt_tokens, answer.completion_tokens)
-            yield event(usage_chunk(head, usage))
-        yield event("[DONE]")
+
+def taken_at(limits: Limits) -> dict[str, Taken]:
+    """What is taken in at every path that reads a body."""
+    sound = Taken(limits.body_bytes, "ears", (b"multipart/form-data",))
+    return {
+        **dict.fromkeys(ASKED, Taken(limits.body_bytes, "text")),
+        **dict.fromkeys((TRANSCRIPTIONS, TRANSLATIONS), sound),
+        SPEECH: Taken(min(MIB, limits.body_bytes), "voice"),
+    }
 
 
 async def pass_on(request: Request, failure: Exception) -> Response:
     """FastAPI's own answers to unknown paths and methods do not have OpenAI's form: `Reporting`
     answers them, as everything else that is raised."""
     raise failure
-
-
-async def asked(request: Request) -> AsyncIterator[tuple[ChatRequest, Answer]]:
-    """A chat request and the answer to it, which ends with the response however that ends."""
-    api: Api = request.app
-    body = await request.body()
-    question, answer = await in_thread(api.reading, api.read, body)
-    if answer is None:
-        answer = await in_thread(api.listening, api.listen_to, question)
-    with api.running_answer(answer):
-        if question.pictures:
-            await in_thread(api.looking, api.assistant.start, answer)
-        else:
-            api.assistant.start(answer)
-        yield question, answer
-
-
-@router.post(CHAT)
-async def chat(
-    request: Request, asked: Annotated[tuple[ChatRequest, Answer], Depends(asked)]
-) -> Response:
-    api: Api = request.app
-    question, answer = asked
-    pieces = api.pieces(answer, request.state.began)
-    if question.stream:
-        events = api.events(answer, pieces, question.include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=EVENT_HEADERS)
-    text = "".join([piece async for piece in pieces])
-    usage = usage_of(answer.prompt_tokens, answer.completion_tokens)
-    return AsciiJSON(completion(api.name, text, answer.finish_reason, usage))
 
 
 @router.api_route(MODELS, methods=READ)

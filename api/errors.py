@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-
 from starlette.exceptions import HTTPException
 
+from api.logs import failed
 from assistant.assistant import Blocked
 from assistant.engine import Busy
 from errors import PhiSightError
 
-log = logging.getLogger("phisight.serving")
+NAMED = ("messages[", "input[", "response_format", "text.format")  # fields that a failure may name
 
 
 class ApiError(Exception):
@@ -58,7 +57,7 @@ def as_api_error(failure: Exception, what: str, path: str = "") -> ApiError:
         return ApiError(400, str(failure), "content_filter", "messages")
     if isinstance(failure, PhiSightError):  # the assistant does not take the question
         where, colon, _ = str(failure).partition(": ")
-        param = where if colon and where.startswith("messages[") else None
+        param = where if colon and where.startswith(NAMED) else None
         return ApiError(400, str(failure), "invalid_value", param)
     if isinstance(failure, HTTPException) and failure.status_code == 404:
         return ApiError(404, "no such path; see /v1/models and /v1/chat/completions", "not_found")
@@ -66,7 +65,7 @@ def as_api_error(failure: Exception, what: str, path: str = "") -> ApiError:
         method = "GET" if "GET" in (failure.headers or {}).get("Allow", "") else "POST"
         message = f"{path}: takes {method} only"
         return ApiError(405, message, "method_not_allowed", headers={"Allow": method})
-    log.error("%s failed", what, exc_info=failure)
+    failed(what, failure)
     return ApiError(500, "the server failed at this request; its log says why", "internal_error")
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -17,6 +18,19 @@ from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
 
 log = logging.getLogger("phisight.assistant")
+
+
+class Constraint(Protocol):
+    """What an answer has to be: it decides before every token which ones may come."""
+
+    def allow(self, logits: Tensor) -> Tensor:
+        """(vocabulary,) logits of the next token, -inf where it may not come; never all of them.
+        A stop token may come where the answer may end."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on with the token that was chosen. What it raises makes the answer fail."""
+        ...
 
 
 @dataclass(eq=False, repr=False)
@@ -30,8 +44,9 @@ class Answer:
     - without a thread: `subscribe(callback)`, which the engine's thread calls.
 
     An answer ends once, for the reason in `finish_reason`. Whoever does not want more of it calls
-    `cancel()`, from any thread and at any time: it then ends before its next batch of pictures,
-    without having left the queue, or within a token. Leaving a `for` loop over it does the same.
+    `cancel()`, from any thread and at any time: it then ends at once in a queue, before its next
+    batch of pictures, before the next piece of its prompt is read, or within a token. Leaving a
+    `for` loop over it does the same.
     """
 
     ids: list[int]
@@ -49,6 +64,8 @@ class Answer:
     pictures: Sequence[tuple[str, bytes | Image.Image | None]] = ()
     """name and content of the pictures that are still to be encoded, in slot order; content None
     is read from the file of that name"""
+    constraint: Constraint | None = None
+    """what the answer has to be; None: any text"""
 
     finish_reason: str | None = field(default=None, init=False)
     """None while it runs; "stop", "length", "filtered", "cancelled" or "failed" """
@@ -67,13 +84,19 @@ class Answer:
     """since it was submitted to the engine"""
     submitted: float = field(default=0.0, init=False)
     """when, by `time.perf_counter`"""
+    unread: int = field(default=0, init=False)
+    """tokens of `ids` that the engine still has to read before the next one is chosen"""
+    looked_up: bool = field(default=False, init=False)
+    """whether `unread` leaves out what the engine knows of an earlier conversation"""
+    when_cancelled: Callable[[], None] | None = field(default=None, init=False)
+    """called by `cancel`, in its thread: wakes up who waits on the answer's behalf"""
     generator: torch.Generator | None = field(default=None, init=False)
     """what its tokens are drawn with, made by the engine"""
     remember: Callable[[str], None] | None = field(default=None, init=False)
     """called with the reason when it has ended by itself, before its reader is told"""
 
     def __post_init__(self) -> None:
-        self.prompt_tokens = len(self.ids)
+        self.prompt_tokens = self.unread = len(self.ids)
         self._lock = threading.Lock()  # of the next two
         self._callback: Callable[[str | None], None] | None = None
         self._untold: list[str | None] = []
@@ -85,6 +108,8 @@ class Answer:
     def cancel(self) -> None:
         """End it as soon as can be, from any thread; of no effect once it has ended."""
         self.cancelled = True
+        if self.when_cancelled is not None:
+            self.when_cancelled()
 
     def subscribe(self, callback: Callable[[str | None], None]) -> None:
         """Have `callback` called with every piece of text as it comes, and with None at the end.
@@ -143,12 +168,15 @@ class Answer:
     def push(self, token: int) -> str | None:
         """Take the next token and tell the text that it completes.
 
-        Returns the reason to end, or None to go on. Raises what the content filter raises.
+        Returns the reason to end, or None to go on. Raises what the content filter and the
+        constraint raise.
         """
         if self.seconds_to_first_token is None:
             self.seconds_to_first_token = time.perf_counter() - self.submitted
         self.tokens.append(token)
         self.completion_tokens += 1
+        if self.constraint is not None:
+            self.constraint.take(token)
         if self.text is not None:
             self._tell(self.text.push(token))
             if self.text.finished:

@@ -13,28 +13,39 @@ from torch import Tensor
 
 import checkpoints
 import config as configs
-from assistant.answer import Answer
+from assistant.answer import Answer, Constraint
 from assistant.caches import LeastRecentlyUsed
 from assistant.engine import Engine
 from assistant.filter import ContentFilter
 from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
+from assistant.turns import Turns
 from data.chat import render
 from data.dataset import Conversation, Message
 from data.features import as_stored
 from data.images import decode_image, read_image_bytes
 from errors import PhiSightError
 from model.build import Assembled, assemble, load_model_state
+from model.cache import default_kv_bytes
 from model.vision import VisionTower
 
 FEATURE_BYTES = 256 * 2**20  # 430 pictures of CLIP L/14 at 336
 PREFIX_BYTES = 1024 * 2**20  # 2,600 tokens of Phi-3.5-mini in 16 bits
 ANSWERS = 1000
-TOWER_PICTURES = 8  # encoded at once
+TOWER_PICTURES = 4  # of one question in one turn: more at once are not faster on a CPU
 
 
 class Blocked(PhiSightError):
     """The content filter does not let a question pass."""
+
+
+class ContextExceeded(PhiSightError):
+    """A conversation leaves no room for an answer."""
+
+    def __init__(self, tokens: int, context: int, pictures: bool) -> None:
+        self.tokens, self.context = tokens, context
+        self.remedy = "shorten it or send fewer pictures" if pictures else "shorten it"
+        super().__init__(f"conversation: {tokens} tokens, the model reads {context}; {self.remedy}")
 
 
 class Assistant:
@@ -49,9 +60,11 @@ class Assistant:
         max_rows: int = 16,
         queue_limit: int = 64,
         content_filter: ContentFilter | None = None,
+        kv_bytes: int | None = None,
     ) -> None:
         """`cache`: keep picture features, conversations' keys and values, and greedy answers;
-        `max_rows`: answers decoded at once; `queue_limit`: questions that may wait beside them."""
+        `max_rows`: answers decoded at once; `queue_limit`: questions that may wait beside them;
+        `kv_bytes`: memory for the keys and values of those decoded, else `default_kv_bytes`."""
         self.parts, self.config, self.source = parts, config, source
         self.content_filter = content_filter
         self.model = parts.model.eval()
@@ -63,6 +76,7 @@ class Assistant:
             max_rows,
             queue_limit,
             PREFIX_BYTES if cache else 0,
+            default_kv_bytes(parts.device) if kv_bytes is None else kv_bytes,
         )
         self._features: LeastRecentlyUsed[Tensor] = LeastRecentlyUsed(
             FEATURE_BYTES if cache else 0, lambda features: features.nbytes
@@ -73,6 +87,7 @@ class Assistant:
         )
         self._tower: VisionTower | None = None
         self._encoding = threading.Lock()  # one picture batch at a time through the CLIP
+        self._eyes = Turns()  # whose batch that is
 
     @classmethod
     def load(
@@ -87,6 +102,7 @@ class Assistant:
         max_rows: int = 16,
         queue_limit: int = 64,
         content_filter: ContentFilter | None = None,
+        kv_bytes: int | None = None,
     ) -> Assistant:
         """From a run's newest valid checkpoint or from one checkpoint folder.
 
@@ -103,17 +119,24 @@ class Assistant:
         )
         torch.set_num_threads(config.threads or torch.get_num_threads())
         parts = assemble(config)
-        for what, saved, found in (
-            ("base", checkpoint.config["base_fingerprint"], parts.base.fingerprint),
-            ("CLIP", checkpoint.config["vision_fingerprint"], parts.vision.key),
+        for what, named, saved, found in (
+            (
+                "base",
+                f"{config.base}; name the right one with --base",
+                checkpoint.config["base_fingerprint"],
+                parts.base.fingerprint,
+            ),
+            (
+                "CLIP",
+                f"{config.vision}; name the right one with --vision",
+                checkpoint.config["vision_fingerprint"],
+                parts.vision.key,
+            ),
         ):
             if saved != found:
-                raise PhiSightError(
-                    f"{where}: was trained on another {what} than {config.base} and"
-                    f" {config.vision}; name the right one with --base or --vision"
-                )
+                raise PhiSightError(f"{where}: was trained on another {what} than {named}")
         load_model_state(parts.model, checkpoint.state)
-        return cls(parts, config, where, cache, max_rows, queue_limit, content_filter)
+        return cls(parts, config, where, cache, max_rows, queue_limit, content_filter, kv_bytes)
 
     def reply(
         self,
@@ -138,26 +161,28 @@ class Assistant:
         seed: int | None = None,
         stop: Sequence[str] = (),
         pictures: Mapping[str, Image.Image | bytes] | None = None,
+        constraint: Constraint | None = None,
     ) -> Answer:
         """The answer to a conversation that ends with the user's turn, not yet begun: `start` it.
 
         A picture part names one of `pictures` (encoded bytes or an RGB picture), else a file.
-        `seed` makes sampling repeatable; an answer ends before the first of the `stop` strings.
-        Raises `PhiSightError` for a conversation that leaves no room for an answer, and `Blocked`
-        for what the filter refuses. Opens no file and does not wait.
+        `seed` makes sampling repeatable; an answer ends before the first of the `stop` strings;
+        `constraint` is of this answer alone. Raises `ContextExceeded` for a conversation that
+        leaves no room for an answer, `PhiSightError` for one that takes more memory than there is
+        for all, and `Blocked` for what the filter refuses. Opens no file and
+        does not wait.
         """
         self._check(messages)
-        prompt = render(messages, self.parts.chat_format, add_generation_prompt=True).input_ids
-        room = self.parts.base.model.config.max_position_embeddings - len(prompt)
+        sample = render(messages, self.parts.chat_format, add_generation_prompt=True)
+        prompt, room = sample.input_ids, self.context_tokens - len(sample.input_ids)
         if room < 1:
-            raise PhiSightError(
-                f"conversation: {len(prompt)} tokens, the model reads {room + len(prompt)};"
-                " shorten it or send fewer pictures"
-            )
+            raise ContextExceeded(len(prompt), self.context_tokens, bool(sample.images))
+        limit = min(max_new_tokens, room)
+        self.engine.check(len(prompt), limit)
         given = pictures or {}
         return Answer(
             prompt,
-            min(max_new_tokens, room),
+            limit,
             torch.zeros(0, *self.parts.vision.shape),
             sampling=sampling,
             seed=seed,
@@ -165,7 +190,13 @@ class Assistant:
             pictures=[
                 (name, given.get(name)) for name in Conversation("chat", tuple(messages)).images
             ],
+            constraint=constraint,
         )
+
+    def has_room(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation leaves room for an answer."""
+        prompt = render(messages, self.parts.chat_format, add_generation_prompt=True).input_ids
+        return len(prompt) < self.context_tokens
 
     def start(self, answer: Answer) -> None:
         """Read and encode the pictures of an answer, and hand it to the engine; an answer that is
@@ -208,6 +239,11 @@ class Assistant:
         self.engine.close()
 
     @property
+    def context_tokens(self) -> int:
+        """How many tokens the model reads, the answer's among them."""
+        return self.parts.base.model.config.max_position_embeddings
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         chat = self.parts.chat_format
         return frozenset((chat.end_id, chat.end_of_text_id))
@@ -226,7 +262,7 @@ class Assistant:
         """End a greedy answer with what is remembered of the same question, or have it remembered
         when it ends. Whether it has ended."""
         text = answer.text
-        if answer.sampling.temperature != 0 or text is None:
+        if answer.sampling.temperature != 0 or text is None or answer.constraint is not None:
             return False
         limit, sampling = answer.max_new_tokens, answer.sampling
         asked = (tuple(answer.ids), tuple(answer.image_keys), limit, text.stop, sampling)
@@ -241,35 +277,37 @@ class Assistant:
         return False
 
     def _encode_pictures(self, answer: Answer) -> None:
-        """Give an answer the content keys and the features of its pictures, in slot order. Leaves
-        off when it is cancelled."""
+        """Give an answer the content keys and the features of its pictures, in slot order. Many
+        take a turn for every few of them. Leaves off when it is cancelled."""
+        contents = dict(answer.pictures)
+        names = list(contents)
         keys: dict[str, str] = {}
         known: dict[str, Tensor] = {}
-        unseen: dict[str, Image.Image] = {}
-        for name, content in answer.pictures:
-            if answer.cancelled:
-                return
-            if name in keys:
-                continue
-            picture = read_image_bytes(name) if content is None else content
-            keys[name] = key = content_key(picture)
-            if key in known or key in unseen:
-                continue
-            features = self._features.get(key)
-            if features is not None:
-                known[key] = features
-            elif isinstance(picture, bytes):
-                unseen[key] = decode_image(picture, name)
-            else:
-                unseen[key] = picture.convert("RGB")
-        order = list(unseen)
-        for start in range(0, len(order), TOWER_PICTURES):
-            if answer.cancelled:
-                return
-            chosen = order[start : start + TOWER_PICTURES]
-            for key, features in zip(chosen, self.features([unseen[k] for k in chosen])):
-                known[key] = features.clone()  # alone: a slice would keep its whole batch
-                self._features.put(key, known[key])
+        for start in range(0, len(names), TOWER_PICTURES):
+            unseen: dict[str, Image.Image] = {}
+            for name in names[start : start + TOWER_PICTURES]:
+                if answer.cancelled:
+                    return
+                content = contents[name]
+                picture = read_image_bytes(name) if content is None else content
+                keys[name] = key = content_key(picture)
+                if key in known or key in unseen:
+                    continue
+                features = self._features.get(key)
+                if features is not None:
+                    known[key] = features
+                elif isinstance(picture, bytes):
+                    unseen[key] = decode_image(picture, name)
+                else:
+                    unseen[key] = picture.convert("RGB")
+            if unseen:
+                with self._eyes.turn(answer) as is_there:
+                    if not is_there:
+                        return
+                    encoded = self.features(list(unseen.values()))
+                for key, features in zip(unseen, encoded, strict=True):
+                    known[key] = features.clone()  # alone: a slice would keep its whole batch
+                    self._features.put(key, known[key])
         answer.image_keys = [keys[name] for name, _ in answer.pictures]
         if answer.image_keys:
             answer.image_features = torch.stack([known[key] for key in answer.image_keys])

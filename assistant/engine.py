@@ -1,8 +1,8 @@
 """Many answers at once: they join the running batch, and leave it when they end.
 
-One worker thread owns the model. Every step it takes in what has arrived, gives each sequence its
-next token, and drops those that ended or whose reader has gone: continuous batching (Orca, OSDI
-2022).
+One worker thread owns the model. Every step it reads a piece of the prompts that have come, gives
+each sequence that has been read its next token, and drops those that ended or whose reader has
+gone: continuous batching (Orca, OSDI 2022) with prompts in pieces (`Schedule`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from assistant.answer import Answer
 from assistant.decoding import Decoding
 from assistant.prefix import PrefixCache, token_keys
 from assistant.sampling import choose, penalize
+from assistant.schedule import Schedule
 from errors import PhiSightError
-from model.cache import KeyValues
 from model.vlm import VisionLanguageModel
-
-FED_AT_ONCE = 8192  # tokens of new answers that are fed in one pass
 
 
 class Busy(PhiSightError):
@@ -31,7 +29,11 @@ class Busy(PhiSightError):
 
 
 class Engine:
-    """Takes answers from any thread; its own thread, started by the first one, decodes them."""
+    """Takes answers from any thread; its own thread, started by the first one, decodes them.
+
+    An answer that was begun is never in want of memory because of others: it has its place when
+    there is room for the keys and values of its prompt and of all the tokens it may have.
+    """
 
     def __init__(
         self,
@@ -41,26 +43,44 @@ class Engine:
         max_rows: int = 16,
         queue_limit: int = 64,
         prefix_bytes: int = 0,
+        kv_bytes: int | None = None,
     ) -> None:
-        """`max_rows`: sequences decoded at once; `queue_limit`: answers that may wait beside
-        them; `prefix_bytes`: room for keys and values of conversations that may go on."""
+        """`max_rows`: sequences read and decoded at once; `queue_limit`: answers that may wait
+        beside them; `prefix_bytes`: room for keys and values of conversations that may go on;
+        `kv_bytes`: for those of the sequences that are read and decoded, all together."""
         self.model, self.stop_ids, self.tokens_per_image = model, stop_ids, tokens_per_image
-        self.max_rows, self.queue_limit = max_rows, queue_limit
+        self.max_rows, self.queue_limit, self.kv_bytes = max_rows, queue_limit, kv_bytes
         crossing = model.language_model.config.rope.crossing
         self.prefixes = PrefixCache(prefix_bytes, crossing, tokens_per_image)
         self.counts: Counter[str] = Counter()
         self._waiting: list[Answer] = []
         self._running: list[Answer] = []
+        self._schedule = Schedule()
         self._decoding: Decoding[Answer] = Decoding(model)
+        self._bytes_of = model.language_model.model.empty_cache().bytes_of
+        self._held = 0  # bytes of keys and values after the last step
         self._changed = threading.Condition()  # of what waits and runs, and of closing
         self._thread: threading.Thread | None = None
         self._closed = False
 
+    def check(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """Raises `PhiSightError` for an answer whose keys and values can never fit."""
+        needed = self._bytes_of(prompt_tokens + max_new_tokens)
+        if self.kv_bytes is not None and needed > self.kv_bytes:
+            raise PhiSightError(
+                f"conversation: its {prompt_tokens} tokens and an answer of up to {max_new_tokens}"
+                f" take {needed / 2**20:.1f} MiB of keys and values, more than the limit of"
+                f" {self.kv_bytes / 2**20:.1f}; shorten it, ask for a shorter answer, or start with"
+                " a larger --kv-memory"
+            )
+
     def submit(self, *answers: Answer) -> None:
         """Queue answers; those of one call join the batch together where it has room.
 
-        Raises `Busy`, and takes none of them, when there is no room for all.
+        Raises `Busy`, and takes none of them, when there is no room for all, and what `check` does.
         """
+        for answer in answers:
+            self.check(answer.prompt_tokens, answer.max_new_tokens)
         now = time.perf_counter()
         with self._changed:
             if self._closed:
@@ -87,6 +107,8 @@ class Engine:
                 "tokens_generated": self.counts["tokens_generated"],
                 "prefix_cache_hits": self.counts["prefix_cache_hits"],
                 "prefix_cache_bytes": self.prefixes.bytes,
+                "kv_bytes": self._held,
+                "kv_bytes_reserved": self._reserved(),
             }
 
     def close(self) -> None:
@@ -109,51 +131,92 @@ class Engine:
                     self._changed.wait()
                 if self._closed and not (self._waiting or self._running):
                     return
-                gone = [answer for answer in self._waiting if answer.cancelled]
-                waiting = [answer for answer in self._waiting if not answer.cancelled]
-                free = self.max_rows - len(self._running)
-                arrived, self._waiting = waiting[:free], waiting[free:]
-            for answer in gone:
-                answer.end("cancelled")
             try:
-                self._admit(arrived)
+                self._tidy_queue()
+                self._read()
                 self._step()
             except Exception as error:  # whatever it is, readers must not wait for ever
-                self._fail([*arrived, *self._running], error)
+                self._fail(error)
+            self._held = self._decoding.bytes
 
-    def _fail(self, answers: Sequence[Answer], error: Exception) -> None:
-        for answer in answers:
-            answer.end("failed", error)
-        self._decoding = Decoding(self.model)
+    def _fail(self, error: Exception) -> None:
         with self._changed:
-            self._running = []
+            running, self._running = self._running, []
+        self._decoding = Decoding(self.model)
+        for answer in running:
+            answer.end("failed", error)
 
-    def _admit(self, arrived: Sequence[Answer]) -> None:
-        """Feed the prompts of new answers: alone where their beginning is known, else together."""
-        together: list[Answer] = []
-        for answer in arrived:
-            if answer.max_new_tokens < 1:
-                answer.end("length")
-                continue
-            self.counts["prompt_tokens"] += answer.prompt_tokens
-            if answer.sampling.temperature > 0:
-                answer.generator = torch.Generator(self._decoding.device)
-                seed = answer.seed
-                answer.generator.seed() if seed is None else answer.generator.manual_seed(seed)
-            if self.prefixes.max_bytes:
+    def _end(self, answers: Sequence[Answer], reason: str, error: Exception | None = None) -> None:
+        """End answers that wait or have a place, which is free before their readers are told."""
+        with self._changed:
+            self._waiting = [answer for answer in self._waiting if answer not in answers]
+            self._running = [answer for answer in self._running if answer not in answers]
+        for answer in answers:
+            answer.end(reason, error)
+
+    def _tidy_queue(self) -> None:
+        """End those that have gone and those that need no token; see how much new ones need."""
+        with self._changed:
+            waiting = list(self._waiting)
+        reading = [reading.row for reading in self._decoding.reading]
+        gone = [answer for answer in (*waiting, *reading) if answer.cancelled]
+        if gone:
+            self._decoding.leave(gone)
+            self._end(gone, "cancelled")
+        if silent := [a for a in waiting if a.max_new_tokens < 1 and not a.cancelled]:
+            self._end(silent, "length")
+        for answer in waiting:
+            if self.prefixes.max_bytes and not answer.looked_up:
+                answer.looked_up = True
                 past = self.prefixes.longest(self._keys(answer))
-                if past is not None:
-                    answer.reused_tokens = past.length
-                    self.counts["prefix_cache_hits"] += past.length
-                    self._add([answer], past)
-                    continue
-            tokens = sum(len(other.ids) for other in (*together, answer))
-            if together and tokens > FED_AT_ONCE:
-                self._add(together)
-                together = []
-            together.append(answer)
-        if together:
-            self._add(together)
+                answer.unread = len(answer.ids) - (past.length if past else 0)
+
+    def _read(self) -> None:
+        """Read the next pieces of prompts, in one pass; who has none left is decoded from now."""
+        with self._changed:
+            waiting = list(self._waiting)
+        begun = [reading.row for reading in self._decoding.reading]
+        chosen = self._schedule.choose(begun, waiting, self._begin)
+        readings = [reading for reading in self._decoding.reading if reading.row in chosen]
+        if not readings:
+            return
+        try:
+            self._decoding.read(readings)
+        except Exception as error:  # such as too little memory: those that run already go on
+            self._decoding.leave(chosen)
+            self._end(chosen, "failed", error)
+        for reading in readings:
+            reading.row.unread = reading.left
+
+    def _reserved(self) -> int:
+        """Bytes that the keys and values of all that run can come to."""
+        return sum(self._bytes_of(a.prompt_tokens + a.max_new_tokens) for a in self._running)
+
+    def _begin(self, answer: Answer) -> bool:
+        """Give an answer a place and memory, if there is room."""
+        most = answer.prompt_tokens + answer.max_new_tokens
+        if len(self._running) == self.max_rows or (
+            self.kv_bytes is not None and self._reserved() + self._bytes_of(most) > self.kv_bytes
+        ):
+            return False
+        past = self.prefixes.longest(self._keys(answer)) if self.prefixes.max_bytes else None
+        try:
+            reading = self._decoding.begin(answer, past, most)
+        except Exception as error:  # its pictures do not fit, or too little memory
+            self._end([answer], "failed", error)
+            return False
+        self.counts["prompt_tokens"] += answer.prompt_tokens
+        self.counts["prefix_cache_hits"] += reading.cache.length
+        answer.reused_tokens = reading.cache.length
+        answer.unread = reading.left
+        if answer.sampling.temperature > 0:
+            answer.generator = torch.Generator(self._decoding.device)
+            seed = answer.seed
+            answer.generator.seed() if seed is None else answer.generator.manual_seed(seed)
+        with self._changed:
+            self._waiting.remove(answer)
+            self._running.append(answer)
+        return True
 
     def _keys(self, answer: Answer) -> numpy.ndarray:
         """What names the content at each place of its sequence, for the prefix cache."""
@@ -161,18 +224,8 @@ class Engine:
             answer.ids, self.model.placeholder_id, answer.image_keys, self.tokens_per_image
         )
 
-    def _add(self, answers: list[Answer], past: KeyValues | None = None) -> None:
-        try:
-            self._decoding.add(answers, past)
-        except Exception as error:  # such as too little memory: those that run already go on
-            for answer in answers:
-                answer.end("failed", error)
-            return
-        with self._changed:
-            self._running += answers
-
     def _step(self) -> None:
-        """One token for every sequence."""
+        """One token for every sequence that has been read."""
         rows = list(self._decoding.rows)
         going_on: list[int] = []
         tokens: list[int] = []
@@ -187,13 +240,13 @@ class Engine:
                 self.prefixes.put(self._keys(answer), self._decoding.past_of(index))
             ended.append((answer, reason, error))
         if ended:
-            with self._changed:
-                self._running = [rows[i] for i in going_on]
-            for answer, reason, error in ended:
-                answer.end(reason, error)
             self._decoding.keep(going_on)
+            for answer, reason, error in ended:
+                self._end([answer], reason, error)
         if going_on:
             self._decoding.advance(tokens)
+        for reading in self._decoding.reading:  # those that crossed to LongRoPE's long factors
+            reading.row.unread = reading.left
 
     def _take(self, answer: Answer, token: int) -> tuple[str | None, Exception | None]:
         """Give an answer its next token; the reason to end it, and what made it fail."""
@@ -204,7 +257,7 @@ class Engine:
         self.counts["tokens_generated"] += 1
         try:
             return answer.push(token), None
-        except Exception as error:  # the content filter's: it harms no other answer
+        except Exception as error:  # the filter's or the constraint's: it harms no other answer
             return "failed", error
 
     def _choose(self, rows: Sequence[Answer]) -> list[int]:
@@ -213,7 +266,9 @@ class Engine:
         tokens = logits.argmax(-1).tolist() if rows else []
         for index, answer in enumerate(rows):
             sampling = answer.sampling
-            if sampling.temperature or sampling.repetition_penalty != 1:
+            if sampling.temperature or sampling.repetition_penalty != 1 or answer.constraint:
                 own = penalize(logits[index], answer.ids, sampling.repetition_penalty)
+                if answer.constraint is not None:
+                    own = answer.constraint.allow(own)
                 tokens[index] = int(choose(own[None], sampling, answer.generator))
         return tokens

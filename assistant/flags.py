@@ -39,6 +39,13 @@ def add_assistant_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-rows", type=int, default=16, help="answers decoded at once (16)")
     parser.add_argument(
+        "--kv-memory",
+        type=int,
+        metavar="MIB",
+        help="keys and values of all answers together; what does not fit waits"
+        " (a quarter of the machine's memory, half of a GPU's free one)",
+    )
+    parser.add_argument(
         "--content-filter",
         metavar="FILE",
         help="words that neither question nor answer may have, one a line",
@@ -72,6 +79,9 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
     given = vars(options)
     if given.get("max_rows", 1) < 1:
         raise PhiSightError("--max-rows: must be at least 1")
+    kv_memory = given.get("kv_memory")
+    if kv_memory is not None and kv_memory < 1:
+        raise PhiSightError("--kv-memory: must be at least 1")
     words = given.get("content_filter")
     own = {name: given[name] for name in ("cache", "max_rows", "queue_limit") if name in given}
     return Assistant.load(
@@ -81,6 +91,7 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
         base_cache=options.base_cache,
         device=options.device,
         content_filter=WordFilter(load_words(words)) if words else None,
+        kv_bytes=None if kv_memory is None else kv_memory * 2**20,
         **own,
     )
 

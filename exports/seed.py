@@ -38,6 +38,7 @@ from exports.peft_adapter import PLACES, input_sizes
 from model.base import find_folder, find_weight_files, read_config
 from model.decoder import DecoderConfig
 from model.vision import PICKLED, VisionSpec, opened, read_vision_spec
+from torch_files import NotRead, load_torch_file
 
 LORA, PROJECTOR = "lora_weights.pt", "image_projector.pth"
 REMEDY = "give a checkpoint folder of the seed project as its training saved it"
@@ -91,8 +92,8 @@ def load_archive(path: Path) -> dict[str, object]:
     if path.stat().st_size > BYTE_LIMIT:
         raise PhiSightError(f"{path}: is absurdly large; {REMEDY}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the file is untrusted, and the error may be of any kind
+        content = load_torch_file(path, BYTE_LIMIT)
+    except (NotRead, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise PhiSightError(
             f"{path}: is not read, it is damaged or holds more than tensors and numbers, such as"

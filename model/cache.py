@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 BLOCK = 64  # tokens: memory is taken in multiples of it
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+UNKNOWN_MEMORY = 8 * 2**30  # bytes that a machine is taken to have which does not say
 
 
 class Memory:
@@ -27,40 +32,52 @@ class KeyValues:
     memory (`prefix`): the first one that goes on writes behind what is there, the next one finds
     that place taken and copies its part first (copy on write, as in vLLM's paged attention,
     arXiv:2309.06180). A token costs one write; the whole is copied only where memory has to grow,
-    which happens ever more rarely.
+    which happens ever more rarely, and never beyond what `most` tokens take. While it is copied,
+    the old and the new are there together.
     """
 
-    def __init__(self, memory: Memory, length: int) -> None:
-        self.memory, self.length = memory, length
+    def __init__(self, memory: Memory, length: int, most: int | None = None) -> None:
+        """`most`: tokens that the sequence can come to, if that is known."""
+        self.memory, self.length, self.most = memory, length, most
 
     @classmethod
     def empty(
-        cls, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> KeyValues:
+        cls, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
+        most: int | None = None,
+    ) -> KeyValues:  # fmt: skip
         """Of a sequence without a token."""
-        return cls(
-            Memory(torch.empty(layers, 2, heads, 0, head_dim, dtype=dtype, device=device)), 0
-        )
+        empty = torch.empty(layers, 2, heads, 0, head_dim, dtype=dtype, device=device)
+        return cls(Memory(empty), 0, most)
 
     @property
     def bytes(self) -> int:
         return self.memory.tensor.nbytes
 
-    def prefix(self, length: int) -> KeyValues:
+    def bytes_of(self, tokens: int) -> int:
+        """Memory for so many tokens, in whole blocks."""
+        layers, two, heads, _, dim = self.memory.tensor.shape
+        return layers * two * heads * dim * self.memory.tensor.itemsize * whole_blocks(tokens)
+
+    def prefix(self, length: int, most: int | None = None) -> KeyValues:
         """The first `length` tokens as a sequence of its own, over the same memory."""
-        return KeyValues(self.memory, length)
+        return KeyValues(self.memory, length, most)
+
+    def make_room(self, total: int) -> None:
+        """Have memory for `total` tokens, all of it this sequence's own behind its last one."""
+        if self.memory.used == self.length and self.memory.capacity >= total:
+            return
+        # A quarter more than is needed, so that growing by single tokens copies seldom.
+        ample = total + total // 4
+        shape = list(self.memory.tensor.shape)
+        shape[3] = whole_blocks(ample if self.most is None else max(total, min(ample, self.most)))
+        grown = self.memory.tensor.new_empty(shape)
+        grown[..., : self.length, :] = self.memory.tensor[..., : self.length, :]
+        self.memory = Memory(grown, self.length)
 
     def reserve(self, count: int) -> None:
         """Make `count` positions behind the last one this sequence's own, to be written."""
-        total = self.length + count
-        if self.memory.used != self.length or self.memory.capacity < total:
-            shape = list(self.memory.tensor.shape)
-            # A quarter more than is needed, so that growing by single tokens copies seldom.
-            shape[3] = -(-(total + total // 4) // BLOCK) * BLOCK
-            grown = self.memory.tensor.new_empty(shape)
-            grown[..., : self.length, :] = self.memory.tensor[..., : self.length, :]
-            self.memory = Memory(grown)
-        self.memory.used = total
+        self.make_room(self.length + count)
+        self.memory.used = self.length + count
 
     def write(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
         """Put (new tokens, 2, heads, head dim) keys and values behind those of `layer`, in
@@ -70,3 +87,22 @@ class KeyValues:
         memory[:, :, self.length : total] = new.permute(1, 2, 0, 3)
         keys, values = memory[:, :, :total]
         return keys, values
+
+
+def whole_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK
+
+
+def default_kv_bytes(device: torch.device) -> int:
+    """Memory for the keys and values of all sequences that are decoded: a quarter of the machine's,
+    or of its container's; on a GPU, half of what is free there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, ValueError, OSError):  # a system without these names
+        sizes = [UNKNOWN_MEMORY]
+    for path in map(Path, CONTAINER_LIMITS):
+        if path.is_file() and (said := path.read_text().strip()).isdigit():  # else "max"
+            sizes.append(int(said))
+    return min(sizes) // 4

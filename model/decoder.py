@@ -116,7 +116,7 @@ class RotaryPositions(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(tokens,) positions -> cosines and sines, (tokens, rotary dims / 2) float32.
 
-        lengths: tokens of each conversation here; totals: with those that came before them.
+        lengths: tokens of each conversation here; totals: of the whole conversation.
         """
         frequencies = self.frequencies  # (1 or 2, dims / 2)
         if self.crossing:
@@ -214,14 +214,17 @@ class Decoder(nn.Module):
         lengths: Sequence[int],
         caches: Sequence[KeyValues] | None = None,
         row_keys: Sequence[int] | None = None,
+        totals: Sequence[int] | None = None,
     ) -> Tensor:
         """(rows, length, dim) embeddings -> states of the same shape, normalised for the head.
 
         position_ids: (rows, length); lengths, caches, row_keys: see `Layout`. Tokens that were fed
-        with caches have been added to them afterwards.
+        with caches have been added to them afterwards. totals: tokens of each conversation,
+        where it is fed in pieces and more are still to come; LongRoPE chooses its factors by them.
         """
-        before = [cache.length for cache in caches] if caches else [0] * len(lengths)
-        totals = [past + new for past, new in zip(before, lengths, strict=True)]
+        if totals is None:
+            before = [cache.length for cache in caches] if caches else [0] * len(lengths)
+            totals = [past + new for past, new in zip(before, lengths, strict=True)]
         angles = self.rotary(position_ids.flatten(), lengths, totals)
         cosines, sines = (part.to(x.dtype) for part in angles)
         layout = Layout(lengths, cosines, sines, caches, row_keys)
@@ -236,12 +239,12 @@ class Decoder(nn.Module):
             cache.length += length
         return self.norm(x)
 
-    def empty_cache(self) -> KeyValues:
-        """For a sequence to be decoded, as `forward` takes it."""
+    def empty_cache(self, most: int | None = None) -> KeyValues:
+        """For a sequence to be decoded, as `forward` takes it; `most`: see `KeyValues`."""
         config, weight = self.config, self.embed_tokens.weight
         return KeyValues.empty(
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
-            weight.dtype, weight.device,
+            weight.dtype, weight.device, most,
         )  # fmt: skip
 
 

@@ -25,12 +25,13 @@ from errors import PhiSightError, run_main
 from files import hash_files
 from model.base import DOWNLOADED, find_weight_files, read_json
 from model.clip import ClipConfig, ClipVision, Preparation
+from torch_files import NotRead, load_torch_file
 
 FILES = "config.json, preprocessor_config.json and model.safetensors (or pytorch_model.bin)"
 LAYOUT = f"it needs {FILES}"
 # OpenAI's own CLIPs were published in this form, and some are still there in no other.
 PICKLED = "pytorch_model.bin"
-ZIP_MAGIC = b"PK\x03\x04"
+LARGEST_WEIGHTS = 64 << 30  # bytes of a file of that name
 
 
 @dataclass(frozen=True)
@@ -216,13 +217,10 @@ class PickledWeights:
     """
 
     def __init__(self, file: Path) -> None:
-        with file.open("rb") as start:
-            zipped = start.read(len(ZIP_MAGIC)) == ZIP_MAGIC  # the form since torch 1.6
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-        except Exception as error:  # the file is a stranger's, and the error may be of any kind
-            reason = " ".join(str(error).split())[:200]
-            raise OSError(f"it is damaged, or holds more than tensors: {reason}") from None
+            content = load_torch_file(file, LARGEST_WEIGHTS)
+        except NotRead as error:
+            raise OSError(f"it is damaged, or holds more than tensors: {error}") from None
         if not isinstance(content, dict) or not all(
             isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
         ):

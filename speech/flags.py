@@ -24,10 +24,15 @@ def add_voice_flag(
 
 
 def add_recording_flags(parser: argparse.ArgumentParser) -> None:
-    """How a recorded question is understood, and where a spoken answer goes."""
+    """How recordings are understood, and where a spoken answer goes."""
+    parser.add_argument(
+        "--transcribe", metavar="FILE", help="write a recording down, with times; needs no run"
+    )
     add_speech_flag(parser, "Whisper that listens: its name or a .pt file; default: the preset's")
     parser.add_argument("--language", help="that is spoken, such as en or Spanish; default: heard")
     parser.add_argument("--translate", action="store_true", help="what is heard, into English")
-    parser.add_argument("--denoise", action="store_true", help="reduce steady noise first")
+    parser.add_argument(
+        "--denoise", action="store_true", help="reduce steady noise first, for the tiny Whisper"
+    )
     parser.add_argument("--speak", metavar="WAV", help="the answer as sound, written there")
     add_voice_flag(parser, "espeak-ng, or a VitsModel's folder or hub id (%(default)s)")

@@ -12,7 +12,7 @@ import numpy
 
 from errors import PhiSightError
 from speech.voice import Voice, write_wav
-from speech.whisper import NoSpeech, Speech
+from speech.whisper import Speech, write_down
 
 
 def loaded_once(name: str, device: str = "cpu") -> Callable[[], Speech] | None:
@@ -30,16 +30,32 @@ def loaded_once(name: str, device: str = "cpu") -> Callable[[], Speech] | None:
     return load if name else None
 
 
+def voices_loaded_once(name: str) -> Callable[[str], Voice] | None:
+    """What gives the voice called `name` for a language, loaded when it is first needed, from any
+    thread; None for an empty name."""
+    loaded: dict[str, Voice] = {}
+    lock = threading.Lock()
+
+    def load(language: str) -> Voice:
+        with lock:
+            if language not in loaded:
+                loaded[language] = Voice.load(name, language)
+            return loaded[language]
+
+    return load if name else None
+
+
 def listener(
     options: argparse.Namespace,
     preset: str,
     device: str,
     show: Callable[[str], None] | None = None,
+    fits: Callable[[str], bool] | None = None,
 ) -> Callable[[numpy.ndarray], str]:
     """Audio as `read_audio` gives it -> what is said in it; the first one loads the model.
 
     `show` gets every piece as it is understood. The function raises `NoSpeech` where nothing is
-    said, `PhiSightError` where no model is named.
+    said, `TooLong` where the text does not pass `fits`, `PhiSightError` where no model is named.
     """
     load = loaded_once(options.speech or preset, device)
 
@@ -49,16 +65,8 @@ def listener(
                 "--speech: neither this flag nor the run names a Whisper; name one, such as base,"
                 " or a .pt file"
             )
-        said = []
-        for segment in load().transcribe(
-            audio, options.language, options.translate, options.denoise
-        ):
-            said.append(segment.text)
-            if show is not None:
-                show(segment.text)
-        if not said:
-            raise NoSpeech
-        return " ".join(said)
+        segments = load().transcribe(audio, options.language, options.translate, options.denoise)
+        return write_down(segments, fits, show)
 
     return listen
 

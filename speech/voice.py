@@ -20,6 +20,7 @@ from errors import PhiSightError
 from files import whole_file
 
 PROGRAM = "espeak-ng"
+WORDS_A_MINUTE = 175  # espeak-ng's own; it speaks from 80 to 450
 LONGEST_TEXT = 20_000  # characters: about half an hour of speech
 SLOWEST = 60.0  # seconds; espeak-ng speaks half an hour in about ten
 LONGEST_PIECE = 400  # characters a VITS model speaks at once: its attention costs their square
@@ -31,7 +32,7 @@ HOW_TO_HEAR = "install Debian's espeak-ng package, or name a VitsModel folder or
 
 
 def espeak(
-    text: str, voice: str = "en", rate: int = 175, pitch: int = 50
+    text: str, voice: str = "en", rate: int = WORDS_A_MINUTE, pitch: int = 50
 ) -> tuple[np.ndarray, int]:
     """(samples,) float32 mono and their rate in Hz, spoken by the program espeak-ng.
 
@@ -120,9 +121,11 @@ class Vits:
                 f"voice {name}: does not load as a VitsModel ({reason}); {HOW_TO_HEAR}"
             ) from None
 
-    def speak(self, text: str) -> tuple[np.ndarray, int]:
+    def speak(self, text: str, speed: float = 1.0) -> tuple[np.ndarray, int]:
         """(samples,) float32 mono and their rate in Hz."""
         import torch
+
+        self.model.speaking_rate = self.model.config.speaking_rate * speed
 
         pieces = []
         for piece in sentences(_clean(text)):
@@ -162,9 +165,9 @@ def sentences(text: str) -> list[str]:
 
 
 class Speaker(Protocol):
-    """Says a text: (samples,) float32 mono and their rate in Hz."""
+    """Says a text: (samples,) float32 mono and their rate in Hz. `speed` 1 is as usual."""
 
-    def speak(self, text: str) -> tuple[np.ndarray, int]: ...
+    def speak(self, text: str, speed: float = 1.0) -> tuple[np.ndarray, int]: ...
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,8 @@ class Espeak:
 
     language: str
 
-    def speak(self, text: str) -> tuple[np.ndarray, int]:
-        return espeak(text, self.language)
+    def speak(self, text: str, speed: float = 1.0) -> tuple[np.ndarray, int]:
+        return espeak(text, self.language, round(WORDS_A_MINUTE * speed))
 
 
 class Voice:
@@ -196,9 +199,10 @@ class Voice:
         voice.speak("a")  # an absent program or language is told now, not at the first answer
         return voice
 
-    def speak(self, text: str) -> tuple[np.ndarray, int]:
-        """(samples,) float32 mono between -1 and 1, and the sample rate in Hz."""
-        samples, rate = self._speaker.speak(text)
+    def speak(self, text: str, speed: float = 1.0) -> tuple[np.ndarray, int]:
+        """(samples,) float32 mono between -1 and 1, and the sample rate in Hz. `speed` 1 is the
+        voice's own; espeak-ng follows from 0.5 to 2.5."""
+        samples, rate = self._speaker.speak(text, speed)
         if not np.isfinite(samples).all():
             raise PhiSightError("speech: the voice made sound that is not finite; take another one")
         return np.clip(samples, -1.0, 1.0).astype(np.float32), rate

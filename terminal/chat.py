@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from assistant.answer import Answer
+from assistant.assistant import Assistant
 from assistant.messages import answer_message, user_message
 from data.dataset import Message
 from data.images import load_image
 from errors import PhiSightError
+from speech.whisper import TooLong
 
 HELP = """\
 /image PATH   show a picture; the next question is about it (several: one line each)
@@ -75,7 +78,11 @@ class Terminal:
         elif command == "/audio":
             if self.listen is None:
                 raise PhiSightError("/audio: no speech model is loaded; type the question")
-            question = self.listen(argument)
+            try:
+                question = self.listen(argument)
+            except TooLong as error:  # what was written down is not lost
+                self.write(f"heard: {error.text}")
+                raise
             self.write(f"heard: {question}")
             self.answer(question)
         elif command == "/save":
@@ -114,6 +121,17 @@ class Terminal:
         except OSError as error:
             raise PhiSightError(f"{path}: {error.strerror}; give another name") from None
         self.write(f"saved as {path}")
+
+
+def converse(
+    ask: Callable[[Sequence[Message]], Answer], options: argparse.Namespace, assistant: Assistant
+) -> int:
+    """`infer.py --chat`: until the person leaves."""
+    from speech.recordings import read_audio
+    from terminal.hearing import listening
+
+    listen = listening(options, assistant)
+    return Terminal(ask, lambda path: listen(read_audio(path))).run()
 
 
 def as_record(messages: Sequence[Message]) -> dict[str, list]:

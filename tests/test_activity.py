@@ -54,7 +54,7 @@ def test_what_is_no_speech_is_not_heard_as_words(name):
     assert list(tiny().transcribe(NOT_SPEECH[name])) == []
     with pytest.raises(NoSpeech, match="no speech heard"):
         tiny().text(NOT_SPEECH[name])
-    assert not has_voice(np.nan_to_num(NOT_SPEECH[name], posinf=0))  # not left to Whisper
+    assert not has_voice(np.nan_to_num(NOT_SPEECH[name], posinf=0))  # Whisper is doubted more
 
 
 @pytest.mark.parametrize("pitch", [75, 120, 210, 320])
@@ -130,7 +130,7 @@ def test_noise_is_reduced_and_the_voice_is_kept(kind):
 
 
 def test_librosa_is_imported_when_noise_is_reduced_and_not_before(tmp_path):
-    """Reading flags imports none of the heavy packages, and a recording none but two."""
+    """Reading flags and a recording imports none of the heavy packages."""
     (tmp_path / "a.wav").write_bytes(encoded(vowels(), RATE, "WAV", "FLOAT"))
     program = (
         "import sys\n"
@@ -141,7 +141,7 @@ def test_librosa_is_imported_when_noise_is_reduced_and_not_before(tmp_path):
         "from speech.recordings import read_audio\n"
         f"audio = read_audio({str(tmp_path / 'a.wav')!r})\n"
         "assert has_voice(audio) and utterances(audio, 28.0)\n"
-        "assert heavy & set(sys.modules) == {'soundfile', 'soxr'}, heavy & set(sys.modules)\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"  # a child has them
         "try:\n"
         "    reduce_noise(audio)\n"
         "except Exception as error:\n"

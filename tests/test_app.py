@@ -22,8 +22,7 @@ from assistant.assistant import Assistant
 from assistant.messages import user_message
 from data.images import MAX_BYTES
 from errors import PhiSightError
-from speech.spoken import loaded_once
-from web.app import voices_loaded_once
+from speech.spoken import loaded_once, voices_loaded_once
 
 LONG_ANSWER = "Describe the picture in detail."
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy
@@ -18,6 +19,7 @@ from PIL import Image
 from reading import read_all
 
 import infer
+from assistant.answer import Answer
 from assistant.assistant import Assistant, Blocked
 from assistant.caches import LeastRecentlyUsed
 from assistant.filter import WordFilter
@@ -188,6 +190,67 @@ def test_whoever_leaves_while_pictures_are_encoded_never_gets_to_the_engine(assi
     assert encoded == [1] and assistant.statistics()["prompt_tokens"] == before
 
 
+@pytest.fixture
+def eyes():
+    """An assistant whose batches of pictures wait to be let through, and what they were."""
+    made = Assistant.load(runs.finished_run(), cache=False)
+    tower, looked, go_on = made.features, [], threading.Semaphore(0)
+
+    def features(shown):
+        looked.append(len(shown))
+        assert go_on.acquire(timeout=60)
+        return tower(shown)
+
+    made.features = features
+    yield made, looked, go_on
+    made.close()
+
+
+def begun(assistant: Assistant, count: int) -> tuple[Answer, threading.Thread]:
+    answer = assistant.ask([user_message("Which?", pictures()[:count])], 2)
+    thread = threading.Thread(target=assistant.start, args=(answer,), daemon=True)
+    thread.start()
+    return answer, thread
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_questions_with_many_pictures_take_turns_by_batch(eyes):
+    assistant, looked, go_on = eyes
+    many, _ = begun(assistant, 9)
+    wait_for(lambda: looked == [4])
+    one, _ = begun(assistant, 1)
+    wait_for(lambda: len(assistant._eyes._line) == 2)
+    for _ in range(4):
+        go_on.release()
+    for answer in (one, many):
+        answer.wait()
+    assert looked == [4, 1, 4, 1]
+    assert many.image_features.shape[0] == 9
+
+
+def test_whoever_leaves_while_waiting_for_the_eyes_is_gone_at_once(eyes):
+    assistant, looked, go_on = eyes
+    first, _ = begun(assistant, 1)
+    wait_for(lambda: looked == [1])
+    waiting, thread = begun(assistant, 2)
+    last, _ = begun(assistant, 3)
+    wait_for(lambda: len(assistant._eyes._line) == 3)
+    waiting.cancel()
+    thread.join(60)  # although the first one's picture is still being looked at
+    assert not thread.is_alive() and waiting.finish_reason == "cancelled"
+    for _ in range(2):
+        go_on.release()
+    for answer in (first, last):
+        answer.wait()
+    assert looked == [1, 3]
+
+
 def test_a_picture_that_cannot_be_used_ends_its_answer(assistant):
     answer = assistant.ask([user_message("What?", ["x"])], pictures={"x": b"no picture"})
     told = []
@@ -196,6 +259,17 @@ def test_a_picture_that_cannot_be_used_ends_its_answer(assistant):
         assistant.start(answer)
     assert told == [None] and answer.finish_reason == "failed"
     assert isinstance(answer.error, PhiSightError)
+
+
+def test_what_can_never_fit_into_memory_is_refused_when_it_is_asked():
+    small = Assistant.load(runs.finished_run(), kv_bytes=2**20)
+    messages = [user_message("Where?", ["not opened.png"])]
+    with pytest.raises(
+        PhiSightError, match=r"tokens .* 1000 take .* MiB .* limit of 1.0; .*memory"
+    ):
+        small.ask(messages, 1000)
+    assert say(small, "Where?") == say(runs.assistant(), "Where?")
+    small.close()
 
 
 # -- how an answer ends ---------------------------------------------------------------------------
@@ -522,6 +596,7 @@ def test_any_line_is_asked_or_has_its_error(line):
         (["--audio", "nope.wav"], "nope.wav"),
         (["--chat", "--speak", "a.wav"], "belong to one question"),
         (["--prompt", "a", "--speak", "no/folder/a.wav"], "its folder does not exist"),
+        (["--prompt", "a", "--kv-memory", "0"], "--kv-memory: must be at least 1"),
         (["--batch", "nope.jsonl", "--out", "x.jsonl"], "nope.jsonl: No such file"),
     ],
 )

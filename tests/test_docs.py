@@ -76,7 +76,9 @@ NOT_RUN = {
     "python -m benchmarks.decode": MINUTES,
     "python -m benchmarks.assistant": MINUTES,
     "python -m benchmarks.serve_load": MINUTES,
+    "python -m benchmarks.mixed_load": MINUTES,
     "python -m benchmarks.full_shape": MINUTES,
+    "python -m benchmarks.ears": MINUTES,
 }
 SERVERS = ("app.py", "serve.py")
 

@@ -129,7 +129,7 @@ def test_positions_count_from_each_prompts_own_start(model, prompts, never):
     hook = model.language_model.model.register_forward_pre_hook(
         lambda module, args: seen.append(args[1][0].tolist())
     )
-    rows = [ids for ids, _ in prompts]
+    rows = sorted((ids for ids, _ in prompts), key=len)  # the order in which they are read
     with hook:
         continued(model, prompts, never, 3)
     assert seen[0] == [position for ids in rows for position in range(len(ids))]

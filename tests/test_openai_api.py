@@ -13,14 +13,16 @@ from PIL import Image
 
 from api.errors import ApiError
 from api.forms import MIB, Limits
-from api.requests import ChatRequest, Sound, parse_request
+from api.pieces import Sound
+from api.requests import ChatRequest, parse_request
 from assistant.sampling import Sampling
 from data.dataset import Message, Part
 
 SMALL = Limits(
     picture_bytes=4000,
     audio_bytes=90,
-    pictures=2,
+    context_tokens=50,
+    picture_tokens=20,
     pixels=5000,
     sounds=1,
     characters=100,
@@ -189,10 +191,94 @@ def test_neighbours_of_one_role_are_one_turn_and_developers_are_the_system():
     ]
 
 
-# -- what is refused ------------------------------------------------------------------------------
+NOTHING_ELSE = {
+    "refusal": None,
+    "annotations": [],
+    "audio": None,
+    "function_call": None,
+    "tool_calls": None,
+}
+
 
 TEXT = {"type": "text", "text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"content": "red"} | NOTHING_ELSE, "red"),
+        ({"content": None} | NOTHING_ELSE, ""),
+        ({}, ""),
+        ({"content": ""}, ""),
+        ({"content": []}, ""),
+        ({"content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"content": [{"type": "refusal", "refusal": "I cannot."}]}, "I cannot."),
+        (
+            {"content": [TEXT, {"type": "refusal", "refusal": "y"}]},
+            "xy",
+        ),
+        ({"content": [TEXT | {"annotations": [], "cache_control": None}]}, "x"),
+        ({"content": "red", "tool_calls": [], "name": "tiny", "annotations": [{"a": 1}]}, "red"),
+        ({"content": "red", "reasoning_content": "I think", "thinking_blocks": []}, "red"),
+        ({"content": "red", "name": None, "provider_specific_fields": {}}, "red"),
+    ],
+)
+def test_a_turn_that_a_program_sends_back_is_taken(turn, said):
+    request = parse({"messages": [*ASK, {"role": "assistant", **turn}, *ASK]})
+    assert [one.role for one in request.turns] == ["user", "assistant", "user"]
+    assert "".join(part.value for part in request.turns[1].parts) == said
+
+
+@pytest.mark.parametrize(
+    "form", ["wav", "MP3", "flac", "ogg", "webm", "m4a", "mp4", "opus", "aiff"]
+)
+def test_recordings_are_taken_under_any_name_that_programs_use(form):
+    assert parse({"messages": user(sound(b"x", form))}).sounds[0].data == b"x"
+
+
+@pytest.mark.parametrize(
+    "kind", ["audio/wav", "AUDIO/webm;codecs=opus", "video/webm;codecs=vp8,opus"]
+)
+def test_a_recording_may_be_a_data_url(kind):
+    part = sound(b"RIFF")
+    part["input_audio"]["data"] = f"data:{kind};base64," + part["input_audio"]["data"]
+    assert parse({"messages": user(part)}).sounds[0].data == b"RIFF"
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
 REFUSED = [
+    (
+        {"messages": [*ASK, {"role": "assistant", "audio": {"id": "audio_1"}}, *ASK]},
+        400,
+        "messages[1].audio",
+        "unsupported_parameter",
+    ),
+    (
+        {"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": [{}]}, *ASK]},
+        400,
+        "messages[1].tool_calls",
+        "unsupported_parameter",
+    ),
+    (
+        {"messages": [{"role": "user", "content": None}]},
+        400,
+        "messages[0].content",
+        "invalid_value",
+    ),
+    (
+        {
+            "messages": user(
+                {
+                    "type": "input_audio",
+                    "input_audio": {"format": "wav", "data": "data:image/png;base64,aGk="},
+                }
+            )
+        },
+        400,
+        "messages[0].content[0].input_audio.data",
+        "invalid_base64",
+    ),
     ({"model": "gpt-4"}, 404, "model", "model_not_found"),
     ({"model": 1}, 400, "model", "invalid_value"),
     ({"messages": None}, 400, "messages", "missing_required_parameter"),
@@ -271,9 +357,9 @@ REFUSED = [
     ),
     (
         {"messages": user(*[picture(png())] * 3)},
-        413,
-        "messages[0].content[2].image_url",
-        "too_large",
+        400,
+        "messages",
+        "context_length_exceeded",
     ),
     (
         {"messages": user({"type": "image_url", "image_url": "x"})},
@@ -339,7 +425,21 @@ REFUSED = [
     ({"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
     ({"tools": [{}]}, 400, "tools", "unsupported_parameter"),
     ({"tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+    ({"response_format": {"type": "grammar"}}, 400, "response_format.type", "invalid_value"),
+    ({"response_format": "json"}, 400, "response_format", "invalid_value"),
+    ({"response_format": {}}, 400, "response_format.type", "invalid_value"),
+    (
+        {"response_format": {"type": "json_schema"}},
+        400,
+        "response_format.json_schema",
+        "invalid_value",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
+        400,
+        "response_format.json_schema.schema",
+        "invalid_value",
+    ),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "unsupported_parameter"),
     ({"modalities": ["text", "audio"]}, 400, "modalities", "unsupported_parameter"),
 ]
@@ -363,12 +463,14 @@ def test_what_is_refused_names_the_field(fields, status, param, code):
         "/etc/passwd",
         "assets/tiny/clip/config.json",
         "data:text/plain;base64,aGk=",
-        "data:image/png,plain",
+        "data:image/png",
+        "data:image/png;base64",
         "",
-        "data:image/png;base64 ,aGk=",
         "//example.com/x.png",
         "data:;base64,aGk=",
-        "DATA:image/png;base64,aGk=x" + " " * 5000,
+        "data:audio/wav;base64,aGk=",
+        "DATA:" + " " * 5000 + "image/png;base64,aGk=",
+        "x data:image/png;base64,aGk=",
     ],
 )
 def test_only_pictures_themselves_are_taken(url):

@@ -33,6 +33,7 @@ def test_next_to_short_rows_or_alone_cached_or_not(length):
         for token in more:
             for decoding in (batched, *alone):
                 decoding.advance([token] * len(decoding.rows))
+                decoding.read_all()  # who has crossed is read anew
         by_ids = {len(row.ids): logits for row, logits in zip(batched.rows, batched.logits)}
         for decoding, prompt in zip(alone, prompts):
             expected = reference(theirs, prompt + more)

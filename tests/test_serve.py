@@ -26,7 +26,9 @@ from live_server import (
     with_pictures,
 )
 
+from api.api import AT_ONCE
 from api.forms import Limits
+from api.guards import SMALL
 from assistant.filter import WordFilter
 from assistant.sampling import Sampling
 from data.dataset import Message, Part
@@ -37,7 +39,7 @@ DESCRIBE = "Describe the picture in detail."
 LIMITS = Limits(body_bytes=200_000, picture_bytes=100_000, body_seconds=0.5, new_tokens=600)
 
 
-def listen(data: bytes) -> str:
+def listen(data: bytes, cancelled: Callable[[], bool], fits: Callable[[str], bool]) -> str:
     """Stands for Whisper, which has tests of its own: a recording says what its bytes spell."""
     if not data:
         raise PhiSightError("recording: no speech heard; speak up")
@@ -209,7 +211,7 @@ def test_the_models_are_listed(client):
      "unsupported_parameter"),
     ({"n": 2}, openai.BadRequestError, "unsupported_parameter"),
     ({"messages": [{"role": "user", "content": "word " * 3000}]}, openai.BadRequestError,
-     "invalid_value"),
+     "context_length_exceeded"),
     ({"messages": with_pictures("x", b"no picture")}, openai.BadRequestError, "invalid_value"),
     ({"messages": with_pictures("x", bytes(100_001))}, openai.APIStatusError, "too_large"),
 ])  # fmt: skip
@@ -219,6 +221,40 @@ def test_what_is_refused_is_the_clients_own_exception(client, settings, error, c
             **{"model": "tiny", "messages": ask()["messages"]} | settings
         )
     assert raised.value.code == code and raised.value.type == "invalid_request_error"
+
+
+def test_too_long_a_conversation_is_told_in_the_words_that_programs_look_for(client):
+    with pytest.raises(openai.BadRequestError) as raised:
+        say(client, "word " * 3000)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
+    told = raised.value.message
+    found = re.search(r"maximum context length is (\d+) tokens, .* has (\d+); shorten it$", told)
+    assert found, told
+    assert int(found[1]) == runs.assistant().context_tokens < 3000 < int(found[2])
+
+
+def test_as_many_pictures_are_taken_as_the_context_has_room_for(client, pictures):
+    shared = runs.assistant()
+    each, context = shared.parts.chat_format.tokens_per_image, shared.context_tokens
+    many = with_pictures("Which is the largest?", *[pictures[0]] * 17)
+    said = client.chat.completions.create(model="tiny", messages=many, max_tokens=1)
+    assert said.usage.prompt_tokens > 17 * each
+    small = b"not looked at: they are counted first"
+    too_many = with_pictures("x", *[small] * (context // each + 1))
+    with pytest.raises(openai.BadRequestError, match=f"maximum context length is {context} ") as no:
+        client.chat.completions.create(model="tiny", messages=too_many)
+    assert (no.value.code, no.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_what_the_client_got_can_be_sent_back(client):
+    first = client.chat.completions.create(model="tiny", messages=ask(DESCRIBE)["messages"])
+    got = first.choices[0].message
+    expected = answer(user(DESCRIBE), Message("assistant", (Part("text", got.content),)),
+                      user("What is it?"))  # fmt: skip
+    for turn in (got, got.model_dump(), got.to_dict() | {"name": "tiny", "annotations": []}):
+        messages = [*ask(DESCRIBE)["messages"], turn, *ask("What is it?")["messages"]]
+        again = client.chat.completions.create(model="tiny", messages=messages)
+        assert again.choices[0].message.content == expected
 
 
 def test_a_broken_picture_is_named(client):
@@ -356,10 +392,11 @@ def test_a_body_that_ends_early_does_no_harm(server):
 def test_bodies_under_way_have_a_common_limit(server, monkeypatch):
     budget = server.api.budget
     monkeypatch.setattr(budget, "held", budget.limit - 10)
-    status, headers, _ = server.exchange(post(ask()))
+    status, headers, _ = server.exchange(post(ask(user="x" * SMALL)))
     assert status == 503 and headers["retry-after"]
     wait_until(lambda: server.api.measures.in_flight == 0)
     assert budget.held == budget.limit - 10
+    assert server.exchange(post(ask()))[0] == 200  # large ones do not keep out small ones
 
 
 def test_what_fails_inside_is_a_500_that_tells_nothing(server, monkeypatch, caplog):
@@ -447,30 +484,76 @@ def test_a_client_that_goes_away_stops_its_answer(stream):
     assistant.close()
 
 
-def test_a_client_that_waits_for_its_turn_to_be_heard_can_leave():
-    """The recording that is being listened to is finished; those behind it are dropped at once."""
-    begun, go_on = threading.Event(), threading.Event()
-    heard = []
+def spoken(text: str) -> dict:
+    """A question that is said."""
+    sound = {"data": base64.b64encode(text.encode()).decode(), "format": "wav"}
+    return {
+        "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}]
+    }
 
-    def slowly(data: bytes) -> str:
-        begun.set()
-        assert go_on.wait(60)
-        heard.append(data)
+
+class LongListener:
+    """Hears for as long as nobody says that it may end; what it heard to the end is in `heard`."""
+
+    def __init__(self) -> None:
+        self.begun, self.heard, self.go_on = 0, [], threading.Event()
+
+    def __call__(
+        self, data: bytes, cancelled: Callable[[], bool], fits: Callable[[str], bool]
+    ) -> str:
+        self.begun += 1
+        while not self.go_on.wait(0.005):
+            if cancelled():
+                raise PhiSightError("recording: nobody waits for it any more")
+        self.heard.append(data)
         return data.decode()
 
-    sound = {"data": base64.b64encode(b"x").decode(), "format": "wav"}
-    question = [{"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}]
-    assistant = assistant_of()
-    with live(assistant, limits=LIMITS, listen=slowly) as server:
-        connections = [server.send(post({"messages": question})) for _ in range(3)]
-        wait_until(lambda: server.api.measures.in_flight == 3 and begun.is_set())
+
+def test_who_has_gone_is_not_listened_to_whether_it_waits_or_is_heard():
+    listener, assistant = LongListener(), assistant_of()
+    with live(assistant, limits=LIMITS, listen=listener) as server:
+        connections = [server.send(post(spoken("x"))) for _ in range(AT_ONCE["ears"] + 2)]
+        wait_until(lambda: server.api.places.taken["ears"] == AT_ONCE["ears"] + 2)
+        wait_until(lambda: listener.begun == AT_ONCE["ears"])
         for connection in connections:
             connection.close()
         wait_until(lambda: server.api.measures.in_flight == 0)
-        assert heard == [] and server.api.budget.held == 0
-        go_on.set()
+        wait_until(lambda: stops(assistant))  # no thread goes on with it either
+        assert server.api.budget.held == 0 and listener.heard == []
+        listener.go_on.set()
+        assert server.exchange(post(spoken("What colour is the star?")))[0] == 200
+        assert listener.heard == [b"What colour is the star?"]
+        assert listener.begun == AT_ONCE["ears"] + 1
+    assistant.close()
+
+
+def test_those_who_wait_to_be_heard_or_seen_take_no_place_of_a_text_question(pictures, monkeypatch):
+    listener, assistant = LongListener(), assistant_of()
+    seen, start = threading.Event(), assistant.start
+
+    def slowly(answer) -> None:
+        assert not answer.pictures or seen.wait(60)
+        start(answer)
+
+    monkeypatch.setattr(assistant, "start", slowly)
+    with live(assistant, limits=LIMITS, listen=listener, max_requests=3) as server:
+        held = [server.send(post(spoken("x"))) for _ in range(3)]
+        looked_at = {"messages": with_pictures("x", pictures[0])}
+        held += [server.send(post(looked_at)) for _ in range(3)]
+        taken = server.api.places.taken
+        wait_until(lambda: taken["ears"] == taken["eyes"] == 3)
+        assert say(server.client(), "What colour is the star?")
+        for body, told in ((spoken("x"), "recordings wait"), (looked_at, "pictures wait")):
+            status, headers, answered = server.exchange(post(body))
+            assert status == 503 and headers["retry-after"] and told in answered.decode()
+        page = server.exchange(get("/metrics"))[2]
+        assert b'\nphisight_places_taken{kind="ears"} 3\n' in page
+        assert b'\nphisight_places_taken{kind="text"} 0\n' in page
+        for connection in held:
+            connection.close()
+        wait_until(lambda: server.api.measures.in_flight == 0)
+        seen.set()
         wait_until(lambda: stops(assistant))
-        assert heard == [b"x"] and assistant.statistics()["tokens_generated"] == 0
     assistant.close()
 
 

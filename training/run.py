@@ -110,7 +110,11 @@ def prepare_run(
             config.features, parts.vision.key, parts.vision.shape, config.feature_storage
         )
         data = prepare(
-            config, parts.chat_format, store, lambda: VisionTower(parts.vision, parts.device)
+            config,
+            parts.chat_format,
+            store,
+            lambda: VisionTower(parts.vision, parts.device),
+            positions=parts.base.model.config.max_position_embeddings,
         )
 
     progress = place_of(checkpoint, config, data)
