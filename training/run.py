@@ -141,10 +141,7 @@ def prepare_run(
     if checkpoint is None:
         clear_folder(run, options.overwrite)
     else:
-        changes = check_resume(run, checkpoint, options.allow_changes)
-        restore(run, checkpoint)
-        if changes:
-            go_on_changed(run, checkpoint)
+        go_on(run, checkpoint, options.allow_changes)
     if ranks.is_first:
         write_quarantine(Path(config.run) / "quarantine.jsonl", data.quarantined)
     if not run.progress.finished:
@@ -190,6 +187,14 @@ def clear_folder(run: Run, overwrite: bool) -> None:
         if overwrite:
             checkpoints.remove_all(run.config.run)
         run.log.truncate_to(0)
+
+
+def go_on(run: Run, checkpoint: checkpoints.Checkpoint, allow_changes: bool) -> None:
+    """Put the run where the checkpoint was saved. Raises as `check_resume` does."""
+    changes = check_resume(run, checkpoint, allow_changes)
+    restore(run, checkpoint)
+    if changes:
+        go_on_changed(run, checkpoint)
 
 
 def check_resume(run: Run, checkpoint: checkpoints.Checkpoint, allow_changes: bool) -> list[str]:
