@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 import config as configs
+import paths
 from api.door import KEY, add_door_flags, guarded, opened
 from api.server import address_of, run
 from assistant.flags import add_assistant_flags, load_assistant
@@ -25,10 +26,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_door_flags(parser, port=7860)
     parser.add_argument(
         "--conversations",
-        default="cache/conversations",
+        default=paths.located("cache/conversations"),
         help="folder of the saved conversations (%(default)s)",
     )
-    parser.add_argument("--runs", default="runs", help="folder of the training tab's runs")
+    parser.add_argument(
+        "--runs", default=paths.located("runs"), help="folder of the training tab's runs"
+    )
     add_speech_flag(parser)
     add_voice_flag(parser)
     return parser.parse_args(arguments)

@@ -36,6 +36,7 @@ import files
 import manifest as manifests
 from errors import PhiSightError, run_main
 from manifest import MANIFEST, DamagedFolder
+from paths import command, located
 from reports import compare, show
 from reports.log import CHAIN, METRICS, chain_problems, contradictions, read_metrics
 from tensors import distance, sha256_of
@@ -48,6 +49,7 @@ OWNERS = {
 }  # file stem -> owner
 WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
+BEST = "best"  # RUN/best names the checkpoint of the lowest validation loss that is kept
 FORMER_LATEST = "LATEST"  # former versions wrote the newest one's name there; nothing reads it
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
@@ -159,7 +161,8 @@ def save(
 
 
 def commit(run_dir: str | Path, snapshot: Snapshot, keep: int = 1) -> Path:
-    """Put a snapshot on the disk, then remove all but the `keep` newest up to its step.
+    """Put a snapshot on the disk, then remove all but the `keep` newest up to its step, and but the
+    best that each of them knows of ("best_step" of its trainer_state).
 
     One process saves to a run, one save at a time. Raises PhiSightError with the path, the reason
     and the remedy; the temporary folder is then gone and the earlier checkpoints are as they were.
@@ -223,8 +226,10 @@ def _prune(run_dir: Path, step: int, keep: int) -> None:
     newest_first = [path for _, path in sorted(older, reverse=True)]
     # A damaged one must not count among those to keep: an intact one would go for it.
     spared = list(itertools.islice((path for path in newest_first if not verify(path)), keep - 1))
+    kept = [run_dir / f"checkpoint-{step:06d}", *spared]
+    bests = {json.loads((path / TRAINER_STATE).read_bytes()).get("best_step") for path in kept}
     for path in reversed(newest_first):
-        if path not in spared:
+        if path not in spared and _step_of(path) not in bests:
             files.remove_folder(path)
 
 
@@ -318,7 +323,7 @@ def find_newest(run_dir: str | Path) -> tuple[Checkpoint, list[tuple[Path, str]]
             f"{run_dir}: no checkpoint is intact (the newest, {newest.name}: "
             f"{problem}); copy one from a backup or start again"
         )
-    raise PhiSightError(f"no checkpoint in {run_dir}; start one with python train.py ...")
+    raise PhiSightError(f"no checkpoint in {run_dir}; start one with {command('train.py')} ...")
 
 
 def load_newest(run_dir: str | Path) -> Checkpoint:
@@ -331,10 +336,32 @@ def load_newest(run_dir: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def load_best(run_dir: str | Path) -> Checkpoint:
+    """The checkpoint of the lowest validation loss, of those that a run has kept. Raises
+    PhiSightError when none was kept, or it is damaged."""
+    newest = load_newest(run_dir)
+    if (step := newest.trainer_state.get("best_step")) is None:
+        raise PhiSightError(
+            f"{run_dir}: keeps no best checkpoint; train with --keep-best or --early-stopping, or"
+            f" name the run alone for its newest"
+        )
+    if step == newest.step:
+        return newest
+    path = Path(run_dir) / f"checkpoint-{step:06d}"
+    try:
+        return load(path)
+    except DamagedFolder:
+        if path.exists() or load_newest(run_dir).step == newest.step:
+            raise
+    return load_best(run_dir)  # a training has just found a better one
+
+
 def resolve(path: str | Path) -> Checkpoint:
-    """Load a checkpoint folder, or the newest intact one of a run folder (with a warning on stderr
-    for each newer one that is damaged)."""
+    """Load a checkpoint folder, the newest intact one of a run folder (with a warning on stderr
+    for each newer one that is damaged), or the best one, as RUN/best."""
     path = Path(path)
+    if path.name == BEST and not path.exists():
+        return load_best(path.parent)
     is_checkpoint = (path / MANIFEST).exists() or _step_of(path) is not None
     return load(path) if is_checkpoint else load_newest(path)
 
@@ -390,13 +417,16 @@ def diff(first: str | Path, second: str | Path) -> compare.Diff:
 
 def _newest_run() -> Path:
     """The run under runs/ whose newest checkpoint was written last."""
-    newest = [paths[-1] for run in Path("runs").glob("*") if (paths := checkpoints_in(run))]
+    runs = Path(located("runs"))
+    newest = [paths[-1] for run in runs.glob("*") if (paths := checkpoints_in(run))]
     if not newest:
-        raise PhiSightError("no checkpoint in runs; start one with python train.py ...")
+        raise PhiSightError(f"no checkpoint in {runs}; start one with {command('train.py')} ...")
     return max(newest, key=lambda path: path.stat().st_mtime).parent
 
 
 def _verify_command(target: Path, as_json: bool) -> int:
+    if target.name == BEST and not target.exists():
+        target = load_best(target.parent).path
     if not target.is_dir():
         raise PhiSightError(f"{target}: no such folder; name a run or a checkpoint")
     is_run = not (target / MANIFEST).exists() and bool(checkpoints_in(target))

@@ -1,7 +1,7 @@
-"""What a run is: one frozen dataclass, its presets and its validation.
+"""What a run is: one frozen dataclass and its validation.
 
-The defaults are the full-size recipe (Phi-3.5-mini, CLIP ViT-L/14-336, one GPU). A preset overrides
-fields and says why beside each. All that is known of a field stands in its one declaration below:
+The defaults are the full-size recipe (Phi-3.5-mini, CLIP ViT-L/14-336, one GPU). A preset, of
+`presets.py`, overrides fields. All that is known of a field stands in its one declaration below:
 `training/options.py` makes a flag of it (`batch_size` is `--batch-size`), `training/config_file.py`
 a key of a `--config` file.
 """
@@ -12,68 +12,33 @@ import argparse
 import dataclasses
 import difflib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import paths
 from errors import PhiSightError
+from fields import (
+    AT_LEAST_1,
+    FINITE,
+    NOT_NEGATIVE,
+    PATH,
+    PATH_OR_NAME,
+    POSITIVE,
+    SEEDS,
+    THREADS,
+    UNDER_1,
+    Bounds,
+    declared,
+)
+from presets import DEFAULT_PRESET, PRESETS
 
-DEFAULT_PRESET = "tiny"
 LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 QUANTIZATIONS = ("nf4", "nf4-nested", "none")
 FEATURE_STORAGES = ("float16", "int8")
 PICTURE_FITS = ("pad", "crop")
 SCHEDULES = ("linear", "cosine", "constant")
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Which values a field may have: in words, for the error, and as a predicate."""
-
-    words: str
-    hold: Callable[[Any], bool]
-
-
-AT_LEAST_1 = Bounds("at least 1", lambda value: value >= 1)
-NOT_NEGATIVE = Bounds("0 or more", lambda value: value >= 0)
-FINITE = Bounds("0 or more, and finite", lambda value: 0 <= value < float("inf"))
-POSITIVE = Bounds("a positive number", lambda value: 0 < value < float("inf"))
-UNDER_1 = Bounds("from 0 to under 1", lambda value: 0 <= value < 1)
-# Far more threads than any machine has would end the process when they are started.
-THREADS = Bounds("from 0 to 1024", lambda value: 0 <= value <= 1024)
-SEEDS = Bounds("from 0 to 4294967295", lambda value: 0 <= value < 2**32)  # what generators take
-
-
-def _field(
-    default: Any,
-    text: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    bounds: Bounds | None = None,
-    changes_result: bool = True,
-    old_checkpoints: Any = dataclasses.MISSING,
-) -> Any:
-    """Declare a field.
-
-    Args:
-        text: the help of its flag.
-        changes_result: False where the field says where things lie, how often something is written
-            or what listens later, and never what the next step computes: it may then differ
-            between a checkpoint and the run that resumes it.
-        old_checkpoints: the value that describes the checkpoints written before the field existed;
-            without one, a checkpoint that lacks the field is refused.
-    """
-    if choices:
-        bounds = Bounds("one of " + ", ".join(choices), lambda value: value in choices)
-    metadata = {
-        "help": text,
-        "choices": choices,
-        "bounds": bounds,
-        "changes_result": changes_result,
-        "old_checkpoints": old_checkpoints,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -84,37 +49,49 @@ class Config:
     """
 
     # -- what is trained ---------------------------------------------------------------------------
-    base: str = _field("microsoft/Phi-3.5-mini-instruct", "Phi-3 base: hub id or local folder")
-    base_revision: str = _field("", "hub revision of the base; empty for the newest")
-    vision: str = _field(
+    base: str = declared(
+        "microsoft/Phi-3.5-mini-instruct",
+        "Phi-3 base: hub id or local folder",
+        known_by="base_fingerprint",
+        place=PATH_OR_NAME,
+    )
+    base_revision: str = declared(
+        "", "hub revision of the base; empty for the newest", known_by="base_fingerprint"
+    )
+    vision: str = declared(
         "openai/clip-vit-large-patch14-336",
         "CLIP: hub id or local folder; the smaller"
         " openai/clip-vit-base-patch32 gives 49 tokens a picture, or one with"
         " --vision-features pooled",
+        known_by="vision_fingerprint",
+        place=PATH_OR_NAME,
     )
-    vision_revision: str = _field("", "hub revision of the CLIP; empty for the newest")
-    base_cache: str = _field(
+    vision_revision: str = declared(
+        "", "hub revision of the CLIP; empty for the newest", known_by="vision_fingerprint"
+    )
+    base_cache: str = declared(
         "cache/bases",
         "folder that keeps the quantised base, so that the next start reads it"
         " (about 2.5 GB for Phi-3.5-mini) and does not quantise again; empty for none",
         changes_result=False,
+        place=PATH,
         old_checkpoints="",
     )
-    quantization: str = _field(
+    quantization: str = declared(
         "nf4", "how the base's linear weights are kept", choices=QUANTIZATIONS
     )
-    vision_features: str = _field(
+    vision_features: str = declared(
         "patches",
         "picture tokens: every patch, or one pooled vector",
         choices=("patches", "pooled"),
     )
-    vision_layer: int = _field(-2, "hidden layer of the CLIP that patch features are taken from")
-    feature_pooling: int = _field(
+    vision_layer: int = declared(-2, "hidden layer of the CLIP that patch features are taken from")
+    feature_pooling: int = declared(
         1,
         "average N x N patches into one token; 2 leaves 144 of the 576 of CLIP L/14 at 336",
         bounds=AT_LEAST_1,
     )
-    picture_fit: str = _field(
+    picture_fit: str = declared(
         # As LLaVA-1.5: what stands at the sides of a wide picture is seen. A square picture is the
         # same either way.
         "pad",
@@ -123,167 +100,185 @@ class Config:
         choices=PICTURE_FITS,
         old_checkpoints="crop",
     )
-    feature_storage: str = _field(
+    feature_storage: str = declared(
         "float16",
         "how stored picture features are kept; int8 halves the disk",
         choices=FEATURE_STORAGES,
     )
-    train_lora: bool = _field(
+    train_lora: bool = declared(
         True, "train the adapter too; without, the projector alone, as LLaVA's first stage does"
     )
-    start_from: str = _field(
-        "", "run or checkpoint whose weights to begin with, such as those of a first stage"
+    start_from: str = declared(
+        "",
+        "run or checkpoint whose weights to begin with, such as those of a first stage",
+        place=PATH,
     )
-    lora_rank: int = _field(16, "rank of A and B", bounds=AT_LEAST_1)
-    lora_alpha: float = _field(16.0, "B A is scaled by alpha / rank", bounds=POSITIVE)
-    lora_dropout: float = _field(0.05, "dropout on the input of A", bounds=UNDER_1)
-    lora_targets: tuple[str, ...] = _field(
+    lora_rank: int = declared(16, "rank of A and B", bounds=AT_LEAST_1)
+    lora_alpha: float = declared(16.0, "B A is scaled by alpha / rank", bounds=POSITIVE)
+    lora_dropout: float = declared(0.05, "dropout on the input of A", bounds=UNDER_1)
+    lora_targets: tuple[str, ...] = declared(
         LORA_TARGETS,
         "names of the layers that get an adapter",
         bounds=Bounds("at least one layer name", bool),
     )
 
     # -- what listens ------------------------------------------------------------------------------
-    speech: str = _field(
+    speech: str = declared(
         "base",
         "Whisper that hears questions: one of its names, or a .pt file",
         changes_result=False,
+        place=PATH_OR_NAME,
         old_checkpoints="base",
     )
 
     # -- data --------------------------------------------------------------------------------------
-    data: str = _field("", "conversations: a JSON in the form of LLaVA-Instruct-150K, or JSONL")
-    images: str = _field("", "folder that the picture names in the data are relative to")
-    held_out_questions: str = _field("", "JSONL of questions about held-out pictures (POPE's form)")
-    novel_pair_questions: str = _field("", "JSONL of questions about combinations never trained on")
-    data_fraction: float = _field(
+    data: str = declared(
+        "",
+        "conversations: a JSON in the form of LLaVA-Instruct-150K, or JSONL",
+        known_by="data_fingerprint",
+        place=PATH,
+    )
+    images: str = declared(
+        "",
+        "folder that the picture names in the data are relative to",
+        known_by="data_fingerprint",
+        place=PATH,
+    )
+    held_out_questions: str = declared(
+        "",
+        "JSONL of questions about held-out pictures (POPE's form)",
+        changes_result=False,  # evaluate.py asks them, training does not
+        place=PATH,
+    )
+    novel_pair_questions: str = declared(
+        "",
+        "JSONL of questions about combinations never trained on",
+        changes_result=False,
+        place=PATH,
+    )
+    data_fraction: float = declared(
         1.0,
         "share of the training pictures to use",
         bounds=Bounds("over 0 and at most 1", lambda value: 0 < value <= 1),
     )
-    validation_fraction: float = _field(
+    validation_fraction: float = declared(
         0.05, "share of the pictures kept for validation; 0 for none", bounds=UNDER_1
     )
-    split_by: str = _field(
+    split_by: str = declared(
         "content",
         "what makes two pictures one, so that they are on one side of the split: the bytes of"
         " their files, or their names alone",
         choices=("content", "name"),
         old_checkpoints="name",
     )
-    max_text_tokens: int = _field(
+    max_text_tokens: int = declared(
         256, "longest conversation, picture tokens not counted", bounds=AT_LEAST_1
     )
-    row_tokens: int = _field(
+    row_tokens: int = declared(
         0, "length of a packed row; 0 for one longest conversation", bounds=NOT_NEGATIVE
     )
-    strict: bool = _field(
+    strict: bool = declared(
         False, "stop at the first bad record instead of quarantining it", changes_result=False
     )
 
     # -- optimisation ------------------------------------------------------------------------------
-    epochs: int = _field(1, "passes over the training data", bounds=AT_LEAST_1)
-    max_steps: int = _field(
-        0, "end after this many optimiser steps; 0 for whole epochs", bounds=NOT_NEGATIVE
+    epochs: int = declared(1, "passes over the training data", bounds=AT_LEAST_1)
+    max_steps: int = declared(
+        0,
+        "end after this many optimiser steps, whatever --epochs says: the data are gone through"
+        " again as often as that takes; 0 for whole epochs",
+        bounds=NOT_NEGATIVE,
     )
-    batch_size: int = _field(8, "packed rows a micro-batch", bounds=AT_LEAST_1)
-    accumulation: int = _field(4, "micro-batches an optimiser step", bounds=AT_LEAST_1)
-    learning_rate: float = _field(5e-4, "peak learning rate of the adapter", bounds=POSITIVE)
-    schedule: str = _field("linear", "after the warm-up", choices=SCHEDULES)
-    warmup_fraction: float = _field(0.1, "share of the steps that warm up", bounds=UNDER_1)
-    weight_decay: float = _field(0.0, "decoupled weight decay", bounds=FINITE)
-    adam_beta1: float = _field(0.9, "AdamW: decay of the first moment", bounds=UNDER_1)
-    adam_beta2: float = _field(0.999, "AdamW: decay of the second moment", bounds=UNDER_1)
-    adam_epsilon: float = _field(
+    batch_size: int = declared(8, "packed rows a micro-batch", bounds=AT_LEAST_1)
+    accumulation: int = declared(4, "micro-batches an optimiser step", bounds=AT_LEAST_1)
+    learning_rate: float = declared(5e-4, "peak learning rate of the adapter", bounds=POSITIVE)
+    schedule: str = declared("linear", "after the warm-up", choices=SCHEDULES)
+    warmup_fraction: float = declared(0.1, "share of the steps that warm up", bounds=UNDER_1)
+    weight_decay: float = declared(0.0, "decoupled weight decay", bounds=FINITE)
+    adam_beta1: float = declared(0.9, "AdamW: decay of the first moment", bounds=UNDER_1)
+    adam_beta2: float = declared(0.999, "AdamW: decay of the second moment", bounds=UNDER_1)
+    adam_epsilon: float = declared(
         1e-8, "AdamW: added to the root of the second moment", bounds=POSITIVE
     )
-    max_gradient_norm: float = _field(
+    max_gradient_norm: float = declared(
         1.0, "gradients are clipped to this global norm", bounds=POSITIVE
     )
-    gradient_checkpointing: bool = _field(True, "recompute activations in the backward pass")
-    seed: int = _field(
+    gradient_checkpointing: bool = declared(True, "recompute activations in the backward pass")
+    seed: int = declared(
         0, "of the split, the order, the initial weights and the dropout", bounds=SEEDS
     )
 
     # -- evaluation, saving, logging ---------------------------------------------------------------
-    evaluate_steps: int = _field(
+    evaluate_steps: int = declared(
         50, "evaluate every so many steps; 0 for never", bounds=NOT_NEGATIVE
     )
-    evaluation_conversations: int = _field(
+    evaluation_conversations: int = declared(
         200, "validation conversations an evaluation looks at", bounds=AT_LEAST_1
     )
-    early_stopping: int = _field(
-        0, "stop after so many evaluations without a better loss; 0 never", bounds=NOT_NEGATIVE
+    early_stopping: int = declared(
+        0,
+        "stop after so many evaluations without a better loss, and keep the best; 0 never",
+        bounds=NOT_NEGATIVE,
     )
-    save_steps: int = _field(
+    keep_best: bool = declared(
+        False,
+        "keep the checkpoint of the lowest validation loss too, as RUN/best; always on with"
+        " --early-stopping",
+        changes_result=False,
+        old_checkpoints=False,
+    )
+    save_steps: int = declared(
         25, "save every so many steps", bounds=AT_LEAST_1, changes_result=False
     )
-    save_every_minutes: float = _field(
+    save_every_minutes: float = declared(
         0.0, "save as well every so many minutes; 0 for never", bounds=FINITE, changes_result=False
     )
-    keep_checkpoints: int = _field(
+    keep_checkpoints: int = declared(
         1,
         "checkpoints kept; older ones go once the newest is verified",
         bounds=AT_LEAST_1,
         changes_result=False,
     )
-    log_steps: int = _field(25, "write metrics every so many steps", bounds=AT_LEAST_1)
+    log_steps: int = declared(25, "write metrics every so many steps", bounds=AT_LEAST_1)
 
     # -- where and on what -------------------------------------------------------------------------
-    run: str = _field(
+    run: str = declared(
         "runs/phi35",
         "folder of the run: checkpoints, metrics, curves",
         bounds=Bounds("a folder", bool),
         changes_result=False,
+        place=PATH,
     )
-    features: str = _field(
-        "cache/features", "folder of the picture feature store", changes_result=False
+    features: str = declared(
+        "cache/features", "folder of the picture feature store", changes_result=False, place=PATH
     )
-    device: str = _field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    compute_type: str = _field(
+    device: str = declared("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    compute_type: str = declared(
         "auto", "type of the forward pass", choices=("auto", "float32", "bfloat16", "float16")
     )
-    threads: int = _field(
+    threads: int = declared(
         0, "CPU threads; 0 for all cores, shared among the processes", bounds=THREADS
     )
-    deterministic: bool = _field(
+    deterministic: bool = declared(
         True, "algorithms that give the same bits every time; without them a resume is not exact"
     )
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint of the lowest validation loss is kept beside the newest."""
+        return self.keep_best or self.early_stopping > 0
 
-TINY: dict[str, Any] = {
-    # Two cores, about 1 M weights, one epoch of 20,000 short conversations: see the README.
-    "base": "assets/tiny/phi3",
-    "vision": "assets/tiny/clip",
-    "base_cache": "",  # a base of a million weights is quantised sooner than it is looked up
-    "speech": "assets/tiny/whisper/tiny.pt",  # hears the world's own questions, in English
-    "data": "cache/world/train.json",
-    "images": "cache/world/images",
-    "held_out_questions": "cache/world/held_out.jsonl",
-    "novel_pair_questions": "cache/world/novel_pairs.jsonl",
-    "run": "runs/tiny",
-    # The shortest length that the conversations (mostly 40 to 150 tokens) fill to 97 %.
-    "row_tokens": 352,
-    "batch_size": 6,  # about 2,000 tokens a step, so that one epoch makes 900 steps
-    "accumulation": 1,  # a small model learns more from many small steps than from few large ones
-    "learning_rate": 3e-3,  # a narrow model takes, and needs, a higher rate than a wide one
-    "gradient_checkpointing": False,  # memory is not short; computing twice would cost a third
-    "evaluate_steps": 200,  # an evaluation takes as long as ten steps
-    "evaluation_conversations": 100,
-    "save_steps": 100,  # a step takes a quarter of a second; saving every 25 would be felt
-}
 
-PRESETS: dict[str, dict[str, Any]] = {"phi35": {}, "tiny": TINY}
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def default_config(preset: str) -> Config:
-    """The named preset as a `Config`."""
+def default_config(preset: str = DEFAULT_PRESET) -> Config:
+    """The named preset as a `Config`; its paths are the project's, named from here."""
     if preset not in PRESETS:
         raise PhiSightError(f"preset {preset!r}: unknown; choose from {', '.join(sorted(PRESETS))}")
-    return Config(**PRESETS[preset])
+    return Config(**located(vars(Config(**PRESETS[preset]))))
 
 
 def replace(config: Config, **fields: Any) -> Config:
@@ -294,8 +289,38 @@ def replace(config: Config, **fields: Any) -> Config:
 
 
 def fields_without_effect() -> tuple[str, ...]:
-    """Names of the fields that no result depends on; see `changes_result` in `_field`."""
+    """Names of the fields that no result depends on; see `changes_result` in `fields.declared`."""
     return tuple(name for name, spec in FIELDS.items() if not spec.metadata["changes_result"])
+
+
+def fields_known_by_facts() -> tuple[str, ...]:
+    """Names of the fields that say where something lies of which a checkpoint holds the
+    fingerprint; see `known_by` in `fields.declared`."""
+    return tuple(name for name, spec in FIELDS.items() if spec.metadata["known_by"])
+
+
+# -- paths ----------------------------------------------------------------------------------------
+
+
+def located(values: Mapping[str, Any]) -> dict[str, Any]:
+    """These fields with the project's paths as they are named from the current folder. A text that
+    may be a name as well is a path where something lies there."""
+
+    def is_path(name: str, value: Any) -> bool:
+        place = FIELDS[name].metadata["place"]
+        return place == PATH or (place == PATH_OR_NAME and (paths.PROJECT / value).exists())
+
+    return {n: paths.located(v) if is_path(n, v) else v for n, v in values.items()}
+
+
+def _recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `located`."""
+
+    def is_path(name: str, value: Any) -> bool:
+        place = FIELDS[name].metadata["place"]
+        return place == PATH or (place == PATH_OR_NAME and Path(value).exists())
+
+    return {n: paths.recorded(v) if is_path(n, v) else v for n, v in values.items()}
 
 
 # -- validation -----------------------------------------------------------------------------------
@@ -353,12 +378,17 @@ def shown(value: Any) -> str:
 # -- JSON -----------------------------------------------------------------------------------------
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Plain JSON values; the inverse of `from_dict`."""
+def plain(config: Config) -> dict[str, Any]:
+    """Every field as JSON and TOML hold it."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(config).items()
     }
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON values, paths as `paths.recorded` has them; the inverse of `from_dict`."""
+    return _recorded(plain(config))
 
 
 def from_dict(values: Mapping[str, Any], where: str) -> Config:
@@ -371,7 +401,7 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
             f"{where}: its config lacks {missing or 'nothing'} and has unknown"
             f" {unknown or 'nothing'}; it was written by another version of PhiSight"
         )
-    config = Config(**of_declared_type(values, where))
+    config = Config(**located(of_declared_type(values, where)))
     validate(config)
     return config
 

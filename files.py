@@ -79,6 +79,26 @@ def put_in_place(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder, and return what had to be made for it, the innermost first, for
+    `remove_empty` to take away again where nothing came of it."""
+    path = path.absolute()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove these folders, the innermost first, up to the first that holds something."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path to write a file to, which replaces `path` when the block ends well.
@@ -341,7 +361,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         while True:
             try:
-                self.run.mkdir(parents=True, exist_ok=True)
+                self._made = make_folder(self.run)
                 self._file = self.path.open("a+")
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(self._file.fileno()).st_ino == self.path.stat().st_ino:
@@ -379,6 +399,7 @@ class RunLock:
             if [path.name for path in self.run.iterdir()] == [LOCK]:
                 self.path.unlink()
                 self.run.rmdir()
+                remove_empty(self._made)
         except OSError:
             return  # the folder was removed, or something has just been put into it: it stays
         finally:

@@ -28,11 +28,18 @@ from training.evaluating import evaluation_is_due, run_evaluation
 from training.options import RunOptions, parse
 from training.progress import Progress
 from training.ranks import Ranks, joined
-from training.reporting import announce, log_window, progress_bar, report_end, report_finished
+from training.reporting import (
+    announce,
+    log_window,
+    progress_bar,
+    report_end,
+    report_finished,
+    report_standing,
+)
 from training.run import prepare_run
 from training.saving import BackgroundSaver, save_checkpoint
 from training.signals import StopSignals
-from training.start import is_finished, starting_point
+from training.start import check_demands, is_at_stop, is_finished, starting_point
 from training.step import train_step
 
 
@@ -49,10 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
         RunLock(config.run) if ranks.is_first else contextlib.nullcontext(),
     ):
         config, checkpoint = starting_point(config, options, ranks)
-        if checkpoint is None or not is_finished(config, checkpoint):
+        if checkpoint is not None and is_finished(config, checkpoint):
+            tell = report_finished
+        elif checkpoint is not None and is_at_stop(checkpoint, options):
+            tell = report_standing
+        else:
+            check_demands(config, checkpoint, options)
             train(config, checkpoint, options, ranks)
-        elif ranks.is_first:
-            report_finished(config.run, checkpoint)
+            return 0
+        if ranks.is_first:
+            tell(config, checkpoint)
     return 0
 
 
@@ -101,8 +114,7 @@ def train(
                 ranks.is_first and 0 < config.save_every_minutes <= (now - saved) / 60,
             )
             stopping = asked or out_of_time or progress.step == options.stop_at_step
-            save_is_due = save_is_due or progress.step % config.save_steps == 0
-            if progress.finished or stopping or save_is_due:
+            if progress.finished or stopping or save_is_due or run.checkpoint_is_due():
                 save_checkpoint(run, saver)
                 saved = now
             if stopping:

@@ -62,7 +62,8 @@ def prepared(config: Config) -> Run:
 def samples_of_steps(run: Run, steps: int) -> list[list[list[int]]]:
     """step -> micro-batch -> samples, for the first steps of training."""
     found: list[list[list[int]]] = []
-    for rows in run.plans:
+    for epoch in range(run.config.epochs):
+        rows = run.rows.of_epoch(epoch)
         micro = [[i for row in chunk for i in row] for chunk in chunks(rows, run.config.batch_size)]
         found += chunks(micro, run.config.accumulation)
     return found[:steps]
@@ -73,7 +74,7 @@ def train_ours(run: Run, steps: int, packed: bool = True) -> Iterator[float]:
     config, progress = run.config, run.progress
     chosen = samples_of_steps(run, steps)
     for step in range(steps):
-        rows = len(run.plans[progress.epoch])
+        rows = len(run.rows.of_epoch(progress.epoch))
         end = min(progress.row + config.batch_size * config.accumulation, rows)
         batches = (
             load_batches(run, list(range(progress.row, end)))

@@ -23,6 +23,7 @@ from data.record_keys import FAULTS
 from data.storage import StoragePlan, size
 from data.survey import PICTURE_CHECKS, SMALL_FILE, Survey, peak_memory, survey
 from errors import PhiSightError, printable, run_main
+from paths import located
 
 BUCKET = 256  # tokens per bar of the histogram
 SHOWN = 10  # records set aside, and keys that nothing reads, that are printed
@@ -208,17 +209,16 @@ def measure_tower(vision: str, pooling: int) -> Tower:
 
 def add_limit_flags(parser: Parser) -> None:
     """How long a conversation may be, as training is told it."""
-    fields = Config.__dataclass_fields__
     parser.add_argument(
         "--max-text-tokens",
         type=int,
-        default=fields["max_text_tokens"].default,
+        default=Config.max_text_tokens,
         help="training's limit, to count what is over it",
     )
     parser.add_argument(
         "--row-tokens",
         type=int,
-        default=fields["row_tokens"].default,
+        default=Config.row_tokens,
         help="training's limit of all tokens, those of pictures among them; 0 for none",
     )
     parser.add_argument(
@@ -230,10 +230,9 @@ def add_limit_flags(parser: Parser) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="data.preflight", description=__doc__.split("\n")[0])
-    fields = Config.__dataclass_fields__
     parser.add_argument("--data", default="", help="JSON list or JSONL of conversations")
     parser.add_argument("--images", help="the folder that the pictures' names are relative to")
-    parser.add_argument("--tokenizer", default="assets/tiny/phi3", help="folder or hub id")
+    parser.add_argument("--tokenizer", default=located("assets/tiny/phi3"), help="folder or hub id")
     parser.add_argument(
         "--pictures",
         choices=("auto", *PICTURE_CHECKS),
@@ -260,7 +259,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--features",
-        default=fields["features"].default,
+        default=located(Config.features),
         help="folder of the feature store, for the room on its disk",
     )
     parser.add_argument(

@@ -27,8 +27,9 @@ from data.features import Extract, FeatureStore
 from data.packed import PackedSamples
 from data.splits import Outline, split_by_image, take_fraction
 from errors import PhiSightError, printable
+from paths import command
 
-DATA_REMEDY = "give --data FILE, or make the picture world with: python -m data.world"
+DATA_REMEDY = f"give --data FILE, or make the picture world with: {command('-m data.world')}"
 
 
 @dataclass(frozen=True)

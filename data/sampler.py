@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from errors import PhiSightError
 
@@ -50,9 +50,16 @@ def pack(order: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[
     return rows
 
 
-def plan(seed: int, epoch: int, lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """The rows of one epoch, each a list of conversation indices, in the order of training."""
-    order = shuffled(len(lengths), seed, epoch, "order")
+def plan(
+    seed: int,
+    epoch: int,
+    lengths: Sequence[int],
+    row_tokens: int,
+    without: Collection[int] = frozenset(),
+) -> list[list[int]]:
+    """The rows of one epoch, each a list of conversation indices, in the order of training; those
+    `without` are left out."""
+    order = [i for i in shuffled(len(lengths), seed, epoch, "order") if i not in without]
     rows: list[list[int]] = []
     for start in range(0, len(order), PACKING_WINDOW):
         rows += pack(order[start : start + PACKING_WINDOW], lengths, row_tokens)

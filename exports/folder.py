@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Phi3Config
 
 from errors import PhiSightError
-from files import whole_folder
+from files import make_folder, remove_empty, whole_folder
 from model.base import BaseModel
 
 # Copied, not saved anew: transformers may rewrite a tokenizer as another class with other ids.
@@ -41,8 +41,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out).absolute()
     if out.exists() or out.is_symlink():
         raise PhiSightError(f"{out}: is there already; remove it or give another folder")
+    made: list[Path] = []
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        made = make_folder(out.parent)
         with whole_folder(out) as temporary:
             yield temporary
             for path in temporary.rglob("*.safetensors"):  # they are written as 0600
@@ -53,6 +54,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         raise PhiSightError(
             f"{out}: not written ({error.strerror or error}); make room or give another folder"
         ) from error
+    finally:
+        remove_empty(made)
 
 
 def write_json(path: Path, content: dict) -> None:

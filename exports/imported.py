@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,66 @@ MODEL_FIELDS = (
     "picture_fit",
     "feature_storage",
 )
+# A tensor of a layer, also where the language model is a part of a larger one, which its programs
+# nest under different names: language_model.model., model.language_model., and so on.
+_IN_LAYER = re.compile(
+    r"(?:(?:base_model|model|module|language_model|text_model|llm)\.)*"
+    r"layers\.(\d{1,4})\.(self_attn|mlp)\.(\w+)\.(.+)"
+)
+MERGE = "merge the adapter into its base (PEFT's merge_and_unload) and give the result with --base"
+AGAIN = "train the adapter again on the layers of the language model alone"
+_OTHER_PARTS = (  # what stands in a name, what it is then, and what can be done
+    (r"magnitude", "is of DoRA, which is more than LoRA", MERGE),
+    (
+        r"embed_tokens|lm_head|lora_embedding",
+        "is of the embedding or the head, which stay frozen here",
+        MERGE,
+    ),
+    (
+        r"vision|visual|image_(encoder|model)|clip",
+        "is of the picture encoder, which stays frozen here",
+        AGAIN,
+    ),
+    (r"projector|connector", "is of a projector", "put it into image_projector.safetensors"),
+    (r"norm|bias", "is trained beside LoRA", MERGE),
+)
+
+
+@dataclass(frozen=True)
+class InLayer:
+    """Where a tensor of an adapter belongs: `model.layers.<layer>.<place>.<kind>.<rest>`."""
+
+    layer: int
+    place: str
+    kind: str
+    rest: str
+
+
+def in_layer(
+    source: object, key: str, layers: int, places: Mapping[str, str], rest: str
+) -> InLayer:
+    """What the name of a tensor says, whatever its program put before the layer.
+
+    Args:
+        layers: how many the base has.
+        places: kind of a projection -> the part of a layer that it lies in.
+        rest: a pattern of what may follow.
+
+    Raises:
+        PhiSightError: it is of no layer of the base; with the reason, which is not always the base.
+    """
+    match = _IN_LAYER.fullmatch(key)
+    if match and places.get(match[3]) == match[2] and re.fullmatch(rest, match[4]):
+        if int(match[1]) < layers:
+            return InLayer(int(match[1]), match[2], match[3], match[4])
+        reason, remedy = f"the base has {layers}", "name the right base with --base"
+    else:
+        found = [(why, what) for part, why, what in _OTHER_PARTS if re.search(part, key)]
+        kinds = ", ".join(places)
+        otherwise = (f"its layers have {kinds}", "give an adapter of a model with these layers")
+        reason, remedy = found[0] if found else otherwise
+    shown = key[:120] if key.isprintable() else repr(key[:120])
+    raise PhiSightError(f"{source}: {shown} belongs to no layer of the base ({reason}); {remedy}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

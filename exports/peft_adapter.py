@@ -29,6 +29,7 @@ from exports.form import Form, folder_to_write
 from exports.imported import (
     finite_number,
     imported_config,
+    in_layer,
     model_for,
     need_matrix,
     write_run,
@@ -73,9 +74,7 @@ HARMLESS = {
     "runtime_config",
     "ensure_weight_tying",
 }
-_KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(\d{1,4})\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
-)
+_REST = re.compile(r"lora_([AB])(?:\.(\w+))?\.weight")  # with the adapter's name if saved by hand
 
 
 def part_sizes(config: DecoderConfig) -> dict[str, int]:
@@ -275,21 +274,8 @@ def lora_from_peft(
     A layer without an adapter, and what a smaller rank lacks, is filled with zeros, which adds
     nothing to what the model computes.
     """
-    rows, sizes = part_sizes(base), input_sizes(base)
-    by_layer: dict[tuple[int, str], dict[str, dict[str, Tensor]]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        name = match[3] if match else ""
-        kind = FUSED.get(name, name)
-        if not match or PLACES.get(kind) != match[2] or int(match[1]) >= base.num_hidden_layers:
-            raise PhiSightError(
-                f"{source}: {key[:120]} belongs to no layer of the base; name the"
-                " right base with --base"
-            )
-        outputs, inputs = rows.get(name, sizes[kind][0]), sizes[kind][1]
-        shape = (rank, inputs) if match[4] == "A" else (outputs, rank)
-        matrix = need_matrix(source, key, tensor, *shape)
-        by_layer.setdefault((int(match[1]), kind), {}).setdefault(name, {})[match[4]] = matrix
+    sizes = input_sizes(base)
+    rows, by_layer = part_sizes(base), pairs_by_layer(source, tensors, base, rank)
     layers = {}
     for (layer, kind), given in by_layer.items():
         for name, pair in given.items():
@@ -321,6 +307,31 @@ def lora_from_peft(
                 f"{module}.scaling": torch.tensor(scaling),
             }
     return state, targets, rank
+
+
+def pairs_by_layer(
+    source: Path, tensors: Mapping[str, Tensor], base: DecoderConfig, rank: int
+) -> dict[tuple[int, str], dict[str, dict[str, Tensor]]]:
+    """(layer, fused kind) -> projection as the adapter names it -> {"A": ..., "B": ...}."""
+    rows, sizes = part_sizes(base), input_sizes(base)
+    places = PLACES | {part: PLACES[fused] for part, fused in FUSED.items()}
+    found: dict[tuple[int, str], dict[str, dict[str, Tensor]]] = {}
+    adapters = set()
+    for key, tensor in tensors.items():
+        where = in_layer(source, key, base.num_hidden_layers, places, _REST.pattern)
+        kind = FUSED.get(where.kind, where.kind)
+        [(side, adapter)] = _REST.findall(where.rest)
+        adapters.add(adapter)
+        outputs, inputs = rows.get(where.kind, sizes[kind][0]), sizes[kind][1]
+        shape = (rank, inputs) if side == "A" else (outputs, rank)
+        pair = found.setdefault((where.layer, kind), {}).setdefault(where.kind, {})
+        if side in pair or len(adapters) > 1:
+            raise PhiSightError(
+                f"{source}: {key[:120]} is there twice, under other names; save one adapter of one"
+                " model"
+            )
+        pair[side] = need_matrix(source, key, tensor, *shape)
+    return found
 
 
 def fuse(

@@ -17,7 +17,6 @@ narrower than ours is filled up with zeros. Both leave the function as it was.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from exports.form import Form, folder_to_write
 from exports.imported import (
     finite_number,
     imported_config,
+    in_layer,
     model_for,
     need_matrix,
     write_run,
@@ -43,10 +43,8 @@ from torch_files import NotRead, load_torch_file
 LORA, PROJECTOR = "lora_weights.pt", "image_projector.pth"
 REMEDY = "give a checkpoint folder of the seed project as its training saved it"
 BYTE_LIMIT = 8 * 2**30  # its largest file has about 60 MB
-_KEY = re.compile(
-    r"model\.layers\.(\d{1,4})\.(self_attn|mlp)\.(o_proj|down_proj)\."
-    r"(lora_A\.weight|lora_B\.weight|scaling)"
-)
+_PLACES = {"o_proj": "self_attn", "down_proj": "mlp"}
+_REST = r"lora_A\.weight|lora_B\.weight|scaling"
 _PROJECTOR_NAMES = {"layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias"}
 _COPIES = {"initial_weights1", "initial_weights2"}
 
@@ -119,19 +117,15 @@ def seed_lora(
     for key, value in load_archive(path).items():
         if key.endswith((".lora_embedding_A", ".lora_embedding_B")) and value == {}:
             continue  # it saved these for every layer, and no layer has any
-        match = _KEY.fullmatch(key)
-        if not match or PLACES[match[3]] != match[2] or int(match[1]) >= base.num_hidden_layers:
-            raise PhiSightError(
-                f"{path}: {key[:120]!r} belongs to no layer of the base; name the"
-                " right base with --base"
-            )
-        name = key.removesuffix(".weight")
-        if match[4] == "scaling":
+        where = in_layer(path, key, base.num_hidden_layers, _PLACES, _REST)
+        module = f"model.layers.{where.layer}.{where.place}.{where.kind}"
+        name = f"{module}.{where.rest.removesuffix('.weight')}"
+        if where.rest == "scaling":
             scales.add(scale := the_number(path, key, value))
             state[name] = torch.tensor(scale)
             continue
-        outputs, inputs = sizes[match[3]]
-        if match[4] == "lora_A.weight":
+        outputs, inputs = sizes[where.kind]
+        if where.rest == "lora_A.weight":
             state[name] = need_matrix(path, key, value, None, inputs)
             ranks.add(len(state[name]))
         else:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import checkpoints
 import manifest
+import paths
 from errors import PhiSightError, run_main
 from reports.compare import compare_configs
 from tensors import raw_bytes
@@ -812,6 +813,7 @@ def test_show_and_verify_commands(tmp_path: Path, command: Callable) -> None:
 def test_show_takes_the_newest_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setattr(paths, "PROJECT", tmp_path)  # its runs/, wherever this is typed
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PhiSightError, match="no checkpoint in runs"):
         checkpoints.main(["show"])

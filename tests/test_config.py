@@ -222,6 +222,9 @@ def test_the_fields_that_no_result_depends_on():
         "keep_checkpoints",
         "strict",
         "speech",
+        "keep_best",  # how much is kept
+        "held_out_questions",  # evaluate.py asks them
+        "novel_pair_questions",
     }
 
 
@@ -284,6 +287,7 @@ FREE = {  # any value of the right type is one; whether it is there is found out
     "held_out_questions",
     "novel_pair_questions",
     "strict",
+    "keep_best",
     "gradient_checkpointing",
     "features",
     "deterministic",

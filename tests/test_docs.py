@@ -27,6 +27,8 @@ from pathlib import Path
 import pytest
 import runs
 
+import paths
+
 ROOT = runs.ROOT
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
 COMMANDS = ("sh", "console")  # what stands in a block: commands, or commands after "$ " and output
@@ -186,6 +188,7 @@ def project(material, monkeypatch) -> Path:
     shutil.rmtree(material / "runs", ignore_errors=True)
     shutil.copytree(runs.finished_run(), material / "runs/tiny")
     monkeypatch.chdir(material)
+    monkeypatch.setattr(paths, "PROJECT", material)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one thread, as in the suite's other runs
     return material
@@ -241,8 +244,12 @@ def needs_espeak(command: Command) -> bool:
 def serve_and_stop(command: Command, folder: Path) -> None:
     """On a free port, until it answers; then Ctrl-C."""
     script, *flags = command.python() or []
+    here = (
+        "import paths, runpy, sys; paths.PROJECT = paths.Path.cwd(); del sys.argv[0];"
+        " runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), *flags, "--port", "0"],
+        [sys.executable, "-c", here, str(ROOT / script), *flags, "--port", "0"],
         cwd=folder,
         env=runs.environment() | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -280,6 +280,66 @@ def test_tensors_that_are_no_adapter_of_this_base_are_refused(adapter, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+VLM_PREFIXES = (
+    "base_model.model.language_model.model.",  # LLaVA until transformers 4.51
+    "base_model.model.model.language_model.",  # and since
+    "base_model.model.model.language_model.model.",
+    "base_model.model.llm.model.",
+    "model.",  # saved by hand
+)
+
+
+@pytest.mark.parametrize("prefix", VLM_PREFIXES)
+def test_an_adapter_of_a_language_model_within_another_is_read(adapter, tmp_path, prefix):
+    def rename(tensors: dict) -> None:
+        for name in list(tensors):
+            renamed = name.replace("base_model.model.model.", prefix)
+            tensors[renamed.replace(".weight", ".default.weight")] = tensors.pop(name)
+
+    import_peft(adapter, tmp_path / "plain")
+    change_tensors(adapter / peft_adapter.WEIGHTS, rename)
+    import_peft(adapter, tmp_path / "nested")
+    plain, nested = (checkpoints.resolve(tmp_path / name) for name in ("plain", "nested"))
+    assert plain.state["lora_weights"].keys() == nested.state["lora_weights"].keys()
+    assert checkpoints.weights_digest(plain.state) == checkpoints.weights_digest(nested.state)
+
+
+def import_peft(adapter: Path, out: Path) -> None:
+    export.main([f"--import-peft={adapter}", f"--out={out}", BASE, VISION])
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("base_model.model.model.embed_tokens.weight", "of the embedding or the head.*merge"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "of the embedding.*merge"),
+        ("base_model.model.language_model.lm_head.lora_A.weight", "of the embedding.*merge"),
+        (
+            "base_model.model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.lora_A"
+            ".weight",
+            "of the picture encoder.*train the adapter again",
+        ),
+        ("base_model.model.model.multi_modal_projector.linear_1.weight", "is of a projector"),
+        (FIRST.replace("lora_A.weight", "lora_magnitude_vector"), "is of DoRA.*merge"),
+        (FIRST.replace("o_proj", "Wqkv"), "its layers have qkv_proj, .*of a model with these"),
+        (FIRST.replace("layers.0", "layers.77"), r"the base has \d+.*--base"),
+        (FIRST.replace("model.model.model.", "model.language_model.model."), "is there twice"),
+    ],
+)
+def test_a_tensor_that_is_not_read_is_refused_with_its_true_reason(adapter, tmp_path, key, reason):
+    def add(tensors: dict) -> None:
+        tensors[key] = tensors[FIRST].clone()
+
+    change_tensors(adapter / peft_adapter.WEIGHTS, add)
+    with pytest.raises(PhiSightError, match=reason) as error:
+        import_peft(adapter, tmp_path / "out" / "run")
+    assert ("right base" in str(error.value)) == ("layers.77" in key)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room imports only itself and rooms before it. What is not listed here is in no room.
 ORDER = (
     "errors",
+    "paths",
+    "fields",
+    "presets",
     "config",
     "hub",
     "files",

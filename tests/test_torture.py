@@ -26,6 +26,7 @@ from tools.torture.findings import differences, look_at
 from tools.torture.kills import KINDS, PLACES, Aim, set_trap
 from tools.torture_resume import MARKER, Run
 from training.optimizer import AdamW
+from training.progress import Progress
 
 SHORT = ("--steps=12", "--pictures=24")
 
@@ -34,7 +35,7 @@ SHORT = ("--steps=12", "--pictures=24")
 
 
 def test_killed_runs_end_identical(tmp_path):
-    kinds = ["random", "save", "rename", "prune", "evaluation", "features"]
+    kinds = ["random", "save", "rename", "prune", "evaluation", "features", "best"]
     done = subprocess.run(
         [
             sys.executable,
@@ -69,9 +70,9 @@ def test_a_process_that_fails_stops_it_with_its_output(tmp_path, monkeypatch, ca
 # -- the traps ------------------------------------------------------------------------------------
 
 
-def save(run: Path, step: int) -> None:
+def save(run: Path, step: int, **more: int) -> None:
     state = {stem: {"a": torch.full((2,), float(step))} for stem in checkpoints.OWNERS}
-    checkpoints.save(run, step, state, {"rank": 1}, {"step": step})
+    checkpoints.save(run, step, state, {"rank": 1}, {"step": step, **more})
 
 
 def step() -> None:
@@ -136,6 +137,33 @@ def test_a_trap_in_a_save_leaves_what_a_kill_there_leaves(aim, newest, left_over
 def test_what_comes_before_the_first_step_is_no_save(aim, tmp_path):
     assert not killed(aim, lambda: save(tmp_path, 1), lambda: save(tmp_path, 2))
     assert killed(aim, step, lambda: save(tmp_path, 3))
+
+
+def find_best() -> None:
+    """What the loop does after an evaluation that found a new best."""
+    Progress(step=2).add_validation_loss(1.0, 0, keep_best=True)
+
+
+@pytest.mark.parametrize(
+    "aim, best, steps",
+    [
+        ("best/found:1", 1, [1]),
+        ("best/fsync:1", 1, [1]),
+        ("best/before-rename:1", 1, [1]),
+        ("best/after-rename:1", 2, [1, 2]),
+        ("best/before-removal:1", 2, [2]),
+        ("best/removal:3", 2, [2]),
+    ],
+)
+def test_a_kill_while_a_new_best_is_kept_leaves_one_of_the_two(aim, best, steps, tmp_path):
+    save(tmp_path, 1, best_step=1)
+    assert not killed(aim, step, lambda: save(tmp_path / "other", 1))
+    assert killed(aim, step, find_best, lambda: save(tmp_path, 2, best_step=2))
+    assert checkpoints.resolve(tmp_path / "best").step == best
+    assert [int(path.name[-6:]) for path in checkpoints.checkpoints_in(tmp_path)] == steps
+    save(tmp_path, 3, best_step=best)
+    kept = [int(path.name[-6:]) for path in checkpoints.checkpoints_in(tmp_path)]
+    assert kept == [best, 3] and checkpoints.resolve(tmp_path / "best").step == best
 
 
 @pytest.mark.parametrize("aim", ["verify/start:4", "rename/before:9", "prune/before:3"])
@@ -215,8 +243,10 @@ def test_no_more_kills_are_given_out_than_are_wanted():
         ("verify", 3, 6),
         ("prune", None, 5),
         ("prune", 20, 1),
-        ("evaluation", None, 3),
-        ("evaluation", 16, 1),
+        ("evaluation", None, 4),
+        ("evaluation", 16, 2),
+        ("best", None, 1),
+        ("best", 23, 1),
         ("resume", None, 0),
         ("resume", 4, 1),
         ("features", 4, 1),
@@ -226,7 +256,7 @@ def test_no_more_kills_are_given_out_than_are_wanted():
 )
 def test_what_a_run_still_has_before_it(kind, newest, expected):
     recipe = Recipe(steps=24)
-    assert (recipe.save_steps, recipe.evaluate_steps) == (4, 8)
+    assert (recipe.save_steps, recipe.evaluate_steps) == (4, 6)
     assert left(kind, recipe, newest) == expected
 
 
@@ -288,6 +318,17 @@ def test_a_run_that_ended_otherwise_is_seen(tmp_path):
     save(tmp_path / "same", 3)
     (problem,) = differences(tmp_path / "whole", tmp_path / "same")
     assert problem.startswith("different: ")
+    checkpoints.remove_all(tmp_path / "same")
+    for name, best in (("whole", 1), ("same", 1), ("other", 2)):
+        checkpoints.remove_all(tmp_path / name)
+        (tmp_path / name / "metrics.jsonl").write_text("")
+        for number in (1, 2, 3):
+            save(tmp_path / name, number, best_step=min(best, number))
+    assert differences(tmp_path / "whole", tmp_path / "same") == []
+    assert "best_step: 1 against 2" in differences(tmp_path / "whole", tmp_path / "other")[0]
+    save(tmp_path / "same", 2, best_step=1)
+    (problem,) = differences(tmp_path / "whole", tmp_path / "same")
+    assert "checkpoint-000002" in problem and problem.startswith("checkpoints: ")
     checkpoints.remove_all(tmp_path / "same")
     assert "no checkpoint" in differences(tmp_path / "whole", tmp_path / "same")[0]
 

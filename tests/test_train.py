@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
+import config as configs
 import train
 from data.collate import IGNORED, Batch, collate
 from data.features import FeatureStore
@@ -32,6 +33,8 @@ from training.batches import chunks
 from training.exactness import check_place, check_same_run
 from training.loss_scaler import LossScaler
 from training.optimizer import AdamW
+from training.progress import Progress
+from training.rows import Rows
 from training.schedule import lr_at
 from training.signals import StopSignals
 from training.step import StepResult, train_step
@@ -241,9 +244,18 @@ def test_max_steps_ends_the_run_and_stretches_the_schedule(steps, tmp_path):
     assert (state["step"], state["total_steps"], state["finished"]) == (5, 5, "all steps done")
 
 
-def test_max_steps_beyond_the_epochs_changes_nothing(steps, tmp_path):
-    runs.start(tmp_path / "run", max_steps=10_000, evaluate_steps=0)
-    assert state_of(tmp_path / "run")["step"] == state_of(runs.finished_run())["step"]
+def test_steps_beyond_the_epochs_go_through_the_data_again(steps, tmp_path, capsys):
+    _, data = prepared()
+    rows = len(plan(0, 0, data.train.lengths, runs.RECIPE["row_tokens"]))
+    runs.start(tmp_path / "run", max_steps=3, evaluate_steps=0, epochs=1, accumulation=rows)
+    seen = Counter(tuple(sample.input_ids) for sample in data.train)
+    assert steps.conversations() == Counter({ids: 3 * n for ids, n in seen.items()})
+    state = state_of(tmp_path / "run")
+    assert (state["step"], state["epoch"], state["row"]) == (3, 3, 0)
+    assert state["finished"] == "all steps done" and state["total_steps"] == 3
+    assert "--max-steps 3: the data are gone through about 3.0 times" in capsys.readouterr().out
+    first, second = (steps.windows[number][0].input_ids.tolist() for number in (0, 1))
+    assert first != second, "each time in another order"
 
 
 def test_the_log_adds_up_to_all_that_was_trained_on(steps, tmp_path):
@@ -512,19 +524,21 @@ def test_a_changed_flag_is_refused_by_name_and_allowed_on_request(tmp_path, caps
     assert state_of(run)["finished"]
 
 
+def rows_of(lengths: list[int], **fields: int) -> Rows:
+    config = configs.default_config()
+    return Rows(configs.replace(config, row_tokens=10, **fields), lengths)
+
+
 @pytest.mark.parametrize(
-    "state",
-    [
-        {"step": 9, "epoch": 0, "row": 1},
-        {"step": 2, "epoch": 2, "row": 0},
-        {"step": 2, "epoch": 1, "row": 3},
-    ],
+    ("step", "epoch", "row", "max_steps"), [(9, 0, 1, 9), (2, 2, 0, 0), (2, 1, 3, 0)]
 )
-def test_a_place_beyond_the_changed_run_is_refused(state):
-    plans = [[[0], [1], [2]], [[2], [1], [0]]]
+def test_a_place_beyond_the_changed_run_is_refused(step, epoch, row, max_steps):
+    rows = rows_of([10, 10, 10], batch_size=1, epochs=2, max_steps=max_steps)
+    progress = Progress(step, *rows.place(epoch, row))
     with pytest.raises(PhiSightError, match="ask for more --epochs or --max-steps"):
-        check_place(state, plans, total_steps=9)
-    check_place({"step": 8, "epoch": 1, "row": 2}, plans, total_steps=9)
+        check_place(progress, rows.total_steps(progress.step, progress.epoch, progress.row))
+    assert rows.total_steps(8, 1, 2) == 9
+    check_place(Progress(8, 1, 2), 9)
 
 
 def test_a_changed_run_that_would_end_before_its_place_is_refused(tmp_path):
@@ -538,8 +552,9 @@ def test_smaller_steps_after_a_change_end_with_the_rows(tmp_path):
     fields = runs.SHORT | {"accumulation": 2, "max_steps": 0, "epochs": 1}
     runs.start(run, "--stop-at-step", "1", **fields)
     assert runs.resume(run, "--accumulation", "1", "--allow-changes") == 0
-    assert state_of(run)["finished"]
-    assert state_of(run)["step"] < state_of(run)["total_steps"]
+    state = state_of(run)
+    assert state["finished"] and state["step"] == state["total_steps"]
+    assert (state["epoch"], state["row"]) == (1, 0)
 
 
 def test_a_negative_stop_is_refused(tmp_path):

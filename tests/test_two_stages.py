@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import config as configs
 from errors import PhiSightError
-from model.build import assemble
+from model.build import assemble, model_state
 
 FIRST = runs.SHORT | {"train_lora": "false", "max_steps": 3}
 
@@ -87,22 +87,52 @@ def test_a_run_from_nothing_says_so():
     assert checkpoints.resolve(runs.stopped_run()).config["started_from"] is None
 
 
+OTHER_ADAPTERS = [
+    ({"lora_alpha": 8.0}, "another --lora-alpha"),
+    ({"lora_rank": 4}, "LoRA weights: "),
+    ({"lora_targets": "qkv_proj,o_proj"}, "unexpected "),
+]
+
+
+@pytest.mark.parametrize("fields", [fields for fields, _ in OTHER_ADAPTERS])
+def test_an_adapter_that_was_not_trained_gives_way_to_another(first_stage, tmp_path, fields):
+    run = tmp_path / "run"
+    second(run, first_stage, "--stop-at-step=1", **fields)
+    begun, first = checkpoints.resolve(run), checkpoints.resolve(first_stage)
+    config = configs.from_dict(begun.config["config"], "here")
+    fresh = model_state(assemble(config).model)["lora_weights"]
+    # The first rate of a warm-up is 0: after one step the weights are still those of the start.
+    assert begun.state["lora_weights"].keys() == fresh.keys()
+    assert all(torch.equal(t, fresh[name]) for name, t in begun.state["lora_weights"].items())
+    for name, tensor in first.state["image_projector"].items():
+        assert torch.equal(tensor, begun.state["image_projector"][name])
+    runs.resume(run)
+    second(tmp_path / "whole", first_stage, **fields)
+    assert checkpoints.diff(tmp_path / "whole", run).identical
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"feature_pooling": 2}, "another CLIP, or way to read it,"),
         ({"quantization": "none"}, "another --quantization"),
-        ({"lora_alpha": 8.0}, "another --lora-alpha"),
-        ({"lora_rank": 4}, "LoRA weights: "),
-        ({"lora_targets": "qkv_proj,o_proj"}, "unexpected "),
         ({"start_from": "runs/no-such-run"}, "no-such-run"),
     ],
 )
 def test_weights_of_another_model_are_refused(first_stage, tmp_path, fields, said):
+    refused(tmp_path / "run", first_stage, fields, said)
+
+
+@pytest.mark.parametrize(("fields", "said"), OTHER_ADAPTERS)
+def test_a_trained_adapter_of_another_shape_is_refused(tmp_path, fields, said):
+    refused(tmp_path / "run", runs.finished_run(), fields, said)
+
+
+def refused(run: Path, source: Path, fields: dict, said: str) -> None:
     with pytest.raises(PhiSightError) as caught:
-        second(tmp_path / "run", first_stage, **fields)
+        second(run, source, **fields)
     assert said in str(caught.value) and "\n" not in str(caught.value)
-    assert not checkpoints.checkpoints_in(tmp_path / "run")
+    assert not run.exists()
 
 
 def test_another_base_is_refused(first_stage, tmp_path):

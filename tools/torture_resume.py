@@ -228,6 +228,7 @@ class Torture:
             "log_steps": recipe.log_steps,
             "evaluate_steps": recipe.evaluate_steps,
             "evaluation_conversations": 20,
+            "keep_best": "true",
             "threads": 1,
             "device": "cpu",
         }

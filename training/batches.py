@@ -18,13 +18,14 @@ def load_batches(run: Run, row_numbers: Sequence[int]) -> list[Batch]:
     All rows are padded to one length, so that a row is the same whatever shares its micro-batch.
     """
     config, epoch = run.config, run.progress.epoch
+    rows = run.rows.of_epoch(epoch)
     return [
         collate(
-            [[run.data.train[i] for i in run.plans[epoch][number]] for number in chunk],
+            [[run.data.train[i] for i in rows[number]] for number in chunk],
             run.store.features_of,
             run.parts.chat_format.end_of_text_id,
             run.store.shape,
-            run.row_tokens,
+            run.rows.row_tokens,
             [key_of(config.seed, epoch, number) for number in chunk],
         ).to(run.parts.device)
         for chunk in chunks(row_numbers, config.batch_size)

@@ -13,10 +13,11 @@ from config import (
     PRESETS,
     Config,
     flag_of,
+    located,
     of_declared_type,
     out_of_bounds,
+    plain,
     shown,
-    to_dict,
 )
 from errors import PhiSightError
 
@@ -33,7 +34,7 @@ def to_toml(config: Config) -> str:
         PhiSightError: a text holds what no TOML file can, such as a file name that is not UTF-8.
     """
     lines = ["# A run of PhiSight: python train.py --config FILE; --help explains each field.\n"]
-    for name, value in to_dict(config).items():
+    for name, value in plain(config).items():
         # JSON's numbers, booleans, texts and lists are TOML's, but for one character in a text that
         # TOML wants escaped too. Floats are written so that they read back as the same float.
         text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -76,6 +77,9 @@ def read_config_file(path: str) -> dict[str, Any]:
             remedy = f"did you mean {near[0]}?" if near else "train.py --print-config lists all"
             raise PhiSightError(f"{where}: {shown(key)} is not a config field; {remedy}")
     fields = of_declared_type(values, where)
+    # A preset's own path, as --print-config writes it, is the project's here too.
+    own = vars(Config(**PRESETS[preset]))
+    fields |= located({name: value for name, value in fields.items() if value == own[name]})
     if problems := out_of_bounds(fields):
         raise PhiSightError(f"{where}: " + "; ".join(problems))
     return fields | {"preset": preset}

@@ -27,7 +27,7 @@ def run_evaluation(run: Run, bar: tqdm) -> None:
             data.validation,
             data.first_exchanges,
             run.store,
-            max(run.row_tokens, longest),
+            max(run.rows.row_tokens, longest),
             run.parts.chat_format.end_of_text_id,
             run.parts.device,
         )
@@ -41,4 +41,6 @@ def run_evaluation(run: Run, bar: tqdm) -> None:
     if run.log:
         run.log.write(record)
         bar.write(console_line(record))
-    run.progress.add_validation_loss(measured["validation_loss"], run.config.early_stopping)
+    run.progress.add_validation_loss(
+        measured["validation_loss"], run.config.early_stopping, run.config.keeps_best
+    )

@@ -20,6 +20,7 @@ from data.prepare import TrainingData
 from errors import PhiSightError
 from model.build import Assembled
 from reports.compare import compare_configs
+from training.progress import Progress
 from training.ranks import Ranks
 
 
@@ -91,14 +92,16 @@ def check_same_run(
     current: Mapping[str, Any],
     allow_changes: bool,
     say: Callable[[str], None] = print,
-) -> None:
-    """Stop, naming the fields, where going on would not be exact; with `allow_changes`, say so.
+) -> list[str]:
+    """Stop, naming the fields, where going on would not be exact; with `allow_changes`, say so, and
+    return them.
 
-    Another number of processes is allowed: samples, order and global batch stay the same.
+    Another number of processes is allowed: samples, order and global batch stay the same. So is
+    another place of the base, the CLIP, the data or the pictures: their fingerprints are compared.
     """
-    free: tuple[str, ...] = ()
+    free = tuple(f"config.{name}" for name in configs.fields_known_by_facts())
     if saved.get("world_size") != current["world_size"]:
-        free = ("world_size", "threads", "config.threads")
+        free += ("world_size", "threads", "config.threads")
         say(
             f"saved on {saved.get('world_size')} processes, resumed on {current['world_size']}:"
             " same samples, order and global batch; sums are taken in another order, so losses"
@@ -106,7 +109,7 @@ def check_same_run(
         )
     changes = changed_fields(saved, current, *free)
     if not changes:
-        return
+        return []
     listed = "; ".join(changes)
     if not allow_changes:
         raise PhiSightError(
@@ -114,14 +117,14 @@ def check_same_run(
             " all the same with --allow-changes"
         )
     say(f"warning: the resumed run is not exact, these differ: {listed}")
+    return changes
 
 
-def check_place(state: Mapping[str, Any], plans: list[list[list[int]]], total_steps: int) -> None:
+def check_place(progress: Progress, total_steps: int) -> None:
     """Stop where changes that a person allowed leave nothing to do after the saved place."""
-    step, epoch, row = state["step"], state["epoch"], state["row"]
-    if step >= total_steps or epoch >= len(plans) or row >= len(plans[epoch]):
+    if progress.step >= total_steps:
         raise PhiSightError(
-            f"--resume: the checkpoint stands at step {step} (epoch {epoch}, row {row}), the"
-            f" changed run ends at step {total_steps} of {len(plans)} epochs; ask for more --epochs"
+            f"--resume: the checkpoint stands at step {progress.step} (epoch {progress.epoch}, row"
+            f" {progress.row}), the changed run ends at step {total_steps}; ask for more --epochs"
             " or --max-steps"
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from training.step import StepResult
 
+NEWER = ("best_step", "repacked", "schedule")  # absent in checkpoints of former versions
 RECENT_LOSSES = 5  # enough for `checkpoints.py show` to say where the loss is going
 
 
@@ -21,6 +24,8 @@ class Progress:
     """next row of this epoch's plan"""
     best_loss: float | None = None
     """lowest validation loss so far"""
+    best_step: int | None = None
+    """step of the kept checkpoint that has the lowest validation loss"""
     evaluations_without_better: int = 0
     finished: str = ""
     """why the run is over, or empty"""
@@ -30,6 +35,33 @@ class Progress:
     """sums since the last logged step"""
     steps_digest: str = ""
     """sha256 over the digest before and the loss, gradient norm and place of every step"""
+    repacked: list[list[int]] = field(default_factory=list)
+    """[epoch, seed, row tokens, rows] for each packing that this epoch was begun with and that was
+    changed after so many rows"""
+    schedule: dict[str, float] = field(default_factory=dict)
+    """{"step", "position", "total"}: from this step and this position on, the learning rate goes
+    its way to "total" in the steps that are left; empty where a position is the step itself"""
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """What a checkpoint's trainer_state holds of it."""
+        names = [spec.name for spec in fields(cls) if spec.name in state or spec.name not in NEWER]
+        return cls(**{name: state[name] for name in names})
+
+    def schedule_place(self, total_steps: int) -> tuple[float, float]:
+        """The position of the next step in the schedule of the learning rate, and its end."""
+        if not self.schedule:
+            return self.step, total_steps
+        begun, position, end = (self.schedule[name] for name in ("step", "position", "total"))
+        pace = (end - position) / (total_steps - begun)
+        return position + (self.step - begun) * pace, end
+
+    def go_on_with_other_steps(self, planned: int, total_steps: int) -> None:
+        """Steps are larger or smaller from here on, so that the run ends after `total_steps` and
+        not after the `planned` ones: the learning rate goes on from where it is, to the same end.
+        """
+        position, end = self.schedule_place(planned)
+        self.schedule = {"step": self.step, "position": position, "total": end}
 
     def add_step(self, result: StepResult, seconds: float) -> None:
         """Count a step that was made at this place in so many seconds."""
@@ -61,16 +93,18 @@ class Progress:
         """The mean loss of the steps since the last log record, and the sums over them, which start
         anew."""
         window, self.window = self.window, {}
-        loss = window["loss_sum"] / window["supervised_tokens"]
+        supervised = window["supervised_tokens"]
+        loss = window["loss_sum"] / supervised if supervised else float("nan")
         self.recent_losses = [*self.recent_losses, loss][-RECENT_LOSSES:]
         return loss, window
 
-    def add_validation_loss(self, loss: float, early_stopping: int) -> None:
+    def add_validation_loss(self, loss: float, early_stopping: int, keep_best: bool) -> None:
         """Finish the run at the `early_stopping`-th evaluation in a row (0: never) without a new
-        lowest loss."""
+        lowest loss. With `keep_best` the step of the lowest one is remembered, to be saved."""
         # A loss that is not finite is never the best: nothing would be better than a first NaN.
         if loss < (float("inf") if self.best_loss is None else self.best_loss):
             self.best_loss, self.evaluations_without_better = loss, 0
+            self.best_step = self.step if keep_best else None
             return
         self.evaluations_without_better += 1
         if early_stopping and self.evaluations_without_better >= early_stopping:

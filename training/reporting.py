@@ -11,15 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoints
-from config import DEFAULT_PRESET, Config, default_config
+from config import Config, default_config
 from model.build import model_state
 from ops import choose as choose_operations
+from paths import command
 from reports.curves import draw_curves
 from reports.log import peak_memory_mb
 from reports.show import console_line
 from training.ranks import Ranks
 from training.run import Run
-from training.step import StepResult
+from training.step import StepResult, trained_digests
 
 
 def announce(run: Run) -> None:
@@ -41,12 +42,20 @@ def announce(run: Run) -> None:
         f"data: {len(data.train)} conversations to train on, {len(data.validation)} to validate;"
         f" {len(data.quarantined)} records quarantined, {data.shortened} shortened"
     )
-    rows = len(run.plans[0])
-    padding = 1 - sum(data.train.lengths) / (rows * run.row_tokens)
+    rows, row_tokens = len(run.rows.of_epoch(run.progress.epoch)), run.rows.row_tokens
+    padding = 1 - sum(data.train.lengths) / (rows * row_tokens)
     print(
-        f"rows: {rows} of {run.row_tokens} tokens an epoch, padding {100 * padding:.1f} %;"
+        f"rows: {rows} of {row_tokens} tokens an epoch, padding {100 * padding:.1f} %;"
         f" {run.total_steps} steps of {config.batch_size} x {config.accumulation} rows"
     )
+    passes = run.total_steps * run.rows.rows_per_step / rows
+    if config.max_steps and passes > config.epochs:
+        print(f"--max-steps {config.max_steps}: the data are gone through about {passes:.1f} times")
+    if 0 < run.total_steps < config.evaluate_steps and config.early_stopping:
+        print(
+            f"warning: --early-stopping cannot stop a run of {run.total_steps} steps that evaluates"
+            f" every {config.evaluate_steps}; give a smaller --evaluate-steps"
+        )
     announce_owners(run)
     if data.quarantined:
         print(
@@ -100,7 +109,7 @@ def log_window(run: Run, rate: float, result: StepResult, bar: tqdm) -> None:
         run.log.write(record)
         bar.write(console_line(record))
         if rate > 0:  # the first rate of a warm-up is 0
-            warn_of_unmoved_weights(result)
+            warn_of_unmoved_weights(run, result)
 
 
 def window_record(run: Run, rate: float, result: StepResult) -> dict[str, Any]:
@@ -132,10 +141,11 @@ def window_record(run: Run, rate: float, result: StepResult) -> dict[str, Any]:
     }
 
 
-def warn_of_unmoved_weights(result: StepResult) -> None:
+def warn_of_unmoved_weights(run: Run, result: StepResult) -> None:
     """A projector without a gradient trains without an error and answers without the picture."""
     for owner, moved in (result.update_norms or {}).items():
         if moved == 0 and not result.skipped:
+            run.unmoved.pop(owner, None)
             print(
                 f"warning: the weights of {owner!r} did not move in this step (gradient norm"
                 f" {result.gradient_norms[owner]:.3g})"
@@ -148,8 +158,10 @@ def report_end(run: Run, out_of_time: bool) -> None:
         return
     step, finished = run.progress.step, run.progress.finished
     if finished:
+        warn_of_training_nothing(run)
         curves = draw_curves_of(run.config.run)
         print(f"finished at step {step}: {finished}; curves in {curves}")
+        tell_best(run.config.run, run.progress.best_step, run.progress.best_loss)
         return
     reason = ": the time is up" if out_of_time else ""
     print(
@@ -158,15 +170,48 @@ def report_end(run: Run, out_of_time: bool) -> None:
     )
 
 
-def report_finished(run: str, checkpoint: checkpoints.Checkpoint) -> None:
+def warn_of_training_nothing(run: Run) -> None:
+    """A run may end well and have moved nothing: the rate too small, every step skipped."""
+    now = trained_digests(run.parts.model)
+    for owner, before in run.unmoved.items():
+        if now[owner] == before:
+            print(
+                f"warning: the weights of {owner!r} did not move in any step since this process"
+                " began; look at the learning rate, the skipped steps and the gradient norms in"
+                f" {Path(run.config.run) / checkpoints.METRICS}"
+            )
+
+
+def tell_best(run: str, step: int | None, loss: float | None) -> None:
+    """Name the checkpoint that is kept as the best, and how to ask it."""
+    if step is not None:
+        best = shlex.quote(str(Path(run) / checkpoints.BEST))
+        print(
+            f"the best is of step {step}, validation loss {loss:.4f}; ask it with:"
+            f" {command('infer.py')} --run {best}"
+        )
+
+
+def report_standing(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
+    """A run already stands at the step that it is to stop after: nothing is trained."""
+    print(
+        f"{config.run}: stands at step {checkpoint.step}, where --stop-at-step stops it; nothing"
+        f" to do; go on with: {resume_command(config)}"
+    )
+
+
+def report_finished(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
     """A run in this folder was finished before: tidy it up, draw its curves, say what to do."""
+    run = config.run
     checkpoints.sweep(Path(run))  # what a kill right after the last save left
     if (Path(run) / checkpoints.METRICS).is_file():  # a run that was imported has none
         draw_curves_of(run)
     print(
         f"{run}: finished at step {checkpoint.step}"
-        f" ({checkpoint.trainer_state['finished']}); ask it with: python infer.py"
+        f" ({checkpoint.trainer_state['finished']}); ask it with: {command('infer.py')}"
     )
+    state = checkpoint.trainer_state
+    tell_best(run, state.get("best_step"), state.get("best_loss"))
 
 
 def draw_curves_of(run: str) -> Path:
@@ -179,7 +224,9 @@ def draw_curves_of(run: str) -> Path:
 def resume_command(config: Config, ranks: Ranks = Ranks()) -> str:
     """What to type to go on with a run."""
     # Without the "--", torchrun would take --run for the start of a flag of its own.
-    start = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} --"
-    default = default_config(DEFAULT_PRESET).run
+    program = command("train.py")
+    if ranks.size > 1:
+        program = f"torchrun --nproc-per-node {ranks.size} -- {program.removeprefix('python ')}"
+    default = default_config().run
     run = "" if config.run == default else f" --run {shlex.quote(config.run)}"
-    return f"{start} train.py --resume{run}"
+    return f"{program} --resume{run}"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import checkpoints
+import config as configs
 from config import Config
 from data.dataset import write_quarantine
 from data.features import FeatureStore
 from data.prepare import TrainingData, prepare
-from data.sampler import plan
 from errors import PhiSightError
 from model.build import Assembled, assemble, load_model_state
 from model.vision import VisionTower
@@ -27,9 +27,10 @@ from training.options import RunOptions
 from training.progress import Progress
 from training.ranks import Ranks
 from training.rng import seed_generators, set_rng_state, state_of_rank
+from training.rows import Rows, note_packing
 from training.schedule import lr_at
 from training.start import load_start_weights
-from training.step import StepResult
+from training.step import StepResult, trained_digests
 
 
 @dataclass
@@ -41,9 +42,7 @@ class Run:
     parts: Assembled
     store: FeatureStore
     data: TrainingData
-    plans: list[list[list[int]]]
-    """epoch -> rows -> indices of conversations, in the order of training"""
-    row_tokens: int
+    rows: Rows
     total_steps: int
     optimizer: AdamW
     scaler: LossScaler
@@ -53,19 +52,21 @@ class Run:
     """None on every process but the first"""
     progress: Progress
     last_save: checkpoints.Checkpoint | checkpoints.Snapshot | None
+    unmoved: dict[str, str] = field(default_factory=dict)
+    """owner of trained weights -> their digest when this process began; without those that the
+    person was told of as not moving"""
 
     def next_rows(self) -> range:
         """Numbers of the rows of the next step, within this epoch's plan; an epoch's last step may
         have fewer than the others."""
-        start, rows_per_step = self.progress.row, self.config.batch_size * self.config.accumulation
-        return range(start, min(start + rows_per_step, len(self.plans[self.progress.epoch])))
+        start, rows = self.progress.row, self.rows.of_epoch(self.progress.epoch)
+        return range(start, min(start + self.rows.rows_per_step, len(rows)))
 
     def learning_rate(self) -> float:
         """Of the next step."""
         config = self.config
         return lr_at(
-            self.progress.step,
-            self.total_steps,
+            *self.progress.schedule_place(self.total_steps),
             config.warmup_fraction,
             config.learning_rate,
             config.schedule,
@@ -76,11 +77,15 @@ class Run:
         progress = self.progress
         progress.add_step(result, seconds)
         progress.row = rows.stop
-        if progress.row >= len(self.plans[progress.epoch]):
-            progress.epoch, progress.row = progress.epoch + 1, 0
-        # After --allow-changes the rows can be used up before the steps are.
-        if progress.step == self.total_steps or progress.epoch == len(self.plans):
+        if progress.row >= len(self.rows.of_epoch(progress.epoch)):
+            progress.epoch, progress.row, progress.repacked = progress.epoch + 1, 0, []
+        if progress.step == self.total_steps:
             progress.finished = "all steps done"
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether this step's checkpoint is one of the regular ones, or the best."""
+        progress = self.progress
+        return progress.step % self.config.save_steps == 0 or progress.step == progress.best_step
 
 
 def prepare_run(
@@ -112,10 +117,10 @@ def prepare_run(
             positions=parts.base.model.config.max_position_embeddings,
         )
 
-    lengths = data.train.lengths
-    row_tokens = config.row_tokens or max(lengths)
-    plans = [plan(config.seed, epoch, lengths, row_tokens) for epoch in range(config.epochs)]
-    total_steps = count_steps(config, plans)
+    progress = place_of(checkpoint, config, data)
+    rows = Rows(config, data.train.lengths, progress.repacked)
+    progress.epoch, progress.row = rows.place(progress.epoch, progress.row)
+    total_steps = rows.total_steps(progress.step, progress.epoch, progress.row)
     optimizer, scaler = make_optimizer(config, parts)
     seed_generators(config.seed)  # here: a CLIP that had to be loaded for features draws numbers
     run = Run(
@@ -124,31 +129,42 @@ def prepare_run(
         parts=parts,
         store=store,
         data=data,
-        plans=plans,
-        row_tokens=row_tokens,
+        rows=rows,
         total_steps=total_steps,
         optimizer=optimizer,
         scaler=scaler,
         facts=describe_run(config, parts, data, total_steps, ranks, started_from),
         log=MetricsLog(Path(config.run) / checkpoints.METRICS) if ranks.is_first else None,
-        progress=Progress(),
+        progress=progress,
         last_save=checkpoint,
     )
     if checkpoint is None:
         clear_folder(run, options.overwrite)
     else:
-        check_resume(run, checkpoint, options.allow_changes)
-        restore(run, checkpoint)
+        go_on(run, checkpoint, options.allow_changes)
     if ranks.is_first:
         write_quarantine(Path(config.run) / "quarantine.jsonl", data.quarantined)
+    if not run.progress.finished:
+        run.unmoved = trained_digests(parts.model)
     return run
 
 
-def count_steps(config: Config, plans: list[list[list[int]]]) -> int:
-    """Optimiser steps of the whole run. An epoch ends with a step, however few rows are left."""
-    rows_per_step = config.batch_size * config.accumulation
-    steps = sum(-(-len(rows) // rows_per_step) for rows in plans)
-    return min(steps, config.max_steps or steps)
+def place_of(
+    checkpoint: checkpoints.Checkpoint | None, config: Config, data: TrainingData
+) -> Progress:
+    """Where a run begins or goes on: its place counts the rows of the epoch that were trained on,
+    whatever their number a step was."""
+    if checkpoint is None:
+        return Progress()
+    progress = Progress.from_state(checkpoint.trainer_state)
+    if checkpoint.config["data_fingerprint"] == data.fingerprint:
+        saved = configs.from_dict(checkpoint.config["config"], str(checkpoint.path))
+        note_packing(progress, saved, config, data.train.lengths)
+    else:
+        progress.repacked = []  # the numbers of the conversations mean others now
+    if not config.keeps_best:
+        progress.best_step = None  # the next save removes it
+    return progress
 
 
 def make_optimizer(config: Config, parts: Assembled) -> tuple[AdamW, LossScaler]:
@@ -173,30 +189,58 @@ def clear_folder(run: Run, overwrite: bool) -> None:
         run.log.truncate_to(0)
 
 
-def check_resume(run: Run, checkpoint: checkpoints.Checkpoint, allow_changes: bool) -> None:
-    """Raise PhiSightError unless the run may go on from the checkpoint and its log."""
+def go_on(run: Run, checkpoint: checkpoints.Checkpoint, allow_changes: bool) -> None:
+    """Put the run where the checkpoint was saved. Raises as `check_resume` does."""
+    changes = check_resume(run, checkpoint, allow_changes)
+    restore(run, checkpoint)
+    if changes:
+        go_on_changed(run, checkpoint)
+
+
+def check_resume(run: Run, checkpoint: checkpoints.Checkpoint, allow_changes: bool) -> list[str]:
+    """Raise PhiSightError unless the run may go on from the checkpoint and its log; returns what
+    was changed and allowed."""
     say: Callable[[str], None] = print if run.ranks.is_first else lambda _: None
-    check_same_run(checkpoint.config, run.facts, allow_changes, say)
-    check_place(checkpoint.trainer_state, run.plans, run.total_steps)
+    changes = check_same_run(checkpoint.config, run.facts, allow_changes, say)
+    if changes or not run.progress.finished:
+        check_place(run.progress, run.total_steps)
     if run.log is None:
-        return
+        return changes
     records = read_metrics(run.log.path, checkpoint.trainer_state["metrics_offset"])
     if problems := checkpoints.log_problems(checkpoint, records):
         raise PhiSightError(
             f"{run.log.path}: {checkpoint.path.name}: {problems[0]}; put back the log"
             " that belongs to this run, or the checkpoint that does"
         )
+    return changes
 
 
 def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
-    """Put every tensor, generator, counter and the log back to where the checkpoint was saved."""
+    """Put every tensor, generator and the log back to where the checkpoint was saved."""
     load_model_state(run.parts.model, checkpoint.state)
     run.optimizer.load_state_tensors(checkpoint.state["optimizer"])
     set_rng_state(
         state_of_rank(checkpoint.state["rng"], checkpoint.config["world_size"], run.ranks)
     )
-    state = checkpoint.trainer_state | {"finished": ""}  # if it was: it has been given more to do
+    state = checkpoint.trainer_state
     run.scaler.load_state_dict(state["loss_scaler"])
     if run.log:
         run.log.truncate_to(state["metrics_offset"], state["chain"])
-    run.progress = Progress(**{spec.name: state[spec.name] for spec in fields(Progress)})
+
+
+def go_on_changed(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
+    """What changes that a person allowed mean for the end of the run and for its learning rate."""
+    progress, planned = run.progress, checkpoint.trainer_state["total_steps"]
+    progress.finished = ""  # if it was: it has been given more to do
+    saved = checkpoint.config["config"]
+    longer = any(saved[name] != getattr(run.config, name) for name in ("epochs", "max_steps"))
+    if longer or progress.step >= planned:
+        progress.schedule = {}  # of the length that was asked for
+    elif run.total_steps != planned:
+        progress.go_on_with_other_steps(planned, run.total_steps)
+        if run.ranks.is_first:
+            print(
+                f"what is left takes {run.total_steps - progress.step} steps of the new size, in"
+                f" place of {planned - progress.step}; the learning rate goes on from"
+                f" {run.learning_rate():.3g} to the end of its schedule"
+            )

@@ -9,13 +9,15 @@ from errors import PhiSightError
 
 
 def lr_at(
-    step: int, total_steps: int, warmup_fraction: float, peak: float, schedule: str = "linear"
+    step: float, total_steps: float, warmup_fraction: float, peak: float, schedule: str = "linear"
 ) -> float:
     """The learning rate of the step that follows `step` finished ones: nothing to save or restore.
+    A run that was gone on with in other steps has positions between two of the first ones.
 
     It rises linearly from 0 over the first `warmup_fraction` of the steps (rounded up), and then
     falls to 0 at `total_steps` in a line or half a cosine, or stays at `peak`. "linear" equals
-    transformers' `get_linear_schedule_with_warmup`, so with a warm-up the very first rate is 0.
+    transformers' `get_linear_schedule_with_warmup`, so with a warm-up the very first rate is 0. A
+    run of one step has no warm-up: it would train nothing.
 
     Raises:
         PhiSightError: the schedule is unknown.
@@ -24,7 +26,7 @@ def lr_at(
         raise PhiSightError(
             f"schedule: {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}"
         )
-    warmup_steps = math.ceil(total_steps * warmup_fraction)
+    warmup_steps = math.ceil(total_steps * warmup_fraction) if total_steps > 1 else 0
     if step < warmup_steps:
         return peak * (step / warmup_steps)
     if schedule == "constant":

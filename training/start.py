@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import checkpoints
 import config as configs
 from config import Config
 from errors import PhiSightError
-from model.build import Assembled, load_model_state
+from model.build import Assembled, load_model_state, model_state
+from paths import command
+from tensors import mismatches
 from training.exactness import changed_fields
 from training.options import RunOptions
 from training.ranks import Ranks
@@ -52,6 +55,41 @@ def newest_checkpoint(run: str, ranks: Ranks) -> checkpoints.Checkpoint:
     return loaded[0] if loaded else checkpoints.load(path)
 
 
+def is_at_stop(checkpoint: checkpoints.Checkpoint, options: RunOptions) -> bool:
+    """Whether the run stands where it is to stop. Raises PhiSightError where it is past that."""
+    if not options.stop_at_step:
+        return False
+    if checkpoint.step > options.stop_at_step:
+        raise PhiSightError(
+            f"--stop-at-step {options.stop_at_step}: the run stands at step {checkpoint.step}"
+            " already; give a later step, or leave it out"
+        )
+    return checkpoint.step == options.stop_at_step
+
+
+def check_demands(
+    config: Config, checkpoint: checkpoints.Checkpoint | None, options: RunOptions
+) -> None:
+    """Raise PhiSightError for what cannot be done, before anything is loaded."""
+    if checkpoint is not None and "imported_from" in checkpoint.config:
+        raise PhiSightError(
+            f"{config.run}: was imported, without the state of an optimizer, so that it cannot be"
+            f" gone on with; begin a run with its weights: {command('train.py')} --run NEW"
+            f" --start-from {shlex.quote(config.run)}"
+        )
+    asked = options.given if checkpoint is not None else vars(config)
+    for name in ("early_stopping", "keep_best"):
+        if not getattr(config, name) or not asked.keys() & {name, "evaluate_steps"}:
+            continue
+        if not config.evaluate_steps or not config.validation_fraction:
+            lacking = "evaluate_steps" if not config.evaluate_steps else "validation_fraction"
+            raise PhiSightError(
+                f"{configs.flag_of(name)}: needs evaluations, and {configs.flag_of(lacking)} is 0;"
+                f" give it a value such as {configs.FIELDS[lacking].default}, or leave"
+                f" {configs.flag_of(name)} out"
+            )
+
+
 def is_finished(config: Config, checkpoint: checkpoints.Checkpoint) -> bool:
     """Whether the run is finished, and `config` does not make it another one."""
     saved = {"config": checkpoint.config["config"]}
@@ -67,7 +105,7 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
 
     Raises:
         PhiSightError: they were trained on another base or CLIP, or in an adapter of other layers,
-            another rank or another scaling.
+            another rank or another scaling, unless that adapter was not trained.
     """
     if not config.start_from:
         return None
@@ -77,23 +115,29 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
             f"--start-from {config.start_from}: lies in --run {config.run}; give"
             " the new run a folder of its own"
         )
+    facts, state, alpha = source.config, source.state, source.config["config"]["lora_alpha"]
+    own = model_state(parts.model)["lora_weights"]
+    # An adapter whose B is zero adds nothing to the base: one of another shape may take its place.
+    untrained = not any(t.any() for n, t in state["lora_weights"].items() if n.endswith("lora_B"))
+    if untrained and (alpha != config.lora_alpha or mismatches(own, state["lora_weights"])):
+        state, alpha = state | {"lora_weights": own}, config.lora_alpha
     for what, saved, here in (
-        ("base", source.config["base_fingerprint"], parts.base.fingerprint),
+        ("base", facts["base_fingerprint"], parts.base.fingerprint),
         (
             "--picture-fit",
-            source.config["config"].get("picture_fit", "crop"),  # the only one before the field
+            facts["config"].get("picture_fit", "crop"),  # the only one before the field
             config.picture_fit,
         ),
-        ("CLIP, or way to read it,", source.config["vision_fingerprint"], parts.vision.key),
-        ("--quantization", source.config["config"]["quantization"], config.quantization),
-        ("--lora-alpha", source.config["config"]["lora_alpha"], config.lora_alpha),
+        ("CLIP, or way to read it,", facts["vision_fingerprint"], parts.vision.key),
+        ("--quantization", facts["config"]["quantization"], config.quantization),
+        ("--lora-alpha", alpha, config.lora_alpha),
     ):
         if saved != here:
             raise PhiSightError(
                 f"--start-from {config.start_from}: was trained with another {what}"
                 f" ({saved}, here {here}); use the same for both stages"
             )
-    load_model_state(parts.model, source.state)
+    load_model_state(parts.model, state)
     return {
         "step": source.step,
         "weights_digest": checkpoints.weights_digest(source.state),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from data.collate import Batch
 from errors import PhiSightError
-from model.vlm import owner_of
+from model.vlm import VisionLanguageModel, owner_of
+from tensors import sha256_of
 from training.gradients import clip_gradients, owner_gradient_norms
 from training.loss_scaler import LossScaler
 from training.optimizer import AdamW
@@ -59,7 +61,8 @@ def train_step(
     loss_sum = 0.0
     for batch in batches:
         loss, _ = model(batch)  # summed over the supervised tokens: 0-dim float32
-        scaler.scale_loss(loss / supervised).backward()
+        # Without one supervised token the sum and its gradient are 0.
+        scaler.scale_loss(loss / max(supervised, 1)).backward()
         loss_sum += loss.item()
     ranks.sum_gradients(parameters.values())
     [loss_sum] = ranks.sum_numbers(loss_sum)
@@ -70,7 +73,7 @@ def train_step(
     finite = gradient_norm < float("inf")  # False for NaN too
     if not finite and not scaler.enabled:
         raise PhiSightError(
-            f"step: the gradient norm is {gradient_norm}, the loss {loss_sum / supervised};"
+            f"step: the gradient norm is {gradient_norm}, the loss {loss_sum / max(supervised, 1)};"
             " training has diverged: resume an earlier checkpoint with a lower --learning-rate"
         )
     before = copy_of(parameters) if measure_updates else {}
@@ -102,6 +105,15 @@ def count_tokens(batches: Sequence[Batch], ranks: Ranks) -> tuple[int, int, int]
 
 def copy_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def trained_digests(model: VisionLanguageModel) -> dict[str, str]:
+    """Owner -> a digest of all its weights that are trained; owners with none are left out."""
+    return {
+        owner: hashlib.sha256("".join(hashes).encode()).hexdigest()
+        for owner, parameters in model.owners().items()
+        if (hashes := [sha256_of(p.detach().cpu()) for _, p in parameters if p.requires_grad])
+    }
 
 
 def owner_update_norms(before: dict[str, Tensor], now: dict[str, nn.Parameter]) -> dict[str, float]:

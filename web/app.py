@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from api.page_guard import Guard
 from assistant.assistant import Assistant
+from paths import located
 from speech.voice import Voice
 from speech.whisper import Speech
 from web.failures import tell_failures_once
@@ -28,8 +29,8 @@ STYLE = Path(__file__).with_name("style.css")
 def build_app(
     assistant: Assistant,
     *,
-    conversations: str | Path = "cache/conversations",
-    runs: str | Path = "runs",
+    conversations: str | Path = located("cache/conversations"),
+    runs: str | Path = located("runs"),
     speech: Callable[[], Speech] | None = None,
     voice: Callable[[str], Voice] | None = None,
 ) -> Page:

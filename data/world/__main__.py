@@ -7,11 +7,14 @@ from pathlib import Path
 from config import Parser
 from data.world.files import write_world
 from errors import PhiSightError, run_main
+from paths import located
 
 
 def main() -> None:
     parser = Parser(prog="data.world", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("cache/world"), help="folder to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path(located("cache/world")), help="folder to write"
+    )
     parser.add_argument("--pictures", type=int, default=8000, help="training pictures")
     parser.add_argument("--held-out", type=int, default=100, help="pictures a held-out set")
     parser.add_argument("--turns", type=int, default=9, help="most questions a conversation")

@@ -30,7 +30,8 @@ class Recipe:
 
     @property
     def evaluate_steps(self) -> int:
-        return max(1, self.steps // 3)
+        """Not a multiple of `save_steps`: the best is saved at steps of its own too."""
+        return max(1, self.steps // 4)
 
 
 def left(kind: str, recipe: Recipe, newest: int | None) -> int:
@@ -53,6 +54,8 @@ def left(kind: str, recipe: Recipe, newest: int | None) -> int:
         return every(recipe.save_steps) - (newest is None)
     if kind == "evaluation":
         return every(recipe.evaluate_steps)
+    if kind == "best":  # the first evaluation of a process often finds one, later ones may not
+        return min(1, every(recipe.evaluate_steps))
     if kind == "resume":
         return int(newest is not None)
     return 1

@@ -9,6 +9,8 @@ from errors import PhiSightError
 from reports.log import METRICS, deterministic_part, read_metrics
 from tools.torture.deal import Recipe
 
+FEATURES = "config.features"  # each run has a feature store, or a link to one, in its own folder
+
 
 def look_at(
     run: Path, before: int | None, problems: list[str], save_steps: int = Recipe().save_steps
@@ -24,10 +26,13 @@ def look_at(
             f"{folder}: left damaged, {problem}" for problem in checkpoints.verify(folder)[:1]
         ]
     try:
-        step = checkpoints.find_newest(run)[0].step
+        newest = checkpoints.find_newest(run)[0]
+        if newest.trainer_state.get("best_step") is not None:
+            checkpoints.load_best(run)
     except PhiSightError as error:
         problems.append(str(error))
         return None
+    step = newest.step
     if before is not None and step < before:
         problems.append(f"{run}: step {before} was saved, the newest checkpoint is of step {step}")
     return step
@@ -41,13 +46,22 @@ def last_logged(run: Path) -> int:
 
 
 def differences(reference: Path, run: Path) -> list[str]:
-    """What is not equal at the end of two runs: the checkpoint, a record of the metrics."""
+    """What is not equal at the end of two runs: the newest checkpoint, the best, a record of the
+    metrics, which checkpoints there are."""
     try:
-        found = checkpoints.diff(reference, run)
+        found = [checkpoints.diff(reference, run)]
+        if checkpoints.resolve(reference).trainer_state.get("best_step") is not None:
+            best = checkpoints.BEST
+            found.append(checkpoints.diff(reference / best, run / best))
         logs = [read_metrics(folder / "metrics.jsonl") for folder in (reference, run)]
     except PhiSightError as error:
         return [str(error)]
-    problems = [] if found.identical else [str(found)]
+    problems = [
+        str(diff) for diff in found if any(row["name"] != FEATURES for row in diff.differences)
+    ]
+    names = [[p.name for p in checkpoints.checkpoints_in(folder)] for folder in (reference, run)]
+    if not problems and names[0] != names[1]:
+        problems.append(f"checkpoints: {', '.join(names[1])}, not {', '.join(names[0])}")
     if len(logs[0]) != len(logs[1]):
         problems.append(f"metrics: {len(logs[1])} records, not {len(logs[0])}")
     expected, ended = ([deterministic_part(record) for record in log] for log in logs)

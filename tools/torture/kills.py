@@ -42,6 +42,7 @@ _STEP = "training.step:train_step"
 _UPDATE = "training.optimizer:AdamW.step"
 _EVALUATE = "evaluation.meter:evaluate"
 _CUT_LOG = "reports.log:MetricsLog.truncate_to"
+_BEST = "training.progress:Progress.add_validation_loss"
 
 # Only functions of the standard library and public ones of ours are named, so that the inside of a
 # save may change. The counts of calls are lower bounds: a call that never comes kills nobody.
@@ -74,6 +75,14 @@ PLACES: dict[str, dict[str, Place]] = {
         "middle": Place("evaluation.meter:packed_batches", "after", _EVALUATE, calls=2),
         "after": Place(_EVALUATE, "after"),
     },
+    "best": {  # an evaluation found one: it is saved, and the former one removed
+        "found": Place(_BEST, "after"),
+        "fsync": Place("os:fsync", "before", calls=10),
+        "before-rename": Place("os:replace", "before"),
+        "after-rename": Place("os:replace", "after"),
+        "before-removal": Place("shutil:rmtree", "before"),
+        "removal": Place("os:unlink", "after", "shutil:rmtree", calls=7),
+    },
     "features": {
         "tower": Place("model.vision:VisionTower.__call__", "after", _ADD),
         "shard": Place("safetensors.torch:save_file", "after", _ADD),
@@ -89,8 +98,9 @@ PLACES: dict[str, dict[str, Place]] = {
 }
 RANDOM = "random"
 KINDS = (RANDOM, *PLACES)
-# What these functions do before the first step does not count: a shard, a quarantine file, a load.
-AFTER_THE_FIRST_STEP = ("save", "verify", "rename", "prune")
+# What is called before this was called does not count: before the first step a shard is written, a
+# quarantine file and a load; before the first evaluation other checkpoints are.
+ARMED_BY = dict.fromkeys(("save", "verify", "rename", "prune"), _UPDATE) | {"best": _BEST}
 
 
 @dataclass(frozen=True)
@@ -175,10 +185,10 @@ def wrap(
 def set_trap(aim: Aim) -> None:
     """Wrap what the aim names, so that this process ends there."""
     place = PLACES[aim.kind][aim.place]
-    after_first_step = aim.kind in AFTER_THE_FIRST_STEP
-    trap = Trap(aim.number, armed=not after_first_step)
-    if after_first_step:
-        wrap(_UPDATE, after=trap.arm)
+    armed_by = ARMED_BY.get(aim.kind)
+    trap = Trap(aim.number, armed=armed_by is None)
+    if armed_by:
+        wrap(armed_by, after=trap.arm)
     depth = 0 if place.inside else 1  # of calls of the outer function, in whichever thread
 
     def enter() -> None:

@@ -1,0 +1,46 @@
+"""Where paths lie, whatever folder a command is started from.
+
+What a person types is relative to the folder where he types it. The paths of a preset, the defaults
+of flags, and the paths that a checkpoint holds are relative to the folder of this project. In
+memory every path is as it is named from the current folder, so that files can simply be opened.
+Where the current folder is the project's, both are the same, and no path is changed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent
+
+
+def is_current_folder() -> bool:
+    """Whether the current folder is the project's."""
+    try:
+        return Path.cwd() == PROJECT
+    except FileNotFoundError:  # the current folder was removed
+        return False
+
+
+def located(path: str) -> str:
+    """A path that is relative to the project, as it is named from the current folder."""
+    if not path or os.path.isabs(path) or is_current_folder():
+        return path
+    return str(PROJECT / path)
+
+
+def recorded(path: str) -> str:
+    """The inverse of `located`: absolute, or relative to the project if it lies there, so that a
+    checkpoint is still right when the project's folder is moved."""
+    if not path or is_current_folder():
+        return path
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(PROJECT) if absolute.is_relative_to(PROJECT) else absolute)
+
+
+def command(name: str) -> str:
+    """What to type for a command of this project from the current folder, such as
+    "python train.py"; a module ("-m data.world") is found in the project's folder only."""
+    if name.startswith("-m "):
+        return f"python {name}" if is_current_folder() else f"cd {PROJECT} && python {name}"
+    return f"python {located(name)}"

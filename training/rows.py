@@ -1,0 +1,76 @@
+"""Which rows a run trains on, in which order, and in how many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from config import Config
+from data.sampler import plan
+from training.progress import Progress
+
+
+class Rows:
+    """The rows of every epoch, computed from the config when they are asked for.
+
+    Attributes:
+        row_tokens: length of a packed row.
+        repacked: `Progress.repacked`: an epoch that was begun with rows of another packing goes on
+            with what it has not seen yet, packed anew.
+    """
+
+    def __init__(
+        self, config: Config, lengths: Sequence[int], repacked: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self.seed, self.epochs, self.max_steps = config.seed, config.epochs, config.max_steps
+        self.rows_per_step = config.batch_size * config.accumulation
+        self.row_tokens = row_tokens_of(config, lengths)
+        self.lengths, self.repacked = lengths, repacked
+        self._latest: tuple[int, list[list[int]]] = (-1, [])
+
+    def of_epoch(self, epoch: int) -> list[list[int]]:
+        """Rows of indices of conversations, in the order of training."""
+        if self._latest[0] != epoch:
+            self._latest = (epoch, self._computed(epoch))
+        return self._latest[1]
+
+    def _computed(self, epoch: int) -> list[list[int]]:
+        rows: list[list[int]] = []
+        for of_epoch, seed, row_tokens, count in self.repacked:
+            if of_epoch == epoch:
+                rows = (rows + self._packed(epoch, seed, row_tokens, rows))[:count]
+        return rows + self._packed(epoch, self.seed, self.row_tokens, rows)
+
+    def _packed(
+        self, epoch: int, seed: int, row_tokens: int, seen: list[list[int]]
+    ) -> list[list[int]]:
+        """Rows of the conversations of an epoch that are not in the rows `seen`."""
+        return plan(seed, epoch, self.lengths, row_tokens, {i for row in seen for i in row})
+
+    def place(self, epoch: int, row: int) -> tuple[int, int]:
+        """The place, with the end of an epoch as the beginning of the next: fewer rows than there
+        were may be left of the data."""
+        return (epoch, row) if row < len(self.of_epoch(epoch)) else (epoch + 1, 0)
+
+    def total_steps(self, step: int, epoch: int, row: int) -> int:
+        """Steps of the whole run: the `step` that were made, in whatever unit, and those that the
+        rows from this place on take. An epoch ends with a step, however few rows are left."""
+        if self.max_steps:
+            return self.max_steps
+        left = 0
+        for number in range(epoch, self.epochs):
+            rows = len(self.of_epoch(number)) - (row if number == epoch else 0)
+            left += -(-rows // self.rows_per_step)
+        return step + left
+
+
+def row_tokens_of(config: Config, lengths: Sequence[int]) -> int:
+    """Tokens of a packed row; without a setting, as many as the longest conversation has."""
+    return config.row_tokens or max(lengths)
+
+
+def note_packing(progress: Progress, saved: Config, config: Config, lengths: Sequence[int]) -> None:
+    """Remember in `progress` up to which row its epoch was packed as `saved` says, where the run
+    goes on with another packing of the same data."""
+    before, now = ((c.seed, row_tokens_of(c, lengths)) for c in (saved, config))
+    if progress.row and before != now:
+        progress.repacked = [*progress.repacked, [progress.epoch, *before, progress.row]]
