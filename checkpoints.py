@@ -16,133 +16,46 @@ bears a checkpoint's name has been verified, and one is there at every instant.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 import config as configs
 import files
 import manifest as manifests
+from checkpoint_state import (
+    CONFIG,
+    OWNERS,
+    TRAINER_STATE,
+    WEIGHTS,
+    Checkpoint,
+    Snapshot,
+    Tokenizer,
+    digest_of_rows,
+    document_problems,
+    take_snapshot,
+    tensor_problem,
+)
+from checkpoint_state import weights_digest as weights_digest  # others call it by this module
 from errors import PhiSightError, run_main
 from manifest import MANIFEST, DamagedFolder
 from reports import compare, show
 from reports.log import CHAIN, METRICS, chain_problems, contradictions, read_metrics
-from tensors import distance, sha256_of
 
-OWNERS = {
-    "lora_weights": "lora",
-    "image_projector": "projector",
-    "optimizer": "optimizer",
-    "rng": "rng",
-}  # file stem -> owner
-WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
-CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 FORMER_LATEST = "LATEST"  # former versions wrote the newest one's name there; nothing reads it
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
-class Tokenizer(Protocol):
-    """What a checkpoint needs of a tokenizer."""
-
-    def save_pretrained(self, folder: str, /) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint. `state`: file stem -> tensor name -> CPU tensor."""
-
-    path: Path
-    step: int
-    config: dict
-    trainer_state: dict
-    state: dict[str, dict[str, Tensor]]
-    manifest: dict
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that a checkpoint will hold, copied: training may go on while it is written."""
-
-    step: int
-    state: dict[str, dict[str, Tensor]]
-    documents: dict[str, bytes]  # config.json and trainer_state.json as they will be written
-    tokenizer: Tokenizer | None = None
-    change: dict | None = None  # since the save before: {"since_step", owner: L2 norm}
-
-
 # ---- saving --------------------------------------------------------------------------------------
-
-
-def take_snapshot(
-    step: int,
-    state: Mapping[str, Mapping[str, Tensor]],
-    config: dict,
-    trainer_state: dict,
-    tokenizer: Tokenizer | None = None,
-    previous: Snapshot | Checkpoint | None = None,
-) -> Snapshot:
-    """Copy everything to the CPU. `state` holds every stem of OWNERS; tensors may share memory.
-    With the save before as `previous`, how far the weights moved since is written down too.
-
-    Raises PhiSightError for a missing or unknown stem, a bad step, a value that JSON cannot hold.
-    """
-    if set(state) != set(OWNERS):
-        raise PhiSightError(
-            f"checkpoint: state has {sorted(state)}, not {sorted(OWNERS)}; "
-            "give an empty dictionary for what the run does not have"
-        )
-    if type(step) is not int or step < 0 or trainer_state.get("step", step) != step:
-        raise PhiSightError(
-            f"checkpoint: step {step!r} is not a count or not the step in "
-            "trainer_state; save between two steps"
-        )
-    copies = {
-        stem: {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-            for name, tensor in state[stem].items()
-        }
-        for stem in OWNERS
-    }
-    documents = {
-        CONFIG: manifests.json_bytes(CONFIG, config),
-        TRAINER_STATE: manifests.json_bytes(TRAINER_STATE, trainer_state),
-    }
-    return Snapshot(step, copies, documents, tokenizer, _change(previous, copies))
-
-
-def _change(
-    previous: Snapshot | Checkpoint | None, now: Mapping[str, Mapping[str, Tensor]]
-) -> dict | None:
-    """The L2 norm of what each owner's weights moved; None where there is nothing to compare."""
-    if previous is None or any(previous.state[stem].keys() != now[stem].keys() for stem in WEIGHTS):
-        return None
-    moved = {OWNERS[stem]: distance(previous.state[stem], now[stem]) for stem in WEIGHTS}
-    return {"since_step": previous.step, **moved}
-
-
-def weights_digest(state: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """sha256 over names and bytes of all trained weights: the same number means the same model."""
-    return _digest_of_rows(
-        (stem, name, sha256_of(tensor.detach().cpu()))
-        for stem in WEIGHTS
-        for name, tensor in state[stem].items()
-    )
-
-
-def _digest_of_rows(rows: Iterable[tuple[str, str, str]]) -> str:
-    return hashlib.sha256("\n".join(map(" ".join, sorted(rows))).encode()).hexdigest()
 
 
 def save(
@@ -262,9 +175,11 @@ def _step_of(path: Path) -> int | None:
 
 def _read(folder: Path, keep_tensors: bool) -> Checkpoint:
     contents = manifests.read_folder(
-        folder, (CONFIG, TRAINER_STATE), OWNERS.keys(), _step_of(folder), keep_tensors
+        folder, (CONFIG, TRAINER_STATE), OWNERS, _step_of(folder), keep_tensors, tensor_problem
     )
     manifest, documents, tensors = contents.manifest, contents.documents, contents.tensors
+    if problems := [*document_problems(documents, manifest["step"])]:
+        raise DamagedFolder(folder, problems)
     config, trainer_state = documents[CONFIG], documents[TRAINER_STATE]
     return Checkpoint(folder, manifest["step"], config, trainer_state, tensors, manifest)
 
@@ -344,7 +259,7 @@ def resolve(path: str | Path) -> Checkpoint:
 
 def log_problems(checkpoint: Checkpoint, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where a checkpoint and the log of its run contradict each other."""
-    own = _digest_of_rows(
+    own = digest_of_rows(
         (Path(row["file"]).stem, row["name"], row["sha256"])
         for row in checkpoint.manifest["tensors"]
         if Path(row["file"]).stem in WEIGHTS

@@ -50,6 +50,8 @@ class SurvivingOutput:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code; a `PhiSightError` becomes one line and exit code 2."""
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="backslashreplace")  # a path may have bytes that are not text
     try:
         code = main()
     except PhiSightError as error:
