@@ -16,14 +16,14 @@ bears a checkpoint's name has been verified, and one is there at every instant.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -51,6 +51,8 @@ from reports import compare, show
 from reports.log import CHAIN, METRICS, chain_problems, contradictions, read_metrics
 
 FORMER_LATEST = "LATEST"  # former versions wrote the newest one's name there; nothing reads it
+# What a run's folder holds beside checkpoints and is written whole, under a temporary name first.
+WRITTEN = (FORMER_LATEST, "curves.png", "quarantine.jsonl")
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
@@ -145,11 +147,28 @@ def remove_all(run_dir: str | Path) -> None:
     """Remove every checkpoint of a run that starts anew, damaged ones too; links and all else stay.
     Raises PhiSightError."""
     run_dir = Path(run_dir)
-    try:
+    with _tidying(run_dir):
         sweep(run_dir)
         for path in checkpoints_in(run_dir):
             if not path.is_symlink() and _step_of(path) is not None:
                 files.remove_folder(path)
+
+
+def tidy(run_dir: str | Path, newest: Checkpoint | None = None, keep: int = 1) -> None:
+    """What a writer that was killed left is cleared, and what it had still to do is done: on every
+    start, by the process that holds the run. Given the `newest` checkpoint, those go that a save
+    of it with `keep` removes. Raises PhiSightError."""
+    run_dir = Path(run_dir)
+    with _tidying(run_dir):
+        sweep(run_dir)
+        if newest is not None:
+            _prune(run_dir, newest.step, keep)
+
+
+@contextlib.contextmanager
+def _tidying(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise PhiSightError(
             f"{run_dir}: cannot remove its checkpoints ({error}); make the folder "
@@ -158,10 +177,11 @@ def remove_all(run_dir: str | Path) -> None:
 
 
 def sweep(run_dir: Path) -> None:
-    """Clear what saves of dead processes left, and what former versions wrote beside checkpoints; a
-    checkpoint that a dead process had set aside is put back."""
-    (run_dir / FORMER_LATEST).unlink(missing_ok=True)
-    files.sweep_dead(run_dir, lambda name: _NAME.fullmatch(name) is not None)
+    """Clear what dead processes left of the files that are written to a run, and what former
+    versions wrote beside checkpoints; a checkpoint that was set aside is put back."""
+    for name in (FORMER_LATEST, f".tmp-{FORMER_LATEST}"):
+        (run_dir / name).unlink(missing_ok=True)
+    files.sweep_dead(run_dir, lambda name: name in WRITTEN or _NAME.fullmatch(name) is not None)
 
 
 def _step_of(path: Path) -> int | None:
@@ -250,6 +270,8 @@ def resolve(path: str | Path) -> Checkpoint:
     """Load a checkpoint folder, or the newest intact one of a run folder (with a warning on stderr
     for each newer one that is damaged)."""
     path = Path(path)
+    if path.is_symlink() and _step_of(path) is None:  # a person's own link to a checkpoint or run
+        path = path.resolve()
     is_checkpoint = (path / MANIFEST).exists() or _step_of(path) is not None
     return load(path) if is_checkpoint else load_newest(path)
 
@@ -257,15 +279,19 @@ def resolve(path: str | Path) -> Checkpoint:
 # ---- runs and their logs -------------------------------------------------------------------------
 
 
-def log_problems(checkpoint: Checkpoint, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where a checkpoint and the log of its run contradict each other."""
+def log_problems(checkpoint: Checkpoint, log: Path) -> list[str]:
+    """Where a checkpoint and the log of its run contradict each other, or the log itself: was any
+    record edited that had been written when the checkpoint was saved? What comes after is not
+    looked at. Raises PhiSightError for a log that cannot be read."""
+    records = read_metrics(log, checkpoint.trainer_state.get("metrics_offset", 0))
+    if problems := chain_problems(records):
+        return problems
     own = digest_of_rows(
         (Path(row["file"]).stem, row["name"], row["sha256"])
         for row in checkpoint.manifest["tensors"]
         if Path(row["file"]).stem in WEIGHTS
     )
-    chain = checkpoint.trainer_state.get(CHAIN, "")
-    return contradictions(records, checkpoint.step, chain, own)
+    return contradictions(records, checkpoint.step, checkpoint.trainer_state.get(CHAIN, ""), own)
 
 
 def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
@@ -274,17 +300,16 @@ def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
     run_dir = Path(run_dir)
     problems: dict[str, list[str]] = {}
     log = run_dir / METRICS
-    records = read_metrics(log) if log.is_file() else []
-    if log.is_file():
-        problems[str(log)] = chain_problems(records)
+    if log.exists():
+        problems[str(log)] = chain_problems(read_metrics(log))
     for folder in checkpoints_in(run_dir):
         try:
             checkpoint = _read(folder, keep_tensors=False)
         except DamagedFolder as error:
             problems[str(folder)] = error.problems
             continue
-        comparable = log.is_file() and not problems[str(log)]
-        problems[str(folder)] = log_problems(checkpoint, records) if comparable else []
+        comparable = log.exists() and not problems[str(log)]
+        problems[str(folder)] = log_problems(checkpoint, log) if comparable else []
     return problems
 
 
@@ -295,7 +320,7 @@ def diff(first: str | Path, second: str | Path) -> compare.Diff:
     logs = [Path(side) / METRICS for side in (first, second)]
     a, b = resolve(first), resolve(second)
     records = None
-    if all(log.is_file() for log in logs):
+    if all(log.exists() for log in logs):
         records = (read_metrics(logs[0]), read_metrics(logs[1]))
     return compare.compare(a, b, OWNERS, records)
 

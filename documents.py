@@ -41,14 +41,15 @@ def read_json(path: Path, limit: int = BYTE_LIMIT, own: bool = True) -> dict[str
     return parse_json(read_regular(path, limit), own)
 
 
-def parse_json(data: bytes, own: bool = True) -> dict[str, Any]:
-    """A JSON object. `own` False: of another program, whose numbers may be of any size."""
+def parse_json(data: bytes, own: bool = True, what: str = "a JSON object") -> dict[str, Any]:
+    """A JSON object. `own` False: of another program, whose numbers may be of any size; `what`: the
+    name of the object in the error for a value of another kind."""
     try:
         value = json.loads(data, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, and bad UTF-8
-        raise PhiSightError(f"not readable as JSON ({error})") from error
+        raise PhiSightError(f"not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise PhiSightError("not a JSON object")
+        raise PhiSightError(f"not {what}")
     _check_values(value, own)
     return value
 
@@ -75,13 +76,13 @@ def _check_values(value: dict[str, Any], own: bool) -> None:
                 inner += node
             elif isinstance(node, str):
                 if not node.isascii() and HALF_CHARACTER.search(node):
-                    raise PhiSightError(f"not readable as JSON ({shown(node)} is not Unicode)")
+                    raise PhiSightError(f"not JSON ({shown(node)} is not Unicode)")
             elif own and type(node) is int and abs(node) >= WHOLE_LIMIT:
-                raise PhiSightError("not readable as JSON (a number of more than 64 bits)")
+                raise PhiSightError("not JSON (a number of more than 64 bits)")
         if not inner:
             return
         level = inner
-    raise PhiSightError(f"not readable as JSON (nested deeper than {DEPTH} levels)")
+    raise PhiSightError(f"not JSON (nested deeper than {DEPTH} levels)")
 
 
 # -- what a value should be -----------------------------------------------------------------------

@@ -58,11 +58,11 @@ _WRITER = re.compile(r"-(\d+)(?:\.([0-9a-f]{8})(?:[0-9a-f]{8})?)?")  # the end o
 
 def open_regular(path: Path, follow_links: bool = True) -> BinaryIO:
     """A file to read bytes from. Raises `OSError`, also for what is not a regular file."""
-    status = path.stat(follow_symlinks=follow_links)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a link" if stat.S_ISLNK(status.st_mode) else "a pipe, a device or a socket"
+    mode = path.stat(follow_symlinks=follow_links).st_mode
+    if not stat.S_ISREG(mode):
+        kind = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe"}.get(
+            stat.S_IFMT(mode), "a device or a socket"
+        )
         raise OSError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
     return path.open("rb")
 

@@ -19,6 +19,7 @@ from assistant.engine import Engine
 from assistant.filter import ContentFilter
 from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
+from checkpoint_state import need_run
 from data.chat import render
 from data.dataset import Conversation, Message
 from data.features import as_stored
@@ -95,6 +96,7 @@ class Assistant:
         does not verify, or is of another base.
         """
         checkpoint = checkpoints.resolve(run_or_checkpoint)
+        need_run(checkpoint)
         where = str(checkpoint.path)
         config = configs.from_dict(checkpoint.config["config"], where)
         moved = {"base": base, "vision": vision, "base_cache": base_cache, "device": device}

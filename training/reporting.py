@@ -159,8 +159,7 @@ def report_end(run: Run, out_of_time: bool) -> None:
 
 
 def report_finished(run: str, checkpoint: checkpoints.Checkpoint) -> None:
-    """A run in this folder was finished before: tidy it up, draw its curves, say what to do."""
-    checkpoints.sweep(Path(run))  # what a kill right after the last save left
+    """A run in this folder was finished before: draw its curves, say what to do."""
     if (Path(run) / checkpoints.METRICS).is_file():  # a run that was imported has none
         draw_curves_of(run)
     print(

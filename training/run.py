@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import checkpoints
+from checkpoint_state import need_resumable
 from config import Config
 from data.dataset import write_quarantine
 from data.features import FeatureStore
@@ -19,7 +20,7 @@ from data.sampler import plan
 from errors import PhiSightError
 from model.build import Assembled, assemble, load_model_state
 from model.vision import VisionTower
-from reports.log import MetricsLog, read_metrics
+from reports.log import MetricsLog
 from training.exactness import check_place, check_same_run, choose_algorithms, describe_run
 from training.loss_scaler import LossScaler
 from training.optimizer import AdamW
@@ -172,12 +173,12 @@ def clear_folder(run: Run, overwrite: bool) -> None:
 def check_resume(run: Run, checkpoint: checkpoints.Checkpoint, allow_changes: bool) -> None:
     """Raise PhiSightError unless the run may go on from the checkpoint and its log."""
     say: Callable[[str], None] = print if run.ranks.is_first else lambda _: None
+    need_resumable(checkpoint)
     check_same_run(checkpoint.config, run.facts, allow_changes, say)
     check_place(checkpoint.trainer_state, run.plans, run.total_steps)
     if run.log is None:
         return
-    records = read_metrics(run.log.path, checkpoint.trainer_state["metrics_offset"])
-    if problems := checkpoints.log_problems(checkpoint, records):
+    if problems := checkpoints.log_problems(checkpoint, run.log.path):
         raise PhiSightError(
             f"{run.log.path}: {checkpoint.path.name}: {problems[0]}; put back the log"
             " that belongs to this run, or the checkpoint that does"
@@ -194,5 +195,9 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     state = checkpoint.trainer_state | {"finished": ""}  # if it was: it has been given more to do
     run.scaler.load_state_dict(state["loss_scaler"])
     if run.log:
-        run.log.truncate_to(state["metrics_offset"], state["chain"])
+        if cut := run.log.truncate_to(state["metrics_offset"], state["chain"]):
+            print(
+                f"{run.log.path}: {cut:,} bytes that were logged after step {checkpoint.step} was"
+                " saved are cut off; those steps are made again"
+            )
     run.progress = Progress(**{spec.name: state[spec.name] for spec in fields(Progress)})

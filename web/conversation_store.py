@@ -8,6 +8,7 @@ The browser keeps only its key, which nobody else knows; the disk keeps only the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import secrets
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from data.images import decode_image
 from errors import PhiSightError
-from files import whole_file, write_whole
+from files import read_regular, sweep_stale, whole_file, write_whole
 from web.conversation import ID, MAX_MESSAGES, PICTURE, SavedConversation, from_json, to_json
 
 KEY = re.compile(r"[0-9a-f]{32}\Z")
@@ -38,6 +39,8 @@ def prepare_root(root: str | Path) -> Path:
     try:
         Path(root).mkdir(mode=0o700, parents=True, exist_ok=True)
         (Path(root) / ".writable").write_bytes(b"")
+        for conversation in Path(root).glob("*/*/"):  # what servers that were killed left
+            sweep_stale(conversation, ".tmp-*")
     except OSError as error:
         raise PhiSightError(
             f"--conversations {root}: {error.strerror or error}; name a folder that can be written"
@@ -68,10 +71,10 @@ class ConversationStore:
         """Raises PhiSightError for an unknown conversation and for a file that is damaged."""
         path = self._folder_of(id) / FILE
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise PhiSightError(f"conversation {id}: is too large; delete it")
-            conversation = from_json(path.read_bytes(), f"conversation {id}")
-        except OSError:
+            conversation = from_json(read_regular(path, MAX_BYTES), f"conversation {id}")
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise PhiSightError(f"conversation {id}: is too large; delete it") from None
             raise PhiSightError(
                 f"conversation {id}: is not there any more; begin a new one"
             ) from None
