@@ -57,9 +57,9 @@ def parse_json(data: bytes, own: bool = True, what: str = "a JSON object") -> di
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{shown(twice)} stands in it twice")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in made if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} stands in an object twice")
     return made
 
 

@@ -35,8 +35,8 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -56,7 +56,7 @@ _WRITER = re.compile(r"-(\d+)(?:\.([0-9a-f]{8})(?:[0-9a-f]{8})?)?")  # the end o
 # -- regular files --------------------------------------------------------------------------------
 
 
-def open_regular(path: Path, follow_links: bool = True) -> BinaryIO:
+def open_regular(path: Path, follow_links: bool = True) -> BufferedReader:
     """A file to read bytes from. Raises `OSError`, also for what is not a regular file."""
     mode = path.stat(follow_symlinks=follow_links).st_mode
     if not stat.S_ISREG(mode):

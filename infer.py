@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 import config as configs
 from assistant.flags import (
@@ -43,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--batch", metavar="JSONL", help='many questions: {"prompt": ..., "image": ...} a line'
     )
     parser.add_argument("--out", metavar="JSONL", help="where --batch writes; it goes on there")
+    parser.add_argument("--retry-failed", action="store_true", help="ask failed lines again")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a stream")
     add_recording_flags(parser)
     options = parser.parse_args(arguments)
@@ -51,6 +51,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise PhiSightError("infer.py: give one of --prompt, --audio, --chat and --batch")
     if (options.batch is None) != (options.out is None):
         raise PhiSightError("infer.py: --batch and --out belong together; give both")
+    if options.retry_failed and options.batch is None:
+        raise PhiSightError("infer.py: --retry-failed belongs to --batch; leave it out")
     of_one = options.image or options.json or options.speak
     if of_one and (options.chat or options.batch is not None):
         alone = "--image, --json and --speak belong to one question"
@@ -83,16 +85,9 @@ def chat(ask: Asker, options: argparse.Namespace, whisper: str) -> int:
 
 def batch(ask: Asker, options: argparse.Namespace) -> int:
     """A file of questions, their answers into another."""
-    from terminal.batch import answer_file
+    from terminal import batch as batches
 
-    answered, failed = answer_file(
-        Path(options.batch),
-        Path(options.out),
-        lambda message, line: ask([message], line),
-        in_flight=2 * options.max_rows,
-    )
-    print(f"{options.out}: {answered} answered, {failed} failed")
-    return 1 if failed else 0
+    return batches.run(options, ask)
 
 
 def answer_one(options: argparse.Namespace) -> int:

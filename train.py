@@ -51,12 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.is_first:
             checkpoints.tidy(config.run)
         config, checkpoint = starting_point(config, options, ranks)
-        if ranks.is_first and checkpoint:
-            checkpoints.tidy(config.run, checkpoint, config.keep_checkpoints)
         if checkpoint is None or not is_finished(config, checkpoint):
             train(config, checkpoint, options, ranks)
         elif ranks.is_first:
-            report_finished(config.run, checkpoint)
+            report_finished(config, checkpoint)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,15 @@ def report_end(run: Run, out_of_time: bool) -> None:
     )
 
 
-def report_finished(run: str, checkpoint: checkpoints.Checkpoint) -> None:
-    """A run in this folder was finished before: draw its curves, say what to do."""
-    if (Path(run) / checkpoints.METRICS).is_file():  # a run that was imported has none
+def report_finished(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
+    """A run in this folder was finished before: do what a kill right after its last save left
+    undone, draw its curves, say what to do."""
+    run, log = config.run, Path(config.run) / checkpoints.METRICS
+    if log.exists():  # a run that was imported has none
+        if problems := checkpoints.log_problems(checkpoint, log):
+            print(f"warning: {log}: {checkpoint.path.name}: {problems[0]}", file=sys.stderr)
+        else:
+            checkpoints.tidy(run, checkpoint, config.keep_checkpoints)
         draw_curves_of(run)
     print(
         f"{run}: finished at step {checkpoint.step}"

@@ -136,6 +136,8 @@ def prepare_run(
     else:
         check_resume(run, checkpoint, options.allow_changes)
         restore(run, checkpoint)
+        if ranks.is_first:  # only now: a checkpoint of another run must not cost this one its own
+            checkpoints.tidy(config.run, checkpoint, config.keep_checkpoints)
     if ranks.is_first:
         write_quarantine(Path(config.run) / "quarantine.jsonl", data.quarantined)
     return run
