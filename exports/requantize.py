@@ -34,14 +34,15 @@ from exports.calibrate import (
     merged_assistant,
 )
 from exports.folder import (
-    copy_generation_config,
     copy_tokenizer,
     hub_config,
     new_folder,
     read_tensors,
     rounded,
+    write_generation_config,
 )
 from exports.form import Form, folder_to_write
+from exports.generated import measured_folder
 from exports.measure import Measured, Probe, Tolerance
 from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
 from model.base import BaseModel, find_folder, finish, swap_linear_layers
@@ -146,8 +147,8 @@ def export_requantized(
         base = assistant.parts.base
         write_four_bit(folder, base, empty, quantised, model.state_dict(), dtype)
         copy_tokenizer(base_folder, folder)
-        copy_generation_config(base_folder, folder)
-        after = measure.measure(read_back(assistant, folder), probe, "after")
+        write_generation_config(assistant, folder)
+        after = measured_folder(assistant, read_back(assistant, folder), probe, folder)
         naive_increase = naive.loss - before.loss
         return measure.certify(
             folder / CERTIFICATE,
@@ -282,8 +283,8 @@ def write_four_bit(
     config.save_pretrained(folder)
 
 
-def read_back(assistant: Assistant, folder: Path) -> Assistant:
-    """The assistant over the 4-bit model that stands in a folder of ours."""
+def read_back(assistant: Assistant, folder: Path) -> BaseModel:
+    """The base over the 4-bit model that stands in a folder of ours."""
     base = assistant.parts.base
     model = empty_four_bit(base.model.config, base.compute_dtype)
     tensors = read_tensors(folder / WEIGHTS, "export again")
@@ -302,8 +303,7 @@ def read_back(assistant: Assistant, folder: Path) -> Assistant:
         parameter = nn.Parameter(tensor.to(base.compute_dtype), requires_grad=False)
         setattr(model.get_submodule(module_name), parameter_name, parameter)
     finish(model, torch.device("cpu"))
-    written = dataclasses.replace(base, model=model, name=str(folder))
-    return measure.with_language_model(assistant, written)
+    return dataclasses.replace(base, model=model, name=str(folder))
 
 
 def run(options: argparse.Namespace) -> str:
