@@ -148,7 +148,7 @@ def export_requantized(
         write_four_bit(folder, base, empty, quantised, model.state_dict(), dtype)
         copy_tokenizer(base_folder, folder)
         write_generation_config(assistant, folder)
-        after = measured_folder(assistant, read_back(assistant, folder), probe, folder)
+        after = measured_folder(assistant, read_back(assistant, folder).parts.base, probe, folder)
         naive_increase = naive.loss - before.loss
         return measure.certify(
             folder / CERTIFICATE,
@@ -283,8 +283,8 @@ def write_four_bit(
     config.save_pretrained(folder)
 
 
-def read_back(assistant: Assistant, folder: Path) -> BaseModel:
-    """The base over the 4-bit model that stands in a folder of ours."""
+def read_back(assistant: Assistant, folder: Path) -> Assistant:
+    """The assistant over the 4-bit model that stands in a folder of ours."""
     base = assistant.parts.base
     model = empty_four_bit(base.model.config, base.compute_dtype)
     tensors = read_tensors(folder / WEIGHTS, "export again")
@@ -303,7 +303,8 @@ def read_back(assistant: Assistant, folder: Path) -> BaseModel:
         parameter = nn.Parameter(tensor.to(base.compute_dtype), requires_grad=False)
         setattr(model.get_submodule(module_name), parameter_name, parameter)
     finish(model, torch.device("cpu"))
-    return dataclasses.replace(base, model=model, name=str(folder))
+    written = dataclasses.replace(base, model=model, name=str(folder))
+    return measure.with_language_model(assistant, written)
 
 
 def run(options: argparse.Namespace) -> str:
