@@ -212,15 +212,17 @@ def test_the_defaults_of_a_folder_are_those_of_infer(which, llava, merged, assis
     assert typed.temperature == 0
 
 
-def test_a_folder_that_does_not_stop_is_refused(tmp_path, assistant, probe, monkeypatch):
-    """With the base's own defaults, as they were: the certificate sees what our decoder hides."""
+def test_a_folder_that_ends_elsewhere_is_refused(tmp_path, assistant, probe, monkeypatch):
+    """Its weights are right, its defaults are not: our decoder would never see it."""
+    said = [measure.measure(assistant, probe, "").answers[0]]
+    a_word = assistant.parts.base.tokenizer(said, add_special_tokens=False).input_ids[0][1]
     write = exports.merge.write_phi3
 
     def with_other_defaults(folder, *rest):
         write(folder, *rest)
         path = folder / "generation_config.json"
         settings = json.loads(path.read_text())
-        path.write_text(json.dumps(settings | {"eos_token_id": 0}))
+        path.write_text(json.dumps(settings | {"eos_token_id": a_word}))
 
     monkeypatch.setattr(exports.merge, "write_phi3", with_other_defaults)
     with pytest.raises(PhiSightError, match="refused, nothing was written"):
