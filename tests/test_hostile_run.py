@@ -3,6 +3,7 @@ logs. Every command ends in one line or gives an equal result, and none of them 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -28,10 +29,17 @@ from reports.curves import draw_curves
 from reports.log import read_metrics
 
 
+@functools.cache
+def stopped() -> Path:
+    """A short run that stopped after its first step, which it has logged. Tests only copy it."""
+    run = runs.shared() / "stopped_and_logged"
+    runs.start(run, "--stop-at-step=1", **runs.SHORT | {"log_steps": 1})
+    return run
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A short run that stopped after its first step."""
-    return runs.copy_of(runs.stopped_run(), tmp_path)
+    return runs.copy_of(stopped(), tmp_path)
 
 
 def newest(run: Path) -> Path:
@@ -294,7 +302,7 @@ def test_a_digit_of_the_log_that_was_changed_stops_a_resume(run):
 
 @pytest.mark.parametrize("kind", ["a later step", "the same step", "half a line", "no JSON"])
 def test_what_stands_behind_the_saved_place_is_cut_off(kind, run, tmp_path, capsys):
-    whole = runs.copy_of(runs.stopped_run(), tmp_path / "whole")
+    whole = runs.copy_of(stopped(), tmp_path / "whole")
     log = run / "metrics.jsonl"
     line = log.read_bytes().splitlines(keepends=True)[-1]
     added = {
@@ -339,9 +347,8 @@ def test_a_record_that_is_none_is_named_by_its_line(tmp_path, line):
 
 def test_numbers_at_the_edge_are_drawn_or_left_out(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    records = [
-        {"kind": "train", "step": s, "loss": x} for s, x in ((1, 1e308), (2, -1e308), (3, 1))
-    ]
+    losses = (1e308, -1e308, 1)
+    records = [{"kind": "train", "step": s, "loss": x} for s, x in enumerate(losses)]
     log.write_text("".join(json.dumps(record) + "\n" for record in records))
     draw_curves(log, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
