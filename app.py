@@ -2,7 +2,7 @@
 
 python app.py                                   # http://127.0.0.1:7860, the run runs/tiny
 python app.py --run runs/mine --port 8000
-python app.py --host 0.0.0.0                    # lets other machines on the network ask too
+PHISIGHT_API_KEY=... python app.py --host 0.0.0.0   # other machines need the key as a password
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 
 import config as configs
-from api.server import address_of, listening_socket, run
+from api.door import KEY, add_door_flags, guarded, opened
+from api.server import address_of, run
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import run_main
 from speech.flags import add_speech_flag, add_voice_flag
@@ -21,8 +22,7 @@ from web.app import build_app, voices_loaded_once, web_application
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = configs.Parser(prog="app.py", description=__doc__.splitlines()[0])
     add_assistant_flags(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (%(default)s)")
+    add_door_flags(parser, port=7860)
     parser.add_argument(
         "--conversations",
         default="cache/conversations",
@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    with listening_socket(options.host, options.port) as bound:
+    with opened(options) as door:
         assistant = load_assistant(options)
         try:
             speech = assistant.config.speech if options.speech is None else options.speech
@@ -47,10 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
                 speech=loaded_once(speech),
                 voice=voices_loaded_once(options.voice),
             )
-            announcement = f"PhiSight with {assistant.source}: {address_of(bound)}"
+            announcement = f"PhiSight with {assistant.source}: {address_of(door.bound)}"
+            if door.key:
+                announcement += f"; the password is {KEY}"
             run(
-                web_application(page),
-                bound,
+                guarded(web_application(page), door.key, door.allowed),
+                door.bound,
                 f"{announcement}  (Ctrl-C ends it)",
                 grace=0.0,
                 hurry=assistant.close,

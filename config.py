@@ -152,9 +152,14 @@ class Config:
         bounds=Bounds("over 0 and at most 1", lambda value: 0 < value <= 1),
     )
     validation_fraction: float = _field(
-        0.05,
-        "share of the pictures kept for validation",
-        bounds=Bounds("between 0 and 1", lambda value: 0 < value < 1),
+        0.05, "share of the pictures kept for validation; 0 for none", bounds=UNDER_1
+    )
+    split_by: str = _field(
+        "content",
+        "what makes two pictures one, so that they are on one side of the split: the bytes of"
+        " their files, or their names alone",
+        choices=("content", "name"),
+        old_checkpoints="name",
     )
     max_text_tokens: int = _field(
         256, "longest conversation, picture tokens not counted", bounds=AT_LEAST_1

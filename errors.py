@@ -22,6 +22,21 @@ def key_problems(kind: str, expected: set[str], found: set[str]) -> list[str]:
     ]
 
 
+def printable(text: object, limit: int = 0) -> str:
+    """A text of unknown origin on one line, safe for a terminal and a log.
+
+    White space becomes single spaces. Control characters, halves of surrogate pairs and all else
+    that is not seen become escapes, as \\x1b. What is longer than `limit` (0: no limit) is cut.
+    """
+    line = str(text)
+    if limit and len(line) > limit:
+        line = line[: limit - 3] + "..."
+    line = " ".join(line.split())
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 class SurvivingOutput:
     """Standard output for a program that must not end because nobody reads it any more, such as a
     training whose `| tee log` has died: what is written then goes nowhere."""
@@ -50,12 +65,13 @@ class SurvivingOutput:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code; a `PhiSightError` becomes one line and exit code 2."""
+    # A name or an id that standard output cannot encode is printed with escapes, as stderr does it.
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="backslashreplace")  # a path may have bytes that are not text
+        reconfigure(errors="backslashreplace")
     try:
         code = main()
     except PhiSightError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         print(

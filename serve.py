@@ -8,16 +8,16 @@ python serve.py --app                                   # the web app too, on th
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import config as configs
-from api.api import Api
+from api.api import Api, Listen
+from api.door import KEY, add_door_flags, opened
 from api.errors import ApiError
 from api.forms import MIB, Limits
-from api.server import address_of, is_local, listening_socket, run
+from api.server import address_of, run
 from assistant.assistant import Assistant
 from assistant.flags import add_assistant_flags, add_length_flag, load_assistant
 from errors import PhiSightError, run_main
@@ -25,17 +25,12 @@ from speech.flags import VOICES, add_speech_flag, add_voice_flag
 from speech.recordings import read_audio
 from speech.spoken import loaded_once
 
-KEY = "PHISIGHT_API_KEY"
-
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     limits = Limits()
     parser = configs.Parser(prog="serve.py", description=__doc__.splitlines()[0])
     add_assistant_flags(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
-    without_key = f"let other machines ask although {KEY} is not set"
-    parser.add_argument("--without-key", action="store_true", help=without_key)
+    add_door_flags(parser, port=8000)
     parser.add_argument("--model-name", help="what programs call the model (default: the run's)")
     parser.add_argument(
         "--queue-limit",
@@ -73,27 +68,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def environment_key() -> str:
-    """The key that requests have to bring; empty for none."""
-    key = os.environ.get(KEY)
-    if key is None:
-        return ""
-    if not key.strip() or not key.isascii() or key != key.strip():
-        raise PhiSightError(f"{KEY}: is empty or not plain ASCII; set a key or unset it")
-    return key
-
-
-def listening(load: Callable[[], Any]) -> Callable[[bytes], str]:
+def listening(load: Callable[[], Any]) -> Listen:
     """What writes down the speech of an audio file."""
 
-    def listen(data: bytes) -> str:
+    def listen(data: bytes, cancelled: Callable[[], bool]) -> str:
         try:
             speech = load()
         except PhiSightError as error:  # not the client's fault, and none of its business
             print(f"error: {error}", file=sys.stderr, flush=True)
             message = "the server cannot load its speech model; its log says why"
             raise ApiError(500, message, "speech_unavailable") from error
-        return speech.text(read_audio(data))
+        return speech.text(read_audio(data, cancelled), cancelled=cancelled)
 
     return listen
 
@@ -108,33 +93,28 @@ def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    key = environment_key()
-    with listening_socket(options.host, options.port) as bound:
-        if not (key or options.without_key or is_local(bound)):
-            raise PhiSightError(
-                f"--host {options.host}: anyone who reaches it could ask;"
-                f" set {KEY}, or add --without-key"
-            )
+    with opened(options) as door:
         assistant = load_assistant(options)
         speech = loaded_once(assistant.config.speech if options.speech is None else options.speech)
         try:
             limits = Limits(new_tokens=options.max_new_tokens, body_bytes=options.max_body * MIB)
             api = Api(
                 assistant,
-                key=key,
+                key=door.key,
+                allowed=door.allowed,
                 name=options.model_name,
                 limits=limits,
                 listen=listening(speech) if speech else None,
                 max_requests=options.max_rows + options.queue_limit,
                 rest=web_app(assistant, speech, options.voice) if options.app else None,
             )
-            address = address_of(bound)
+            address = address_of(door.bound)
             announcement = (
                 f"{api.name} ({assistant.source}): {address}/v1"
                 + (f", the app at {address}/" if options.app else "")
-                + (f"; requests need {KEY}" if key else "")
+                + (f"; requests need {KEY}" if door.key else "")
             )
-            run(api, bound, announcement, grace=options.grace, busy=api.busy, hurry=api.close)
+            run(api, door.bound, announcement, grace=options.grace, busy=api.busy, hurry=api.close)
         finally:
             assistant.close()
     return 0

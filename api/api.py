@@ -7,17 +7,19 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from api.errors import ApiError, as_api_error, bad, busy, shutting_down
+from api.errors import ApiError, as_api_error, bad, shutting_down
 from api.forms import Limits
-from api.guards import Beside, Budget, Intake, KeyGuard, Reporting
+from api.guards import Beside, Budget, Intake, KeyGuard, Reporting, Taken
 from api.measures import MEDIA_TYPE, Measures
+from api.origins import Allowed, OriginGuard
+from api.places import KINDS, Kind, Place, Places
 from api.requests import ChatRequest, parse_request
 from api.responses import (
     EVENT_HEADERS,
@@ -29,7 +31,7 @@ from api.responses import (
     usage_chunk,
     usage_of,
 )
-from api.stream import in_thread, pieces_of
+from api.stream import in_thread, pieces_of, until_left
 from assistant.answer import Answer
 from assistant.assistant import Assistant
 from errors import PhiSightError
@@ -38,7 +40,14 @@ CHAT, MODELS, HEALTH, METRICS = "/v1/chat/completions", "/v1/models", "/health",
 ROUTES = (CHAT, MODELS, HEALTH, METRICS)
 READ = ["GET", "HEAD"]
 BODIES = 8  # full-size bodies that may be held at once
-READERS = 4  # requests that are parsed and put into tokens at once; each takes memory by its size
+ARRIVING = 256  # requests whose bodies are being sent or read
+# How much of each kind of work is done at once; each takes memory by its file. A recording is heard
+# window by window, and windows of several take turns.
+AT_ONCE: dict[Kind, int] = {"arriving": 4, "ears": 4, "eyes": 1, "voice": 1}
+Listen = Callable[[bytes, Callable[[], bool]], str]
+"""Writes down the speech of a recording, until the second one says that nobody waits for it."""
+Result = TypeVar("Result")
+Given = ParamSpec("Given")
 router = APIRouter()
 
 
@@ -50,39 +59,45 @@ class Api(FastAPI):
         assistant: Assistant,
         *,
         key: str = "",
+        allowed: Allowed = Allowed(),
         name: str | None = None,
-        listen: Callable[[bytes], str] | None = None,
+        listen: Listen | None = None,
         limits: Limits = Limits(),
         max_requests: int = 80,
         rest: ASGIApp | None = None,
     ) -> None:
         """
-        Args: `key`: what every request but /health has to bring, if not empty; `name`: the
-        model's, else that of its run; `listen`: writes down the speech of a WAV or MP3 file, and
-        raises PhiSightError; `max_requests`: chat requests taken in at once.
+        Args: `key`: what every request but /health has to bring, if not empty; `allowed`: to which
+        hosts, and from pages of which origins; `name`: the model's, else that of its run; `listen`:
+        writes down the speech of a recording, and raises PhiSightError; `max_requests`: how many
+        may hold a place of each kind at once.
         """
         super().__init__(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-        self.assistant, self.limits, self.max_requests = assistant, limits, max_requests
+        self.assistant, self.limits = assistant, limits
         self.name = name or Path(assistant.source).parent.name
         self.listen = listen
-        self.measures, self.budget = Measures(), Budget(limits.body_bytes * BODIES)
+        self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": ARRIVING})
+        self.measures, self.budget = Measures(self.places), Budget(limits.body_bytes * BODIES)
         self.created = int(time.time())
         self.running: set[Answer] = set()
         self.closing = False
-        # One request at a time looks at pictures and one listens: each takes memory by the file.
-        self.reading = asyncio.Semaphore(READERS)
-        self.looking, self.listening = asyncio.Semaphore(1), asyncio.Semaphore(1)
+        self.turns = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
         self.include_router(router)
         self.add_exception_handler(HTTPException, pass_on)
         # A request meets the one that is added last first.
         if rest is not None:
             self.add_middleware(Beside, other=rest, routes=ROUTES)
         self.add_middleware(
-            Intake, path=CHAT, limits=limits, budget=self.budget, taken_in=self.taken_in
+            Intake,
+            paths=taken_at(limits),
+            seconds=limits.body_seconds,
+            budget=self.budget,
+            taken_in=self.taken_in,
         )
         if key:
             self.add_middleware(KeyGuard, key=key)
         self.add_middleware(Reporting, measures=self.measures, routes=ROUTES)
+        self.add_middleware(OriginGuard, allowed=allowed, measures=self.measures)
 
     def busy(self) -> bool:
         """Whether an answer is being read or made, for the web app too."""
@@ -96,17 +111,27 @@ class Api(FastAPI):
             answer.cancel()
 
     @contextmanager
-    def taken_in(self) -> Iterator[None]:
-        """For as long as a chat request lasts. Raises `ApiError` where there is no room for it."""
+    def taken_in(self, kind: Kind) -> Iterator[Place]:
+        """For as long as a request lasts. Raises `ApiError` where there is no room for it, or none
+        of the kind that it will need."""
         if self.closing:
             raise shutting_down()
-        if self.measures.in_flight >= self.max_requests:
-            raise busy(f"{self.measures.in_flight} requests are under way already")
-        self.measures.in_flight += 1
-        try:
-            yield
-        finally:
-            self.measures.in_flight -= 1
+        self.places.check(kind)
+        with self.places.place() as place:
+            yield place
+
+    async def turn(
+        self,
+        request: Request,
+        kind: Kind,
+        function: Callable[Given, Result],
+        *arguments: Given.args,
+        **settings: Given.kwargs,
+    ) -> Result:
+        """Gives a request a place of a kind, and what `function` returns or raises in a thread when
+        its turn has come. Raises `ApiError` where too many wait."""
+        request.state.place.move(kind)
+        return await in_thread(self.turns[kind], function, *arguments, **settings)
 
     def model(self) -> dict[str, object]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "phisight"}
@@ -133,14 +158,15 @@ class Api(FastAPI):
         question = parse_request(body, self.name, self.limits)
         return question, None if question.sounds else self.answer_to(question, {})
 
-    def listen_to(self, question: ChatRequest) -> Answer:
-        """The answer to a question with speech, not yet begun. Raises as `read` does."""
+    def listen_to(self, question: ChatRequest, cancelled: Callable[[], bool]) -> Answer:
+        """The answer to a question with speech, not yet begun; when `cancelled` says so, the rest
+        is not heard. Raises as `read` does."""
         heard: dict[str, str] = {}
         for sound in question.sounds:
             if self.listen is None:
                 raise bad(sound.where, "this server does not listen; send text")
             try:
-                heard[sound.where] = self.listen(sound.data)
+                heard[sound.where] = self.listen(sound.data, cancelled)
             except PhiSightError as error:
                 raise bad(sound.where, str(error), "invalid_audio") from error
         return self.answer_to(question, heard)
@@ -190,6 +216,11 @@ class Api(FastAPI):
         yield event("[DONE]")
 
 
+def taken_at(limits: Limits) -> dict[str, Taken]:
+    """What is taken in at every path that reads a body."""
+    return {CHAT: Taken(limits.body_bytes, "text")}
+
+
 async def pass_on(request: Request, failure: Exception) -> Response:
     """FastAPI's own answers to unknown paths and methods do not have OpenAI's form: `Reporting`
     answers them, as everything else that is raised."""
@@ -200,13 +231,16 @@ async def asked(request: Request) -> AsyncIterator[tuple[ChatRequest, Answer]]:
     """A chat request and the answer to it, which ends with the response however that ends."""
     api: Api = request.app
     body = await request.body()
-    question, answer = await in_thread(api.reading, api.read, body)
+    question, answer = await api.turn(request, "arriving", api.read, body)
     if answer is None:
-        answer = await in_thread(api.listening, api.listen_to, question)
+        with until_left() as gone:
+            answer = await api.turn(request, "ears", api.listen_to, question, gone)
     with api.running_answer(answer):
         if question.pictures:
-            await in_thread(api.looking, api.assistant.start, answer)
+            await api.turn(request, "eyes", api.assistant.start, answer)
+            request.state.place.move("text")
         else:
+            request.state.place.move("text")
             api.assistant.start(answer)
         yield question, answer
 

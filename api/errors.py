@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 from starlette.exceptions import HTTPException
 
+from api.logs import failed
 from assistant.assistant import Blocked
 from assistant.engine import Busy
 from errors import PhiSightError
-
-log = logging.getLogger("phisight.serving")
 
 
 class ApiError(Exception):
@@ -66,7 +63,7 @@ def as_api_error(failure: Exception, what: str, path: str = "") -> ApiError:
         method = "GET" if "GET" in (failure.headers or {}).get("Allow", "") else "POST"
         message = f"{path}: takes {method} only"
         return ApiError(405, message, "method_not_allowed", headers={"Allow": method})
-    log.error("%s failed", what, exc_info=failure)
+    failed(what, failure)
     return ApiError(500, "the server failed at this request; its log says why", "internal_error")
 
 

@@ -12,20 +12,22 @@ import binascii
 import hashlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ApiError, ClientGone, as_api_error, busy
-from api.forms import Limits
 from api.measures import Measures
+from api.places import Kind, Place
 from api.responses import error_response
 
 OPEN = "/health"  # the one path that needs no key
 GONE = 499  # what a request is counted as whose client left before its answer's end
 DRAIN_SECONDS, DRAIN_BODIES = 10.0, 8
+SMALL = 128 * 2**10  # bytes of a body that are not counted: there are only so many connections
 
 
 class Reporting:
@@ -38,12 +40,14 @@ class Reporting:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = GONE
+        status, whole = GONE, False
 
         async def counting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
+            else:
+                whole = not message.get("more_body", False)
             await send(message)
 
         path = scope["path"]
@@ -55,9 +59,10 @@ class Reporting:
         except Exception as failure:
             error = as_api_error(failure, f"{scope['method']} {path!r}", path)
             self.measures.errors[error.code] += 1
-            if status != GONE:
+            if status == GONE:
+                await error_response(error)(scope, receive, counting)
+            elif not whole:
                 raise  # the answer has begun: the server closes the connection
-            await error_response(error)(scope, receive, counting)
         finally:
             self.measures.requests[path if path in self.routes else "other", status] += 1
 
@@ -122,7 +127,8 @@ class Beside:
 
 
 class Budget:
-    """Bytes that the bodies of all requests under way may take together."""
+    """Bytes that the bodies of all requests under way may take together, beyond `SMALL` of each:
+    large ones that wait to be heard do not keep out questions in text."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
@@ -130,14 +136,16 @@ class Budget:
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
         """What takes so many bytes more; they are given back when the block is left."""
-        taken = 0
+        free, taken = SMALL, 0
 
         def take(count: int) -> None:
-            nonlocal taken
-            if self.held + count > self.limit:
+            nonlocal free, taken
+            counted = max(0, count - free)
+            free = max(0, free - count)
+            if self.held + counted > self.limit:
                 raise busy("too many large requests are under way")
-            self.held += count
-            taken += count
+            self.held += counted
+            taken += counted
 
         try:
             yield take
@@ -145,29 +153,43 @@ class Budget:
             self.held -= taken
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What is taken in by POST at one path."""
+
+    body_bytes: int
+    kind: Kind
+    """of the place that it will need: where none is free, the body is not even read"""
+    media_types: tuple[bytes, ...] = (b"application/json",)
+
+
 class Intake:
-    """Takes in requests to `path`: reads the whole body within `limits` and `budget` before the
-    application sees it, and cancels the application where it waits as soon as the client leaves."""
+    """Takes in requests to the paths of a table: reads the whole body within its limit and `budget`
+    before the application sees it, and cancels the application where it waits as soon as the client
+    leaves. Of every path it says how much is taken; the route finds its place as
+    `request.state.place`, and moves it to the kind of work that comes next."""
 
     def __init__(
         self,
         app: ASGIApp,
-        path: str,
-        limits: Limits,
+        paths: Mapping[str, Taken],
+        seconds: float,
         budget: Budget,
-        taken_in: Callable[[], AbstractContextManager[None]],
+        taken_in: Callable[[Kind], AbstractContextManager[Place]],
     ) -> None:
-        """`taken_in` is entered for as long as a request lasts, and may refuse it."""
-        self.app, self.path, self.limits, self.budget = app, path, limits, budget
+        """`seconds`: in which a body has to have arrived; `taken_in` is entered for as long as a
+        request lasts, and may refuse it."""
+        self.app, self.paths, self.seconds, self.budget = app, paths, seconds, budget
         self.taken_in = taken_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"], scope["path"]) != ("POST", self.path):
+        taken = self.paths.get(scope["path"]) if scope["type"] == "http" else None
+        if taken is None or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        with self.taken_in(), self.budget.share() as take:
-            scope.setdefault("state", {})["began"] = time.perf_counter()
-            body = await read_body(scope, receive, self.limits, take)
+        with self.taken_in(taken.kind) as place, self.budget.share() as take:
+            scope.setdefault("state", {}).update(began=time.perf_counter(), place=place)
+            body = await read_body(scope, receive, taken, self.seconds, take)
             with anyio.CancelScope() as client:
                 watch = asyncio.create_task(cancel_when_gone(receive, client))
                 try:
@@ -217,47 +239,47 @@ async def parts_of_body(receive: Receive) -> AsyncIterator[bytes]:
 
 
 async def read_body(
-    scope: Scope, receive: Receive, limits: Limits, take: Callable[[int], None]
+    scope: Scope, receive: Receive, taken: Taken, seconds: float, take: Callable[[int], None]
 ) -> bytes:
-    """The JSON body of a request, counted as it comes: what a header claims is not believed.
+    """The body of a request, counted as it comes: what a header claims is not believed.
 
     Raises `ApiError` of status 408, 413, 415 or 503, and `ClientGone`.
     """
     headers = dict(scope["headers"])
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if kind != b"application/json":  # which no page of another site can send unasked
-        raise ApiError(415, "Content-Type: must be application/json", "unsupported_media_type")
+    if kind not in taken.media_types:
+        known = b" or ".join(taken.media_types).decode()
+        raise ApiError(415, f"Content-Type: must be {known}", "unsupported_media_type")
     if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
         raise ApiError(415, "Content-Encoding: send the body as it is", "unsupported_media_type")
     claimed = headers.get(b"content-length", b"0")
     body, parts = bytearray(), parts_of_body(receive)
     try:
-        if not (claimed.isdigit() and int(claimed[:18]) > limits.body_bytes):
-            async with asyncio.timeout(limits.body_seconds):
+        if not (claimed.isdigit() and int(claimed[:18]) > taken.body_bytes):
+            async with asyncio.timeout(seconds):
                 async for part in parts:
-                    if len(body) + len(part) > limits.body_bytes:
+                    if len(body) + len(part) > taken.body_bytes:
                         break
                     take(len(part))
                     body += part
                 else:
                     return bytes(body)
     except TimeoutError:
-        message = f"the body did not arrive within {limits.body_seconds:g} s"
+        message = f"the body did not arrive within {seconds:g} s"
         raise ApiError(408, message, "request_timeout") from None
-    await drain(parts, limits)
-    message = f"the body is over {limits.body_bytes:,} bytes; send smaller pictures or fewer"
+    await drain(parts, taken.body_bytes * DRAIN_BODIES, min(DRAIN_SECONDS, seconds))
+    message = f"the body is over {taken.body_bytes:,} bytes; send smaller files or fewer"
     raise ApiError(413, message, "too_large")
 
 
-async def drain(parts: AsyncIterator[bytes], limits: Limits) -> None:
+async def drain(parts: AsyncIterator[bytes], most: int, seconds: float) -> None:
     """Read on for a while and keep nothing: a client that is still sending, and finds the
     connection closed, may never read why."""
-    rest = limits.body_bytes * DRAIN_BODIES
     try:
-        async with asyncio.timeout(min(DRAIN_SECONDS, limits.body_seconds)):
+        async with asyncio.timeout(seconds):
             async for part in parts:
-                rest -= len(part)
-                if rest <= 0:
+                most -= len(part)
+                if most <= 0:
                     return
     except TimeoutError:
         return

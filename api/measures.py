@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from api.places import KINDS, Places
+
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 WINDOW = 60.0  # seconds that the rate of tokens looks back on
@@ -44,16 +46,20 @@ class Histogram:
 class Measures:
     """Counters of one server. They are changed in the event loop's thread only."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Places) -> None:
+        self.places = places
         self.requests: Counter[tuple[str, int]] = Counter()
         """by route and status; a client that went away before its status counts as 499"""
         self.errors: Counter[str] = Counter()
         """by the code that the client is told; "client_gone" for one that left"""
-        self.in_flight = 0
         self.first_token = Histogram()
         self.whole_request = Histogram()
         self._tokens: deque[tuple[float, int]] = deque()
         self._started = time.time()
+
+    @property
+    def in_flight(self) -> int:
+        return self.places.in_flight
 
     def generated(self, tokens: int) -> None:
         """An answer of so many tokens has ended."""
@@ -81,8 +87,10 @@ class Measures:
         errors = {f'{{kind="{kind}"}}': count for kind, count in sorted(self.errors.items())}
         yield family("requests_total", "counter", "Requests by route and status.", requests)
         yield family("errors_total", "counter", "Requests that were not answered, by kind.", errors)
-        text = "Chat requests taken in and not yet ended."
+        text = "Requests taken in and not yet ended."
         yield gauge("requests_in_flight", text, self.in_flight)
+        taken = {f'{{kind="{kind}"}}': self.places.taken[kind] for kind in KINDS}
+        yield family("places_taken", "gauge", f"{text[:-1]}, by what they wait for.", taken)
         yield gauge("queue_depth", "Answers that wait for a place.", statistics["waiting"])
         yield gauge("answers_running", "Answers being decoded together.", statistics["running"])
         for name, histogram, text in (

@@ -3,14 +3,17 @@ can make this one fetch an address."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import Any
+from typing import Any, Protocol
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ClientGone
 from api.guards import parts_of_body, replay
 from api.responses import AsciiJSON
+from errors import PhiSightError
 
 MAX_JSON = 4 * 1024 * 1024  # of one event's inputs; files come by another way
 ADDRESSES = "addresses of other machines are not fetched here"
@@ -28,6 +31,7 @@ POLICY = "; ".join(
         "connect-src 'self' data: blob:",
         "worker-src 'self' blob:",
         "frame-src 'none'",
+        "frame-ancestors 'self'",
         "object-src 'none'",
         "base-uri 'self'",
         "form-action 'self'",
@@ -42,8 +46,9 @@ class Guard:
     servers. Both are refused here with one line, before Gradio sees them.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, uploads: UploadRoom | None = None) -> None:
+        """`uploads`: says how much may still be uploaded."""
+        self.app, self.uploads = app, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,6 +69,9 @@ class Guard:
                 await refused(403, ADDRESSES)(scope, receive, send)
                 return
             receive = replay(body, receive)
+        app = self.app
+        if self.uploads is not None and is_upload(scope):
+            app = self._bounded_upload
 
         async def with_policy(event: Message) -> None:
             if event["type"] == "http.response.start":
@@ -75,7 +83,63 @@ class Guard:
                 ]
             await send(event)
 
-        await self.app(scope, receive, with_policy)
+        await app(scope, receive, with_policy)
+
+    async def _bounded_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An upload that is counted as it arrives; what Gradio leaves of one that is cut off is
+        removed when it ends."""
+        uploads = self.uploads
+        assert uploads is not None
+        try:
+            await asyncio.to_thread(uploads.begin)
+        except PhiSightError as error:
+            await refused(413, str(error))(scope, receive, send)
+            return
+        too_much: PhiSightError | None = None
+        begun = False
+
+        async def counted() -> Message:
+            nonlocal too_much
+            message = await receive()
+            try:
+                uploads.take(len(message.get("body", b"")))
+            except PhiSightError as error:
+                too_much = error
+                raise ClientGone from None
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            if too_much is None:  # else Gradio tells its own failure of it
+                begun = True
+                await send(message)
+
+        try:
+            await self.app(scope, counted, sending)
+        except Exception as error:
+            if too_much is None and not is_gone(error):
+                raise
+        finally:
+            await asyncio.shield(asyncio.to_thread(uploads.end))
+        if too_much is not None and not begun:
+            await refused(413, str(too_much))(scope, receive, send)
+
+
+class UploadRoom(Protocol):
+    """How much may be uploaded; `begin` and `take` raise PhiSightError where it is too much."""
+
+    def begin(self) -> None: ...
+    def take(self, count: int) -> None: ...
+    def end(self) -> None: ...
+
+
+def is_upload(scope: Scope) -> bool:
+    return scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload")
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether a failure says that the client went away while it was sending."""
+    return isinstance(error, ClientGone | ClientDisconnect)
 
 
 def is_address(path: object) -> bool:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from api.connections import Connection, Patience, give_up_the_slowest, most_connections
+from api.logs import line_of, once, only_once
+from api.origins import is_loopback
 from errors import PhiSightError
 
 BACKLOG = 256
+ACCEPTED_AT_ONCE = 16  # before they are counted
 SILENT_SECONDS = 60  # a client that takes nothing, or has gone without a word, is given up after it
 TOLD_SECONDS = 0.5  # in which clients are told that their answer has ended
-LOCAL = ("127.", "::1")
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -48,7 +53,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 def is_local(bound: socket.socket) -> bool:
     """Whether only this machine can reach it."""
-    return bound.getsockname()[0].startswith(LOCAL)
+    return is_loopback(bound.getsockname()[0])
 
 
 def address_of(bound: socket.socket) -> str:
@@ -75,19 +80,47 @@ class Server(uvicorn.Server):
         grace: float = 10.0,
         busy: Callable[[], bool] = lambda: False,
         hurry: Callable[[], None] = lambda: None,
+        patience: Patience | None = None,
     ) -> None:
+        """`patience`: what its clients may take of it."""
+        self.patience = patience or Patience()
         super().__init__(
             uvicorn.Config(
                 app,
+                http=partial(Connection, patience=self.patience),  # type: ignore[arg-type]
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 ws="none",
-                backlog=BACKLOG,
+                backlog=ACCEPTED_AT_ONCE,
                 lifespan="auto",
             )
         )
+        logging.getLogger("uvicorn.error").addFilter(only_once)  # one function is added once
         self._grace, self._busy, self._hurry = grace, busy, hurry
+        self._no_descriptor_at = -1.0  # when, by the event loop's clock
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.patience.most is None:
+            self.patience.most = most_connections()
+        asyncio.get_running_loop().set_exception_handler(self._on_failure)
+        await super().startup(sockets)
+        for bound in sockets or ():
+            bound.listen(BACKLOG)  # uvicorn has set it to `ACCEPTED_AT_ONCE`
+
+    def _on_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What fails in the event loop itself, told as one line."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            # asyncio says it for every connection that waits, and looks again after a second.
+            if loop.time() - self._no_descriptor_at > 0.5:
+                self._no_descriptor_at = loop.time()
+                connections = self.server_state.connections
+                closed = give_up_the_slowest(connections, max(1, len(connections) // 4))
+                once("descriptors", f"no file descriptor is left: {closed} idle connections closed")
+            return
+        said = str(context.get("message", "the event loop failed"))
+        once(f"{type(error).__name__} {said}", f"{said}: {line_of(error)}" if error else said)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not noted for uvicorn, which would raise the signal once more after the end.

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from threading import Thread
+from threading import Event, Thread
 from typing import ParamSpec, TypeVar
 
 from assistant.answer import Answer
 
 Result = TypeVar("Result")
 Given = ParamSpec("Given")
+
+
+@contextlib.contextmanager
+def until_left() -> Iterator[Callable[[], bool]]:
+    """Whether the block has been left, however: what a thread asks that works for a client."""
+    left = Event()
+    try:
+        yield left.is_set
+    finally:
+        left.set()
 
 
 async def in_thread(
@@ -23,7 +33,8 @@ async def in_thread(
 ) -> Result:
     """What `function` returns or raises, called in a thread once one of `turns` is free.
 
-    Whoever is cancelled leaves at once; the turn is free again when the call has ended. The thread
+    Whoever is cancelled leaves at once; the turn is free again when the call has ended, which a
+    long one does early if it asks what `until_left` gives. The thread
     is a daemon, as those of asyncio and anyio are not: a long recording must not hold up the end of
     the process.
     """
@@ -38,7 +49,13 @@ async def in_thread(
     await turns.acquire()
     called.set_running_or_notify_cancel()
     ended = asyncio.wrap_future(called)
-    ended.add_done_callback(lambda _: turns.release())
+
+    def free(done: asyncio.Future[Result]) -> None:
+        turns.release()
+        if not done.cancelled():
+            done.exception()  # looked at, also where nobody waits for it any more
+
+    ended.add_done_callback(free)
     Thread(target=call, name="question", daemon=True).start()
     return await asyncio.shield(ended)
 

@@ -225,7 +225,7 @@ def leave(server: Server, job: Job) -> tuple[str, str | None]:
     cut = len(job.body) if job.question % 3 else len(job.body) // 2
     with socket.create_connection(server.address, timeout=300) as connection:
         connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             % len(job.body)
             + job.body[:cut]

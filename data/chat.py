@@ -140,6 +140,47 @@ def _plain_text_encoder(backend: Tokenizer) -> Tokenizer:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How long a conversation may be; 0 for no limit."""
+
+    text_tokens: int = 0
+    """tokens, those of pictures not counted"""
+    row_tokens: int = 0
+    """all tokens: what a row holds"""
+    positions: int = 0
+    """all tokens: what the base was made for"""
+
+    @property
+    def tokens(self) -> int:
+        """The least of the limits of all tokens; 0 for none."""
+        return min(filter(None, (self.row_tokens, self.positions)), default=0)
+
+    def hold(self, text_tokens: int, tokens: int) -> bool:
+        """Whether a conversation of so many tokens of text, and in all, is within them."""
+        return (not self.text_tokens or text_tokens <= self.text_tokens) and (
+            not self.tokens or tokens <= self.tokens
+        )
+
+    def reason(self, text_tokens: int, pictures: int, tokens: int) -> str:
+        """Why a conversation whose first turn has so many cannot be used."""
+        if self.text_tokens and text_tokens > self.text_tokens:
+            return (
+                f"conversation: its first turn has {text_tokens} text tokens and the limit is"
+                f" {self.text_tokens}; raise --max-text-tokens or shorten the conversation"
+            )
+        limit, remedy = f"the base has {self.positions} positions", "leave some of it out"
+        if self.tokens == self.row_tokens:
+            limit, remedy = f"--row-tokens {self.row_tokens} is less", "raise it"
+        return (
+            f"conversation: its first turn has {tokens} tokens, {tokens - text_tokens} of them of"
+            f" {pictures} pictures, and {limit}; {remedy}"
+        )
+
+
+NOTHING_LEARNT = "conversation: none of the answers that fit is to be learnt; raise the limits"
+
+
+@dataclass(frozen=True)
 class RenderedSample:
     """Ids, and for each id whether the model learns to predict it; pictures in slot order.
 
@@ -157,7 +198,7 @@ def render(
 ) -> RenderedSample:
     """Render messages to Phi-3.5's chat form: the ids of its template, pictures as image ids.
 
-    Supervised are the tokens of each answer and the `<|end|>` that closes it, and nothing else:
+    Supervised are the tokens of each answer that is `learnt` and the `<|end|>` that closes it:
     `<|endoftext|>`, which stands last unless `add_generation_prompt` opens an answer instead, comes
     after the model has stopped. Text next to text in one message is joined by a newline.
 
@@ -171,43 +212,70 @@ def render(
 
 
 def render_to_limit(
-    messages: Sequence[Message], chat_format: ChatFormat, max_text_tokens: int
+    messages: Sequence[Message], chat_format: ChatFormat, limits: Limits
 ) -> tuple[RenderedSample, int]:
     """Render a training conversation, without the last turns (question and answer) that do not fit.
 
-    Counted are all tokens but image ids, whose number the vision setting fixes; a system message
-    stays. Every message is tokenised once. Returns the sample, equal to what `render` gives for the
-    messages that are kept, and the number of turns dropped.
+    A system message stays. Every message is tokenised once. Returns the sample, equal to what
+    `render` gives for the messages that are kept, and the number of turns dropped.
 
-    Raises PhiSightError, naming both numbers, if the first turn alone is too long, and ValueError
-    if the messages do not end with an answer.
+    Raises PhiSightError, naming the numbers, if the first turn alone is too long or nothing that
+    fits is learnt, and ValueError if the messages do not end with an answer.
     """
     if not messages or messages[-1].role != "assistant":
         raise ValueError("the messages must end with the assistant's answer")
     draft = _Draft(chat_format)
     fitting: tuple[int, int] | None = None  # ids and pictures up to the last answer that fits
-    shortest = kept_turns = 0
+    kept_turns = 0
     for message in messages:
+        pictures = sum(part.kind == "image" for part in message.parts)
+        if not limits.hold(0, len(draft.input_ids) + pictures * chat_format.tokens_per_image):
+            break  # before their ids are made: one record may name a million pictures
         draft.add(message)
         if message.role != "assistant":
             continue
-        text_tokens = draft.text_tokens + 1  # 1: <|endoftext|>
-        shortest = shortest or text_tokens
-        if text_tokens > max_text_tokens:
+        if not limits.hold(draft.text_tokens + 1, len(draft.input_ids) + 1):  # 1: <|endoftext|>
             break
         fitting, kept_turns = (len(draft.input_ids), len(draft.images)), kept_turns + 1
     if fitting is None:
-        raise PhiSightError(
-            f"conversation: its first turn has {shortest} text tokens and the limit is "
-            f"{max_text_tokens}; raise the limit or shorten the conversation"
-        )
+        raise PhiSightError(limits.reason(*_first_turn_length(messages, chat_format)))
     draft.cut(*fitting)
+    if not any(draft.supervised):
+        raise PhiSightError(NOTHING_LEARNT)
     turns = sum(message.role == "assistant" for message in messages)
     return draft.closed_by(chat_format.end_of_text_id), turns - kept_turns
 
 
+def too_many_pictures(messages: Sequence[Message], chat_format: ChatFormat, limits: Limits) -> str:
+    """Why a conversation cannot be used whose first turn is too long by its pictures alone; empty
+    for any other, of which nothing is tokenised."""
+    pictures = 0
+    for message in messages:
+        pictures += sum(part.kind == "image" for part in message.parts)
+        if message.role == "assistant":
+            break
+    if limits.hold(0, pictures * chat_format.tokens_per_image):
+        return ""
+    return limits.reason(*_first_turn_length(messages, chat_format))
+
+
+def _first_turn_length(messages: Sequence[Message], chat_format: ChatFormat) -> tuple[int, ...]:
+    """Tokens of text, pictures, and all tokens up to the first answer, and `<|endoftext|>`."""
+    text_tokens, pictures = 1, 0
+    for message in messages:
+        text_tokens += 2
+        for kind, value in message_pieces(message):
+            if kind == "text":
+                text_tokens += len(chat_format.encode_text(value))
+            pictures += kind == "image"
+        if message.role == "assistant":
+            break
+    return text_tokens, pictures, text_tokens + pictures * chat_format.tokens_per_image
+
+
 def first_exchange(sample: RenderedSample, chat_format: ChatFormat) -> RenderedSample:
-    """A rendered conversation cut after its first answer: what `render` gives for that much."""
+    """A rendered conversation cut after its first answer that is learnt: what `render` gives for
+    that much."""
     end = sample.supervised.index(False, sample.supervised.index(True))
     ids = sample.input_ids[:end]
     pictures = ids.count(chat_format.image_id) // chat_format.tokens_per_image
@@ -233,10 +301,10 @@ class _Draft:
 
     def add(self, message: Message) -> None:
         content, images = _message_ids(message, self.chat_format)
-        is_answer = message.role == "assistant"
+        is_learnt = message.role == "assistant" and message.learnt
         role_id, end_id = self.chat_format.role_id(message.role), self.chat_format.end_id
         self.input_ids += [role_id, *content, end_id]
-        self.supervised += [False, *[is_answer] * (len(content) + 1)]
+        self.supervised += [False, *[is_learnt] * (len(content) + 1)]
         self.images += images
 
     def cut(self, ids: int, images: int) -> None:

@@ -10,14 +10,36 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Literal
 
+from data.record_content import (
+    IMAGE_TAG,
+    Piece,
+    picture_name,
+    picture_names_of,
+    pieces_of_turn,
+    place_pictures,
+)
+from data.record_keys import (
+    FORMS,
+    MALFORMED,
+    NOT_DONE,
+    PICTURE_KEYS,
+    UNSUPERVISED,
+    BadRecord,
+    check_keys,
+    check_record_is_learnt,
+    checked_text,
+    says_learn,
+    system_text,
+)
 from data.stream import NotJson, kind_of, read_lines, read_records
 from errors import PhiSightError
 from files import whole_file
 
-IMAGE_TAG = "<image>"
+KIND_LENGTH = 60
+ID_SHOWN = 100  # characters of an id in a report
 Role = Literal["user", "assistant", "system"]
 ROLES: dict[str, Role] = {
     # LLaVA
@@ -29,12 +51,6 @@ ROLES: dict[str, Role] = {
     # both
     "system": "system",
 }
-
-# Why a record is set aside, for the counts of a report.
-UNLIKE_PICTURES = f"pictures and {IMAGE_TAG} differ"
-UNSUPERVISED = "no supervised token"
-MALFORMED = "malformed"
-FAULTS = (UNLIKE_PICTURES, UNSUPERVISED, MALFORMED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +67,8 @@ class Message:
 
     role: Role
     parts: tuple[Part, ...]
+    learnt: bool = True
+    """for an answer, whether training learns from it; without, it only stands there to be read"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +100,8 @@ class Quarantined:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A record that cannot be used: its id if it has one, why, and which of `FAULTS` that is."""
+    """A record that cannot be used: its id if it has one, why, and which of
+    `data.record_keys.FAULTS` that is."""
 
     id: str
     reason: str
@@ -107,151 +126,159 @@ def conversation_or_fault(record: object) -> Conversation | Fault:
     """Turn one record of `read_records` into a `Conversation`, or say why that cannot be.
 
     Two forms are read: LLaVA's (`image`, `conversations` of `from` and `value`) and LLaMA-Factory's
-    (`images`, `messages` of `role` and `content`); one picture or a list of them in either. The
-    n-th `<image>` in the text is the n-th picture. A record without an id gets one made of its
-    content, so that it does not depend on the record's place in the file.
+    (`images`, `messages` of `role` and `content`); one picture or a list of them in either, of the
+    record or of a turn. The n-th `<image>` in the text is the n-th picture; where there is none at
+    all, the pictures come before the first question. Words may be a list of parts, and a part may
+    name its picture. A `system` text beside the turns is the first message, and an answer with
+    `loss` false is read and not learnt. A record without an id gets one made of its content, so
+    that it does not depend on the record's place in the file.
     """
     try:
         if isinstance(record, NotJson):
-            raise _BadRecord(f"not JSON ({record.reason})")
+            raise BadRecord(f"not JSON ({record.reason})")
         return _parse_record(record)
-    except _BadRecord as error:
-        return Fault(_id_for_report(record), str(error), error.kind)
+    except BadRecord as error:
+        return Fault(id_for_report(record), str(error), error.kind)
 
 
 def picture_names(record: object) -> list[str]:
     """The pictures that a record names, whatever else is wrong with it."""
-    try:
-        return _parse_image_names(record) if isinstance(record, dict) else []
-    except _BadRecord:
+    if not isinstance(record, dict):
         return []
+    names = []
+    try:
+        names += picture_names_of(record)
+        for list_key, _, text_key in FORMS:
+            turns = record.get(list_key)
+            for turn in turns if isinstance(turns, list) else ():
+                if isinstance(turn, dict) and _may_name_pictures(turn, text_key):
+                    pieces = pieces_of_turn(turn, text_key, "user", "")
+                    names += [value for kind, value in pieces if kind == "image"]
+    except BadRecord:
+        pass  # told where the record is parsed
+    return names
 
 
-class _BadRecord(Exception):
-    """The reason why a record is bad, without its place; `kind` is one of `FAULTS`."""
+def _may_name_pictures(turn: dict, text_key: str) -> bool:
+    return isinstance(turn.get(text_key), list) or any(key in turn for key in PICTURE_KEYS)
 
-    def __init__(self, reason: str, kind: str = MALFORMED) -> None:
-        super().__init__(reason)
-        self.kind = kind
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One turn before the pictures of its record are in their places."""
+
+    role: Role
+    pieces: list[Piece]
+    learnt: bool
+    content: object
+    """what an id is made of"""
 
 
 def _parse_record(record: object) -> Conversation:
     if not isinstance(record, dict):
-        raise _BadRecord(f"the record is {kind_of(record)}, not an object")
-    images = _parse_image_names(record)
-    turns = _parse_turns(record)
-    _check_roles([role for role, _ in turns])
-    tags = sum(text.count(IMAGE_TAG) for _, text in turns)
-    if tags != len(images):
-        raise _BadRecord(
-            f"{len(images)} picture(s) but {tags} {IMAGE_TAG} in the text", UNLIKE_PICTURES
-        )
-    remaining = iter(images)
-    messages = tuple(Message(role, _parse_content(role, text, remaining)) for role, text in turns)
+        raise BadRecord(f"the record is {kind_of(record)}, not an object")
+    images = picture_names_of(record)
+    turns = _parse_turns(record, images)
+    check_record_is_learnt(record)
+    if system := system_text(record):
+        turns = _with_system(turns, system)
+    _check_roles([turn.role for turn in turns])
+    if not any(turn.learnt for turn in turns if turn.role == "assistant"):
+        raise BadRecord("none of its answers is to be learnt", UNSUPERVISED)
+    first_question = next(place for place, turn in enumerate(turns) if turn.role == "user")
+    pieces = place_pictures([turn.pieces for turn in turns], first_question, images)
+    messages = tuple(
+        Message(turn.role, _parts(turn.role, parts), turn.learnt)
+        for turn, parts in zip(turns, pieces, strict=True)
+    )
     return Conversation(_parse_id(record, images, turns), messages)
 
 
-def _parse_id(record: dict, images: list[str], turns: list[tuple[Role, str]]) -> str:
+def _parse_id(record: dict, images: list[str], turns: list[_Turn]) -> str:
     identity = record.get("id")
     if identity is None:
-        content = json.dumps([images, turns])
+        content = json.dumps([images, [[turn.role, turn.content] for turn in turns]])
         return "sha256-" + hashlib.sha256(content.encode()).hexdigest()[:16]
     if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
-        raise _BadRecord(f"its id is {kind_of(identity)}, not a name or a number")
-    return _checked_text(str(identity), "id")
+        raise BadRecord(f"its id is {kind_of(identity)}, not a name or a number")
+    return checked_text(str(identity), "id")
 
 
-def _parse_image_names(record: dict) -> list[str]:
-    if record.get("image") is not None and record.get("images") is not None:
-        raise _BadRecord("it has both `image` and `images`")
-    names = record.get("image")
-    if names is None:
-        names = record.get("images")
-    if names is None:
-        return []
-    return [_parse_image_name(name) for name in (names if isinstance(names, list) else [names])]
-
-
-def _parse_image_name(name: object) -> str:
-    """A clean relative path: `a.jpg` and `./a.jpg` are one picture and must get one name."""
-    if not isinstance(name, str):
-        raise _BadRecord(f"a picture's name is {kind_of(name)}, not text")
-    _checked_text(name, "picture's name")
-    if "://" in name:
-        raise _BadRecord(f"the picture {name!r} is a web address, not a file in the image folder")
-    path = PurePosixPath(name)
-    if "\0" in name or not path.name:
-        raise _BadRecord(f"the picture's name {name!r} is not a file name")
-    windows = PureWindowsPath(name)  # splits at \ and / both: one check for every system's forms
-    if windows.anchor or path.is_absolute() or ".." in windows.parts:
-        raise _BadRecord(f"the picture {name!r} lies outside the image folder")
-    return str(path)
-
-
-def _parse_turns(record: dict) -> list[tuple[Role, str]]:
-    """The (role, text) pairs of either form, types checked."""
-    known = (("conversations", "from", "value"), ("messages", "role", "content"))
-    forms = [form for form in known if record.get(form[0]) is not None]
+def _parse_turns(record: dict, images: list[str]) -> list[_Turn]:
+    """The turns of either form, and every key of the record and of them checked."""
+    forms = [form for form in FORMS if record.get(form[0]) is not None]
     if len(forms) != 1:
-        raise _BadRecord("it must have one of `conversations` and `messages`")
+        check_keys(record, "the record", bool(images), is_record=True)
+        raise BadRecord("it must have one of `conversations` and `messages`")
     list_key, role_key, text_key = forms[0]
-    turns = record[list_key]
-    if not isinstance(turns, list) or not turns:
-        raise _BadRecord(f"`{list_key}` is {kind_of(turns)}, not a list of turns")
-    pairs = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise _BadRecord(f"turn {number} is {kind_of(turn)}, not an object")
-        role, text = turn.get(role_key), turn.get(text_key)
-        if not isinstance(role, str):
-            raise _BadRecord(f"turn {number}: `{role_key}` is {kind_of(role)}, not text")
-        if role not in ROLES:
-            raise _BadRecord(f"turn {number}: unknown `{role_key}` {role!r:.60}")
-        if not isinstance(text, str):
-            raise _BadRecord(f"turn {number}: `{text_key}` is {kind_of(text)}, not text")
-        pairs.append((ROLES[role], _checked_text(text, f"text of turn {number}")))
-    return pairs
+    given = record[list_key]
+    if not isinstance(given, list) or not given:
+        raise BadRecord(f"`{list_key}` is {kind_of(given)}, not a list of turns")
+    turns = [
+        _parse_turn(turn, f"turn {number}", role_key, text_key)
+        for number, turn in enumerate(given, start=1)
+    ]
+    has_pictures = bool(images) or any(kind == "image" for turn in turns for kind, _ in turn.pieces)
+    check_keys(record, "the record", has_pictures, is_record=True)
+    for number, turn in enumerate(given, start=1):
+        check_keys(turn, f"turn {number}", has_pictures)
+    return turns
+
+
+def _parse_turn(turn: object, what: str, role_key: str, text_key: str) -> _Turn:
+    if not isinstance(turn, dict):
+        raise BadRecord(f"{what} is {kind_of(turn)}, not an object")
+    name = turn.get(role_key)
+    if not isinstance(name, str):
+        raise BadRecord(f"{what}: `{role_key}` is {kind_of(name)}, not text")
+    if name not in ROLES:
+        raise BadRecord(f"{what}: unknown `{role_key}` {name!r:.60}")
+    role = ROLES[name]
+    pieces = pieces_of_turn(turn, text_key, role, what)
+    said = says_learn(turn, what)
+    if said and role != "assistant":
+        raise BadRecord(
+            f"{what} asks for the {role}'s words to be learnt; only answers are", NOT_DONE
+        )
+    text = turn[text_key]
+    as_it_is = isinstance(text, str) and not any(kind == "image" for kind, _ in pieces)
+    learnt = role != "assistant" or said is not False
+    return _Turn(role, pieces, learnt, text if as_it_is else pieces)
+
+
+def _with_system(turns: list[_Turn], text: str) -> list[_Turn]:
+    """The turns with the system message that stands beside them, unless it is among them too."""
+    beside = _parse_turn({"role": "system", "content": text}, "its system text", "role", "content")
+    if turns[0].role != "system":
+        return [beside, *turns]
+    if turns[0].pieces != beside.pieces:
+        raise BadRecord("it has a system message beside the turns and another one among them")
+    return turns
 
 
 def _check_roles(roles: list[Role]) -> None:
     """An optional system message, then user and assistant in turn, the assistant last."""
     turns = roles[1:] if roles[0] == "system" else roles
     if "assistant" not in turns:
-        raise _BadRecord("it has no assistant turn, so there is nothing to learn", UNSUPERVISED)
+        raise BadRecord("it has no assistant turn, so there is nothing to learn", UNSUPERVISED)
     for number, role in enumerate(turns):
         expected = "assistant" if number % 2 else "user"
         if role != expected:
             place = number + 1 + len(roles) - len(turns)
-            raise _BadRecord(f"turn {place} is the {role}'s where the {expected}'s should be")
+            raise BadRecord(f"turn {place} is the {role}'s where the {expected}'s should be")
     if turns[-1] != "assistant":
-        raise _BadRecord("the last question has no answer", UNSUPERVISED)
+        raise BadRecord("the last question has no answer", UNSUPERVISED)
 
 
-def _parse_content(role: Role, text: str, images: Iterator[str]) -> tuple[Part, ...]:
-    """Cut the text at each `<image>`; take the pictures from `images`, which is used up."""
-    pieces = text.split(IMAGE_TAG)
-    if role != "user" and len(pieces) > 1:
-        raise _BadRecord(f"{IMAGE_TAG} stands in the {role}'s text, where no picture can be")
-    parts = []
-    for index, piece in enumerate(pieces):
-        if index > 0:
-            parts.append(Part("image", next(images)))
-        if piece.strip():
-            parts.append(Part("text", piece.strip()))
-    if not parts:
-        raise _BadRecord(
+def _parts(role: Role, pieces: Sequence[Piece]) -> tuple[Part, ...]:
+    """What a message holds, its pictures being in their places."""
+    if role != "user" and any(kind == "image" for kind, _ in pieces):
+        raise BadRecord(f"{IMAGE_TAG} stands in the {role}'s text, where no picture can be")
+    if not pieces:
+        raise BadRecord(
             f"an empty turn of the {role}", UNSUPERVISED if role == "assistant" else MALFORMED
         )
-    return tuple(parts)
-
-
-def _checked_text(text: str, what: str) -> str:
-    """JSON can spell half of a surrogate pair, which no tokenizer and no file system takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _BadRecord(f"the {what} is not valid Unicode") from None
-    return text
+    return tuple(Part("image" if kind == "image" else "text", value) for kind, value in pieces)
 
 
 # --- whole files --------------------------------------------------------------------------------
@@ -286,9 +313,10 @@ def read_conversations(
         )
 
 
-def _id_for_report(record: object) -> str:
+def id_for_report(record: object) -> str:
+    """What a report calls a record, be it good or bad; empty where it has no id."""
     identity = record.get("id") if isinstance(record, dict) else None
-    return str(identity)[:100] if isinstance(identity, (str, int)) else ""
+    return str(identity)[:ID_SHOWN] if isinstance(identity, (str, int)) else ""
 
 
 def write_quarantine(path: str | Path, quarantined: Sequence[Quarantined]) -> None:
@@ -318,8 +346,8 @@ def load_questions(path: str | Path) -> list[Question]:
         try:
             question = _parse_question(record)
             if question.id in seen:
-                raise _BadRecord(f"the question_id {question.id} occurs twice")
-        except _BadRecord as error:
+                raise BadRecord(f"the question_id {question.id[:ID_SHOWN]} occurs twice")
+        except BadRecord as error:
             raise PhiSightError(f"{where}: {error}; mend or remove the line") from None
         seen.add(question.id)
         questions.append(question)
@@ -328,18 +356,20 @@ def load_questions(path: str | Path) -> list[Question]:
 
 def _parse_question(record: object) -> Question:
     if isinstance(record, NotJson):
-        raise _BadRecord(f"not JSON ({record.reason})")
+        raise BadRecord(f"not JSON ({record.reason})")
     if not isinstance(record, dict):
-        raise _BadRecord(f"the line is {kind_of(record)}, not an object")
+        raise BadRecord(f"the line is {kind_of(record)}, not an object")
     identity = record.get("question_id")
     if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
-        raise _BadRecord(f"`question_id` is {kind_of(identity)}, not a name or a number")
+        raise BadRecord(f"`question_id` is {kind_of(identity)}, not a name or a number")
     texts = {}
     for key in ("text", "label", "kind"):
         value = record.get(key, "" if key == "kind" else None)
         if not isinstance(value, str) or (key != "kind" and not value.strip()):
-            raise _BadRecord(f"`{key}` is {kind_of(value)}, not text")
-        texts[key] = _checked_text(value.strip(), key)
-    image = _parse_image_name(record.get("image"))
-    identity = _checked_text(str(identity), "question_id")
+            raise BadRecord(f"`{key}` is {kind_of(value)}, not text")
+        texts[key] = checked_text(value.strip(), key)
+    if not texts["kind"].isprintable() or len(texts["kind"]) > KIND_LENGTH:  # a row of a table
+        raise BadRecord(f"`kind` is not one line of at most {KIND_LENGTH} characters")
+    image = picture_name(record.get("image"))
+    identity = checked_text(str(identity), "question_id")
     return Question(identity, image, texts["text"], texts["label"], texts["kind"])

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import takewhile
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from data.chat import ChatFormat, message_pieces
+from data.chat import NOTHING_LEARNT, ChatFormat, Limits, message_pieces
 from data.dataset import Message
 
 SPACE = "\u2581"  # what the tokenizer writes for a space
@@ -26,6 +28,29 @@ NORMALIZERS = [
 ]
 
 
+class Length(NamedTuple):
+    """How long a rendered conversation is."""
+
+    text_tokens: int
+    pictures: int
+    tokens: int
+    """all of them, those of the pictures among them"""
+    supervised: int
+
+    def is_within(self, limits: Limits) -> bool:
+        return limits.hold(self.text_tokens, self.tokens)
+
+
+def fit(messages: Sequence[Message], running: Sequence[Length], limits: Limits) -> tuple[int, str]:
+    """How many turns `render_to_limit` drops of a conversation with these `running` lengths, and
+    why it cannot be used, which is empty where it can."""
+    turns = [length for m, length in zip(messages, running) if m.role == "assistant"]
+    kept = list(takewhile(lambda length: length.is_within(limits), turns))
+    if not kept:
+        return len(turns), limits.reason(*turns[0][:3])
+    return len(turns) - len(kept), "" if kept[-1].supervised else NOTHING_LEARNT
+
+
 class TokenCounter:
     """Counts what `render` would give."""
 
@@ -34,17 +59,24 @@ class TokenCounter:
         self._by_word = words_are_independent(chat_format.text_encoder)
         self._lengths = _WordLengths(chat_format.text_encoder)
 
-    def count(self, messages: Sequence[Message]) -> tuple[int, int]:
-        """(tokens, supervised tokens) of `render(messages, chat_format)`; raises what it does."""
-        total, supervised = 1, 0  # 1: <|endoftext|>
+    def count(self, messages: Sequence[Message]) -> Length:
+        """What `render(messages, chat_format)` has; raises what it does."""
+        return self.running(messages)[-1]
+
+    def running(self, messages: Sequence[Message]) -> list[Length]:
+        """What `render` gives for the first message, for the first two, and so on."""
+        text, pictures, supervised = 1, 0, 0  # 1: <|endoftext|>
+        lengths = []
         for message in messages:
-            content = sum(
-                self.text_tokens(value) if kind == "text" else self.chat_format.tokens_per_image
-                for kind, value in message_pieces(message)
-            )
-            total += content + 2
-            supervised += (content + 1) * (message.role == "assistant")
-        return total, supervised
+            content = 0
+            for kind, value in message_pieces(message):
+                content += self.text_tokens(value) if kind == "text" else 0
+                pictures += kind == "image"
+            text += content + 2
+            supervised += (content + 1) * (message.role == "assistant" and message.learnt)
+            tokens = text + pictures * self.chat_format.tokens_per_image
+            lengths.append(Length(text, pictures, tokens, supervised))
+        return lengths
 
     def text_tokens(self, text: str) -> int:
         """`len(chat_format.encode_text(text))`."""

@@ -17,20 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import FEATURE_STORAGES, Config, Parser, need_file
-from data.chat import ChatFormat, load_tokenizer
-from data.dataset import FAULTS, write_quarantine
+from data.chat import ChatFormat, Limits, load_tokenizer
+from data.dataset import Quarantined, write_quarantine
+from data.record_keys import FAULTS
 from data.storage import StoragePlan, size
 from data.survey import PICTURE_CHECKS, SMALL_FILE, Survey, peak_memory, survey
-from errors import PhiSightError, run_main
+from errors import PhiSightError, printable, run_main
 
 BUCKET = 256  # tokens per bar of the histogram
-SHOWN = 10  # records set aside that are printed
+SHOWN = 10  # records set aside, and keys that nothing reads, that are printed
+REASON_SHOWN = 500  # characters
 CHECKED = {
     "": "not looked at; give --images FOLDER",
     "decode": "every one decoded",
     "quick": "header and end of every one; --pictures decode decodes them all",
     "exists": "only whether they are there",
 }
+
+
+Counted = tuple[str, int, str]
+"""What is counted, how many there are, and a note"""
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,13 @@ class Report:
     survey: Survey
     tower: Tower
     plan: StoragePlan
-    max_text_tokens: int
+    limits: Limits
 
     def lines(self) -> list[str]:
         """The report as text for a person."""
         tally, bad = self.survey.tally, self.survey.bad_pictures
         tokens = sum(length * count for length, count in tally.lengths.items())
         share = tally.supervised_tokens / tokens if tokens else 0.0
-        over = sum(n for length, n in tally.text_lengths.items() if length > self.max_text_tokens)
         distinct = tally.distinct("pictures")
         lines = [("records", tally.records, "")]
         lines += [(f"  {kind}", tally.faults[kind], "") for kind in FAULTS]
@@ -75,17 +80,39 @@ class Report:
             ("tokens", tokens, ""),
             ("supervised tokens", tally.supervised_tokens, f"{share:.1%}"),
             ("  conversations with none", tally.unsupervised, ""),
-            (
-                f"over {self.max_text_tokens} text tokens",
-                over,
-                "training drops their last turns, or sets them aside",
-            ),
+            *self.counted_over_limits(),
+            *self.counted_unread_keys(),
         ]
         return [
             *(f"{label:31}{number:>12,}{note and f'  ({note})'}" for label, number, note in lines),
             *histogram(tally.lengths),
             *self.features_lines(),
         ]
+
+    def counted_over_limits(self) -> list[Counted]:
+        """How many conversations are longer than training takes, and what becomes of them."""
+        tally, text_limit, limit = self.survey.tally, self.limits.text_tokens, self.limits.tokens
+        lines = [(f"over {text_limit} text tokens", over(text_limit, tally.text_lengths), "")]
+        if limit:
+            of_what = "a row" if limit == self.limits.row_tokens else "the base's positions"
+            label = f"over {limit} tokens with pictures"
+            lines.append((label, over(limit, tally.lengths), of_what))
+        return [
+            *lines,
+            ("  lose their last turns", tally.shortened, ""),
+            ("  set aside", tally.too_long, "their first turn is too long"),
+        ]
+
+    def counted_unread_keys(self) -> list[Counted]:
+        """How often keys stand in the file that nothing reads, those in turns and parts too."""
+        unread = self.survey.tally.unread
+        shown = unread.most_common(SHOWN)
+        lines = [("keys that nothing reads", unread.total(), "")]
+        lines += [(f"  {printable(key, 28)}", number, "") for key, number in shown]
+        if more := len(unread) - len(shown):
+            rest = unread.total() - sum(number for _, number in shown)
+            lines.append((f"  {more:,} others", rest, ""))
+        return lines
 
     def features_lines(self) -> list[str]:
         """What the feature store takes: disk, and time where a tower was measured."""
@@ -103,6 +130,11 @@ class Report:
             f"  time: about {time_taken} at {self.tower.rate:.3g} pictures a second"
             f" (measured on {self.tower.where})",
         ]
+
+
+def over(limit: int, lengths: Counter[int]) -> int:
+    """How many conversations have more tokens than `limit`."""
+    return sum(number for length, number in lengths.items() if length > limit)
 
 
 def histogram(lengths: Counter[int]) -> list[str]:
@@ -163,6 +195,28 @@ def measure_tower(vision: str, pooling: int) -> Tower:
     return Tower(shape, measured["pictures_per_second"], measured["device"])
 
 
+def add_limit_flags(parser: Parser) -> None:
+    """How long a conversation may be, as training is told it."""
+    fields = Config.__dataclass_fields__
+    parser.add_argument(
+        "--max-text-tokens",
+        type=int,
+        default=fields["max_text_tokens"].default,
+        help="training's limit, to count what is over it",
+    )
+    parser.add_argument(
+        "--row-tokens",
+        type=int,
+        default=fields["row_tokens"].default,
+        help="training's limit of all tokens, those of pictures among them; 0 for none",
+    )
+    parser.add_argument(
+        "--positions",
+        type=int,
+        help="tokens that the base takes (default: what config.json beside the tokenizer says)",
+    )
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="data.preflight", description=__doc__.split("\n")[0])
     fields = Config.__dataclass_fields__
@@ -176,12 +230,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="how to check pictures; auto decodes up to 5,000, else quick",
     )
     parser.add_argument("--quarantine", help="write the records set aside to this JSONL file")
-    parser.add_argument(
-        "--max-text-tokens",
-        type=int,
-        default=fields["max_text_tokens"].default,
-        help="training's limit, to count what is over it",
-    )
+    add_limit_flags(parser)
     parser.add_argument("--vision", help="CLIP folder: take its sizes and measure its speed here")
     parser.add_argument(
         "--tokens-per-image", type=int, default=576, help="576: CLIP L/14 at 336; --vision knows it"
@@ -210,12 +259,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="processes; 0 for none beside this one (default: one a core)",
     )
     options = parser.parse_args(arguments)
-    for name in ("tokens_per_image", "feature_dim", "feature_pooling", "max_text_tokens"):
+    numbers = ("tokens_per_image", "feature_dim", "feature_pooling", "max_text_tokens")
+    for name in (*numbers, *["positions"] * (options.positions is not None)):
         if getattr(options, name) < 1:
             raise PhiSightError(f"--{name.replace('_', '-')}: must be at least 1")
+    if options.row_tokens < 0:
+        raise PhiSightError(f"--row-tokens {options.row_tokens}: must be 0 or more")
     if options.workers is not None and not 0 <= options.workers <= 256:
         raise PhiSightError(f"--workers {options.workers}: must be from 0 to 256")
     return options
+
+
+def positions_of(tokenizer: str) -> int:
+    """How many tokens the base takes whose folder a tokenizer lies in; 0 if that is not said."""
+    try:
+        described = json.loads((Path(tokenizer) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return 0  # a tokenizer alone
+    said = described.get("max_position_embeddings") if isinstance(described, dict) else None
+    return said if type(said) is int and said > 0 else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -228,7 +290,10 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         tokens = -(-options.tokens_per_image // options.feature_pooling**2)
         tower = Tower((tokens, options.feature_dim), None)
-    chat_format = ChatFormat.from_tokenizer(load_tokenizer(options.tokenizer), tower.shape[0])
+    tokenizer = load_tokenizer(options.tokenizer)
+    chat_format = ChatFormat.from_tokenizer(tokenizer, tower.shape[0])
+    positions = options.positions or positions_of(tokenizer.name_or_path)
+    limits = Limits(options.max_text_tokens, options.row_tokens, positions)
     bytes_read = path.stat().st_size
     workers = options.workers
     if workers is None:
@@ -239,22 +304,27 @@ def main(arguments: list[str] | None = None) -> int:
         chat_format,
         options.pictures,
         workers,
+        limits,
     )
     tally = surveyed.tally
     usable = tally.distinct("pictures") - len(surveyed.bad_pictures)
     plan = StoragePlan(Path(options.features), max(0, usable), tower.shape, options.feature_storage)
-    print(f"{path}: {size(bytes_read)}")
-    print("\n".join(Report(surveyed, tower, plan, options.max_text_tokens).lines()))
-    for entry in tally.set_aside[:SHOWN]:
-        print(f"set aside: {entry.where} (id {entry.id or '-'}): {entry.reason}")
-    if len(tally.set_aside) > SHOWN:
-        print(
-            f"... and {len(tally.set_aside) - SHOWN:,} more; --quarantine FILE writes all of them"
-        )
+    print(f"{printable(path)}: {size(bytes_read)}")
+    print("\n".join(Report(surveyed, tower, plan, limits).lines()))
+    print_set_aside(tally.set_aside)
     if options.quarantine:
         write_quarantine(options.quarantine, tally.set_aside)
     print(cost(time.monotonic() - started, surveyed))
     return 1 if tally.set_aside else 0
+
+
+def print_set_aside(entries: list[Quarantined]) -> None:
+    """The first of them; where they stand, their ids and the reasons are of unknown origin."""
+    for entry in entries[:SHOWN]:
+        where, reason = (printable(text, REASON_SHOWN) for text in (entry.where, entry.reason))
+        print(f"set aside: {where} (id {printable(entry.id) or '-'}): {reason}")
+    if len(entries) > SHOWN:
+        print(f"... and {len(entries) - SHOWN:,} more; --quarantine FILE writes all of them")
 
 
 def cost(seconds: float, surveyed: Survey) -> str:

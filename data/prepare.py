@@ -14,20 +14,28 @@ from itertools import chain
 from pathlib import Path
 
 from config import Config, need_file
-from data.chat import ChatFormat, RenderedSample, first_exchange, render_to_limit
-from data.dataset import Conversation, Quarantined, read_conversations
+from data.chat import (
+    ChatFormat,
+    Limits,
+    RenderedSample,
+    first_exchange,
+    render_to_limit,
+    too_many_pictures,
+)
+from data.dataset import ID_SHOWN, Conversation, Quarantined, read_conversations
 from data.features import Extract, FeatureStore
 from data.packed import PackedSamples
 from data.splits import Outline, split_by_image, take_fraction
-from errors import PhiSightError
+from errors import PhiSightError, printable
 
 DATA_REMEDY = "give --data FILE, or make the picture world with: python -m data.world"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains and validates on. `first_exchanges` are the validation conversations cut to
-    their first question and answer: what the alignment meter asks."""
+    """What a run trains and validates on; nothing to validate on with a `validation_fraction` of 0.
+    `first_exchanges` are the validation conversations cut to their first question and answer: what
+    the alignment meter asks."""
 
     train: PackedSamples
     validation: list[RenderedSample]
@@ -40,36 +48,54 @@ class TrainingData:
 
 
 def prepare(
-    config: Config, chat_format: ChatFormat, store: FeatureStore, extract: Callable[[], Extract]
+    config: Config,
+    chat_format: ChatFormat,
+    store: FeatureStore,
+    extract: Callable[[], Extract],
+    *,
+    positions: int,
 ) -> TrainingData:
     """Everything between the files of `config` and the token ids that are trained on.
+
+    A conversation that is longer than a row, or than the base's `positions`, is shortened or set
+    aside.
 
     Raises `PhiSightError` where nothing is left to train on, and under `strict` at the first record
     that would be set aside.
     """
     path = need_file(config.data, "--data", DATA_REMEDY)
     quarantined: list[Quarantined] = []
-    everything = _outlines(path, quarantined, config.strict)
+    limits = Limits(config.max_text_tokens, config.row_tokens, positions)
+    everything = _outlines(path, quarantined, config.strict, chat_format, limits)
     outlines = take_fraction(everything, config.data_fraction, config.seed)
+    # Before the split, in which such a record would tie all of its pictures to one side.
+    outlines, too_long = _without(outlines, "conversation", lambda outline: outline.reason)
     if any(c.images for c in outlines) and not Path(config.images).is_dir():
         raise PhiSightError(f"{config.images or '--images'}: no such folder; give --images FOLDER")
     names = sorted({name for c in outlines for name in c.images})
     bad = store.add(names, Path(config.images), extract)
-    outlines, unusable = _without(outlines, bad)
-    quarantined += unusable
+    outlines, unusable = _without(
+        outlines, "picture", lambda c: next((bad[name] for name in c.images if name in bad), "")
+    )
+    quarantined += too_long + unusable
     _stop_if_strict(config, quarantined)
     if not outlines:
         raise _nothing_left(config, "train", quarantined)
-    train, validation = split_by_image(outlines, config.validation_fraction, config.seed)
+    train, validation = split_by_image(
+        outlines,
+        config.validation_fraction,
+        config.seed,
+        store.hash_of if config.split_by == "content" else None,
+    )
     asked = evenly_spaced(validation, config.evaluation_conversations)
     rendered_train, rendered_validation, first_exchanges = _render(
-        path, everything, train, validation, asked, chat_format, config.max_text_tokens
+        path, everything, train, validation, asked, chat_format, limits
     )
     quarantined += rendered_train.quarantined + rendered_validation.quarantined
     _stop_if_strict(config, quarantined)
     if not rendered_train.samples:
         raise _nothing_left(config, "train", quarantined)
-    if not rendered_validation.samples:
+    if config.validation_fraction and not rendered_validation.samples:
         raise _nothing_left(config, "validate", quarantined)
     return TrainingData(
         train=rendered_train.samples,
@@ -90,14 +116,13 @@ class _Rendered:
         self.quarantined: list[Quarantined] = []
         self.shortened = 0
 
-    def add(self, conversation: Conversation, max_text_tokens: int) -> RenderedSample | None:
+    def add(self, conversation: Conversation, limits: Limits) -> RenderedSample | None:
         """Render a conversation and keep it packed; None if it was set aside as too long."""
         try:
-            sample, dropped = render_to_limit(
-                conversation.messages, self.chat_format, max_text_tokens
-            )
+            sample, dropped = render_to_limit(conversation.messages, self.chat_format, limits)
         except PhiSightError as error:
-            self.quarantined.append(Quarantined("conversation", conversation.id, str(error)))
+            shown_id = conversation.id[:ID_SHOWN]
+            self.quarantined.append(Quarantined("conversation", shown_id, str(error)))
             return None
         self.shortened += dropped > 0
         self.samples.append(sample)
@@ -111,7 +136,7 @@ def _render(
     validation: Sequence[Outline],
     asked: Sequence[Outline],
     chat_format: ChatFormat,
-    max_text_tokens: int,
+    limits: Limits,
 ) -> tuple[_Rendered, _Rendered, list[RenderedSample]]:
     """Read the file again and tokenise the conversations that are used, each once.
 
@@ -126,17 +151,28 @@ def _render(
     for number, conversation in _read_again(path, everything):
         if number not in side_of:
             continue
-        sample = side_of[number].add(conversation, max_text_tokens)
+        sample = side_of[number].add(conversation, limits)
         if sample is not None and number in asked_numbers:
             first_exchanges.append(first_exchange(sample, chat_format))
     return rendered_train, rendered_validation, first_exchanges
 
 
-def _outlines(path: Path, quarantined: list[Quarantined], strict: bool) -> list[Outline]:
+def _outlines(
+    path: Path,
+    quarantined: list[Quarantined],
+    strict: bool,
+    chat_format: ChatFormat,
+    limits: Limits,
+) -> list[Outline]:
     """All good conversations without their text, which is read again when it is rendered."""
     names: dict[str, str] = {}  # conversations share pictures: each name is held once
     return [
-        Outline(number, conversation.id, tuple(names.setdefault(n, n) for n in conversation.images))
+        Outline(
+            number,
+            conversation.id,
+            tuple(names.setdefault(n, n) for n in conversation.images),
+            too_many_pictures(conversation.messages, chat_format, limits),
+        )
         for number, conversation in enumerate(read_conversations(path, quarantined, strict))
     ]
 
@@ -162,7 +198,8 @@ def _stop_if_strict(config: Config, quarantined: Sequence[Quarantined]) -> None:
     if config.strict and quarantined:
         first = quarantined[0]
         raise PhiSightError(
-            f"{config.data}: record {first.id}: {first.reason} (--strict: {len(quarantined)} bad)"
+            f"{config.data}: record {printable(first.id) or 'without an id'}: {first.reason}"
+            f" (--strict: {len(quarantined)} bad)"
         )
 
 
@@ -172,7 +209,7 @@ def _nothing_left(
     first = f", the first: {quarantined[0].reason}" if quarantined else ""
     return PhiSightError(
         f"{config.data}: nothing left to {purpose} on after setting {len(quarantined)} records"
-        f" aside{first}; mend the data, or give more with another --validation-fraction"
+        f" aside{first}; mend the data, or give another --validation-fraction"
     )
 
 
@@ -184,15 +221,15 @@ def evenly_spaced(items: Sequence, count: int) -> list:
 
 
 def _without(
-    conversations: Sequence[Outline], bad: dict[str, str]
+    outlines: Sequence[Outline], where: str, reason_of: Callable[[Outline], str]
 ) -> tuple[list[Outline], list[Quarantined]]:
+    """Those without a reason against them, and the others, set aside."""
     good, set_aside = [], []
-    for conversation in conversations:
-        reason = next((bad[name] for name in conversation.images if name in bad), None)
-        if reason is None:
-            good.append(conversation)
+    for outline in outlines:
+        if reason := reason_of(outline):
+            set_aside.append(Quarantined(where, outline.id[:ID_SHOWN], reason))
         else:
-            set_aside.append(Quarantined("picture", conversation.id, reason))
+            good.append(outline)
     return good, set_aside
 
 

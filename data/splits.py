@@ -1,13 +1,14 @@
 """Train and validation, so that no picture is on both sides; and a part of the data.
 
-Which side a picture is on depends on the hash of its name, not on the file's order.
+Which side a picture is on depends on the hash of its name, not on the file's order. Pictures of the
+same content go to one side whatever their names; a picture without a copy goes where its name says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -34,17 +35,24 @@ class Outline:
     number: int
     id: str
     images: tuple[str, ...]
+    reason: str = ""
+    """why it cannot be used, where that is known without its text"""
 
 
 def split_by_image(
-    conversations: Sequence[Pictured], fraction: float, seed: int
+    conversations: Sequence[Pictured],
+    fraction: float,
+    seed: int,
+    content_of: Callable[[str], str] | None = None,
 ) -> tuple[list[Pictured], list[Pictured]]:
     """Split into (train, validation) so that no picture is on both sides.
 
     Conversations that share a picture, directly or through others, form a group; a text-only one
-    belongs to the group of its id. A group goes to validation if the hash of the seed and its first
-    name lies below `fraction`: the side depends neither on the file's order nor on what else is in
-    the file (unless a new record ties two groups together). Each list keeps the given order.
+    belongs to the group of its id. Pictures are the same that have one name or, where it is given,
+    one `content_of` their names, such as the hash of their files. A group goes to validation if the
+    hash of the seed and its first name lies below `fraction`: the side depends neither on the
+    file's order nor on what else is in the file (unless a new record ties two groups together).
+    Each list keeps the given order.
     `fraction` 0 asks for no validation; otherwise each side gets at least one group.
 
     Raises PhiSightError for a fraction outside [0, 1) or if there are fewer than two groups.
@@ -53,12 +61,12 @@ def split_by_image(
         raise PhiSightError(f"validation fraction {fraction}: out of range; give 0 <= it < 1")
     if fraction == 0:
         return list(conversations), []
-    groups = _group_names(conversations)
+    groups = _group_names(conversations, content_of)
     places = {name: _place_in_unit_interval("split", seed, name) for name in set(groups)}
     if len(places) < 2:
         raise PhiSightError(
             f"validation split: needs at least 2 pictures with separate conversations, found "
-            f"{len(places)}; add data or set the validation fraction to 0"
+            f"{len(places)}; add data, or train without validation: --validation-fraction 0"
         )
     # The nearest group goes over where chance left a side empty.
     threshold = max(fraction, math.nextafter(min(places.values()), 1))
@@ -92,11 +100,14 @@ def _place_in_unit_interval(purpose: str, seed: int, name: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def _group_names(conversations: Sequence[Pictured]) -> list[str]:
+def _group_names(
+    conversations: Sequence[Pictured], content_of: Callable[[str], str] | None = None
+) -> list[str]:
     """For each conversation the name of its group: the alphabetically first picture in it.
 
-    Union-find over picture names; the smaller name is always the root, so that the name of a group
-    does not depend on the order of the records.
+    Union-find over picture names and contents; the smaller name is always the root, so that the
+    name of a group does not depend on the order of the records. "same" comes after "image" and
+    "id": contents tie groups together and name none.
     """
     parent: dict[str, str] = {}
 
@@ -110,6 +121,8 @@ def _group_names(conversations: Sequence[Pictured]) -> list[str]:
     for conversation in conversations:
         names = [f"image\0{name}" for name in conversation.images] or [f"id\0{conversation.id}"]
         firsts.append(names[0])
+        if content_of:
+            names += [f"same\0{content_of(name)}" for name in conversation.images]
         for name in names:
             low, high = sorted((root(names[0]), root(name)))
             parent[high] = low

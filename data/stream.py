@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,30 @@ LONGEST_MARK = 16  # longer than -Infinity and than an escaped character: what a
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's own: str.isspace() knows more
 END = object()
 
-_decoder = json.JSONDecoder()
-
 
 @dataclass(frozen=True, slots=True)
 class NotJson:
     """Stands in for a record whose line could not be decoded."""
 
     reason: str
+
+
+class RepeatedKeys(dict):
+    """An object that has a key more than once: the last of its values, and which key it was."""
+
+    repeated: str
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    marked, counts = RepeatedKeys(found), Counter(key for key, _ in pairs)
+    marked.repeated = next(key for key, count in counts.items() if count > 1)
+    return marked
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_records(
@@ -68,7 +85,7 @@ def kind_of(value: object) -> str:
     if (value.strip() if isinstance(value, str) else value) in ("", [], {}):
         return "empty"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return names.get(type(value), "a number")
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "a number")
 
 
 # -- the window -----------------------------------------------------------------------------------
@@ -175,7 +192,7 @@ def _lines(window: _Window, limit: int, must_begin_well: bool) -> Iterator[tuple
 def decode(text: str) -> object:
     """The value of one whole JSON text, or `NotJson`."""
     try:
-        return json.loads(text)
+        return _decoder.decode(text)
     except json.JSONDecodeError as error:
         return NotJson(f"{error.msg} at line {error.lineno} column {error.colno}")
     except ValueError:  # Python refuses to read a number of thousands of digits

@@ -23,15 +23,17 @@ from pathlib import Path
 
 import numpy
 
-from data.chat import ChatFormat
+from data.chat import ChatFormat, Limits
 from data.dataset import (
+    ID_SHOWN,
     Conversation,
     Quarantined,
     conversation_or_fault,
     picture_names,
 )
 from data.images import END_BYTES, load_image, looks_whole
-from data.lengths import TokenCounter
+from data.lengths import TokenCounter, fit
+from data.record_keys import unread_keys
 from data.stream import read_records
 from errors import PhiSightError
 
@@ -39,12 +41,15 @@ BATCH = 128  # records, or pictures, that a process is given at a time
 DECODED_AT_MOST = 5000  # pictures that "auto" decodes; more would take minutes
 AHEAD = 3  # batches a process that are under way: enough to keep it busy, few enough to hold
 PICTURE_CHECKS = ("decode", "quick", "exists")
+KEYS_COUNTED = 1000  # names of unread keys; a file may have a new one in every record
+OTHER_KEYS = "(other keys)"
 SMALL_FILE = 1_000_000  # bytes; below it, starting processes takes longer than the work
 
 
 @dataclass
 class Tally:
-    """Counts over some records; two can be added. Token counts leave out what was set aside."""
+    """Counts over some records; two can be added. Token counts leave out what was set aside, but
+    for what is too long."""
 
     records: int = 0
     conversations: int = 0
@@ -63,6 +68,12 @@ class Tally:
     supervised_tokens: int = 0
     unsupervised: int = 0
     """conversations that parse and yet have no supervised token"""
+    shortened: int = 0
+    """conversations that lose their last turns to the limits"""
+    too_long: int = 0
+    """conversations of which no turn fits"""
+    unread: Counter[str] = field(default_factory=Counter)
+    """keys that nothing reads -> how often they stand in the file"""
     ids: array = field(default_factory=lambda: array("Q"))
     """64 bits of each conversation's id"""
     contents: array = field(default_factory=lambda: array("Q"))
@@ -81,6 +92,14 @@ class Tally:
                 getattr(self, name).extend(value)
             else:
                 setattr(self, name, getattr(self, name) + value)
+        self.bound_unread(KEYS_COUNTED)
+
+    def bound_unread(self, names: int) -> None:
+        """Keep so many names of keys, the most frequent; the others become one count."""
+        if len(self.unread) > names:
+            rest = self.unread.most_common()[names - 1 :]
+            self.unread -= Counter(dict(rest))
+            self.unread[OTHER_KEYS] += sum(count for _, count in rest)
 
     def distinct(self, name: str) -> int:
         """How many different values `ids`, `contents` or `pictures` has."""
@@ -108,9 +127,11 @@ def survey(
     chat_format: ChatFormat,
     picture_check: str = "auto",
     workers: int = 0,
+    limits: Limits = Limits(),
 ) -> Survey:
     """Count what is in the data file `path`, its pictures being in `folder` (None: not looked at).
 
+    What is longer than `limits` is counted, and set aside, as training does it.
     `picture_check`: one of `PICTURE_CHECKS`, or "auto" for "decode" while the pictures are few.
     `workers` processes share the work; 0 for this one alone. Raises PhiSightError if `folder` is no
     folder, for a file that `read_records` refuses, and if a process is killed.
@@ -139,7 +160,7 @@ def survey(
         total = Tally()
         for tally in pool.map(
             tally_records,
-            ((batch, reasons_for(batch, bad)) for batch in batches(read_records(path))),
+            ((batch, reasons_for(batch, bad), limits) for batch in batches(read_records(path))),
         ):
             total.add(tally)
     if not total.records:
@@ -183,7 +204,7 @@ def check_pictures(
         path = folder / name
         try:
             if picture_check == "exists":
-                if not path.is_file():
+                if not os.path.isfile(path):  # Path.is_file raises where a name is too long
                     raise PhiSightError(
                         f"{path}: no such file; check the name and the image folder"
                     )
@@ -218,14 +239,19 @@ def count_copies(counter: TokenCounter, names: Sequence[str], folder: Path) -> i
 
 
 def tally_records(
-    counter: TokenCounter, records: Sequence[tuple[str, object]], bad: dict[str, str]
+    counter: TokenCounter,
+    records: Sequence[tuple[str, object]],
+    bad: dict[str, str],
+    limits: Limits,
 ) -> Tally:
     """Count `records` (place, decoded record); a conversation with a picture in `bad` is lost."""
     tally = Tally(records=len(records))
     for where, record in records:
+        tally.unread.update(key[:ID_SHOWN] for key in unread_keys(record))
+        tally.bound_unread(100 * KEYS_COUNTED)  # a single record may have a million
         result = conversation_or_fault(record)
         if isinstance(result, Conversation):
-            _count(tally, result, bad, counter)
+            _count(tally, where, result, bad, counter, limits)
         else:
             tally.faults[result.kind] += 1
             tally.set_aside.append(Quarantined(where, result.id, result.reason))
@@ -234,9 +260,14 @@ def tally_records(
 
 
 def _count(
-    tally: Tally, conversation: Conversation, bad: dict[str, str], counter: TokenCounter
+    tally: Tally,
+    where: str,
+    conversation: Conversation,
+    bad: dict[str, str],
+    counter: TokenCounter,
+    limits: Limits,
 ) -> None:
-    images = conversation.images
+    images, shown_id = conversation.images, conversation.id[:ID_SHOWN]
     tally.conversations += 1
     tally.turns += sum(message.role == "assistant" for message in conversation.messages)
     tally.text_only += not images
@@ -245,7 +276,7 @@ def _count(
     tally.contents.append(
         _hash64(
             "\0".join(
-                f"{message.role}\0{part.kind}\0{part.value}"
+                f"{message.role}\0{message.learnt}\0{part.kind}\0{part.value}"
                 for message in conversation.messages
                 for part in message.parts
             )
@@ -255,13 +286,20 @@ def _count(
     broken = next((name for name in images if name in bad), None)
     if broken is not None:
         tally.lost += 1
-        tally.set_aside.append(Quarantined(f"picture {broken}", conversation.id, bad[broken]))
+        tally.set_aside.append(Quarantined(f"picture {broken}", shown_id, bad[broken]))
         return
-    length, supervised = counter.count(conversation.messages)
-    tally.lengths[length] += 1
-    tally.text_lengths[length - len(images) * counter.chat_format.tokens_per_image] += 1
-    tally.supervised_tokens += supervised
-    tally.unsupervised += not supervised
+    running = counter.running(conversation.messages)
+    length = running[-1]
+    tally.lengths[length.tokens] += 1
+    tally.text_lengths[length.text_tokens] += 1
+    tally.supervised_tokens += length.supervised
+    tally.unsupervised += not length.supervised
+    dropped, reason = fit(conversation.messages, running, limits)
+    if reason:
+        tally.too_long += 1
+        tally.set_aside.append(Quarantined(where, shown_id, reason))
+    else:
+        tally.shortened += dropped > 0
 
 
 def _hash64(text: str) -> int:

@@ -21,11 +21,18 @@ ROWS = 8
 CONDITIONS = ("right", "swapped", "blank")
 
 
-def swapped_names(names: Sequence[str]) -> dict[str, str]:
-    """Every distinct picture -> another one: the next but half of the list, never itself if two."""
-    distinct = list(dict.fromkeys(names))
-    shift = max(1, len(distinct) // 2)
-    return {name: distinct[(i + shift) % len(distinct)] for i, name in enumerate(distinct)}
+def swapped_names(names: Sequence[str], content_of: Callable[[str], str] = str) -> dict[str, str]:
+    """Every picture -> another one: the next but half of the list, never itself if there are two.
+
+    Names of one `content_of`, such as the hash of the file, are one picture.
+    """
+    first_name: dict[str, str] = {}  # content -> the first name that it has
+    for name in names:
+        first_name.setdefault(content_of(name), name)
+    shift = max(1, len(first_name) // 2)
+    distinct = list(first_name.values())
+    other = {c: distinct[(i + shift) % len(distinct)] for i, c in enumerate(first_name)}
+    return {name: other[content_of(name)] for name in names}
 
 
 def features_under(
@@ -103,7 +110,7 @@ def evaluate(
 
     def batches(samples: Sequence[RenderedSample], condition: str) -> list:
         names = [name for sample in samples for name in sample.images]
-        features_of = features_under(condition, store, swapped_names(names))
+        features_of = features_under(condition, store, swapped_names(names, store.hash_of))
         return packed_batches(samples, row_tokens, features_of, padding_id, store.shape, device)
 
     loss = validation_loss(model, batches(validation, "right"))

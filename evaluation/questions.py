@@ -151,7 +151,7 @@ def scores_of_sets(
     )
     results: dict[str, Scores] = {}
     for number, (name, questions) in enumerate(sets.items()):
-        swapped = swapped_names([question.image for question in questions])
+        swapped = swapped_names([question.image for question in questions], store.hash_of)
         for condition in CONDITIONS if number == 0 else CONDITIONS[:1]:
             answers = answer_questions(
                 assistant,

@@ -90,13 +90,20 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
         config.features, parts.vision.key, parts.vision.shape, config.feature_storage
     )
     data = prepare(
-        config, parts.chat_format, store, lambda: VisionTower(parts.vision, parts.device)
+        config,
+        parts.chat_format,
+        store,
+        lambda: VisionTower(parts.vision, parts.device),
+        positions=parts.base.model.config.max_position_embeddings,
     )
     samples = [sample for sample in data.validation if sample.images]
     if not samples:
+        remedy = "give data with pictures with --data"
+        if not config.validation_fraction:
+            remedy = "the run has none: give a share of its data with --validation-fraction"
         raise PhiSightError(
             f"{config.data}: no validation conversation has a picture, so nothing can be measured;"
-            " give data with pictures with --data"
+            f" {remedy}"
         )
     if config.held_out_questions:
         path = need_file(config.held_out_questions, "--held-out-questions", DATA_REMEDY)

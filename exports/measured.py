@@ -22,7 +22,7 @@ from model.build import DTYPES
 
 GREEDY_EQUAL_IN_4_BITS = 90.0  # percent: NF4 rounds far coarser than 16 bits
 # The run's own data are measured on; these say where they lie now, or how many to look at.
-DATA_FIELDS = ("data", "images", "held_out_questions", "features")
+DATA_FIELDS = ("data", "images", "held_out_questions", "features", "validation_fraction")
 REFUSES_NOTHING = Tolerance(1e9, 0.0)
 
 Write = Callable[[Assistant, str, torch.dtype, Probe, Tolerance | None], dict[str, Any]]

@@ -1,15 +1,15 @@
 """Speech to text: any recording -> 16 kHz mono -> windows cut at pauses -> Whisper -> text.
 
-What is not speech never reaches Whisper, which would answer noise with an invented sentence: a
-recording is first looked through for a voice (`has_voice`), and what Whisper itself doubts is
-dropped after (Radford et al., arXiv 2212.04356, section 4.5). A voice is what vibrates: whispered
-speech is not heard.
+Whisper answers music and noise with invented words, and its own figures say so: a share for no
+speech, and how likely it finds its text (Radford et al., arXiv 2212.04356, section 4.5). Where the
+sound has no voice in it (`has_voice`), as music and noise have none and whispering has none, less
+doubt is enough to drop a text. A Whisper made for single utterances knows its own sentences only,
+and gets no sound without a voice. benchmarks/ears.py measures what is heard wrong, lost, invented.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,33 +18,43 @@ import numpy as np
 
 from errors import PhiSightError
 from speech.activity import has_voice, join_neighbours, reduce_noise, utterances
+from speech.model_file import load_model_file
 from speech.recordings import SAMPLE_RATE, finite
+from speech.turns import Turns
+from workers import Cancelled, never
 
 LONGEST_WINDOW = 28.0  # seconds; Whisper hears 30 at a time
 WHISPER_TEXT_TOKENS = 448  # n_text_ctx of every Whisper of OpenAI's
 NO_SPEECH, UNLIKELY = 0.6, -1.0  # whisper's own: probability of no speech, mean log probability
 SURELY_NO_SPEECH = 0.9
-REPETITIVE = 2.4  # whisper's own: text that packs better than this goes in circles
-LARGEST_MODEL = 8 << 30  # bytes unpacked; the largest of OpenAI's has 6 GB in float32
-LARGEST_DIMENSIONS = {
-    "n_mels": 128,
-    "n_audio_ctx": 1500,
-    "n_audio_state": 4096,
-    "n_audio_head": 64,
-    "n_audio_layer": 64,
-    "n_vocab": 60_000,
-    "n_text_ctx": 4096,
-    "n_text_state": 4096,
-    "n_text_head": 64,
-    "n_text_layer": 64,
-}
+NO_SPEECH_WITHOUT_VOICE = 0.5
+INVENTED = -1.5  # mean log probability: see benchmarks/ears.py
+REPETITIVE = 2.4  # whisper's own: text that packs better than this may go in circles
+# A window over 4 s that went in circles is cut into parts of at most 0.6 of it, and those again.
+SHORTEST_CUT, PART, MOST_CUTS = 4.0, 0.6, 2
 
 
 class NoSpeech(PhiSightError):
     """There is nothing in the recording that was understood as words."""
 
     def __init__(self) -> None:
-        super().__init__("no speech heard; speak nearer to the microphone, or check the recording")
+        super().__init__(
+            "no speech heard: the sound was decoded, and nothing in it was understood as words; "
+            "check that it is the right recording"
+        )
+
+
+class TooLong(PhiSightError):
+    """What a recording says is more than the model reads; `text` is what was written down of it,
+    `seconds` how far that is."""
+
+    def __init__(self, text: str, seconds: float) -> None:
+        self.text, self.seconds = text, seconds
+        super().__init__(
+            f"recording: its first {seconds / 60:.1f} minutes fill what the model reads at once;"
+            " the rest was not listened to; ask about a shorter part, or have all of it written"
+            " down by infer.py --transcribe"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Decoded(Protocol):
 
     text: str
     language: str
+    tokens: Sequence[int]
     no_speech_prob: float
     avg_logprob: float
     compression_ratio: float
@@ -79,7 +90,7 @@ class Speech:
         self.longest = LONGEST_WINDOW * min(1.0, room / WHISPER_TEXT_TOKENS)
         # A model with less room than that was made for single utterances.
         self.joins = room >= WHISPER_TEXT_TOKENS
-        self._turn = threading.Lock()  # whisper keeps its cache in hooks on the one model
+        self._turns = Turns()  # whisper keeps its cache in hooks on the one model
 
     @classmethod
     def load(cls, name_or_path: str | Path, device: str = "cpu") -> Speech:
@@ -91,18 +102,20 @@ class Speech:
         name = str(name_or_path)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if name not in whisper.available_models():
-            _check_model_file(name, whisper.available_models())
+        known = whisper.available_models()
+        remedy = "name another .pt"
+        if name in known:
+            remedy = (
+                f"fetch {whisper._MODELS[name]} where there is a network, and name the file with"
+                f" --speech {name}.pt"
+            )
         try:
-            model = whisper.load_model(name, device=device).eval()
+            if name in known:
+                model = whisper.load_model(name, device=device).eval()
+            else:
+                model = load_model_file(name, known).to(device).eval()
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).split("\n")[0] or type(error).__name__
-            remedy = "name another .pt"
-            if name in whisper.available_models():
-                remedy = (
-                    f"fetch {whisper._MODELS[name]} where there is a network, and name the"
-                    f" file with --speech {name}.pt"
-                )
             raise PhiSightError(
                 f"speech model {name}: does not load ({reason}); {remedy}"
             ) from None
@@ -119,12 +132,14 @@ class Speech:
         language: str | None = None,
         translate: bool = False,
         denoise: bool = False,
+        cancelled: Callable[[], bool] = never,
     ) -> Iterator[Segment]:
         """What is said in (samples,) float32 at 16 kHz, window by window as it is understood.
 
         `language` is a code or an English name; None lets a multilingual model listen for it.
         `translate` puts it into English. Nothing comes of other sounds. Raises
-        `PhiSightError` at once for a language or task that the model does not have.
+        `PhiSightError` at once for a language or task that the model does not have, and
+        `workers.Cancelled` between windows, or while it waits for others, when `cancelled` says so.
         """
         if not isinstance(audio, np.ndarray) or audio.ndim != 1:
             raise PhiSightError("speech: audio must be one row of samples; use read_audio")
@@ -134,7 +149,8 @@ class Speech:
                 f"speech model {self.name}: hears English only and translates"
                 " nothing; name a multilingual one such as base"
             )
-        return self._segments(finite(audio).astype(np.float32), code, translate, denoise)
+        samples = finite(audio).astype(np.float32)
+        return self._segments(samples, code, translate, denoise, cancelled)
 
     def text(
         self,
@@ -142,13 +158,11 @@ class Speech:
         language: str | None = None,
         translate: bool = False,
         denoise: bool = False,
+        cancelled: Callable[[], bool] = never,
+        fits: Callable[[str], bool] | None = None,
     ) -> str:
-        """All that is said, in one line. Raises `NoSpeech` where nothing is."""
-        segments = self.transcribe(audio, language, translate, denoise)
-        text = " ".join(segment.text for segment in segments)
-        if not text:
-            raise NoSpeech
-        return text
+        """All that is said, in one line: `write_down` of `transcribe`."""
+        return write_down(self.transcribe(audio, language, translate, denoise, cancelled), fits)
 
     def _language(self, language: str | None) -> str | None:
         from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
@@ -169,20 +183,49 @@ class Speech:
         return code
 
     def _segments(
-        self, audio: np.ndarray, language: str | None, translate: bool, denoise: bool
+        self,
+        audio: np.ndarray,
+        language: str | None,
+        translate: bool,
+        denoise: bool,
+        cancelled: Callable[[], bool],
     ) -> Iterator[Segment]:
-        """The windows of (samples,) that hold a voice, written down one by one."""
+        """The windows of (samples,) that hold speech, written down one by one."""
         if denoise:
             audio = reduce_noise(audio)
-        windows = utterances(audio, self.longest)
-        for start, end in join_neighbours(windows, self.longest) if self.joins else windows:
-            if not has_voice(audio[start:end]):
+        waiting = [(start, end, 0) for start, end in reversed(self._windows(audio, self.longest))]
+        while waiting:
+            start, end, depth = waiting.pop()
+            window = audio[start:end]
+            if cancelled():
+                raise Cancelled
+            voice = has_voice(window)
+            if not (voice or self.joins):
                 continue
-            result = self._decode(audio[start:end], language, translate)
+            with self._turns.take(cancelled):
+                result = self._decode(window, language, translate)
+            if not is_believable(result, voice):
+                continue
+            if self._went_in_circles(result):
+                seconds = (end - start) / SAMPLE_RATE
+                if depth < MOST_CUTS and seconds > SHORTEST_CUT:
+                    parts = self._windows(window, PART * seconds)
+                    waiting += [(start + a, start + b, depth + 1) for a, b in reversed(parts)]
+                continue
             text = " ".join(result.text.split())
-            if _is_believable(result) and any(c.isalnum() for c in text):
+            if any(c.isalnum() for c in text):
                 language = result.language  # one recording is in one language
                 yield Segment(start / SAMPLE_RATE, end / SAMPLE_RATE, text, language)
+
+    def _windows(self, audio: np.ndarray, longest: float) -> list[tuple[int, int]]:
+        windows = utterances(audio, longest)
+        return list(join_neighbours(windows, longest)) if self.joins else windows
+
+    def _went_in_circles(self, result: Decoded) -> bool:
+        """Whether Whisper wrote the same over and over until its room was full. Speech that repeats
+        itself packs as well, and comes to an end."""
+        full = self.model.dims.n_text_ctx // 2
+        return result.compression_ratio > REPETITIVE and len(result.tokens) >= full
 
     def _decode(self, window: np.ndarray, language: str | None, translate: bool) -> Decoded:
         """What Whisper makes of one window, (samples,) of at most 30 seconds."""
@@ -199,68 +242,34 @@ class Speech:
             without_timestamps=True,
             fp16=device.type == "cuda",
         )
-        with self._turn:
-            return whisper.decode(self.model, mels, options)
+        return whisper.decode(self.model, mels, options)
 
 
-def _is_believable(result: Decoded) -> bool:
-    """Whisper's own rules for silence and for text that goes in circles, and a stricter one."""
+def is_believable(result: Decoded, voice: bool) -> bool:
+    """Whether a text was heard and not invented. `voice`: whether its sound has a voice in it."""
     doubted = result.no_speech_prob > NO_SPEECH and result.avg_logprob < UNLIKELY
-    return not (
-        doubted or result.no_speech_prob > SURELY_NO_SPEECH or result.compression_ratio > REPETITIVE
-    )
+    surely = SURELY_NO_SPEECH if voice else NO_SPEECH_WITHOUT_VOICE
+    return not (doubted or result.avg_logprob < INVENTED or result.no_speech_prob > surely)
 
 
-def _check_model_file(name: str, known: list[str]) -> None:
-    """That `name` is a `.pt` of sane dimensions, before a model is made by them."""
-    import torch
+def write_down(
+    segments: Iterable[Segment],
+    fits: Callable[[str], bool] | None = None,
+    show: Callable[[str], None] | None = None,
+) -> str:
+    """The text of all segments, in one line; `show` gets every piece as it comes.
 
-    if not Path(name).is_file():
-        raise PhiSightError(
-            f"speech model {name}: no such file; name a .pt file, or one of {', '.join(known)}"
-        )
-    saved = _unpack_model_file(name)
-    if not isinstance(saved, dict) or not _has_sane_dimensions(saved.get("dims")):
-        raise _not_a_whisper(name)
-    state = saved.get("model_state_dict")
-    if not isinstance(state, dict) or not all(
-        isinstance(value, torch.Tensor) for value in state.values()
-    ):
-        raise _not_a_whisper(name)
-
-
-def _unpack_model_file(name: str) -> Any:
-    """What a `.pt` of at most `LARGEST_MODEL` bytes holds, read without running code of its own."""
-    import zipfile
-
-    import torch
-
-    try:
-        with zipfile.ZipFile(name) as packed:
-            too_large = sum(entry.file_size for entry in packed.infolist()) > LARGEST_MODEL
-        saved = None if too_large else torch.load(name, map_location="cpu", weights_only=True)
-    except Exception as error:  # an untrusted file makes torch.load raise anything
-        raise _not_a_whisper(name) from error
-    return saved
-
-
-def _has_sane_dimensions(dims: Any) -> bool:
-    """Whether `dims` holds Whisper's dimensions, whole numbers that fit together."""
-    if not isinstance(dims, dict) or dims.keys() != LARGEST_DIMENSIONS.keys():
-        return False
-    limits = LARGEST_DIMENSIONS.items()
-    if not all(type(dims[key]) is int and 1 <= dims[key] <= most for key, most in limits):
-        return False
-    return (
-        dims["n_mels"] in (80, 128)
-        and dims["n_audio_ctx"] == 1500
-        and all(dims[f"n_{side}_state"] % dims[f"n_{side}_head"] == 0 for side in ("audio", "text"))
-        and dims["n_vocab"] >= 51_864
-    )
-
-
-def _not_a_whisper(name: str) -> PhiSightError:
-    return PhiSightError(
-        f"speech model {name}: is no Whisper in the layout of openai-whisper"
-        ' ({"dims", "model_state_dict"}); name another .pt'
-    )
+    Raises `NoSpeech` where there is none, and `TooLong` as soon as the text so far does not pass
+    `fits`, which may ask whether a model has room for it: the rest is then not listened to.
+    """
+    text = ""
+    for segment in segments:
+        longer = f"{text} {segment.text}".strip()
+        if show is not None:
+            show(segment.text)
+        if fits is not None and not fits(longer):
+            raise TooLong(longer, segment.end)
+        text = longer
+    if not text:
+        raise NoSpeech
+    return text

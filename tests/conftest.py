@@ -81,4 +81,6 @@ def store(tiny_config, parts) -> FeatureStore:
 
 @pytest.fixture(scope="session")
 def prepared(tiny_config, parts, store) -> TrainingData:
-    return prepare(tiny_config, parts.chat_format, store, lambda: VisionTower(parts.vision))
+    return prepare(
+        tiny_config, parts.chat_format, store, lambda: VisionTower(parts.vision), positions=2048
+    )

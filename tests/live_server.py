@@ -15,6 +15,7 @@ import openai
 import runs
 
 from api.api import Api
+from api.connections import Patience
 from api.server import Server, address_of, listening_socket
 from assistant.assistant import Assistant
 
@@ -51,12 +52,17 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(assistant: Assistant, grace: float = 5.0, **settings: object) -> Iterator[Live]:
+def live(
+    assistant: Assistant,
+    grace: float = 5.0,
+    patience: Patience | None = None,
+    **settings: object,
+) -> Iterator[Live]:
     """A server over `assistant` on a free port, ended at the end of the block."""
     api = Api(assistant, name="tiny", **settings)
     with listening_socket("127.0.0.1", 0) as bound:
         bound.listen(64)
-        server = Server(api, grace, api.busy, api.close)
+        server = Server(api, grace, api.busy, api.close, patience)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:
@@ -90,7 +96,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
 def post(body: bytes | object, *headers: str, length: int | None = None) -> bytes:
     """The bytes of a chat request that asks for the connection to be closed after it."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Connection: close", *headers]
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Connection: close", *headers]
     if not any(line.lower().startswith("content-type") for line in headers):
         lines.append("Content-Type: application/json")
     if not any(line.lower().startswith("transfer-encoding") for line in headers):
@@ -99,7 +105,7 @@ def post(body: bytes | object, *headers: str, length: int | None = None) -> byte
 
 
 def get(path: str, *headers: str, method: str = "GET") -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", *headers]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import runs as test_runs
-import uvicorn
-from fastapi import FastAPI
 
-from api.server import listening_socket
+from api.door import guarded
+from api.origins import Allowed
+from api.server import Server, listening_socket
 from assistant.assistant import Assistant
-from web.app import build_app, mount
+from web.app import build_app, web_application
 
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
@@ -50,11 +50,9 @@ class Site:
 def served(assistant: Assistant, conversations: Path, runs: Path, **more: Any) -> Iterator[Site]:
     """The app on a free port, until the block is left."""
     blocks = build_app(assistant, conversations=conversations, runs=runs, **more)
-    application = mount(FastAPI(), blocks)
     bound = listening_socket("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
-    )
+    bound.listen(64)
+    server = Server(guarded(web_application(blocks), "", Allowed()), grace=0.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     site = Site(f"http://127.0.0.1:{bound.getsockname()[1]}", assistant, conversations)
     _watch(site.reached)

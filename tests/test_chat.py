@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from data.chat import (
     MARKS,
     ChatFormat,
+    Limits,
     first_exchange,
     load_tokenizer,
     render,
@@ -196,14 +197,14 @@ def test_turns_that_do_not_fit_are_left_out(chat_format):
 
     sizes = {turns: text_tokens(messages[: 1 + 2 * turns]) for turns in (1, 2, 3)}
     for limit in range(sizes[1], sizes[3] + 2):
-        sample, dropped = render_to_limit(messages, chat_format, limit)
+        sample, dropped = render_to_limit(messages, chat_format, Limits(limit))
         turns = max(turns for turns, size in sizes.items() if size <= limit)
         assert sample == render(messages[: 1 + 2 * turns], chat_format)
         assert dropped == 3 - turns
     with pytest.raises(PhiSightError, match=f"{sizes[1]} text tokens .* {sizes[1] - 1};"):
-        render_to_limit(messages, chat_format, sizes[1] - 1)
+        render_to_limit(messages, chat_format, Limits(sizes[1] - 1))
     with pytest.raises(ValueError):
-        render_to_limit(messages[:2], chat_format, 100)
+        render_to_limit(messages[:2], chat_format, Limits())
 
 
 def test_a_first_exchange_is_what_the_renderer_gives_for_it(chat_format):
@@ -211,6 +212,10 @@ def test_a_first_exchange_is_what_the_renderer_gives_for_it(chat_format):
         start = 1 + (messages[0].role == "system")
         expected = render(messages[: start + 1], chat_format)
         assert first_exchange(render(messages, chat_format), chat_format) == expected
+    first, second, third, *rest = THREE_TURNS
+    unlearnt = (first, Message(second.role, second.parts, learnt=False), third, *rest)
+    expected = render(unlearnt[:4], chat_format)  # the first answer is only read
+    assert first_exchange(render(unlearnt, chat_format), chat_format) == expected
 
 
 def test_a_tokenizer_that_treats_the_first_stretch_alone_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -189,6 +190,32 @@ def test_the_oldest_goes_when_there_are_too_many(tmp_path, monkeypatch):
     for saved in kept:
         store.save(saved)
     assert [title for _, title in store.titles()] == ["2", "1"]
+
+
+def test_pictures_of_questions_that_were_never_asked_go_at_the_next_start(tmp_path):
+    store = ConversationStore(tmp_path, new_key())
+    asked, unasked, new = (new_conversation() for _ in range(3))
+    store.save(asked)
+    for conversation in (asked, unasked, new):
+        store.keep_picture(conversation.id, picture_bytes(), "a.png")
+    for conversation in (asked, unasked):
+        os.utime(store.folder / conversation.id, (1, 1))
+    conversation_store.prepare_root(tmp_path)
+    left = {path.name for path in store.folder.iterdir()}
+    assert left == {asked.id, new.id} and store.load(asked.id).id == asked.id
+
+
+def test_a_nearly_full_disk_keeps_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("web.temporary.SPARE_BYTES", 2**62)
+    store, id = ConversationStore(tmp_path, new_key()), new_conversation().id
+    with pytest.raises(PhiSightError, match="disk is nearly full"):
+        store.keep_picture(id, picture_bytes(), "a.png")
+
+
+def picture_bytes() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, format="PNG")
+    return file.getvalue()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

@@ -115,7 +115,6 @@ def test_messages_form_and_id_from_content():
         (record(image=...), "0 picture(s) but 1 <image>"),
         (record(image=None), "0 picture(s) but 1 <image>"),
         (record(image=["a", "b", "c"]), "3 picture(s) but 1 <image>"),
-        (record(("human", "What?"), ("gpt", "x")), "1 picture(s) but 0 <image>"),
         (record(image=5), "name is a number"),
         (record(image=""), "not a file name"),
         (record(image="."), "not a file name"),

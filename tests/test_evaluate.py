@@ -192,6 +192,15 @@ def test_a_swapped_picture_is_always_another_one(names):
         assert all(name != other for name, other in swapped.items())
 
 
+@given(st.lists(st.text("abcd", min_size=1, max_size=2), min_size=1, max_size=12))
+def test_a_swapped_picture_is_not_a_copy_of_the_right_one(names):
+    """Names that begin alike are copies of one picture."""
+    swapped = meter.swapped_names(names, lambda name: name[0])
+    assert swapped.keys() == set(names)
+    if len({name[0] for name in names}) > 1:
+        assert all(name[0] != other[0] for name, other in swapped.items())
+
+
 def test_the_three_conditions_show_three_pictures():
     names = sorted({question.image for question in asked()})
     store = store_of(runs.assistant(), names)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers
 
 from data import preflight
 from data import survey as surveys
-from data.chat import ChatFormat, load_tokenizer, render
+from data.chat import ChatFormat, Limits, load_tokenizer, render, render_to_limit
 from data.dataset import Conversation, Message, Part, Quarantined
 from data.images import load_image, looks_whole
 from data.lengths import TokenCounter, words_are_independent
@@ -201,6 +201,132 @@ def test_memory_grows_by_a_few_bytes_a_record(tmp_path, chat_format, monkeypatch
     assert (peaks[1] - peaks[0]) / 1000 < 200  # bytes; a record's text has 1,400
 
 
+# -- what training would set aside ----------------------------------------------------------------
+
+
+def too_long_for_training(path: Path, chat_format: ChatFormat, limits: Limits) -> tuple[list, int]:
+    """(id, reason) of what training sets aside, and how many it shortens: by rendering it all."""
+    reasons, shortened = [], 0
+    for conversation in read_all(path)[0]:
+        try:
+            _, dropped = render_to_limit(conversation.messages, chat_format, limits)
+        except PhiSightError as error:
+            reasons.append((conversation.id, str(error)))
+        else:
+            shortened += dropped > 0
+    return reasons, shortened
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [Limits(200), Limits(200, row_tokens=150), Limits(0, 0, 120), Limits(90, 300, 200), Limits()],
+)
+def test_what_is_too_long_is_what_training_finds_too_long(made, tmp_path, chat_format, limits):
+    items = json.loads((made / "d.json").read_text("utf-8"))
+    items[10]["image"] = [f"{n}.jpg" for n in range(60)]
+    items[10]["conversations"][0]["value"] = "<image>" * 60 + "Which?"
+    items[11]["conversations"][1]["loss"] = False
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(items))
+    tally = survey(path, None, chat_format, limits=limits).tally
+    reasons, shortened = too_long_for_training(path, chat_format, limits)
+    told = [(e.id, e.reason) for e in tally.set_aside if e.reason.startswith("conversation: ")]
+    assert sorted(told) == sorted(reasons)
+    assert (tally.too_long, tally.shortened) == (len(reasons), shortened)
+    assert sum(tally.lengths.values()) == tally.conversations  # the long ones among them
+    assert bool(reasons) == bool(limits.text_tokens or limits.tokens)
+
+
+def test_the_limits_of_the_base_are_read_beside_the_tokenizer(tmp_path, capsys):
+    assert preflight.positions_of(str(TINY)) == 2048
+    assert preflight.positions_of(str(tmp_path)) == 0
+    for text in ("[]", "{", '{"max_position_embeddings": true}', '{"max_position_embeddings": -1}'):
+        (tmp_path / "config.json").write_text(text)
+        assert preflight.positions_of(str(tmp_path)) == 0
+    item = {"id": "many", "images": ["a.png"] * 60}
+    item["messages"] = [
+        {"role": "user", "content": "<image>" * 60 + "Which?"},
+        {"role": "assistant", "content": "Red."},
+    ]
+    (tmp_path / "d.jsonl").write_text(json.dumps(item))
+    arguments = ["--data", tmp_path / "d.jsonl", "--tokenizer", TINY, "--tokens-per-image", 36]
+    code, lines = report(capsys, *arguments)
+    assert code == 1 and lines["over 2048 tokens with pictures"] == lines["set aside"] == "1"
+    code, lines = report(capsys, *arguments, "--row-tokens", 352)
+    assert code == 1 and lines["over 352 tokens with pictures"] == "1"
+    code, lines = report(capsys, *arguments, "--positions", 4096)
+    assert code == 0 and lines["over 4096 tokens with pictures"] == lines["set aside"] == "0"
+
+
+# -- keys that nothing reads ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unread_keys_are_counted_and_their_names_are_bounded(
+    tmp_path, chat_format, monkeypatch, workers
+):
+    monkeypatch.setattr(surveys, "KEYS_COUNTED", 4)
+    items = []
+    for number in range(300):
+        turns = [{"from": "human", "value": "Q", "name": "A"}, {"from": "gpt", "value": "A"}]
+        items.append({"conversations": turns, "source": "web", f"new {number}": 1, "x" * 9999: 1})
+    items[0]["videos"] = ["a.mp4"]  # set aside, and counted all the same
+    (tmp_path / "d.json").write_text(json.dumps(items))
+    unread = survey(tmp_path / "d.json", None, chat_format, workers=workers).tally.unread
+    assert (unread["source"], unread["turn: name"], unread["x" * 100]) == (300, 300, 300)
+    assert unread.total() == 4 * 300 + 1 and len(unread) <= 5
+
+
+def test_the_report_shows_the_keys_that_occur_most(tmp_path, capsys):
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", "name": "B"}]
+    items = [
+        {"conversations": turns, "source": 1, **{f"k{n}": 1 for n in range(k)}} for k in range(12)
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(items))
+    code, lines = report(capsys, "--data", tmp_path / "d.json", "--tokenizer", TINY)
+    assert code == 0 and lines["keys that nothing reads"] == str(24 + sum(range(12)))
+    assert lines["source"] == lines["turn: name"] == "12" and lines["k0"] == "11"
+    assert lines["3 others"] == str(3 + 2 + 1)
+
+
+# -- texts of unknown origin ----------------------------------------------------------------------
+
+HOSTILE = [
+    "\ud800",
+    "a\x1b[2J\x1b]0;title\x07",
+    "b\u202egnp.exe",
+    "c\nset aside: nothing",
+    "d" * 10**6,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=["surrogate", "escapes", "bidi", "newline", "long"])
+def test_no_text_of_a_file_reaches_the_terminal_as_it_is(tmp_path, capsys, text):
+    """Whatever is an id, a key, a picture's name, a speaker or words."""
+    turns = [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}]
+    items = [
+        {"id": text, "image": "a.png", "conversations": turns[:1]},
+        {"id": text, "image": "a.png", "conversations": turns},
+        {"id": 2, "image": text, "conversations": turns},
+        {"id": 3, "image": "a.png", "conversations": [{"from": text, "value": "Q"}]},
+        {"id": 4, "image": "a.png", "conversations": [{"from": "human", "value": text}, turns[1]]},
+        {"id": 5, text: 1, "conversations": [{**turns[0], text: 1}, turns[1]]},
+        {"id": 6, "messages": [{"role": "user", "content": [{"type": text}]}]},
+        {"id": 7, "system": text, "image": "a.png", "conversations": turns},
+        {"id": 8, text + "_mask": [1], "conversations": turns},
+    ]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, items)))
+    arguments = ["--data", tmp_path / "d.jsonl", "--images", tmp_path, "--tokenizer", TINY]
+    for check in ("decode", "quick", "exists"):
+        arguments_ = [*arguments, "--pictures", check, "--quarantine", tmp_path / "q.jsonl"]
+        assert preflight.main([*map(str, arguments_)]) == 1
+        said = capsys.readouterr().out
+        assert all(line.isprintable() and len(line) < 800 for line in said.splitlines())
+        assert sum(line.startswith("set aside: ") for line in said.splitlines()) >= 7
+    entries = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert entries[0]["id"] == text[:100] and all(len(entry["id"]) <= 100 for entry in entries)
+
+
 # -- lengths without tokens -----------------------------------------------------------------------
 
 texts = st.text() | st.lists(
@@ -233,14 +359,16 @@ def test_a_text_has_as_many_tokens_as_its_words(chat_format, text):
     assert TokenCounter(chat_format).text_tokens(text) == len(chat_format.encode_text(text))
 
 
-@given(st.lists(texts.filter(str.strip), min_size=2, max_size=2), st.integers(0, 2))
-def test_a_conversation_has_as_many_tokens_as_it_renders_to(chat_format, said, pictures):
+@given(st.lists(texts.filter(str.strip), min_size=2, max_size=2), st.integers(0, 2), st.booleans())
+def test_a_conversation_has_as_many_tokens_as_it_renders_to(chat_format, said, pictures, learnt):
     parts = (*[Part("image", "a.jpg")] * pictures, Part("text", said[0]), Part("text", said[0]))
-    messages = (Message("user", parts), Message("assistant", (Part("text", said[1]),)))
+    messages = (Message("user", parts), Message("assistant", (Part("text", said[1]),), learnt))
     sample = render(messages, chat_format)
-    assert TokenCounter(chat_format).count(messages) == (
-        len(sample.input_ids),
-        sum(sample.supervised),
+    counted = TokenCounter(chat_format).count(messages)
+    assert (counted.tokens, counted.supervised) == (len(sample.input_ids), sum(sample.supervised))
+    assert (counted.text_tokens, counted.pictures) == (
+        len(sample.input_ids) - TOKENS * pictures,
+        pictures,
     )
 
 
@@ -316,7 +444,9 @@ def test_the_report(made, capsys, tmp_path):
     assert lines["pictures and <image> differ"] == "3" and lines["no supervised token"] == "6"
     assert lines["identical conversations"] == "1"
     set_aside = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
-    assert len(set_aside) == 12 + int(lines["lost to bad pictures"])
+    too_long = int(lines["set aside"])  # by training's own limit of 256 tokens of text
+    assert len(set_aside) == 12 + int(lines["lost to bad pictures"]) + too_long
+    assert too_long == sum("the limit is 256" in entry["reason"] for entry in set_aside) > 0
 
 
 def test_a_file_without_a_fault_gives_exit_code_0(tmp_path, capsys):

@@ -13,7 +13,15 @@ from reading import read_all
 
 from config import Config, default_config, replace
 from data import dataset
-from data.chat import ChatFormat, RenderedSample, load_tokenizer, render
+from data.chat import (
+    ChatFormat,
+    Limits,
+    RenderedSample,
+    load_tokenizer,
+    render,
+    render_to_limit,
+)
+from data.dataset import Message, Part
 from data.features import FeatureStore
 from data.packed import PackedSamples
 from data.prepare import TrainingData, evenly_spaced, prepare
@@ -39,6 +47,8 @@ def record(picture: str | None, question: str = "What colour is it?", turns: int
 
 class Workspace:
     """A data file and a picture folder to write and to break."""
+
+    positions = 2048  # of a base that is not there
 
     def __init__(self, folder, chat_format: ChatFormat) -> None:
         self.folder, self.chat_format = folder, chat_format
@@ -72,6 +82,7 @@ class Workspace:
             self.chat_format,
             self.store,
             lambda: lambda pictures: torch.zeros(len(pictures), TOKENS, 2),
+            positions=self.positions,
         )
 
 
@@ -245,7 +256,7 @@ def test_a_file_that_changes_while_it_is_in_use_is_an_error(workspace):
         path.write_text(whole)
         store = FeatureStore(workspace.folder / str(number), "fake", (TOKENS, 2))
         with pytest.raises(PhiSightError, match="was changed while it was in use; run again"):
-            prepare(config, workspace.chat_format, store, extract)
+            prepare(config, workspace.chat_format, store, extract, positions=2048)
 
 
 def test_evenly_spaced():
@@ -265,6 +276,65 @@ def test_a_fraction_of_the_data_is_used(workspace):
     used = pictures_of(half.train + half.validation)
     assert 0 < len(used) < len(workspace.names)
     assert used < pictures_of(whole.train + whole.validation)
+
+
+# -- copies of pictures ---------------------------------------------------------------------------
+
+
+def with_copies(workspace: Workspace) -> None:
+    """Every picture once more under a name of its own, with a record of its own."""
+    for name in workspace.names:
+        source = workspace.folder / "images" / name
+        copy = f"z{name}"
+        (workspace.folder / "images" / copy).write_bytes(source.read_bytes())
+        workspace.records.append(record(copy))
+
+
+def sides_of(workspace: Workspace, **fields) -> tuple[set[str], set[str]]:
+    data = workspace.prepare(**fields)
+    return pictures_of(data.train), pictures_of(data.validation)
+
+
+def test_copies_of_a_picture_are_on_its_side(workspace):
+    train, validation = sides_of(workspace)
+    with_copies(workspace)
+    assert sides_of(workspace) == (
+        train | {f"z{name}" for name in train},
+        validation | {f"z{name}" for name in validation},
+    )
+
+
+def test_a_copy_ties_conversations_together_through_others(workspace):
+    """a and b share nothing but copies of one picture each with a third conversation."""
+    workspace.paint("a.png", 100), workspace.paint("b.png", 101)
+    both = record("a copy.png", turns=1)
+    workspace.paint("a copy.png", 100), workspace.paint("b copy.png", 101)
+    both["image"] = ["a copy.png", "b copy.png"]
+    both["conversations"][0]["value"] += "<image>"
+    workspace.records += [record("a.png"), record("b.png"), both]
+    for seed in range(6):
+        for side in sides_of(workspace, seed=seed):
+            assert len(side & {"a.png", "b.png", "a copy.png", "b copy.png"}) in (0, 4)
+
+
+def test_an_old_run_splits_by_name_as_it_always_did(workspace):
+    with_copies(workspace)
+    train, validation = sides_of(workspace, split_by="name")
+    conversations = read_all(workspace.folder / "data.json")[0]
+    by_name = split_by_image(conversations, 0.3, 0)
+    assert [train, validation] == [{n for c in side for n in c.images} for side in by_name]
+    assert any(f"z{name}" in train for name in validation)  # which is why it is done no more
+    assert sides_of(workspace) != (train, validation)
+
+
+def test_a_run_without_validation_trains_on_everything(workspace):
+    data = workspace.prepare(validation_fraction=0)
+    assert len(data.train) == len(workspace.records)
+    assert data.validation == data.first_exchanges == []
+    workspace.records = workspace.records[:1]
+    with pytest.raises(PhiSightError, match="found 1; .*--validation-fraction 0"):
+        workspace.prepare()
+    assert len(workspace.prepare(validation_fraction=0).train) == 1
 
 
 # -- what is set aside ----------------------------------------------------------------------------
@@ -360,6 +430,74 @@ def test_a_missing_data_file_says_what_to_do(workspace):
             workspace.prepare(data=data)
 
 
+# -- limits of all tokens -------------------------------------------------------------------------
+
+
+def about_all(pictures: list[str], turns: int = 1) -> dict:
+    """A record whose first question has all these pictures."""
+    made = record(pictures[0], turns=turns) | {"id": "many", "image": pictures}
+    made["conversations"][0]["value"] = "<image>" * len(pictures) + "What?"
+    return made
+
+
+@pytest.mark.parametrize("limit", ["row", "positions"])
+def test_one_record_of_too_many_pictures_is_set_aside(workspace, limit):
+    usual = workspace.prepare()
+    longest = max(lengths(usual))
+    assert longest < 20 * TOKENS + 15  # of 20 pictures with few words
+    workspace.records.append(about_all(workspace.names))
+    if limit == "row":
+        data = workspace.prepare(row_tokens=longest)
+        expected = f"60 of them of 20 pictures, and --row-tokens {longest} is less; raise it"
+    else:
+        workspace.positions = longest
+        data = workspace.prepare(row_tokens=0)
+        expected = f"60 of them of 20 pictures, and the base has {longest} positions"
+    (bad,) = data.quarantined
+    assert bad.id == "many" and expected in bad.reason
+    assert list(data.train) == list(usual.train) and data.validation == usual.validation
+
+
+def lengths(data: TrainingData) -> list[int]:
+    return sorted(len(sample.input_ids) for sample in data.train + data.validation)
+
+
+def test_a_record_loses_the_turns_whose_tokens_do_not_fit(workspace, chat_format):
+    several = about_all(workspace.names[:2], turns=3)
+    several["conversations"][4]["value"] = "<image> What?"
+    several["image"] = workspace.names[:3]
+    workspace.records = [several, *workspace.records[3:]]
+    messages = dataset.conversation_or_fault(several).messages
+    two_turns = len(render(messages[:4], chat_format).input_ids)
+    data = workspace.prepare(row_tokens=two_turns, validation_fraction=0)
+    assert not data.quarantined
+    assert data.train[0] == render(messages[:4], chat_format) and data.train[0].images == (
+        *workspace.names[:2],
+    )
+    shorter = workspace.prepare(row_tokens=two_turns - 1, validation_fraction=0)
+    assert shorter.train[0] == render(messages[:2], chat_format)
+
+
+def test_a_million_pictures_in_one_record_take_no_million_slots(workspace, chat_format):
+    parts = (*[Part("image", "a.png")] * 100_000, Part("text", "What?"))
+    messages = (Message("user", parts), Message("assistant", (Part("text", "red"),)))
+    tracemalloc.start()
+    with pytest.raises(PhiSightError, match="300000 of them of 100000 pictures"):
+        render_to_limit(messages, chat_format, Limits(256, 0, 2048))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500_000  # bytes; the slots would take 2.4 MB
+
+
+def test_a_conversation_whose_learnt_answers_do_not_fit_is_set_aside(workspace):
+    unlearnt = record("00.png", turns=2)
+    unlearnt["conversations"][1]["loss"] = False
+    unlearnt["conversations"][3]["value"] = "blue " * 300
+    workspace.records[0] = unlearnt
+    (bad,) = workspace.prepare().quarantined
+    assert bad.id == "about 00.png" and "none of the answers that fit is to be learnt" in bad.reason
+
+
 # -- the fingerprint ------------------------------------------------------------------------------
 
 
@@ -370,7 +508,11 @@ def test_the_fingerprint_is_that_of_the_data(workspace):
 
 
 @pytest.mark.parametrize(
-    "change", ["a picture's pixels", "an answer", "the order", "a record less", "the seed"]
+    "change",
+    [
+        *("a picture's pixels", "an answer", "the order", "a record less", "the seed"),
+        *("a system text", "an answer not to learn"),
+    ],
 )
 def test_the_fingerprint_sees_every_change_of_the_data(workspace, change):
     before = workspace.prepare().fingerprint
@@ -379,6 +521,10 @@ def test_the_fingerprint_sees_every_change_of_the_data(workspace, change):
         workspace.paint(workspace.names[0], 99)
     elif change == "an answer":
         workspace.records[0]["conversations"][1]["value"] = "green"
+    elif change == "a system text":
+        workspace.records[0]["system"] = "Answer like a pirate."
+    elif change == "an answer not to learn":
+        workspace.records[0]["conversations"][1]["loss"] = False
     elif change == "the order":
         workspace.records.reverse()
     elif change == "a record less":

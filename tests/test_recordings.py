@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,16 @@ from hypothesis import strategies as st
 from sounds import KINDS, RATE, encoded, tone, vowels
 
 from errors import PhiSightError
-from speech import recordings
+from speech import decode as decoding
+from speech.containers import MOST_CHUNKS, kind_of, sound_of
 from speech.recordings import read_audio
+from workers import Cancelled
+
+
+def decode(data: bytes) -> np.ndarray:
+    """As `read_audio`, in this process."""
+    return decoding.decode(data, "recording")
+
 
 # -- recordings -----------------------------------------------------------------------------------
 
@@ -36,8 +46,8 @@ def test_recordings_of_every_kind_become_16_khz_mono(kind, subtype, rate, channe
 def test_blocks_join_without_a_seam(monkeypatch):
     data = encoded(tone(300, 3, 44100), 44100, "WAV", "FLOAT")
     whole = read_audio(data)
-    monkeypatch.setattr(recordings, "BLOCK_SECONDS", 0.25)
-    assert np.abs(read_audio(data) - whole).max() < 1e-6
+    monkeypatch.setattr(decoding, "BLOCK_SECONDS", 0.25)
+    assert np.abs(decode(data) - whole).max() < 1e-6
     assert np.abs(whole[500:-500] - tone(300, 3)[500:-500]).max() < 1e-3
 
 
@@ -57,17 +67,20 @@ def test_samples_that_are_no_numbers_become_silence():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "is empty.*convert"),
+        (b"", "is empty.*record it again"),
         (b"What colour is the star?", "no recording.*convert"),
         (b"\x1a\x45\xdf\xa3" + bytes(99), "WebM.*convert it to WAV, FLAC, MP3 or OGG"),
         (b"\0\0\0\x20ftypM4A " + bytes(99), "MP4.*convert"),
+        (b"RIFF\x10\0\0\0WEBP" + bytes(99), "is no recording.*convert"),
         (b"RIFF\x10\0\0\0WAVE", "not readable"),
         (b"fLaC" + bytes(99), "not readable"),
         (b"OggS" + bytes(99), "cut short|not readable"),
         (b"\xff\xfb" + bytes(99), "not readable"),
         (b"ID3" + bytes(99), "not readable"),
-        (encoded(tone(), RATE, "AIFF"), "no recording"),
-        (encoded(tone(), RATE, "AU"), "no record"),
+        (b"FORM\0\0\0\0AIFF" + bytes(99), "not readable"),
+        (b".snd" + bytes(99), "not readable"),
+        (encoded(tone(), RATE, "SVX"), "no recording"),
+        (encoded(tone(), RATE, "CAF"), "no recording"),
         (encoded(tone(), 2000, "WAV"), "2000 samples a second, 4000 to 384000"),
         (encoded(np.zeros((99, 33)), RATE, "WAV"), "33 channels, at most 32"),
     ],
@@ -98,23 +111,162 @@ def test_a_recording_that_was_cut_short_is_noticed(kind, subtype, share):
         read_audio(data[: int(len(data) * share)])
 
 
-@pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFF000])
+# -- lengths that are not known -------------------------------------------------------------------
+
+UNKNOWN = (0, 100, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFDB, 0xFFFFFFFF)
+
+
+def with_length(kind: str, place: bytes, after: int, length: int, size: int = 4) -> bytes:
+    """A second of sound of a kind, with another length `after` bytes behind a place of its
+    header."""
+    data = bytearray(encoded(tone(), RATE, kind, "PCM_16"))
+    at = data.index(place) + after
+    data[at : at + size] = length.to_bytes(size, "big" if kind in ("AIFF", "AU") else "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("length", UNKNOWN)
 def test_a_wav_that_was_written_to_a_pipe_is_whole(length):
-    data = bytearray(encoded(tone(), RATE, "WAV", "PCM_16"))
+    data = bytearray(with_length("WAV", b"data", 4, length))
+    data[4:8] = length.to_bytes(4, "little")
+    assert np.array_equal(read_audio(bytes(data)), read_audio(encoded(tone(), RATE, "WAV")))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(with_length("W64", b"data\xf3", 16, length, 8) for length in (0, 24, 2**63, 2**64 - 1)),
+        *(with_length("RF64", b"ds64", 16, length, 8) for length in (0, 2**63, 2**64 - 1)),
+        with_length("RF64", b"ds64", 16, 0, 8).replace(b"RF64", b"BW64", 1),
+        encoded(tone(), RATE, "RF64").replace(b"RF64", b"BW64", 1),
+        *(with_length("AIFF", b"SSND", 4, length) for length in (*UNKNOWN, 8)),
+        with_length("AIFF", b"COMM", 10, 0),
+        *(with_length("AU", b".snd", 8, length) for length in UNKNOWN),
+    ],
+)
+def test_so_is_one_of_a_related_kind(data):
+    audio = read_audio(data)
+    assert len(audio) == RATE and np.abs(audio - tone()).max() < 1e-3
+
+
+@pytest.mark.parametrize("subtype", ["ULAW", "PCM_24", "FLOAT", "IMA_ADPCM", "MS_ADPCM", "GSM610"])
+def test_the_length_of_packed_samples_may_be_unknown_too(subtype):
+    data = bytearray(encoded(tone(), RATE, "WAV", subtype))
     at = data.index(b"data") + 4
-    data[4:8] = data[at : at + 4] = length.to_bytes(4, "little")
-    assert len(read_audio(bytes(data))) == RATE
+    data[at : at + 4] = bytes(4)
+    assert RATE <= len(read_audio(bytes(data))) < RATE + 1000  # whole blocks
+
+
+def test_a_flac_whose_header_leaves_its_length_open_is_read_to_its_end():
+    data = bytearray(encoded(vowels(4), RATE, "FLAC"))
+    data[21], data[22:26] = data[21] & 0xF0, bytes(4)
+    whole = read_audio(bytes(data))
+    assert len(whole) == 4 * RATE and np.abs(whole - vowels(4)).max() < 1e-3
+    part = read_audio(bytes(data[: len(data) // 2]))  # its recorder was killed
+    assert len(part) > RATE and np.array_equal(part, whole[: len(part)])
+
+
+def test_chunks_after_the_sound_are_no_sound():
+    text = b"LIST\x08\0\0\0INFOabcd"
+    assert len(read_audio(encoded(tone(), RATE, "WAV", "PCM_16") + text)) == RATE
+    short = encoded(tone(440, 0.0005), RATE, "WAV", "PCM_16")  # less than what follows it
+    assert len(read_audio(short + 5 * text)) == 8
+
+
+@pytest.mark.parametrize("kind", ["WAV", "RF64", "W64", "AIFF", "AU", "OGG"])
+def test_an_empty_recording_says_that_nothing_was_decoded(kind):
+    empty = encoded(np.zeros(0, np.float32), RATE, kind)
+    with pytest.raises(PhiSightError, match="holds no sound, nothing could be decoded"):
+        read_audio(empty)
+    if kind == "WAV":
+        with pytest.raises(PhiSightError, match="holds no sound"):
+            read_audio(empty + b"LIST\x08\0\0\0INFOabcd")
+
+
+@pytest.mark.parametrize("start", [b"RIFF\0\0\0\0WAVE", b"FORM\0\0\0\0AIFF"])
+def test_endless_empty_chunks_are_not_walked(start):
+    places = []
+
+    class Counted(io.BytesIO):
+        def read(self, size=-1):
+            places.append(self.tell())
+            return super().read(size)
+
+    data = start + b"junk\0\0\0\0" * 100_000
+    kind = kind_of(data[:512], "a")
+    with pytest.raises(PhiSightError, match="not readable"):
+        sound_of(Counted(data), kind, len(data), "a")
+    assert len(places) <= MOST_CHUNKS + 10
+
+
+# -- as browsers record ---------------------------------------------------------------------------
+
+
+def browser_recording(container: str, codec: str) -> bytes:
+    """Two seconds of a tone as PyAV writes them."""
+    av = pytest.importorskip("av", reason="the optional package av is not here")
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as writer:
+        stream = writer.add_stream(codec, rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(440, 2, 48000)[None], format="fltp", layout="mono")
+        frame.sample_rate = 48000
+        writer.mux(stream.encode(frame))
+        writer.mux(stream.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("webm", "libopus"), ("mp4", "aac"), ("mp4", "libopus")]
+)
+def test_recordings_of_browsers_are_read_with_pyav(container, codec):
+    data = browser_recording(container, codec)
+    audio = read_audio(data)
+    spectrum = np.abs(np.fft.rfft(audio))
+    assert abs(len(audio) - 2 * RATE) < 0.1 * RATE
+    assert abs(spectrum.argmax() * RATE / len(audio) - 440) < 2
+    if container == "webm":  # its recorder was killed: nothing in it says how long it should be
+        assert 0.5 * RATE < len(read_audio(data[: len(data) // 2])) < 1.5 * RATE
+
+
+def test_without_pyav_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(PhiSightError, match="is WebM, .*pip install av, or convert it to WAV"):
+        decode(b"\x1a\x45\xdf\xa3" + bytes(99))
+
+
+# -- limits ---------------------------------------------------------------------------------------
+
+
+def test_what_decoders_print_is_told_once_and_short(capfd, caplog):
+    with pytest.raises(PhiSightError, match="not readable as MP3") as error:
+        read_audio(b"\xff\xfb\x00\x00" * 20_000)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err.count("\n") <= 1
+    assert len(caplog.records) <= 1 and all(len(r.getMessage()) < 500 for r in caplog.records)
+
+
+def test_reading_ends_when_nobody_waits_for_it_any_more():
+    with pytest.raises(Cancelled):
+        read_audio(encoded(vowels(), RATE, "WAV"), cancelled=lambda: True)
+    asked = []
+
+    def soon() -> bool:
+        asked.append(1)
+        return len(asked) > 2
+
+    with pytest.raises(Cancelled):
+        read_audio(encoded(np.zeros((600 * RATE, 2), np.int16), RATE, "FLAC"), cancelled=soon)
 
 
 def test_a_small_file_that_unpacks_to_hours_stops_at_the_limit(monkeypatch):
     data = encoded(np.zeros(30 * RATE, np.int16), RATE, "FLAC")
     assert len(data) < 10_000
-    monkeypatch.setattr(recordings, "LONGEST_SECONDS", 25.0)
+    monkeypatch.setattr(decoding, "LONGEST_SECONDS", 25.0)
     with pytest.raises(PhiSightError, match="longer than 0 minutes; cut it"):
-        read_audio(data)
-    monkeypatch.setattr(recordings, "LARGEST_FILE", 100)
+        decode(data)
+    monkeypatch.setattr(decoding, "LARGEST_FILE", 100)
     with pytest.raises(PhiSightError, match="is the most; cut it"):
-        read_audio(data)
+        decode(data)
 
 
 SAMPLES = [encoded(vowels(0.4), RATE, kind, subtype) for kind, subtype in KINDS]

@@ -26,7 +26,9 @@ from live_server import (
     with_pictures,
 )
 
+from api.api import AT_ONCE
 from api.forms import Limits
+from api.guards import SMALL
 from assistant.filter import WordFilter
 from assistant.sampling import Sampling
 from data.dataset import Message, Part
@@ -37,7 +39,7 @@ DESCRIBE = "Describe the picture in detail."
 LIMITS = Limits(body_bytes=200_000, picture_bytes=100_000, body_seconds=0.5, new_tokens=600)
 
 
-def listen(data: bytes) -> str:
+def listen(data: bytes, cancelled: Callable[[], bool]) -> str:
     """Stands for Whisper, which has tests of its own: a recording says what its bytes spell."""
     if not data:
         raise PhiSightError("recording: no speech heard; speak up")
@@ -356,10 +358,11 @@ def test_a_body_that_ends_early_does_no_harm(server):
 def test_bodies_under_way_have_a_common_limit(server, monkeypatch):
     budget = server.api.budget
     monkeypatch.setattr(budget, "held", budget.limit - 10)
-    status, headers, _ = server.exchange(post(ask()))
+    status, headers, _ = server.exchange(post(ask(user="x" * SMALL)))
     assert status == 503 and headers["retry-after"]
     wait_until(lambda: server.api.measures.in_flight == 0)
     assert budget.held == budget.limit - 10
+    assert server.exchange(post(ask()))[0] == 200  # large ones do not keep out small ones
 
 
 def test_what_fails_inside_is_a_500_that_tells_nothing(server, monkeypatch, caplog):
@@ -447,30 +450,74 @@ def test_a_client_that_goes_away_stops_its_answer(stream):
     assistant.close()
 
 
-def test_a_client_that_waits_for_its_turn_to_be_heard_can_leave():
-    """The recording that is being listened to is finished; those behind it are dropped at once."""
-    begun, go_on = threading.Event(), threading.Event()
-    heard = []
+def spoken(text: str) -> dict:
+    """A question that is said."""
+    sound = {"data": base64.b64encode(text.encode()).decode(), "format": "wav"}
+    return {
+        "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}]
+    }
 
-    def slowly(data: bytes) -> str:
-        begun.set()
-        assert go_on.wait(60)
-        heard.append(data)
+
+class LongListener:
+    """Hears for as long as nobody says that it may end; what it heard to the end is in `heard`."""
+
+    def __init__(self) -> None:
+        self.begun, self.heard, self.go_on = 0, [], threading.Event()
+
+    def __call__(self, data: bytes, cancelled: Callable[[], bool]) -> str:
+        self.begun += 1
+        while not self.go_on.wait(0.005):
+            if cancelled():
+                raise PhiSightError("recording: nobody waits for it any more")
+        self.heard.append(data)
         return data.decode()
 
-    sound = {"data": base64.b64encode(b"x").decode(), "format": "wav"}
-    question = [{"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}]
-    assistant = assistant_of()
-    with live(assistant, limits=LIMITS, listen=slowly) as server:
-        connections = [server.send(post({"messages": question})) for _ in range(3)]
-        wait_until(lambda: server.api.measures.in_flight == 3 and begun.is_set())
+
+def test_who_has_gone_is_not_listened_to_whether_it_waits_or_is_heard():
+    listener, assistant = LongListener(), assistant_of()
+    with live(assistant, limits=LIMITS, listen=listener) as server:
+        connections = [server.send(post(spoken("x"))) for _ in range(AT_ONCE["ears"] + 2)]
+        wait_until(lambda: server.api.places.taken["ears"] == AT_ONCE["ears"] + 2)
+        wait_until(lambda: listener.begun == AT_ONCE["ears"])
         for connection in connections:
             connection.close()
         wait_until(lambda: server.api.measures.in_flight == 0)
-        assert heard == [] and server.api.budget.held == 0
-        go_on.set()
+        wait_until(lambda: stops(assistant))  # no thread goes on with it either
+        assert server.api.budget.held == 0 and listener.heard == []
+        listener.go_on.set()
+        assert server.exchange(post(spoken("What colour is the star?")))[0] == 200
+        assert listener.heard == [b"What colour is the star?"]
+        assert listener.begun == AT_ONCE["ears"] + 1
+    assistant.close()
+
+
+def test_those_who_wait_to_be_heard_or_seen_take_no_place_of_a_text_question(pictures, monkeypatch):
+    listener, assistant = LongListener(), assistant_of()
+    seen, start = threading.Event(), assistant.start
+
+    def slowly(answer) -> None:
+        assert not answer.pictures or seen.wait(60)
+        start(answer)
+
+    monkeypatch.setattr(assistant, "start", slowly)
+    with live(assistant, limits=LIMITS, listen=listener, max_requests=3) as server:
+        held = [server.send(post(spoken("x"))) for _ in range(3)]
+        looked_at = {"messages": with_pictures("x", pictures[0])}
+        held += [server.send(post(looked_at)) for _ in range(3)]
+        taken = server.api.places.taken
+        wait_until(lambda: taken["ears"] == taken["eyes"] == 3)
+        assert say(server.client(), "What colour is the star?")
+        for body, told in ((spoken("x"), "recordings wait"), (looked_at, "pictures wait")):
+            status, headers, answered = server.exchange(post(body))
+            assert status == 503 and headers["retry-after"] and told in answered.decode()
+        page = server.exchange(get("/metrics"))[2]
+        assert b'\nphisight_places_taken{kind="ears"} 3\n' in page
+        assert b'\nphisight_places_taken{kind="text"} 0\n' in page
+        for connection in held:
+            connection.close()
+        wait_until(lambda: server.api.measures.in_flight == 0)
+        seen.set()
         wait_until(lambda: stops(assistant))
-        assert heard == [b"x"] and assistant.statistics()["tokens_generated"] == 0
     assistant.close()
 
 

@@ -10,18 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 import wave
 from io import BytesIO
 from pathlib import Path
 
+import numpy
 import openai
 import pytest
 import runs
 from live_server import ask, assistant_of, get, live, post, wait_until
 
 import serve
+from api.api import AT_ONCE
 from benchmarks.serve_load import Server, ask_alone, mixture, question_bodies, send_all, serving
 from data.dataset import Message, Part
 from errors import PhiSightError
@@ -198,6 +201,36 @@ def test_a_recording_is_heard_by_whisper():
         answer = server.client().chat.completions.create(model="tiny", messages=spoken(said))
         expected = assistant.reply([Message("user", (Part("text", heard),))])
         assert answer.choices[0].message.content == "".join(expected)
+    assistant.close()
+
+
+@pytest.mark.skipif(not WHISPER.exists(), reason="there is no small Whisper here")
+def test_who_has_gone_is_not_heard_to_the_end_of_his_recording(monkeypatch):
+    """Ten minutes of a voice: the child that decodes it is ended, and Whisper's next window not
+    begun, when the client goes."""
+    from sounds import RATE, encoded, vowels
+
+    speech = loaded_once(str(WHISPER))()
+    windows, decode = [], speech._decode
+
+    def counted(*given: object):
+        windows.append(given)
+        return decode(*given)
+
+    monkeypatch.setattr(speech, "_decode", counted)
+    utterance = numpy.concatenate([vowels(), numpy.zeros(RATE, "float32")])
+    long = encoded(numpy.tile(utterance, 240), RATE, "MP3")
+    assistant = assistant_of()
+    with live(assistant, listen=serve.listening(lambda: speech)) as server:
+        connection = server.send(post({"messages": spoken(long)}))
+        wait_until(lambda: len(windows) > 1)
+        second = server.send(post({"messages": spoken(long)}))
+        wait_until(lambda: server.api.places.taken["ears"] == 2)
+        connection.close()
+        second.close()
+        wait_until(lambda: not server.api.measures.in_flight)
+        wait_until(lambda: "question" not in [thread.name for thread in threading.enumerate()])
+        assert len(windows) < 100 and server.api.turns["ears"]._value == AT_ONCE["ears"]
     assistant.close()
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +22,16 @@ from sounds import JFK, RATE, TINY, needs_espeak, said, tiny, vowels
 from assistant.messages import user_message
 from errors import PhiSightError
 from speech.activity import has_voice, utterances
+from speech.model_file import _shapes
 from speech.recordings import read_audio
 from speech.spoken import listener
+from speech.turns import Turns
 from speech.voice import Voice, write_wav
-from speech.whisper import Segment, Speech
+from speech.whisper import NoSpeech, Segment, Speech, TooLong, is_believable, write_down
 from tools import build_whisper
 from tools.tiny import listener as taught
 from tools.tiny import utterances as sentences
+from workers import Cancelled
 
 # -- models ---------------------------------------------------------------------------------------
 
@@ -75,7 +83,7 @@ def test_the_language_of_the_first_words_is_that_of_all(tmp_path):
     asked = []
 
     class Result:
-        text, language = "hola", "es"
+        text, language, tokens = "hola", "es", (1, 2)
         no_speech_prob, avg_logprob, compression_ratio = 0.0, -0.1, 1.0
 
     def listen(audio, language, translate):
@@ -88,26 +96,172 @@ def test_the_language_of_the_first_words_is_that_of_all(tmp_path):
     assert asked == [None, "es"]
 
 
+@dataclass
+class Heard:
+    """What Whisper makes of a window."""
+
+    no_speech_prob: float = 0.1
+    avg_logprob: float = -0.2
+    compression_ratio: float = 1.1
+    text: str = "a star"
+    tokens: Sequence[int] = (1, 2)
+    language: str = "en"
+
+
 @pytest.mark.parametrize(
-    ("no_speech", "likely", "packing", "text", "kept"),
+    ("heard", "kept", "kept_without_voice"),
     [
-        (0.1, -0.2, 1.1, "a star", True),
-        (0.7, -0.5, 1.1, "a star", True),
-        (0.7, -1.2, 1.1, "a star", False),
-        (0.95, -0.1, 1.1, "a star", False),
-        (0.1, -0.2, 2.6, "star star star", False),
-        (0.1, -1.5, 1.1, "a star", True),
-        (0.1, -0.2, 1.1, " ... ", False),
+        (Heard(), True, True),
+        (Heard(0.7, -0.5), True, False),
+        (Heard(0.7, -1.2), False, False),
+        (Heard(0.95, -0.1), False, False),
+        (Heard(0.1, -1.2), True, True),
+        # As Whisper base heard them: an arpeggio, a siren, typing; whispering, "Stop." in noise.
+        (Heard(0.27, -1.85, 0.3, "1.0%"), False, False),
+        (Heard(0.55, -2.55, 0.1, "I"), False, False),
+        (Heard(0.68, -0.83, 0.6, "Thank you."), True, False),
+        (Heard(0.06, -0.21), True, True),
+        (Heard(0.46, -0.51, 0.4, "Stop."), True, True),
     ],
 )
-def test_what_whisper_doubts_is_dropped(tmp_path, no_speech, likely, packing, text, kept):
-    class Result:
-        language, no_speech_prob, avg_logprob, compression_ratio = "en", no_speech, likely, packing
+def test_what_whisper_doubts_is_dropped(heard, kept, kept_without_voice):
+    assert (is_believable(heard, True), is_believable(heard, False)) == (kept, kept_without_voice)
 
-    Result.text = text
-    model = Speech(tiny().model, "tiny")
-    model._decode = lambda *arguments: Result
-    assert bool(list(model.transcribe(vowels()))) == kept
+
+def of_full_size(results: Callable[[np.ndarray], Heard]) -> Speech:
+    """A `Speech` with the room of OpenAI's Whispers, that answers with `results`."""
+    model = Speech(tiny().model, "made up")
+    model.joins, model.longest = True, 28.0
+    model._decode = lambda window, language, translate: results(window)
+    return model
+
+
+@pytest.mark.parametrize("text", [" ... ", ""])
+def test_a_text_without_letters_is_nothing(text):
+    assert list(of_full_size(lambda window: Heard(text=text)).transcribe(vowels())) == []
+
+
+def test_speech_that_repeats_itself_is_kept_and_circles_are_heard_in_parts():
+    room = tiny().model.dims.n_text_ctx // 2
+    again = Heard(0.1, -0.1, 5.3, "call me. " * 8, tokens=range(room - 1))
+    assert len(list(of_full_size(lambda window: again).transcribe(vowels(8.0)))) == 1
+    # Written until there was no more room: each part is heard alone, and what ends is kept.
+    circles = Heard(0.1, -0.1, 26.0, "call me. " * 99, tokens=range(room))
+    sizes = []
+
+    def hear(window: np.ndarray) -> Heard:
+        sizes.append(len(window) / RATE)
+        return circles if len(window) > 5 * RATE else Heard(text="call me")
+
+    segments = list(of_full_size(hear).transcribe(vowels(8.0)))
+    assert [segment.text for segment in segments] == ["call me"] * (len(sizes) - 1)
+    assert sizes[0] > 7.9 and abs(sum(sizes[1:]) - sizes[0]) < 0.1
+    assert segments[0].start == 0 and abs(segments[-1].end - 8) < 0.1
+    assert all(a.end <= b.start for a, b in zip(segments, segments[1:]))
+    # What goes in circles again and again, as music does, comes to nothing after a few trials.
+    sizes.clear()
+    assert list(of_full_size(lambda window: sizes.append(1) or circles).transcribe(vowels(8))) == []
+    assert len(sizes) <= 1 + 3 + 9
+    noise_of_nobody = Heard(0.95, -0.1, 26.0, "woo " * 99, tokens=range(room))
+    sizes.clear()
+    assert (
+        list(of_full_size(lambda w: sizes.append(1) or noise_of_nobody).transcribe(vowels(8))) == []
+    )
+    assert len(sizes) == 1  # nobody speaks: its parts need no hearing
+
+
+def test_whispering_reaches_a_whisper_of_full_size_and_no_other():
+    whisper = np.random.default_rng(0).normal(0, 0.05, RATE).astype(np.float32)  # without a voice
+    assert [s.text for s in of_full_size(lambda window: Heard()).transcribe(whisper)] == ["a star"]
+    small = Speech(tiny().model, "made up")
+    small._decode = lambda *window: Heard()
+    assert list(small.transcribe(whisper)) == []
+
+
+# -- turns, and those who have gone ----------------------------------------------------------------
+
+
+def test_who_goes_is_heard_no_further():
+    heard: list[int] = []
+    gap = np.zeros(RATE, np.float32)
+    audio = np.concatenate([vowels(), gap] * 4)
+    model = Speech(tiny().model, "made up")
+    model._decode = lambda *window: heard.append(1) or Heard()
+    with pytest.raises(Cancelled):
+        for segment in model.transcribe(audio, cancelled=lambda: len(heard) == 2):
+            assert segment.text == "a star"
+    assert len(heard) == 2
+    with pytest.raises(Cancelled):
+        model.text(audio, cancelled=lambda: True)
+    assert len(heard) == 2
+
+
+def test_a_short_question_waits_for_one_window_of_a_long_recording():
+    gap = np.zeros(RATE, np.float32)
+    order: list[str] = []
+    began, go_on = threading.Event(), threading.Event()
+    model = Speech(tiny().model, "made up")
+
+    def hear(window: np.ndarray, *rest: object) -> Heard:
+        name = "short" if len(window) < 1.5 * RATE else "long"
+        order.append(name)
+        if len(order) == 1:
+            began.set()
+            assert go_on.wait(20)
+        return Heard()
+
+    model._decode = hear
+    long = threading.Thread(
+        target=lambda: list(model.transcribe(np.concatenate([vowels(2), gap] * 6)))
+    )
+    short = threading.Thread(target=lambda: list(model.transcribe(vowels(0.8))))
+    long.start()
+    assert began.wait(20)
+    short.start()
+    while len(model._turns._asking) < 2:
+        time.sleep(0.01)
+    go_on.set()
+    long.join()
+    short.join()
+    assert order == ["long", "short"] + ["long"] * 5
+
+
+def test_who_waits_for_a_turn_can_leave():
+    turns, left = Turns(), threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(Cancelled), turns.take(left.is_set):
+            raise AssertionError("the turn was not free")
+
+    with turns.take():
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while len(turns._asking) < 2:
+            time.sleep(0.01)
+        left.set()
+        waiting.join(20)
+        assert not waiting.is_alive()
+    with turns.take():  # nobody else has it
+        pass
+
+
+def test_a_recording_longer_than_the_context_stops_there_and_keeps_its_text():
+    heard, shown = [], []
+    model = Speech(tiny().model, "made up")
+    model._decode = lambda *window: heard.append(1) or Heard(text="one two")
+    audio = np.concatenate([vowels(), np.zeros(RATE, np.float32)] * 60)
+    with pytest.raises(TooLong, match="first 0.1 minutes fill .*--transcribe") as error:
+        write_down(model.transcribe(audio), lambda text: len(text.split()) <= 5, shown.append)
+    assert error.value.text == "one two one two one two" and shown == ["one two"] * 3
+    assert len(heard) == 3 and "picture" not in str(error.value)
+    with pytest.raises(TooLong):
+        model.text(audio, fits=lambda text: False)
+
+
+def test_no_speech_blames_nothing_but_the_sound():
+    with pytest.raises(NoSpeech) as error:
+        tiny().text(np.zeros(RATE, np.float32))
+    assert "microphone" not in str(error.value)
 
 
 def test_what_the_model_cannot_do_is_told_before_anything_is_heard():
@@ -175,6 +329,75 @@ def test_a_file_that_is_no_whisper_is_refused(content, tmp_path, monkeypatch):
     with pytest.raises(PhiSightError, match="m.pt: .*name another .pt") as error:
         Speech.load(path)
     assert "\n" not in str(error.value) and not (tmp_path / "sprung").exists()
+
+
+LIMITS_OF_SIZE = """
+import resource, sys, zipfile
+import torch
+from errors import PhiSightError
+from speech import model_file
+from speech.whisper import Speech
+
+folder, DIMENSIONS = sys.argv[1], model_file.LARGEST_DIMENSIONS
+shapes = model_file._shapes(DIMENSIONS)
+
+
+class Bytes:
+    def __reduce__(self):
+        return bytearray, (8 << 30,)
+
+
+def with_state(value):
+    return {"dims": DIMENSIONS, "model_state_dict": {key: value(s) for key, s in shapes.items()}}
+
+
+files = {
+    "no weights": {"dims": DIMENSIONS, "model_state_dict": {}},
+    "one element repeated": with_state(lambda shape: torch.zeros(1).expand(shape)),
+    "no elements at all": with_state(lambda shape: torch.empty(shape, device="meta")),
+    "sparse": with_state(lambda s: torch.sparse_coo_tensor(torch.zeros(len(s), 0), [], s)),
+    "whole numbers": with_state(lambda shape: torch.zeros(1, dtype=torch.int8).expand(shape)),
+    "8 GB of bytes": {"dims": DIMENSIONS, "model_state_dict": {}, "more": Bytes()},
+}
+paths = []
+for name, content in files.items():
+    paths.append(f"{folder}/{name}.pt")
+    torch.save(content, paths[-1])
+torch.save({"dims": DIMENSIONS, "more": torch.zeros(25_000_000)}, f"{folder}/large.pt")
+paths.append(f"{folder}/packed.pt")
+with zipfile.ZipFile(f"{folder}/large.pt") as a, zipfile.ZipFile(paths[-1], "w") as b:
+    for entry in a.infolist():
+        b.writestr(entry.filename, a.read(entry), zipfile.ZIP_DEFLATED)
+import whisper
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in paths:
+    try:
+        Speech.load(path)
+    except PhiSightError as error:
+        assert "name another .pt" in str(error), error
+    else:
+        print(path, "was loaded")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used) >> 10, "MB")
+"""
+
+
+def test_no_model_is_made_by_sizes_that_a_file_only_claims(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITS_OF_SIZE, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(runs.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    megabytes, unit = done.stdout.split()
+    assert unit == "MB" and int(megabytes) < 50, done.stdout
+
+
+def test_the_shapes_that_are_wanted_are_those_of_whisper(tmp_path):
+    saved = torch.load(small_whisper(tmp_path / "m.pt"), weights_only=True)
+    shapes = {key: tuple(value.shape) for key, value in saved["model_state_dict"].items()}
+    assert _shapes(saved["dims"]) == shapes
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):

@@ -297,7 +297,9 @@ def prepared() -> tuple[Assembled, TrainingData]:
     """The recipe's model without dropout, and its data."""
     config, _ = train.parse(runs.flags(runs.shared() / "never-made", lora_dropout=0.0))
     parts = assemble(config)
-    return parts, prepare(config, parts.chat_format, store(), lambda: VisionTower(parts.vision))
+    return parts, prepare(
+        config, parts.chat_format, store(), lambda: VisionTower(parts.vision), positions=2048
+    )
 
 
 @functools.cache

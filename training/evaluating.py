@@ -12,7 +12,7 @@ from training.run import Run
 
 
 def evaluation_is_due(run: Run) -> bool:
-    every = run.config.evaluate_steps
+    every = run.config.evaluate_steps if run.data.validation else 0
     return every > 0 and (run.progress.step % every == 0 or bool(run.progress.finished))
 
 

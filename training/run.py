@@ -106,7 +106,11 @@ def prepare_run(
             config.features, parts.vision.key, parts.vision.shape, config.feature_storage
         )
         data = prepare(
-            config, parts.chat_format, store, lambda: VisionTower(parts.vision, parts.device)
+            config,
+            parts.chat_format,
+            store,
+            lambda: VisionTower(parts.vision, parts.device),
+            positions=parts.base.model.config.max_position_embeddings,
         )
 
     lengths = data.train.lengths

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +12,14 @@ from api.page_guard import Guard
 from assistant.assistant import Assistant
 from speech.voice import Voice
 from speech.whisper import Speech
+from web.failures import tell_failures_once
+from web.presence import Presence
+from web.temporary import EXAMPLES, UPLOADS, Uploads, own_folder
 
 if TYPE_CHECKING:  # Gradio is imported after what it reads at that moment has been set
     from fastapi import FastAPI
-    from gradio import Blocks
+
+    from web.page import Page
 
 MAX_UPLOAD = 20 * 1024 * 1024  # bytes of one file
 UPLOADS_KEPT = (3600, 24 * 3600)  # looked through every so many seconds; removed at that age
@@ -32,7 +33,7 @@ def build_app(
     runs: str | Path = "runs",
     speech: Callable[[], Speech] | None = None,
     voice: Callable[[str], Voice] | None = None,
-) -> Blocks:
+) -> Page:
     """The page, to be mounted by `mount`.
 
     Args: `conversations`: folder of the saved conversations; `runs`: folder whose runs the training
@@ -47,16 +48,17 @@ def build_app(
     from web.chat_view import ChatView
     from web.conversation_store import prepare_root
     from web.examples import draw_examples
-    from web.page import Translated
+    from web.page import Page, Translated
     from web.talk import Talk
     from web.training_page import TrainingPage
 
     translated = Translated()
-    examples = draw_examples(_temporary_folder("examples"))
+    examples = draw_examples(own_folder() / EXAMPLES)
     view = ChatView(prepare_root(conversations), examples, translated)
-    chat = ChatPage(Talk(assistant, speech, voice), view)
+    talk = Talk(assistant, speech, voice)
+    chat = ChatPage(talk, view)
     batch = BatchPage(assistant, translated)
-    with gr.Blocks(
+    with Page(
         title="PhiSight", analytics_enabled=False, delete_cache=UPLOADS_KEPT, fill_width=True
     ) as blocks:
         with gr.Sidebar(width=300, open=False) as sidebar:
@@ -74,11 +76,12 @@ def build_app(
         chat.connect(blocks, sidebar)
         batch.connect(view.session, view.settings)
         training.connect(tab, blocks)
+    blocks.on_left += [talk.stop, batch.stop_window]
     blocks.queue(max_size=256, api_open=False)
     return blocks
 
 
-def mount(app: FastAPI, blocks: Blocks, path: str = "/") -> FastAPI:
+def mount(app: FastAPI, blocks: Page, path: str = "/") -> FastAPI:
     """Mount the page into an application, behind its guard; returns the application.
 
     Nothing outside the upload folder can be read back: Gradio checks the paths that a browser names
@@ -109,11 +112,20 @@ def mount(app: FastAPI, blocks: Blocks, path: str = "/") -> FastAPI:
         css=STYLE.read_text(),
     )
     blocks.has_launched = True
-    app.add_middleware(Guard)
+    uploads = Uploads(own_folder() / UPLOADS, keep=lambda: kept_files(blocks))
+    uploads.keep_sweeping()
+    app.add_middleware(Presence, left=blocks.left)
+    app.add_middleware(Guard, uploads=uploads)
     return app
 
 
-def web_application(page: Blocks) -> FastAPI:
+def kept_files(blocks: Page) -> set[str]:
+    """Files of the page itself, such as the examples' pictures."""
+    components = blocks.blocks.values()
+    return set().union(*(getattr(one, "keep_in_cache", ()) for one in components))
+
+
+def web_application(page: Page) -> FastAPI:
     """What `build_app` has built, as an ASGI application of its own."""
     from fastapi import FastAPI
 
@@ -140,11 +152,5 @@ def _prepare_gradio() -> None:
     which goes when the program ends."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if "GRADIO_TEMP_DIR" not in os.environ:
-        os.environ["GRADIO_TEMP_DIR"] = _temporary_folder("uploads")
-
-
-def _temporary_folder(name: str) -> str:
-    folder = tempfile.mkdtemp(prefix=f"phisight-{name}-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    os.environ["GRADIO_TEMP_DIR"] = str(own_folder() / UPLOADS)
+    tell_failures_once()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from web.page import QUEUED, Translated, Updates, errors_shown, window_of
 from web.session import Session
 from web.settings import Settings, settings_from
 from web.settings_panel import SettingsPanel
+from web.temporary import made_file
 from web.uploads import read_picture
 
 MAX_PICTURES = 500
@@ -116,13 +116,21 @@ class BatchPage:
                 if time.perf_counter() - last > REFRESH_SECONDS:
                     yield self._shown(rows, done, language)
                     last = time.perf_counter()
-            yield {
-                **self._shown(rows, done, language),
-                self.download: gr.update(value=write_csv(rows, language), visible=True),
-            }
+            table = write_csv(rows, language)
+            try:
+                yield {
+                    **self._shown(rows, done, language),
+                    self.download: gr.update(value=table, visible=True),
+                }
+            finally:  # Gradio has copied it by now
+                Path(table).unlink(missing_ok=True)
 
     def on_stop(self, request: gr.Request) -> None:
-        stop = self._stops.get(window_of(request))
+        self.stop_window(window_of(request))
+
+    def stop_window(self, window: str) -> None:
+        """End the batch of a window."""
+        stop = self._stops.get(window)
         if stop is not None:
             stop.set()
 
@@ -163,6 +171,8 @@ def answers(
                 pictures={path.name: read_picture(path)},
             )
             replies.append(reply)
+            if stop.is_set():  # it was, while the picture was looked at
+                reply.cancel()
             return index, "".join(reply).strip()
         except PhiSightError as error:
             return index, f"({' '.join(str(error).split())})"
@@ -182,10 +192,9 @@ def answers(
 def write_csv(rows: Sequence[Sequence[str]], language: str) -> str:
     """The path of a CSV that spreadsheets open as text: UTF-8 with a byte order mark, and no
     cell a formula."""
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="answers-", suffix=".csv", delete=False, encoding="utf-8-sig", newline=""
-    ) as file:
+    path = made_file(".csv")
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
         for row in (header(language), *rows):
             writer.writerow([f"'{cell}" if cell.startswith(FORMULA) else cell for cell in row])
-    return file.name
+    return str(path)

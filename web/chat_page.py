@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from web.page import QUEUED, Updates, errors_shown, window_of
 from web.session import Browser, Session
 from web.settings import Settings, settings_from
 from web.talk import Talk
+from web.temporary import made_file
 
 NARROW = 768  # pixels: below, the sidebar covers the page and is opened only when it is wanted
 
@@ -157,7 +157,7 @@ class ChatPage:
             self.talk.must_be_idle(window_of(request))
             if not recording:
                 raise RequestError("no_recording")
-            for segment in self.talk.segments(recording, settings_from(values)):
+            for segment in self.talk.segments(recording, settings_from(values), window_of(request)):
                 heard = f"{heard} {segment.text.strip()}".strip()
                 yield {view.heard: heard}
             files = [path for path, _ in gallery or ()]
@@ -179,7 +179,9 @@ class ChatPage:
             self.talk.must_be_idle(window_of(request))
             settings = settings_from(values)
             try:
-                question = self.talk.question(store, conversation, text, files, settings)
+                question = self.talk.question(
+                    store, conversation, text, files, settings, window_of(request)
+                )
             except UploadError as error:
                 files = [path for path in files if Path(path) != error.path]
                 raise
@@ -280,12 +282,15 @@ class ChatPage:
             return
         with errors_shown(session.language):
             samples, rate = self.talk.speak(text, language)
-            with tempfile.NamedTemporaryFile(suffix=".wav", delete=False) as file:
-                write_wav(file.name, samples, rate)
-            yield {
-                **self.view.of_session(session),
-                self.view.speech: gr.update(value=file.name, visible=True),
-            }
+            file = made_file(".wav")
+            try:
+                write_wav(file, samples, rate)
+                yield {
+                    **self.view.of_session(session),
+                    self.view.speech: gr.update(value=str(file), visible=True),
+                }
+            finally:  # Gradio has copied it by now
+                file.unlink(missing_ok=True)
 
 
 def _question_at(

@@ -8,21 +8,25 @@ The browser keeps only its key, which nobody else knows; the disk keeps only the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import re
 import secrets
 import shutil
+import time
 from pathlib import Path
 
 from data.images import decode_image
 from errors import PhiSightError
 from files import read_regular, sweep_stale, whole_file, write_whole
 from web.conversation import ID, MAX_MESSAGES, PICTURE, SavedConversation, from_json, to_json
+from web.temporary import check_disk
 
 KEY = re.compile(r"[0-9a-f]{32}\Z")
 FILE = "conversation.json"
 MAX_BYTES = 8 * 1024 * 1024
+UNASKED_SECONDS = 3600.0  # between a picture and its question
 MAX_CONVERSATIONS = 100  # of one browser; the oldest goes when another is begun
 # What browsers show as it is. Anything else that can be decoded is kept as PNG.
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif"}
@@ -45,7 +49,19 @@ def prepare_root(root: str | Path) -> Path:
         raise PhiSightError(
             f"--conversations {root}: {error.strerror or error}; name a folder that can be written"
         ) from None
+    sweep_unasked(Path(root))
     return Path(root)
+
+
+def sweep_unasked(root: Path) -> None:
+    """Remove conversations that hold pictures and no question: their server was killed when it was
+    about to be asked."""
+    for folder in root.glob("*/*"):
+        if not ID.match(folder.name) or (folder / FILE).exists():
+            continue
+        with contextlib.suppress(OSError):  # deleted at this moment
+            if time.time() - folder.stat().st_mtime > UNASKED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class ConversationStore:
@@ -111,6 +127,7 @@ class ConversationStore:
         path = self._folder_of(id) / kept
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_disk(path.parent)
             with whole_file(path) as temporary:  # under its hash lies the whole picture or nothing
                 if suffix is None:
                     picture.save(temporary, format="PNG")

@@ -24,6 +24,19 @@ Text = str | Callable[[str], str | list[str] | list[tuple[str, str]]]
 """What a field of a component shows: a key of web/texts.py, or a function of the language."""
 
 
+class Page(gr.Blocks):
+    """The whole page, and what is done for it outside Gradio."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.on_left: list[Callable[[str], None]] = []
+        """called with the name of a window that has gone"""
+
+    def left(self, window: str) -> None:
+        for call in self.on_left:
+            call(window)
+
+
 class EventOptions(TypedDict):
     """Keywords of Gradio's event listeners."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,11 @@ from web.conversation_store import ConversationStore
 from web.errors import RequestError, UploadError
 from web.settings import Settings
 from web.uploads import is_recording, read_picture
+from workers import Cancelled
 
+LOOK_SECONDS = 0.05  # how often one who waits for his turn looks whether he is stopped
+LISTENED_TO = 4  # recordings at once; Whisper's windows take turns
+WAITING_TO_BE_HEARD = 12  # each takes a thread of the page's, which has 40
 REFRESH_SECONDS = 0.05  # a page that is redrawn for every token falls behind a fast model
 
 
@@ -49,6 +54,10 @@ class Talk:
     speech: Callable[[], Speech] | None = None
     voice: Callable[[str], Voice] | None = None
     _running: dict[str, Answer] = field(default_factory=dict)  # by window
+    _heard: dict[str, threading.Event] = field(default_factory=dict)  # what stops it, by window
+    _listening: threading.Semaphore = field(
+        default_factory=lambda: threading.Semaphore(LISTENED_TO)
+    )
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     # -- in --------------------------------------------------------------------------------------
@@ -60,6 +69,7 @@ class Talk:
         text: str,
         files: Iterable[str | Path],
         settings: Settings,
+        window: str = "",
     ) -> Message:
         """A user's turn from typed text and uploads: pictures first, then what was typed, then what
         was said in recordings. Pictures are kept with the conversation.
@@ -70,7 +80,9 @@ class Talk:
         for path in map(Path, files):
             try:
                 if is_recording(path.name):
-                    spoken += [segment.text.strip() for segment in self.segments(path, settings)]
+                    spoken += [
+                        segment.text.strip() for segment in self.segments(path, settings, window)
+                    ]
                 else:
                     pictures.append((read_picture(path), path.name))
                     decode_image(*pictures[-1])  # all are judged before the first is kept
@@ -81,22 +93,53 @@ class Talk:
         kept = [store.keep_picture(conversation.id, data, name) for data, name in pictures]
         return question_of(tuple(Part("image", name) for name in kept), " ".join([text, *spoken]))
 
-    def segments(self, path: str | Path, settings: Settings) -> Iterator[Segment]:
-        """What is recognised in a recording, piece by piece as it goes.
+    def segments(self, path: str | Path, settings: Settings, window: str = "") -> Iterator[Segment]:
+        """What is recognised in a recording, piece by piece as it goes, for as long as its window
+        is open and does not stop it.
 
         Raises PhiSightError for what is not a recording or holds no speech, `RequestError` without
-        a model.
+        a model, when too many recordings wait, and when it was stopped.
         """
         if self.speech is None:
             raise RequestError("no_speech_model")
         found_words = False
-        for segment in self.speech().transcribe(
-            read_audio(path), settings.spoken, settings.translate, settings.denoise
-        ):
-            found_words = found_words or bool(segment.text.strip())
-            yield segment
+        with self._ears(window) as stopped:
+            try:
+                audio = read_audio(path, stopped)
+                for segment in self.speech().transcribe(
+                    audio, settings.spoken, settings.translate, settings.denoise, stopped
+                ):
+                    found_words = found_words or bool(segment.text.strip())
+                    yield segment
+            except Cancelled:
+                raise RequestError("not_heard") from None
         if not found_words:
             raise NoSpeech
+
+    @contextmanager
+    def _ears(self, window: str) -> Iterator[Callable[[], bool]]:
+        """A turn to be listened to; gives what says whether the window stopped it or has gone.
+
+        Raises `RequestError` when too many wait, and when it was stopped before its turn came.
+        """
+        stop = threading.Event()
+        with self._lock:
+            if window in self._heard:
+                raise RequestError("still_answering")
+            if len(self._heard) >= LISTENED_TO + WAITING_TO_BE_HEARD:
+                raise RequestError("too_many_recordings")
+            self._heard[window] = stop
+        try:
+            while not self._listening.acquire(timeout=LOOK_SECONDS):
+                if stop.is_set():
+                    raise RequestError("not_heard")
+            try:
+                yield stop.is_set
+            finally:
+                self._listening.release()
+        finally:
+            with self._lock:
+                del self._heard[window]
 
     def speak(self, text: str, language: str) -> tuple[numpy.ndarray, int]:
         """(samples,) float32 and their rate in Hz of a text spoken in a language; `RequestError`
@@ -155,11 +198,15 @@ class Talk:
 
     def must_be_idle(self, window: str) -> None:
         """Raises `RequestError` while an answer of a window is being written."""
-        if window in self._running:
+        if window in self._running or window in self._heard:
             raise RequestError("still_answering")
 
     def stop(self, window: str) -> None:
-        """End the answer of a window within a token; the iteration over it then ends."""
+        """End the answer of a window within a token, and the listening to its recording; what
+        iterates over it then ends."""
+        heard = self._heard.get(window)
+        if heard is not None:
+            heard.set()
         reply = self._running.get(window)
         if reply is not None:
             reply.cancel()

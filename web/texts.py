@@ -86,6 +86,18 @@ _TABLE: dict[str, tuple[str, str, str, str]] = {
         "Eine Antwort wird noch geschrieben; bitte erst anhalten.",
         "回答仍在生成，请先停止。",
     ),
+    "too_many_recordings": (
+        "Many recordings wait to be heard; try again in a moment.",
+        "Hay muchas grabaciones en espera; inténtalo de nuevo en un momento.",
+        "Viele Aufnahmen warten; bitte gleich noch einmal versuchen.",
+        "等待识别的录音较多，请稍后再试。",
+    ),
+    "not_heard": (
+        "The recording was stopped before it was heard to its end.",
+        "La grabación se detuvo antes de oírse hasta el final.",
+        "Die Aufnahme wurde angehalten, bevor sie zu Ende gehört war.",
+        "录音在识别完成之前已停止。",
+    ),
     "no_answer": ("(no answer)", "(sin respuesta)", "(keine Antwort)", "（没有回答）"),
     "stop": ("Stop", "Detener", "Anhalten", "停止"),
     "nothing_there": (

@@ -1,0 +1,121 @@
+"""The program that a child process of workers.py runs: functions on untrusted bytes, within limits.
+
+A request and a reply are each a length, a JSON header and raw bytes. The request names a function,
+and the parent is trusted; the reply is not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import threading
+from typing import Any
+
+from errors import PhiSightError
+
+Result = tuple[Any, "bytes | bytearray | memoryview"]
+"""What a function of a child returns: a small value that JSON holds, and raw bytes."""
+
+LENGTHS = struct.Struct("<IQ")  # bytes of the JSON header, and of the raw bytes behind it
+REASON_CHARACTERS = 300
+
+
+def serve(descriptor: int) -> None:
+    """Answer requests from a socket until the parent closes it, or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with socket.socket(fileno=descriptor) as connection:
+        while (request := _next_request(connection)) is not None:
+            reply, result = _answer(*request)
+            del request
+            reply["resident"] = _pages(1)
+            header = json.dumps(reply).encode()
+            connection.sendall(LENGTHS.pack(len(header), len(result)) + header)
+            connection.sendall(result)
+            del result
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of standard input: nobody writes to it, so the parent has ended."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _next_request(connection: socket.socket) -> tuple[dict[str, Any], bytearray] | None:
+    lengths = _receive_exactly(connection, LENGTHS.size)
+    if not lengths:
+        return None
+    head, raw = LENGTHS.unpack(lengths)
+    return json.loads(_receive_exactly(connection, head)), _receive_exactly(connection, raw)
+
+
+def _receive_exactly(connection: socket.socket, count: int) -> bytearray:
+    """`count` bytes; fewer only where the connection has ended."""
+    data = bytearray(count)
+    view, received = memoryview(data), 0
+    while received < count and (got := connection.recv_into(view[received:])):
+        received += got
+    view.release()
+    del data[received:]
+    return data
+
+
+def _answer(request: dict[str, Any], data: bytearray) -> tuple[dict[str, Any], memoryview]:
+    """Call the function that a request names, within its limits."""
+    nothing = memoryview(b"")
+    try:
+        module, name = request["function"].split(":")
+        function = getattr(importlib.import_module(module), name)
+        _limit(request["cpu_seconds"], request["memory"])
+        value, result = function(data, **request["arguments"])
+        return {"value": value}, memoryview(result).cast("B")
+    except PhiSightError as error:
+        return {"refused": str(error)}, nothing
+    except MemoryError:
+        return {"died": f"takes over {request['memory'] >> 20:,} MB of memory to read"}, nothing
+    except Exception as error:  # a stranger's bytes make decoders raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_CHARACTERS]
+        return {"died": f"cannot be read ({reason})"}, nothing
+    finally:
+        sys.stderr.flush()
+        _set_limits(None, None)  # the next request has its own
+
+
+def _limit(cpu_seconds: int, memory: int) -> None:
+    """Let this process take so much more than it has taken."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    mapped = _pages(0)
+    _set_limits(
+        int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds, mapped + memory if mapped else None
+    )
+
+
+def _set_limits(cpu_seconds: int | None, mapped: int | None) -> None:
+    """Of this process in all; None for as much as it was started with."""
+    for kind, limit in ((resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_AS, mapped)):
+        _, hard = resource.getrlimit(kind)
+        soft = hard if limit is None else limit
+        if hard != resource.RLIM_INFINITY:
+            soft = min(soft, hard)
+        resource.setrlimit(kind, (soft, hard))
+
+
+def _pages(which: int) -> int:
+    """Bytes that this process has mapped (0) or resident (1); 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[which]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
