@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     LlavaForConditionalGeneration,
-    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from assistant.assistant import Assistant
@@ -84,9 +85,7 @@ def answers_as_llava(assistant: Assistant, probe: Probe, folder: Path) -> list[s
 
 
 @torch.no_grad()
-def _generated(
-    assistant: Assistant, probe: Probe, model: PreTrainedModel, inputs: Inputs
-) -> list[str]:
+def _generated(assistant: Assistant, probe: Probe, model: Any, inputs: Inputs) -> list[str]:
     """One prompt after the other, as `generate` pads rows of different lengths on a side."""
     device = assistant.parts.device
     if not getattr(model, "is_quantized", False):  # such a model is where it was loaded to
@@ -102,14 +101,17 @@ def _generated(
     return answers
 
 
-def check_prompts(assistant: Assistant, tokenizer: Callable) -> None:
+def check_prompts(assistant: Assistant, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `PhiSightError` unless the folder's tokenizer and chat template give the ids that the
     model was trained on."""
-    turns = (("system", "Be brief."), ("user", " What\nis it? "), ("assistant", "A cat."))
-    turns = (*turns, ("user", "Where?"))
-    messages = [Message(role, (Part("text", text),)) for role, text in turns]
+    messages = [
+        Message("system", (Part("text", "Be brief."),)),
+        Message("user", (Part("text", " What\nis it? "),)),
+        Message("assistant", (Part("text", "A cat."),)),
+        Message("user", (Part("text", "Where?"),)),
+    ]
     wanted = render(messages, assistant.parts.chat_format, add_generation_prompt=True).input_ids
-    plain = [{"role": role, "content": text} for role, text in turns]
+    plain = [{"role": message.role, "content": message.parts[0].value} for message in messages]
     text = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
     if tokenizer(text, add_special_tokens=False).input_ids != wanted:
         raise PhiSightError(

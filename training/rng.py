@@ -67,12 +67,12 @@ def set_rng_state(state: Mapping[str, Tensor]) -> None:
     keys = words.astype(numpy.uint32)
     try:
         # What the libraries do not ask: numpy would read behind its words, or draw a NaN.
-        waiting = (*gauss, state["numpy.cached_gaussian"].item())
+        gaussians = (*gauss, state["numpy.cached_gaussian"].item())
         if not (0 <= position <= len(words) and has_gauss in (0, 1) and (keys == words).all()):
             raise ValueError("numpy's place or words are out of range")
         if state["python.gauss_next"].dim() != 1 or len(gauss) > 1:
             raise ValueError("more than one Gaussian waits")
-        if not all(map(math.isfinite, waiting)):
+        if not all(map(math.isfinite, gaussians)):
             raise ValueError("a Gaussian that waits is not finite")
         random.setstate((3, tuple(state["python.words"].tolist()), gauss[0] if gauss else None))
         numpy.random.set_state(

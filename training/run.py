@@ -140,8 +140,6 @@ def prepare_run(
     else:
         check_resume(run, checkpoint, options.allow_changes)
         restore(run, checkpoint)
-        if ranks.is_first:  # only now: a checkpoint of another run must not cost this one its own
-            checkpoints.tidy(config.run, checkpoint, config.keep_checkpoints)
     if ranks.is_first:
         write_quarantine(Path(config.run) / "quarantine.jsonl", data.quarantined)
     return run
@@ -206,4 +204,6 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
                 f"{run.log.path}: {cut:,} bytes that were logged after step {checkpoint.step} was"
                 " saved are cut off; those steps are made again"
             )
+        # Only now: a checkpoint of another run must not cost this one its own.
+        checkpoints.tidy(run.config.run, checkpoint, run.config.keep_checkpoints)
     run.progress = Progress(**{spec.name: state[spec.name] for spec in fields(Progress)})
