@@ -16,135 +16,50 @@ bears a checkpoint's name has been verified, and one is there at every instant.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import itertools
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 import config as configs
 import files
 import manifest as manifests
+from checkpoint_state import (
+    CONFIG,
+    OWNERS,
+    TRAINER_STATE,
+    WEIGHTS,
+    Checkpoint,
+    Snapshot,
+    Tokenizer,
+    digest_of_rows,
+    document_problems,
+    take_snapshot,
+    tensor_problem,
+)
+from checkpoint_state import weights_digest as weights_digest  # others call it by this module
 from errors import PhiSightError, run_main
 from manifest import MANIFEST, DamagedFolder
 from paths import command, located
 from reports import compare, show
 from reports.log import CHAIN, METRICS, chain_problems, contradictions, read_metrics
-from tensors import distance, sha256_of
 
-OWNERS = {
-    "lora_weights": "lora",
-    "image_projector": "projector",
-    "optimizer": "optimizer",
-    "rng": "rng",
-}  # file stem -> owner
-WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
-CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 BEST = "best"  # RUN/best names the checkpoint of the lowest validation loss that is kept
 FORMER_LATEST = "LATEST"  # former versions wrote the newest one's name there; nothing reads it
+# What a run's folder holds beside checkpoints and is written whole, under a temporary name first.
+WRITTEN = (FORMER_LATEST, "curves.png", "quarantine.jsonl")
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
-class Tokenizer(Protocol):
-    """What a checkpoint needs of a tokenizer."""
-
-    def save_pretrained(self, folder: str, /) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint. `state`: file stem -> tensor name -> CPU tensor."""
-
-    path: Path
-    step: int
-    config: dict
-    trainer_state: dict
-    state: dict[str, dict[str, Tensor]]
-    manifest: dict
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that a checkpoint will hold, copied: training may go on while it is written."""
-
-    step: int
-    state: dict[str, dict[str, Tensor]]
-    documents: dict[str, bytes]  # config.json and trainer_state.json as they will be written
-    tokenizer: Tokenizer | None = None
-    change: dict | None = None  # since the save before: {"since_step", owner: L2 norm}
-
-
 # ---- saving --------------------------------------------------------------------------------------
-
-
-def take_snapshot(
-    step: int,
-    state: Mapping[str, Mapping[str, Tensor]],
-    config: dict,
-    trainer_state: dict,
-    tokenizer: Tokenizer | None = None,
-    previous: Snapshot | Checkpoint | None = None,
-) -> Snapshot:
-    """Copy everything to the CPU. `state` holds every stem of OWNERS; tensors may share memory.
-    With the save before as `previous`, how far the weights moved since is written down too.
-
-    Raises PhiSightError for a missing or unknown stem, a bad step, a value that JSON cannot hold.
-    """
-    if set(state) != set(OWNERS):
-        raise PhiSightError(
-            f"checkpoint: state has {sorted(state)}, not {sorted(OWNERS)}; "
-            "give an empty dictionary for what the run does not have"
-        )
-    if type(step) is not int or step < 0 or trainer_state.get("step", step) != step:
-        raise PhiSightError(
-            f"checkpoint: step {step!r} is not a count or not the step in "
-            "trainer_state; save between two steps"
-        )
-    copies = {
-        stem: {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-            for name, tensor in state[stem].items()
-        }
-        for stem in OWNERS
-    }
-    documents = {
-        CONFIG: manifests.json_bytes(CONFIG, config),
-        TRAINER_STATE: manifests.json_bytes(TRAINER_STATE, trainer_state),
-    }
-    return Snapshot(step, copies, documents, tokenizer, _change(previous, copies))
-
-
-def _change(
-    previous: Snapshot | Checkpoint | None, now: Mapping[str, Mapping[str, Tensor]]
-) -> dict | None:
-    """The L2 norm of what each owner's weights moved; None where there is nothing to compare."""
-    if previous is None or any(previous.state[stem].keys() != now[stem].keys() for stem in WEIGHTS):
-        return None
-    moved = {OWNERS[stem]: distance(previous.state[stem], now[stem]) for stem in WEIGHTS}
-    return {"since_step": previous.step, **moved}
-
-
-def weights_digest(state: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """sha256 over names and bytes of all trained weights: the same number means the same model."""
-    return _digest_of_rows(
-        (stem, name, sha256_of(tensor.detach().cpu()))
-        for stem in WEIGHTS
-        for name, tensor in state[stem].items()
-    )
-
-
-def _digest_of_rows(rows: Iterable[tuple[str, str, str]]) -> str:
-    return hashlib.sha256("\n".join(map(" ".join, sorted(rows))).encode()).hexdigest()
 
 
 def save(
@@ -237,11 +152,28 @@ def remove_all(run_dir: str | Path) -> None:
     """Remove every checkpoint of a run that starts anew, damaged ones too; links and all else stay.
     Raises PhiSightError."""
     run_dir = Path(run_dir)
-    try:
+    with _tidying(run_dir):
         sweep(run_dir)
         for path in checkpoints_in(run_dir):
             if not path.is_symlink() and _step_of(path) is not None:
                 files.remove_folder(path)
+
+
+def tidy(run_dir: str | Path, newest: Checkpoint | None = None, keep: int = 1) -> None:
+    """What a writer that was killed left is cleared, and what it had still to do is done: on every
+    start, by the process that holds the run. Given the `newest` checkpoint, those go that a save
+    of it with `keep` removes. Raises PhiSightError."""
+    run_dir = Path(run_dir)
+    with _tidying(run_dir):
+        sweep(run_dir)
+        if newest is not None:
+            _prune(run_dir, newest.step, keep)
+
+
+@contextlib.contextmanager
+def _tidying(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise PhiSightError(
             f"{run_dir}: cannot remove its checkpoints ({error}); make the folder "
@@ -250,10 +182,11 @@ def remove_all(run_dir: str | Path) -> None:
 
 
 def sweep(run_dir: Path) -> None:
-    """Clear what saves of dead processes left, and what former versions wrote beside checkpoints; a
-    checkpoint that a dead process had set aside is put back."""
-    (run_dir / FORMER_LATEST).unlink(missing_ok=True)
-    files.sweep_dead(run_dir, lambda name: _NAME.fullmatch(name) is not None)
+    """Clear what dead processes left of the files that are written to a run, and what former
+    versions wrote beside checkpoints; a checkpoint that was set aside is put back."""
+    for name in (FORMER_LATEST, f".tmp-{FORMER_LATEST}"):
+        (run_dir / name).unlink(missing_ok=True)
+    files.sweep_dead(run_dir, lambda name: name in WRITTEN or _NAME.fullmatch(name) is not None)
 
 
 def _step_of(path: Path) -> int | None:
@@ -267,9 +200,11 @@ def _step_of(path: Path) -> int | None:
 
 def _read(folder: Path, keep_tensors: bool) -> Checkpoint:
     contents = manifests.read_folder(
-        folder, (CONFIG, TRAINER_STATE), OWNERS.keys(), _step_of(folder), keep_tensors
+        folder, (CONFIG, TRAINER_STATE), OWNERS, _step_of(folder), keep_tensors, tensor_problem
     )
     manifest, documents, tensors = contents.manifest, contents.documents, contents.tensors
+    if problems := [*document_problems(documents, manifest["step"])]:
+        raise DamagedFolder(folder, problems)
     config, trainer_state = documents[CONFIG], documents[TRAINER_STATE]
     return Checkpoint(folder, manifest["step"], config, trainer_state, tensors, manifest)
 
@@ -362,6 +297,8 @@ def resolve(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.name == BEST and not path.exists():
         return load_best(path.parent)
+    if path.is_symlink() and _step_of(path) is None:  # a person's own link to a checkpoint or run
+        path = path.resolve()
     is_checkpoint = (path / MANIFEST).exists() or _step_of(path) is not None
     return load(path) if is_checkpoint else load_newest(path)
 
@@ -369,15 +306,19 @@ def resolve(path: str | Path) -> Checkpoint:
 # ---- runs and their logs -------------------------------------------------------------------------
 
 
-def log_problems(checkpoint: Checkpoint, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where a checkpoint and the log of its run contradict each other."""
-    own = _digest_of_rows(
+def log_problems(checkpoint: Checkpoint, log: Path) -> list[str]:
+    """Where a checkpoint and the log of its run contradict each other, or the log itself: was any
+    record edited that had been written when the checkpoint was saved? What comes after is not
+    looked at. Raises PhiSightError for a log that cannot be read."""
+    records = read_metrics(log, checkpoint.trainer_state.get("metrics_offset", 0))
+    if problems := chain_problems(records):
+        return problems
+    own = digest_of_rows(
         (Path(row["file"]).stem, row["name"], row["sha256"])
         for row in checkpoint.manifest["tensors"]
         if Path(row["file"]).stem in WEIGHTS
     )
-    chain = checkpoint.trainer_state.get(CHAIN, "")
-    return contradictions(records, checkpoint.step, chain, own)
+    return contradictions(records, checkpoint.step, checkpoint.trainer_state.get(CHAIN, ""), own)
 
 
 def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
@@ -386,17 +327,16 @@ def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
     run_dir = Path(run_dir)
     problems: dict[str, list[str]] = {}
     log = run_dir / METRICS
-    records = read_metrics(log) if log.is_file() else []
-    if log.is_file():
-        problems[str(log)] = chain_problems(records)
+    if log.exists():
+        problems[str(log)] = chain_problems(read_metrics(log))
     for folder in checkpoints_in(run_dir):
         try:
             checkpoint = _read(folder, keep_tensors=False)
         except DamagedFolder as error:
             problems[str(folder)] = error.problems
             continue
-        comparable = log.is_file() and not problems[str(log)]
-        problems[str(folder)] = log_problems(checkpoint, records) if comparable else []
+        comparable = log.exists() and not problems[str(log)]
+        problems[str(folder)] = log_problems(checkpoint, log) if comparable else []
     return problems
 
 
@@ -407,7 +347,7 @@ def diff(first: str | Path, second: str | Path) -> compare.Diff:
     logs = [Path(side) / METRICS for side in (first, second)]
     a, b = resolve(first), resolve(second)
     records = None
-    if all(log.is_file() for log in logs):
+    if all(log.exists() for log in logs):
         records = (read_metrics(logs[0]), read_metrics(logs[1]))
     return compare.compare(a, b, OWNERS, records)
 

@@ -1,10 +1,14 @@
-"""Files: written whole or not at all, known by their sha256, and a run's folder held by one writer.
+"""Files: written whole or not at all, read where they are regular, known by their sha256.
 
 **Whole or not at all.** A file or folder is written beside its place under a temporary name, synced
 to the disk, renamed, and the rename synced too, so that a kill or a lost power supply at any
 instant leaves the former content or the new one. What a killed writer left half written bears the
-name `.tmp-NAME-PROCESS` and is swept by the next one. All functions raise the `OSError` of the
+name `.tmp-NAME-PROCESS` and is swept by the next one; where several machines write, the name says
+which one, as another machine's processes cannot be seen. All functions raise the `OSError` of the
 disk: the caller knows what to say about it.
+
+**Regular files alone are read.** A pipe, a device or a socket in the place of a file of ours may
+never end, or wait for ever; `open_regular` refuses it before it is opened.
 
 **Hashes.** A base has several gigabytes, which take seconds to hash. With a folder to remember in,
 the result is kept under the names, sizes, times and inodes of the files, and believed as long as
@@ -18,7 +22,8 @@ time.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
+import functools
 import glob
 import hashlib
 import json
@@ -27,8 +32,10 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,10 +46,34 @@ STALE_SECONDS = 3600.0  # what nobody touched for so long belongs to no process 
 BAR_BYTES = 500 * 10**6  # below that the work is done before a bar could be read
 CHUNK = 4 * 2**20
 MEMORY = "fingerprints"  # the folder of what is remembered
+MEMORY_BYTES = 2**30  # of a file in it; a million pictures make 200 MB
 YOUNG_SECONDS = 2.0  # files touched so recently may change again within one tick of their clock
-LOCK = ".lock"
 
-_LEFT_OVER = re.compile(r"\.(tmp|old)-(.+)-(\d+)")
+_LEFT_OVER = re.compile(r"\.(tmp|old)-(.+)-(\d+)(?:\.[0-9a-f]{8,16})?")
+_WRITER = re.compile(r"-(\d+)(?:\.([0-9a-f]{8})(?:[0-9a-f]{8})?)?")  # the end of a temporary name
+
+
+# -- regular files --------------------------------------------------------------------------------
+
+
+def open_regular(path: Path, follow_links: bool = True) -> BufferedReader:
+    """A file to read bytes from. Raises `OSError`, also for what is not a regular file."""
+    mode = path.stat(follow_symlinks=follow_links).st_mode
+    if not stat.S_ISREG(mode):
+        kind = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe"}.get(
+            stat.S_IFMT(mode), "a device or a socket"
+        )
+        raise OSError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
+    return path.open("rb")
+
+
+def read_regular(path: Path, limit: int, follow_links: bool = True) -> bytes:
+    """All bytes of a regular file. Raises `OSError`, also for one of more than `limit` bytes."""
+    with open_regular(path, follow_links) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"is absurdly large (over {limit:,} bytes)", str(path))
+    return data
 
 
 # -- written whole or not at all ------------------------------------------------------------------
@@ -108,8 +139,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     sweep_stale(path.parent, f".tmp-{glob.escape(path.name)}-*")
-    temporary = temporary_for(path)
-    temporary = temporary.with_name(f"{temporary.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".tmp-{path.name}-{writer()}{secrets.token_hex(4)}")
     try:
         yield temporary
         sync(temporary)
@@ -132,7 +162,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     sweep_stale(path.parent, f".tmp-{glob.escape(path.name)}-*")
-    temporary = temporary_for(path)
+    temporary = path.with_name(f".tmp-{path.name}-{writer()}")
     try:
         temporary.mkdir()
         yield temporary
@@ -176,35 +206,72 @@ def former_name(path: Path) -> str | None:
 
 def sweep_dead(folder: Path, is_ours: Callable[[str], bool]) -> None:
     """Clear what writers that are dead left in a folder that one machine writes to, one process at
-    a time; what they had set aside is put back. `is_ours`: which names of folders are swept."""
+    a time; folders that they had set aside are put back. `is_ours`: which names are swept."""
     for path in list(folder.iterdir()):
         match = _LEFT_OVER.fullmatch(path.name)
         if not match or not is_ours(match[2]) or path.is_symlink() or _lives(int(match[3])):
             continue
-        if former_name(path):
+        if former_name(path) and path.is_dir():
             os.replace(path, folder / match[2])
         else:
-            shutil.rmtree(path)
+            _remove(path)
 
 
-def sweep_stale(folder: Path, pattern: str) -> None:
+def sweep_stale(folder: Path, pattern: str, by_age: bool = True) -> None:
     """Clear what writers that were killed left in a folder that several machines may write to, as
-    `pattern` names it: another machine's processes cannot be seen, so the age decides."""
+    `pattern` names it: what a dead process of this machine wrote, and what nobody touched for
+    `STALE_SECONDS`. Without `by_age` the former alone, as beside files of other programs."""
     for path in folder.glob(pattern):
         try:
-            if time.time() - path.lstat().st_mtime <= STALE_SECONDS:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            if not _is_of_the_dead(path.name):
+                old = time.time() - path.lstat().st_mtime > STALE_SECONDS
+                if not (by_age and old):
+                    continue
+            _remove(path)
         except OSError:  # another process was quicker, or it is not ours to remove
             continue
+
+
+def writer() -> str:
+    """How a temporary name ends that says who writes it: PROCESS.MACHINE."""
+    return f"{os.getpid()}.{_machine()}"
+
+
+@functools.cache
+def _machine() -> str:
+    """Where numbers of processes mean the same: this machine since it was started, and within it
+    this container. Eight hexadecimal digits."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # of Linux alone
+        facts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"),
+            os.readlink("/proc/self/ns/pid"),
+        ]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _is_of_the_dead(name: str) -> bool:
+    """Whether a temporary name was given by a process of this machine that has ended."""
+    match = _WRITER.search(name, max(name.rfind("-"), 0))
+    if not match or match.end() != len(name) or match[2] != _machine():
+        return False
+    process = int(match[1])  # our own may be writing it in another thread
+    return process != os.getpid() and not _lives(process)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder; a link is removed itself, whatever it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _lives(process: int) -> bool:
     """Whether another process of this number is there."""
     if process == os.getpid():  # a name from an earlier life: in a container, always the same id
+        return False
+    if process == 0:  # no process: asking for it would ask for our own group
         return False
     try:
         os.kill(process, 0)
@@ -270,7 +337,7 @@ def _hash_all(paths: Sequence[Path]) -> str:
     with byte_bar(sum(path.stat().st_size for path in paths), "reading the weights") as bar:
         for path in paths:
             own = hashlib.sha256()
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 while count := file.readinto(buffer):
                     own.update(buffer[:count])
                     bar.update(count)
@@ -281,7 +348,7 @@ def _hash_all(paths: Sequence[Path]) -> str:
 def _remembered(place: Path, stamps: list[list]) -> str | None:
     """The sha256 that was remembered, or None for nothing, or for what is not of ours."""
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(place, MEMORY_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or content.get("files") != stamps:
@@ -300,6 +367,7 @@ def _write_memory(place: Path, content: dict) -> None:
     """Write it whole, or leave it: next time the files are only read once more."""
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
+        sweep_stale(place.parent, ".tmp-*")
         write_whole(place, f"{json.dumps(content)}\n".encode())
 
 
@@ -313,7 +381,7 @@ class RememberedHashes:
         self.place, self._changed = place, False
         self._known: dict[str, list] = {}  # name -> [sha256, *stamp]
         try:
-            content = json.loads(place.read_text(encoding="utf-8"))
+            content = json.loads(read_regular(place, MEMORY_BYTES))
         except (OSError, ValueError, RecursionError):
             return
         known = content.get("files") if isinstance(content, dict) else None
@@ -338,69 +406,3 @@ class RememberedHashes:
             seal = _seal(json.dumps(self._known))
             _write_memory(self.place, {"files": self._known, "seal": seal})
             self._changed = False
-
-
-# -- one run, one writer --------------------------------------------------------------------------
-
-
-class RunLock:
-    """Holds a run folder for this process, from `with` to the end of it.
-
-    The kernel gives the lock back when its holder ends, however it ends: one that a dead process
-    left is taken over without asking, and none is ever taken from a living one.
-
-    Raises:
-        PhiSightError: another process holds it (its number and machine are named), or the folder
-            cannot be written to.
-    """
-
-    def __init__(self, run: str | Path) -> None:
-        self.run = Path(run)
-        self.path = self.run / LOCK
-
-    def __enter__(self) -> RunLock:
-        while True:
-            try:
-                self._made = make_folder(self.run)
-                self._file = self.path.open("a+")
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(self._file.fileno()).st_ino == self.path.stat().st_ino:
-                    break
-                self._file.close()  # its former holder was just removing it: this one is nobody's
-            except BlockingIOError:
-                holder = self._holder()
-                self._file.close()
-                raise PhiSightError(
-                    f"{self.run}: {holder} is training there; wait for it, stop it,"
-                    " or choose another --run"
-                ) from None
-            except FileNotFoundError:
-                continue  # removed between two of the calls above
-            except OSError as error:
-                raise PhiSightError(
-                    f"{self.run}: {error.strerror}; make the folder writable, or"
-                    " choose another --run"
-                ) from error
-        self._file.truncate(0)
-        self._file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}))
-        self._file.flush()
-        return self
-
-    def _holder(self) -> str:
-        self._file.seek(0)
-        try:
-            owner = json.loads(self._file.read(1000))
-            return f"process {int(owner['process'])} on {owner['machine']}"
-        except (ValueError, KeyError, TypeError):  # it has taken the lock and not yet signed
-            return "another process"
-
-    def __exit__(self, *_: object) -> None:
-        try:  # a run that could not even start leaves nothing behind
-            if [path.name for path in self.run.iterdir()] == [LOCK]:
-                self.path.unlink()
-                self.run.rmdir()
-                remove_empty(self._made)
-        except OSError:
-            return  # the folder was removed, or something has just been put into it: it stays
-        finally:
-            self._file.close()  # and with it goes the lock

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 import config as configs
 from assistant.flags import (
@@ -44,6 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--batch", metavar="JSONL", help='many questions: {"prompt": ..., "image": ...} a line'
     )
     parser.add_argument("--out", metavar="FILE", help="where --batch or --transcribe writes")
+    parser.add_argument("--retry-failed", action="store_true", help="ask failed lines again")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a stream")
     add_recording_flags(parser)
     options = parser.parse_args(arguments)
@@ -53,6 +53,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise PhiSightError(f"infer.py: {one}")
     if options.transcribe is None and (options.batch is None) != (options.out is None):
         raise PhiSightError("infer.py: --batch and --out belong together; give both")
+    if options.retry_failed and options.batch is None:
+        raise PhiSightError("infer.py: --retry-failed belongs to --batch; leave it out")
     of_one = options.image or options.speak or (options.json and options.transcribe is None)
     if of_one and (options.prompt, options.audio) == (None, None):
         alone = "--image, --json and --speak belong to one question"
@@ -83,16 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def batch(ask: Asker, options: argparse.Namespace) -> int:
     """A file of questions, their answers into another."""
-    from terminal.batch import answer_file
+    from terminal import batch as batches
 
-    answered, failed = answer_file(
-        Path(options.batch),
-        Path(options.out),
-        lambda message, line: ask([message], line),
-        in_flight=2 * options.max_rows,
-    )
-    print(f"{options.out}: {answered} answered, {failed} failed")
-    return 1 if failed else 0
+    return batches.run(options, ask)
 
 
 def answer_one(options: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from config import shown
+from documents import BYTE_LIMIT, COUNT, NUMBER_OR_NULL, TEXT, Kind, parse_json, problems, require
 from errors import PhiSightError, key_problems
-from files import sync_tree
+from files import open_regular, read_regular, sync_tree
 from tensors import as_float64, dtype_name, finite, sha256_of
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
-BYTE_LIMIT = 64 * 2**20  # no JSON file or safetensors header of ours comes near this
 
 _TENSOR_ROW = {
-    "file": str,
-    "owner": str,
-    "name": str,
-    "shape": list,
-    "dtype": str,
-    "mean": (int, float, type(None)),
-    "std": (int, float, type(None)),
-    "sha256": str,
+    "file": TEXT,
+    "owner": TEXT,
+    "name": TEXT,
+    "shape": [COUNT],
+    "dtype": TEXT,
+    "mean": NUMBER_OR_NULL,
+    "std": NUMBER_OR_NULL,
+    "sha256": TEXT,
 }
-_FILE_ROW = {"file": str, "size": int}
+_FILE_ROW = {"file": TEXT, "size": COUNT, "sha256?": TEXT, "header_sha256?": TEXT}
+_MANIFEST = {
+    "format": Kind(f"{FORMAT}", lambda value: type(value) is int and value == FORMAT),
+    "step": COUNT,
+    "tensors": [_TENSOR_ROW],
+    "files": [_FILE_ROW],
+    "change?": Kind("null or norms by owner", lambda value: value is None or _is_change(value)),
+    "sha256": TEXT,
+}
+
+
+def _is_change(value: Any) -> bool:
+    return not [*problems(value, {"since_step": COUNT, "*": NUMBER_OR_NULL})]
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -70,13 +84,13 @@ def file_row(folder: Path, name: str, data: bytes | None = None) -> dict[str, An
     row = {"file": name, "size": path.stat().st_size}
     if "/" not in name and path.suffix == ".safetensors":
         return row | {"header_sha256": hashlib.sha256(_header(path)).hexdigest()}
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return row | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _header(path: Path) -> bytes:
     """The length and the JSON header of a safetensors file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(BYTE_LIMIT, path.stat().st_size - 8):
@@ -112,48 +126,32 @@ def manifest_bytes(body: Mapping[str, Any]) -> bytes:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A manifest that is ours and as it was written. Raises `PhiSightError` with the reason alone,
     and `OSError`."""
-    path = folder / MANIFEST
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise PhiSightError("not a file")
-    if path.stat().st_size > BYTE_LIMIT:
-        raise PhiSightError("absurdly large")
-    data = path.read_bytes()
+    data = read_regular(folder / MANIFEST, BYTE_LIMIT, follow_links=False)
     manifest = parse_json(data)
-    if (
-        manifest.get("format") != FORMAT
-        or type(manifest.get("step")) is not int
-        or not _are_rows(manifest.get("tensors"), _TENSOR_ROW)
-        or not _are_rows(manifest.get("files"), _FILE_ROW)
-    ):
-        raise PhiSightError(f"not a manifest of format {FORMAT}")
+    try:
+        require(manifest, _MANIFEST)
+    except PhiSightError as error:
+        raise PhiSightError(f"not a manifest of format {FORMAT} ({error})") from None
     if manifest_bytes(manifest) != data:
         raise PhiSightError("edited or damaged (its own sha256 does not match)")
     return manifest
 
 
-def _are_rows(rows: Any, types: Mapping[str, Any]) -> bool:
-    return isinstance(rows, list) and all(
-        isinstance(row, dict)
-        and all(isinstance(row.get(field), kind) for field, kind in types.items())
-        for row in rows
-    )
-
-
 def read_tensors(
-    path: Path, rows: Mapping[str, Mapping[str, Any]], problems: list[str]
+    path: Path, rows: Mapping[str, Mapping[str, Any]], wrong: list[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor whose shape, dtype and bytes are those of its row, in the order of rows;
-    what is wrong with the others is added to `problems`."""
+    what is wrong with the others is added to `wrong`."""
     with safe_open(path, framework="pt") as file:
         present = set(file.keys())
-        problems += key_problems(f"{path.name}: tensor ", set(rows), present)
+        wrong += key_problems(f"{path.name}: tensor ", set(rows), present)
         for name, row in rows.items():
             if name not in present:
                 continue
             tensor = file.get_tensor(name).clone()  # not a view of a file that may change
             is_now = _described(tensor) | {"sha256": sha256_of(tensor)}
-            if wrong := [key for key, value in is_now.items() if row[key] != value]:
-                problems.append(f"{path.name}: tensor {name} has another {' and '.join(wrong)}")
+            if other := [key for key, value in is_now.items() if row[key] != value]:
+                wrong.append(f"{path.name}: tensor {name} has another {' and '.join(other)}")
             else:
                 yield name, tensor
 
@@ -220,96 +218,88 @@ class Contents:
 def read_folder(
     folder: Path,
     documents: Collection[str],
-    stems: Collection[str],
+    owners: Mapping[str, str],
     step: int | None,
     keep_tensors: bool,
+    problem_of: Callable[[str, str, Tensor], str] = lambda stem, name, tensor: "",
 ) -> Contents:
     """Read a folder and check everything that its manifest says. Each file is read once.
 
     Args:
         documents: the JSON files that must be there.
-        stems: those of the safetensors files that must be there; beside both, `tokenizer/` may be.
+        owners: the stems of the safetensors files that must be there, and whose tensors they hold;
+            beside both, `tokenizer/` may be.
         step: the one that the manifest must have; None for any.
         keep_tensors: without it the tensors are checked one by one and let go.
+        problem_of: (stem, name, tensor) -> what is wrong with its values, or "".
 
     Raises:
         DamagedFolder: with every problem, each naming its file or tensor.
     """
     name = MANIFEST
-    problems: list[str] = []
-    read: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, dict[str, Tensor]] = {stem: {} for stem in stems}
+    wrong: list[str] = []
+    contents = Contents({}, {}, {stem: {} for stem in owners})
     try:
+        if folder.is_symlink():
+            raise PhiSightError("stands in a folder that is a link, not a folder of its own")
         manifest = read_manifest(folder)
         if step is not None and step != manifest["step"]:
             raise PhiSightError(f"it is of step {manifest['step']}, the folder's name says {step}")
-        rows = {row["file"]: row for row in manifest["files"]}
-        required = {*documents, *(f"{stem}.safetensors" for stem in stems)}
-        present = set(files_below(folder))
-        tokenizer = {file for file in rows if file.startswith("tokenizer/")}
-        problems += key_problems(f"{MANIFEST}: row for ", required, set(rows) - tokenizer)
-        problems += key_problems("", required | tokenizer | {MANIFEST}, present)
-        for name in sorted(set(rows) & present):
+        contents.manifest.update(manifest)
+        file_rows, tensor_rows = _rows_by_file(manifest, owners)
+        wrong += _other_files(folder, set(file_rows), {*documents, *tensor_rows})
+        for name in sorted(set(file_rows) & set(files_below(folder))):
             path = folder / name
-            if path.is_symlink() or path.stat().st_size != rows[name]["size"]:
-                problems.append(f"{name}: a link, or not of the size that was written")
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size != file_rows[name]["size"]:
+                wrong.append(f"{name}: a link, a pipe, or not of the size that was written")
                 continue
-            data = path.read_bytes() if name in documents else None
-            if file_row(folder, name, data) != rows[name]:
-                problems.append(f"{name}: damaged or edited (another sha256)")
+            data = read_regular(path, BYTE_LIMIT) if name in documents else None
+            if file_row(folder, name, data) != file_rows[name]:
+                wrong.append(f"{name}: damaged or edited (another sha256)")
             elif data is not None:
-                read[name] = parse_json(data)
-            elif name in required:
-                own = {row["name"]: row for row in manifest["tensors"] if row["file"] == name}
-                for tensor_name, tensor in read_tensors(path, own, problems):
+                contents.documents[name] = parse_json(data)
+            elif name in tensor_rows:
+                for tensor_name, tensor in read_tensors(path, tensor_rows[name], wrong):
+                    if problem := problem_of(path.stem, tensor_name, tensor):
+                        wrong.append(f"{name}: tensor {tensor_name} {problem}")
                     if keep_tensors:
-                        tensors[path.stem][tensor_name] = tensor
+                        contents.tensors[path.stem][tensor_name] = tensor
     except FileNotFoundError:
-        problems.append(f"{name}: missing")
-    except (OSError, SafetensorError, PhiSightError) as error:
-        problems.append(f"{name}: {error}")
-    if problems:
-        raise DamagedFolder(folder, problems)
-    return Contents(manifest, read, tensors)
+        wrong.append(f"{name}: missing")
+    except OSError as error:
+        wrong.append(f"{name}: {error.strerror or error}")
+    except (SafetensorError, PhiSightError) as error:
+        wrong.append(f"{name}: {error}")
+    if wrong:
+        raise DamagedFolder(folder, wrong)
+    return contents
 
 
-# -- JSON -----------------------------------------------------------------------------------------
+def _other_files(folder: Path, rows: set[str], required: set[str]) -> list[str]:
+    """Which files, and rows of files, are missing or unexpected."""
+    tokenizer = {file for file in rows if file.startswith("tokenizer/")}
+    return key_problems(f"{MANIFEST}: row for ", required, rows - tokenizer) + key_problems(
+        "", required | tokenizer | {MANIFEST}, set(files_below(folder))
+    )
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
-    """A JSON object. Raises `PhiSightError` with the reason alone."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, and bad UTF-8
-        raise PhiSightError(f"not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise PhiSightError("not a JSON object")
-    return value
-
-
-def json_bytes(name: str, value: dict[str, Any]) -> bytes:
-    """JSON that reads back as it was; infinities and NaN pass, as Python's own reader takes them.
-
-    Raises PhiSightError for what would come back as something else (keys that are not strings).
-    """
-    _check_keys(name, value, "")
-    try:
-        return (json.dumps(value, indent=2) + "\n").encode()
-    except (TypeError, ValueError) as error:
-        raise PhiSightError(
-            f"{name}: {error}; give it plain numbers, strings, lists and dictionaries"
-        ) from error
-
-
-def _check_keys(name: str, node: Any, path: str) -> None:
-    if isinstance(node, dict):
-        for key, inner in node.items():
-            if not isinstance(key, str):
-                raise PhiSightError(
-                    f"{name}: the key {key!r} in {path or 'it'} is not a "
-                    "string; JSON would change it, use a string"
-                )
-            _check_keys(name, inner, f"{path}.{key}".lstrip("."))
-    elif isinstance(node, (list, tuple)):
-        for inner in node:
-            _check_keys(name, inner, path)
+def _rows_by_file(
+    manifest: Mapping[str, Any], owners: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, dict[str, Any]]]]:
+    """File -> its row, and file -> tensor name -> its row. Raises `PhiSightError` for rows that no
+    such folder has."""
+    file_rows = {row["file"]: row for row in manifest["files"]}
+    if len(file_rows) < len(manifest["files"]):
+        raise PhiSightError("has two rows for one file")
+    tensor_rows: dict[str, dict[str, dict[str, Any]]] = {
+        f"{stem}.safetensors": {} for stem in owners
+    }
+    for row in manifest["tensors"]:
+        file, name = row["file"], row["name"]
+        if file not in tensor_rows or owners[file.removesuffix(".safetensors")] != row["owner"]:
+            raise PhiSightError(f"gives tensor {shown(name)} of {shown(file)} another owner")
+        if name in tensor_rows[file]:
+            raise PhiSightError(f"has two rows for tensor {shown(name)} of {file}")
+        tensor_rows[file][name] = row
+    return file_rows, tensor_rows

@@ -21,10 +21,10 @@ import time
 import checkpoints
 from config import Config
 from errors import SurvivingOutput, run_main
-from files import RunLock
 from training.batches import load_batches
 from training.config_file import to_toml
 from training.evaluating import evaluation_is_due, run_evaluation
+from training.lock import RunLock
 from training.options import RunOptions, parse
 from training.progress import Progress
 from training.ranks import Ranks, joined
@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         joined(config.device) as ranks,
         RunLock(config.run) if ranks.is_first else contextlib.nullcontext(),
     ):
+        if ranks.is_first:
+            checkpoints.tidy(config.run)
         config, checkpoint = starting_point(config, options, ranks)
         if checkpoint is not None and is_finished(config, checkpoint):
             tell = report_finished

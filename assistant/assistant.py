@@ -22,6 +22,7 @@ from assistant.filter import ContentFilter
 from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
 from assistant.turns import Turns
+from checkpoint_state import need_run
 from data.chat import render
 from data.dataset import Conversation, Message
 from data.features import as_stored
@@ -118,6 +119,7 @@ class Assistant:
         """
         share_heaps()
         checkpoint = checkpoints.resolve(run_or_checkpoint)
+        need_run(checkpoint)
         where = str(checkpoint.path)
         config = configs.from_dict(checkpoint.config["config"], where)
         moved = {"base": base, "vision": vision, "base_cache": base_cache, "device": device}

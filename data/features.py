@@ -10,7 +10,6 @@ Features are kept as half floats, or as int8 with a scale for each token; see `e
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -32,8 +31,9 @@ from config import FEATURE_STORAGES
 from data.images import load_image
 from data.reading import fit_files
 from data.storage import StoragePlan, bytes_per_picture
+from documents import COUNT, TEXT, problems
 from errors import PhiSightError
-from files import RememberedHashes, sweep_stale, sync
+from files import RememberedHashes, open_regular, sweep_stale, sync, writer
 from fitting import Fitted
 
 SHARD_PICTURES = 1024
@@ -126,9 +126,7 @@ def blank_picture() -> Image.Image:
 
 def file_hash(path: Path) -> str:
     """sha256 of the file's bytes, in hex. Raises `OSError`, also for what is not a regular file."""
-    if path.exists() and not path.is_file():  # reading a pipe may never end
-        raise OSError(errno.EINVAL, "is not a regular file")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -165,6 +163,7 @@ class FeatureStore:
         self._hashes = Path(folder) / "pictures"  # what was hashed, a file for each picture folder
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            sweep_stale(self._hashes, ".tmp-*")
         except OSError as error:
             raise PhiSightError(
                 f"{self.folder}: cannot be made ({error.strerror}); give a folder that can be"
@@ -173,7 +172,9 @@ class FeatureStore:
         self.refresh()
 
     def refresh(self) -> None:
-        """Open the shards that have appeared since, such as those of a process that is writing."""
+        """Open the shards that have appeared since, such as those of a process that is writing, and
+        sweep what writers that were killed left."""
+        sweep_stale(self.folder, "shard-*.partial-*")
         known = {shard.path for shard in self._shards}
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             if path not in known:
@@ -181,17 +182,21 @@ class FeatureStore:
 
     def _open(self, path: Path) -> None:
         try:
+            open_regular(path).close()
             shard = safe_open(path, framework="pt")
             header = shard.metadata() or {}
             hashes, checks = json.loads(header["hashes"]), json.loads(header["checks"])
+            held_by = {"hashes": hashes, "checks": checks}
+            for problem in problems(held_by, {"hashes": [TEXT], "checks": [COUNT]}):
+                raise ValueError(problem)
             slices = {name: shard.get_slice(name) for name in shard.keys()}
             held = {
                 name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
             }
             count = len(hashes)
-            if len(checks) != count or not all(type(check) is int for check in checks):
+            if len(checks) != count:
                 raise ValueError("its check sums do not fit its pictures")
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except (SafetensorError, LookupError, ValueError, RecursionError, OSError) as error:
             raise PhiSightError(
                 f"{path}: not a readable feature shard ({error}); delete it, it is computed again"
             ) from None
@@ -267,7 +272,6 @@ class FeatureStore:
                 name: path for name, path in missing.items() if self._hash_of[name] not in self
             }
         if BLANK not in self or missing:
-            sweep_stale(self.folder, "shard-*.partial-*")
             count = len({self._hash_of[name] for name in missing}) + (BLANK not in self)
             plan = StoragePlan(self.folder, count, self.shape, self.storage)
             plan.check()
@@ -340,7 +344,7 @@ class FeatureStore:
             for name in DTYPES[self.storage]
         }
         number = len(self._shards)
-        partial = self.folder / f"shard-{number:05d}.partial-{os.getpid()}"
+        partial = self.folder / f"shard-{number:05d}.partial-{writer()}"
         try:
             save_file(
                 stored,

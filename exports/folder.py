@@ -13,10 +13,12 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Phi3Config
+from transformers import GenerationConfig, Phi3Config
 
+from assistant.assistant import Assistant
+from data.chat import END_OF_TEXT, IMAGE_TOKEN
 from errors import PhiSightError
-from files import make_folder, remove_empty, whole_folder
+from files import make_folder, remove_empty, sweep_stale, whole_folder
 from model.base import BaseModel
 
 # Copied, not saved anew: transformers may rewrite a tokenizer as another class with other ids.
@@ -26,9 +28,24 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
 )
-GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
+MAX_NEW_TOKENS = 256  # as infer.py, where nothing else is said
+
+# What `data.chat.render` gives, from messages of roles and parts of "text" and "image": text is
+# stripped, and text next to text is joined by a newline. The newlines after the marks are swallowed
+# by the tokenizer, as they are in Phi-3's own template.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
+    "{% set last = namespace(text=false) %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '" + IMAGE_TOKEN + "' }}{% set last.text = false %}"
+    "{% elif part['text'] | trim %}"
+    "{{ ('\\n' if last.text else '') + (part['text'] | trim) }}{% set last.text = true %}"
+    "{% endif %}{% endfor %}{% endif %}{{ '<|end|>\\n' }}{% endfor %}"
+    "{{ '<|assistant|>\\n' if add_generation_prompt else '" + END_OF_TEXT + "' }}"
+)
 
 
 @contextlib.contextmanager
@@ -44,6 +61,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     made: list[Path] = []
     try:
         made = make_folder(out.parent)
+        sweep_stale(out.parent, ".tmp-*", by_age=False)  # exports that were killed, of any name
         with whole_folder(out) as temporary:
             yield temporary
             for path in temporary.rglob("*.safetensors"):  # they are written as 0600
@@ -102,24 +120,40 @@ def rounded_state(
 
 
 def write_phi3(
-    folder: Path, config: Phi3Config, state: dict[str, Tensor], base_folder: Path
+    folder: Path,
+    config: Phi3Config,
+    state: dict[str, Tensor],
+    base_folder: Path,
+    assistant: Assistant,
 ) -> None:
     """A `Phi3ForCausalLM` folder (safetensors, in shards where it is large), with the tokenizer of
-    `base_folder`, byte for byte, and its defaults for generation."""
+    `base_folder`, byte for byte, and defaults by which it answers as `assistant` does."""
     config.architectures = ["Phi3ForCausalLM"]
     config.save_pretrained(folder)
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
     copy_tokenizer(base_folder, folder)
-    copy_generation_config(base_folder, folder)
+    write_generation_config(assistant, folder)
 
 
 def copy_tokenizer(base_folder: Path, folder: Path) -> None:
+    """The base's tokenizer, and the chat template that gives the ids of the training; a base's own
+    may keep white space that we strip, or know no pictures."""
     for name in TOKENIZER_FILES:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, folder / name)
 
+    (folder / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
 
-def copy_generation_config(base_folder: Path, folder: Path) -> None:
-    """It says which ids end an answer; transformers would write one without them."""
-    if (base_folder / GENERATION_CONFIG).is_file():
-        shutil.copyfile(base_folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+
+def write_generation_config(assistant: Assistant, folder: Path) -> None:
+    """The defaults by which other programs generate: those of infer.py. A base's own may end an
+    answer at other ids, never at the mark of a turn's end, or draw by chance."""
+    end_of_text = assistant.parts.chat_format.end_of_text_id
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=MAX_NEW_TOKENS,
+        eos_token_id=sorted(assistant.stop_ids),
+        pad_token_id=end_of_text,
+        bos_token_id=assistant.parts.base.hub_config.get("bos_token_id"),
+    )
+    settings.save_pretrained(folder)

@@ -25,38 +25,26 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from assistant.assistant import Assistant
-from data.chat import END_OF_TEXT, IMAGE_TOKEN
+from data.chat import IMAGE_TOKEN
 from errors import PhiSightError
+from evaluation.meter import validation_loss
 from exports import measure
 from exports.folder import (
-    copy_generation_config,
+    CHAT_TEMPLATE,
     copy_tokenizer,
     hub_config,
     new_folder,
     rounded,
+    write_generation_config,
 )
 from exports.form import Form, folder_to_write
-from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
+from exports.generated import answers_as_llava
+from exports.measure import CERTIFICATE, MERGE_METHOD, Measured, Probe, Tolerance
 from exports.measured import export_measured
 from lora.merge import merged_state
 from model.base import find_folder, language_model
 from model.projector import ImageProjector
 from model.vision import VisionTower
-
-# What `data.chat.render` gives, from messages of roles and parts of "text" and "image": text is
-# stripped, and text next to text is joined by a newline. The newlines after the marks are swallowed
-# by the tokenizer, as they are in Phi-3's own template.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
-    "{% set last = namespace(text=false) %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "{{ '" + IMAGE_TOKEN + "' }}{% set last.text = false %}"
-    "{% elif part['text'] | trim %}"
-    "{{ ('\\n' if last.text else '') + (part['text'] | trim) }}{% set last.text = true %}"
-    "{% endif %}{% endfor %}{% endif %}{{ '<|end|>\\n' }}{% endfor %}"
-    "{{ '<|assistant|>\\n' if add_generation_prompt else '" + END_OF_TEXT + "' }}"
-)
 
 
 def export_llava(
@@ -94,8 +82,11 @@ def export_llava(
         llava.save_pretrained(folder)
         del llava
         write_processor(assistant, folder, base_folder)
-        copy_generation_config(base_folder, folder)
-        after = measure.measure(read_back(assistant, folder), probe, "after exporting")
+        write_generation_config(assistant, folder)
+        after = Measured(
+            validation_loss(read_back(assistant, folder).model, probe.batches),
+            answers_as_llava(assistant, probe, folder),
+        )
         return measure.certify(
             folder / CERTIFICATE,
             "llava",
@@ -159,7 +150,6 @@ def write_processor(assistant: Assistant, folder: Path, base_folder: Path) -> No
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     copy_tokenizer(base_folder, folder)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")  # not the base's
 
 
 def read_back(assistant: Assistant, folder: Path) -> Assistant:

@@ -1,7 +1,8 @@
 """What a change to a model did to it: loss and greedy answers before and after, as a certificate.
 
-Both sides see the same packed validation conversations with pictures and the same questions,
-through the same forward pass and the same decoder. Only the weights differ.
+Both sides see the same packed validation conversations with pictures, through the same forward
+pass, and the same questions. Before, our decoder answers them; after, transformers does by the
+folder's own defaults (`exports.generated`), since a folder is more than its weights.
 """
 
 from __future__ import annotations
@@ -194,6 +195,7 @@ def certificate_of(
         "loss_after": after.loss,
         "loss_difference": difference,
         "greedy_equal": equal,
+        "answers_after_by": "transformers' generate, by the folder's own defaults",
         "tolerance": dataclasses.asdict(tolerance) if tolerance else None,
         "within_tolerance": within,  # NaN is within none
         "measured_on": probe.facts,

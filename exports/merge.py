@@ -16,6 +16,7 @@ from assistant.assistant import Assistant
 from exports import measure
 from exports.folder import hub_config, new_folder, rounded_state, write_phi3
 from exports.form import Form, folder_to_write
+from exports.generated import measured_folder
 from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
 from exports.measured import export_measured
 from lora.merge import merged_state
@@ -43,12 +44,10 @@ def export_merged(
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before merging")
         state = rounded_state(merged_state(parts.base.model), parts.base, dtype)
-        write_phi3(folder, hub_config(parts.base, dtype), state, base_folder)
+        write_phi3(folder, hub_config(parts.base, dtype), state, base_folder, assistant)
         del state
         written = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
-        after = measure.measure(
-            measure.with_language_model(assistant, written), probe, "after merging"
-        )
+        after = measured_folder(assistant, written, probe, folder)
         return measure.certify(
             folder / CERTIFICATE,
             "merge",

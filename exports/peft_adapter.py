@@ -24,7 +24,7 @@ from assistant.assistant import Assistant
 from assistant.flags import load_assistant
 from config import Config
 from errors import PhiSightError
-from exports.folder import new_folder, read_tensors, write_json
+from exports.folder import new_folder, read_tensors, write_generation_config, write_json
 from exports.form import Form, folder_to_write
 from exports.imported import (
     finite_number,
@@ -121,6 +121,7 @@ def export_peft(assistant: Assistant, out: str | Path, split: bool) -> str:
             folder, lora_state(model), part_sizes(model.config) if split else {}, config
         )
         save_file(projector, folder / PROJECTOR, metadata={"format": "pt"})
+        write_generation_config(assistant, folder)
     return (
         f"{out}: PEFT adapter of {count} tensors, rank {rank}, for"
         f" {'split' if split else 'fused'} projections; it belongs to {config.base} in"

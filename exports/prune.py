@@ -31,6 +31,7 @@ from exports.calibrate import (
 )
 from exports.folder import hub_config, new_folder, rounded_state, write_phi3
 from exports.form import Form, folder_to_write
+from exports.generated import measured_folder
 from exports.measure import Probe, Tolerance
 from exports.measured import export_measured
 from model.base import find_folder, load_base
@@ -88,9 +89,9 @@ def export_pruned(
         narrow.intermediate_size = left
         written = rounded_state(state.items(), parts.base, dtype)
         smaller = sum(tensor.numel() for tensor in written.values())
-        write_phi3(folder, narrow, written, base_folder)
+        write_phi3(folder, narrow, written, base_folder, assistant)
         again = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
-        after = measure.measure(measure.with_language_model(assistant, again), probe, "after")
+        after = measured_folder(assistant, again, probe, folder)
         return measure.certify(
             folder / CERTIFICATE,
             "prune",

@@ -34,14 +34,15 @@ from exports.calibrate import (
     merged_assistant,
 )
 from exports.folder import (
-    copy_generation_config,
     copy_tokenizer,
     hub_config,
     new_folder,
     read_tensors,
     rounded,
+    write_generation_config,
 )
 from exports.form import Form, folder_to_write
+from exports.generated import measured_folder
 from exports.measure import Measured, Probe, Tolerance
 from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
 from model.base import BaseModel, find_folder, finish, swap_linear_layers
@@ -146,8 +147,8 @@ def export_requantized(
         base = assistant.parts.base
         write_four_bit(folder, base, empty, quantised, model.state_dict(), dtype)
         copy_tokenizer(base_folder, folder)
-        copy_generation_config(base_folder, folder)
-        after = measure.measure(read_back(assistant, folder), probe, "after")
+        write_generation_config(assistant, folder)
+        after = measured_folder(assistant, read_back(assistant, folder).parts.base, probe, folder)
         naive_increase = naive.loss - before.loss
         return measure.certify(
             folder / CERTIFICATE,

@@ -6,7 +6,6 @@ the quantised model plus one tensor. No pickle is opened and no code of the fold
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+import documents
 import hub
 from config import QUANTIZATIONS
 from data import chat
@@ -182,14 +182,13 @@ def find_weight_files(folder: Path, instead: str = "") -> list[Path]:
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises `PhiSightError` if it is missing or not one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return documents.read_json(path, own=False)
     except FileNotFoundError as error:
         raise PhiSightError(f"{path}: it is missing; the layout is {LAYOUT}") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise PhiSightError(f"{path}: {error.strerror}; download the file again") from error
+    except PhiSightError as error:
         raise PhiSightError(f"{path}: {error}; download the file again") from error
-    if not isinstance(content, dict):
-        raise PhiSightError(f"{path}: it is no JSON object; download the file again")
-    return content
 
 
 def load_tokenizer(folder: Path, config: DecoderConfig) -> PreTrainedTokenizerFast:

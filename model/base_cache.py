@@ -33,13 +33,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import byte_bar, put_in_place, sweep_stale, sync_tree, temporary_for
+from documents import COUNT, TEXT, Kind, read_json, require
+from errors import PhiSightError
+from files import byte_bar, open_regular, put_in_place, sweep_stale, sync_tree, writer
 from tensors import dtype_name, sha256_of
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 PART_BYTES = 256 * 10**6  # a part is held in memory once more while it is written
 RESERVE = 10**9  # bytes of the disk that are left free
+_FILE = Kind("the name of a file", lambda value: isinstance(value, str) and "/" not in value)
+_TENSOR = Kind("[shape, dtype, sha256]", lambda value: _is_description(value))
+_ROWS = [{"name": TEXT, "file": _FILE, "tensors": {"*": _TENSOR}}]
 
 
 class _Damaged(Exception):
@@ -67,6 +72,15 @@ def _describe(tensor: Tensor) -> list:
     return [list(tensor.shape), dtype_name(tensor), sha256_of(tensor)]
 
 
+def _is_description(value: object) -> bool:
+    """Whether it has the form of what `_describe` gives."""
+    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[1], str):
+        return False
+    shape, dtype, digest = value
+    sizes = isinstance(shape, list) and all(COUNT.holds(size) for size in shape)
+    return sizes and isinstance(getattr(torch, dtype, None), torch.dtype) and TEXT.holds(digest)
+
+
 def _seal(rows: list) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -91,10 +105,9 @@ class Writer:
     _parts: int = 0
 
     def __post_init__(self) -> None:
-        self._temporary = temporary_for(self.folder)
+        self._temporary = self.folder.with_name(f".tmp-{self.folder.name}-{writer()}")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            sweep_stale(self.folder.parent, ".tmp-*")
             free = shutil.disk_usage(self.folder.parent).free
             if self.expected_bytes + RESERVE > free:
                 raise OSError(
@@ -189,6 +202,7 @@ def read_into(
     `expected` are the names of the parameters that the base's own files hold. False if there is no
     entry, and, after a warning and its removal, if it was damaged.
     """
+    sweep_stale(folder.parent, ".tmp-*")
     if not folder.is_dir():
         return False
     try:
@@ -207,13 +221,14 @@ def read_into(
 def _read_manifest(folder: Path, expected: set[str]) -> list[dict]:
     """The rows of a manifest that is ours, whole, and about these parameters."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(folder / MANIFEST)
+        if content.get("format") != FORMAT:
+            raise _Damaged(f"{MANIFEST} is of another form")
+        require(content, {"parameters": _ROWS, "sha256": TEXT})
+    except (OSError, PhiSightError) as error:
         raise _Damaged(f"{MANIFEST}: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise _Damaged(f"{MANIFEST} is of another form")
-    rows = content.get("parameters")
-    if not isinstance(rows, list) or content.get("sha256") != _seal(rows):
+    rows = content["parameters"]
+    if content["sha256"] != _seal(rows):
         raise _Damaged(f"{MANIFEST} does not have its sha256")
     if {row["name"] for row in rows} != expected:
         raise _Damaged(f"{MANIFEST} names other parameters than the base has")
@@ -232,6 +247,7 @@ def _read_parameters(folder: Path, rows: list[dict]) -> Iterator[tuple[str, dict
     """(name, its tensors by what follows the name) for every row, each compared with its sha256."""
     for part in dict.fromkeys(row["file"] for row in rows):
         try:
+            open_regular(folder / part).close()
             with safe_open(folder / part, framework="pt") as file:
                 for row in (row for row in rows if row["file"] == part):
                     tensors = {}

@@ -97,5 +97,8 @@ def load_model_state(model: VisionLanguageModel, state: Mapping[str, Mapping[str
     what, remedy = "image_projector", "use a checkpoint of this base and this CLIP"
     projector = model.projector.state_dict()
     check_fit(projector, state["image_projector"], what, remedy)  # before the adapter is changed
+    for name, tensor in (*state["lora_weights"].items(), *state["image_projector"].items()):
+        if not tensor.isfinite().all():
+            raise PhiSightError(f"{name}: holds values that are not finite; use another checkpoint")
     load_lora_state(model.language_model, state["lora_weights"])
     copy_into(projector, state["image_projector"], what, remedy)

@@ -15,6 +15,7 @@ from files import whole_file
 from reports.log import read_metrics
 
 SIZE = (1200, 800)
+DRAWABLE = 1e30  # what is larger has no place on an axis, and no loss or rate is
 _SCALE = 2  # drawn twice as large and reduced, which smooths the lines
 _INK, _FAINT, _GRID = "#222222", "#6b6b6b", "#e6e6e6"
 # Told apart by people who do not see all colours (Okabe and Ito's palette).
@@ -103,7 +104,7 @@ def points(records: Sequence[Mapping[str, Any]], *keys: str) -> list[tuple[float
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         if all(
-            isinstance(number, (int, float)) and math.isfinite(number)
+            isinstance(number, (int, float)) and abs(number) < DRAWABLE  # NaN is not below it
             for number in (record.get("step"), value)
         ):
             points.append((float(record["step"]), float(value)))

@@ -28,12 +28,27 @@ from typing import Any
 
 import torch
 
+from documents import COUNT, NUMBER_OR_NULL, OBJECT_OR_NULL, TEXT, parse_json, problems
 from errors import PhiSightError
+from files import open_regular
 
 METRICS = "metrics.jsonl"  # its name in a run's folder
 TIMING = "timing"
 NON_FINITE = "non_finite"
 CHAIN = "chain"
+LINE_LIMIT = 2**20  # bytes of a record; the longest have a few hundred
+_RECORD = {
+    "kind?": TEXT,
+    "step?": COUNT,
+    f"{CHAIN}?": TEXT,
+    f"{TIMING}?": OBJECT_OR_NULL,
+    f"{NON_FINITE}?": [TEXT],
+    "weights_digest?": TEXT,
+    "loss?": NUMBER_OR_NULL,
+    "validation_loss?": NUMBER_OR_NULL,
+    "gradient_norms?": OBJECT_OR_NULL,
+    "alignment?": OBJECT_OR_NULL,
+}
 
 
 class MetricsLog:
@@ -49,6 +64,8 @@ class MetricsLog:
         self.chain = ""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                open_regular(self.path).close()
             self._file = self.path.open("ab", buffering=0)  # a line is one write: nothing to flush
         except OSError as error:
             raise self._refused(error) from error
@@ -80,8 +97,9 @@ class MetricsLog:
         """Bytes in the file so far."""
         return os.fstat(self._file.fileno()).st_size
 
-    def truncate_to(self, offset: int, chain: str = "") -> None:
-        """Cut what was logged after a checkpoint, exact to the byte; `chain` goes on from there."""
+    def truncate_to(self, offset: int, chain: str = "") -> int:
+        """Cut what was logged after a checkpoint, exact to the byte; `chain` goes on from there.
+        Returns how many bytes that were."""
         size = self.offset()
         if offset < 0 or offset > size:
             raise PhiSightError(
@@ -101,6 +119,7 @@ class MetricsLog:
             raise self._refused(error) from error
         self.chain = chain
         self.sync()
+        return size - offset
 
     def sync(self) -> None:
         """Return once all lines are on the disk."""
@@ -137,32 +156,39 @@ def _without_non_finite(value: Any, path: str, names: list[str]) -> Any:
     return value
 
 
-def read_metrics(path: str | Path, whole_bytes: int | None = None) -> list[dict]:
-    """The records of a log. A last line without its end, from a killed run, is left out; anything
-    else that is not a JSON object raises PhiSightError with the number of the line.
+def read_metrics(
+    path: str | Path, until: int | None = None, to_first_fault: bool = False
+) -> list[dict]:
+    """The records of a log, or of its first `until` bytes. A last line without its end, from a
+    killed run, is left out; any other that is not a record raises PhiSightError with its number.
 
-    With `whole_bytes`, only so many bytes must be whole: what comes after them was never synced, a
-    lost power supply may have left anything there, and records end at the first line that is none.
+    `to_first_fault`: records end there instead, as what was never synced may be anything after a
+    lost power supply. Beside the records no more than a line is held.
     """
+    records: list[dict] = []
     try:
-        *lines, _half = Path(path).read_bytes().split(b"\n")
+        with open_regular(Path(path)) as file:
+            left = os.fstat(file.fileno()).st_size if until is None else until
+            while line := file.readline(min(LINE_LIMIT, left)):
+                left -= len(line)
+                if len(line) == LINE_LIMIT:
+                    raise PhiSightError(f"longer than {LINE_LIMIT:,} bytes")
+                if line.endswith(b"\n"):
+                    records.append(_record_of(line))
     except OSError as error:
         raise PhiSightError(f"{path}: {error.strerror}; name the metrics file of a run") from error
-    records, read = [], 0
-    for number, line in enumerate(lines, start=1):
-        read += len(line) + 1
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if whole_bytes is not None and read > whole_bytes:
-                break
-            raise PhiSightError(
-                f"{path}: line {number} is not JSON ({error}); mend it or remove it"
-            ) from error
-        if not isinstance(record, dict):
-            raise PhiSightError(f"{path}: line {number} is not a record; mend it or remove it")
-        records.append(record)
+    except PhiSightError as error:
+        if not to_first_fault:
+            place = f"{path}: line {len(records) + 1}"
+            raise PhiSightError(f"{place} is {error}; mend it or remove it") from error
     return records
+
+
+def _record_of(line: bytes) -> dict:
+    record = parse_json(line, what="a record")
+    for problem in problems(record, _RECORD):
+        raise PhiSightError(f"not a record ({problem})")
+    return record
 
 
 def deterministic_part(record: Mapping[str, Any]) -> dict:
@@ -207,23 +233,19 @@ def chain_problems(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def contradictions(
     records: Sequence[Mapping[str, Any]], step: int, chain: str, weights_digest: str
 ) -> list[str]:
-    """Where a log and the checkpoint of `step` contradict each other.
+    """Where a checkpoint of `step` and the log up to it contradict each other.
 
     Args:
+        records: what had been logged when it was saved.
         chain: the digest of the last record that the checkpoint knows of, "" for none.
         weights_digest: of the weights that the checkpoint holds.
     """
-    before = [
-        record
-        for record in records
-        if isinstance(record.get("step"), int) and record["step"] <= step
-    ]
-    if (before[-1].get(CHAIN) if before else "") != chain:
+    if (records[-1].get(CHAIN) if records else "") != chain:
         return [
             f"trainer_state.json: its chain is not that of the log at step {step}; one"
             " of them belongs to another run, or was edited"
         ]
-    logged = [r for r in before if r.get("step") == step and "weights_digest" in r]
+    logged = [r for r in records if r.get("step") == step and "weights_digest" in r]
     if logged and logged[-1]["weights_digest"] != weights_digest:
         return [f"its weights are not those that the log has for step {step}"]
     return []

@@ -9,6 +9,7 @@ from typing import Any
 
 from reports.compare import Saved
 from reports.log import TIMING
+from tensors import finite
 
 # -- a record of the log --------------------------------------------------------------------------
 
@@ -84,10 +85,13 @@ def _mean_and_std(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, floa
     ]
     if not some or any(None in entry for entry in some):
         return None, None
-    count = sum(size for size, _, _ in some)
-    mean = sum(size * each for size, each, _ in some) / count
-    square = sum(size * (each**2 + spread**2) for size, each, spread in some)
-    return mean, math.sqrt(max(square / count - mean**2, 0.0))
+    try:
+        count = sum(size for size, _, _ in some)
+        mean = sum(size * each for size, each, _ in some) / count
+        square = sum(size * (each**2 + spread**2) for size, each, spread in some)
+        return finite(mean), finite(math.sqrt(max(square / count - mean**2, 0.0)))
+    except OverflowError:  # a square beyond the largest number
+        return None, None
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

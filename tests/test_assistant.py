@@ -531,7 +531,8 @@ def test_a_bad_line_does_not_stop_the_rest(tmp_path, capsys):
         (9, "1 <image> places and 0"),
     ):
         assert reason in reasons[line]
-    assert batch(source, out) == 0 and records_of(out) == found  # nothing is asked twice
+    assert batch(source, out) == 1 and records_of(out) == found  # nothing is asked twice
+    assert "0 answered, 6 failed; --retry-failed asks these again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cut", ["whole lines", "half a line"])

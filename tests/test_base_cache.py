@@ -217,7 +217,7 @@ DAMAGES = {
     "a part missing": (lambda f: (f / "part-00002.safetensors").unlink(), "part-00002"),
     "no manifest": (lambda f: (f / "MANIFEST.json").unlink(), "MANIFEST"),
     "a bit of the manifest": (lambda f: flip(f / "MANIFEST.json", 300), "MANIFEST"),
-    "manifest is a list": (lambda f: (f / "MANIFEST.json").write_text("[]"), "another form"),
+    "manifest is a list": (lambda f: (f / "MANIFEST.json").write_text("[]"), "not a JSON object"),
     "a parameter left out": (other_manifest, "names other parameters"),
     "another shape": (other_tensor, "is not this layer's"),
 }

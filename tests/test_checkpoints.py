@@ -466,7 +466,7 @@ def dead_process() -> int:
 
 
 def test_left_overs(tmp_path: Path) -> None:
-    path, newer = save(tmp_path, 1), save(tmp_path, 6, keep=2)
+    newer = save(tmp_path, 6)
     dead, live = dead_process(), os.getppid()
     gone = [
         f".tmp-checkpoint-000001-{dead}",
@@ -476,8 +476,8 @@ def test_left_overs(tmp_path: Path) -> None:
     stay = [f".tmp-checkpoint-000001-{live}", ".tmp-checkpoint-000001", ".tmp-mine-1"]
     for name in gone + stay:
         (tmp_path / name).mkdir()
-    aside = path.rename(tmp_path / f".old-checkpoint-000008-{dead}")
-    rewrite(aside, lambda manifest: manifest.update(step=8))
+    with tempfile.TemporaryDirectory(dir=tmp_path.parent) as elsewhere:
+        aside = save(Path(elsewhere), 8).rename(tmp_path / f".old-checkpoint-000008-{dead}")
     assert newest(tmp_path) == (aside, [])
     save(tmp_path, 2)
     rest = ["checkpoint-000002", "checkpoint-000006", "checkpoint-000008"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import torch
 from exporting import logits_over, pictures
 from PIL import Image
 from transformers import (
+    AutoModelForCausalLM,
     AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
     LlavaForConditionalGeneration,
 )
 
@@ -21,6 +25,7 @@ import exports.llava
 import exports.merge
 import exports.prune
 import exports.requantize
+import infer
 from assistant.assistant import Assistant
 from config import replace
 from data.chat import IMAGE_TOKEN, ChatFormat, load_tokenizer, render
@@ -184,4 +189,64 @@ def test_a_run_of_averaged_patches_is_no_llava(tmp_path, assistant, probe):
     pooled = Assistant(assistant.parts, config, assistant.source)
     with pytest.raises(PhiSightError, match="averages 2 x 2 patches into one token"):
         exports.llava.export_llava(pooled, tmp_path / "out", torch.float32, probe, Tolerance())
+    assert list(tmp_path.iterdir()) == []
+
+
+@torch.no_grad()
+def test_every_folder_ends_an_answer_by_its_own_defaults(llava, merged, assistant):
+    """Nothing is given to `generate` but the question: as a user of the other program does it."""
+    path = str(runs.world() / "images/train_000000.png")
+    message = Message("user", (Part("image", path), Part("text", "Describe the picture.")))
+    said = "".join(assistant.reply([message])).strip()
+    processor = AutoProcessor.from_pretrained(llava)
+    text = processor.apply_chat_template(their_form([message]), add_generation_prompt=True)
+    inputs = processor(images=pictures()[:1], text=text, return_tensors="pt")
+    made = LlavaForConditionalGeneration.from_pretrained(llava).generate(**inputs)
+    ids = made[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(ids, skip_special_tokens=True).strip() == said
+    assert int(ids[-1]) in assistant.stop_ids or len(ids) == 256
+
+    question = [{"role": "user", "content": " How many red stars are there? "}]
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    inputs = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = AutoModelForCausalLM.from_pretrained(merged).generate(**inputs)
+    ids = made[0, inputs["input_ids"].shape[1] :]
+    asked = Message("user", (Part("text", question[0]["content"]),))
+    said = "".join(assistant.reply([asked])).strip()
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == said
+    assert int(ids[-1]) in assistant.stop_ids or len(ids) == 256
+
+
+@pytest.mark.parametrize("which", ["llava", "merged"])
+def test_the_defaults_of_a_folder_are_those_of_infer(which, llava, merged, assistant):
+    folder = {"llava": llava, "merged": merged}[which]
+    defaults = GenerationConfig.from_pretrained(folder)
+    typed = infer.parse(["--prompt", "x"])
+    assert set(defaults.eos_token_id) == assistant.stop_ids
+    assert defaults.max_new_tokens == typed.max_new_tokens and not defaults.do_sample
+    assert defaults.pad_token_id == assistant.parts.chat_format.end_of_text_id
+    assert typed.temperature == 0
+
+
+def test_a_folder_that_ends_elsewhere_is_refused(tmp_path, assistant, probe, monkeypatch):
+    """Its weights are right, its defaults are not: our decoder would never see it."""
+    said = measure.measure(assistant, probe, "").answers
+    tokenizer = assistant.parts.base.tokenizer
+    words = sorted({id for text in said for id in tokenizer(text).input_ids})
+    assert words
+    write = exports.merge.write_phi3
+
+    def with_other_defaults(folder, *rest):
+        write(folder, *rest)
+        path = folder / "generation_config.json"
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps(settings | {"eos_token_id": words}))
+
+    monkeypatch.setattr(exports.merge, "write_phi3", with_other_defaults)
+    with pytest.raises(PhiSightError, match="refused, nothing was written"):
+        exports.merge.export_merged(
+            assistant, tmp_path / "out", torch.float32, probe, Tolerance(0.01, 99)
+        )
     assert list(tmp_path.iterdir()) == []

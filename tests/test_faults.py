@@ -27,7 +27,12 @@ from errors import PhiSightError
 from reports.log import deterministic_part, read_metrics
 from training.ranks import Ranks
 
-CONFIG = {"config": {"lora_rank": 4, "seed": 0}, "versions": {"torch": "2"}}
+CONFIG = {
+    "config": {"lora_rank": 4, "seed": 0},
+    "base_fingerprint": "0",
+    "vision_fingerprint": "0",
+    "versions": {"torch": "2"},
+}
 TENSOR_FILES = tuple(f"{stem}.safetensors" for stem in checkpoints.OWNERS)
 FILES = (
     *TENSOR_FILES,
@@ -54,7 +59,7 @@ def save(run: Path, step: int, keep: int = 9) -> Path:
         stem: {"a": torch.randn(3, 4, generator=generator), "b": torch.tensor(step)}
         for stem in checkpoints.OWNERS
     }
-    trainer_state = {"step": step, "epoch": 0, "row": 2 * step}
+    trainer_state = {"step": step, "epoch": 0, "row": 2 * step, "finished": ""}
     return checkpoints.save(run, step, state, CONFIG, trainer_state, Tokenizer(), keep)
 
 

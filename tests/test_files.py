@@ -40,22 +40,39 @@ def kill_at(number: int, act) -> int:
 
 def test_a_file_is_the_former_or_the_new_one_wherever_a_kill_strikes(tmp_path):
     path = tmp_path / "a.json"
-    contents = []
+    contents, left = [], []
     for number in range(1, 10):
         path.write_bytes(b"former")
         code = kill_at(number, lambda: files.write_whole(path, b"new"))
         contents.append(path.read_bytes())
+        left.append([name for name in names(tmp_path) if name != path.name])
         if code == 0:
             break
     assert contents == [b"former", b"former", b"new", b"new"]
-    left = [name for name in names(tmp_path) if name != path.name]
-    assert len(left) == 2 and all(name.startswith(".tmp-a.json-") for name in left)
+    # Each writer sweeps what the one before it, which is dead, had left.
+    assert [len(each) for each in left] == [1, 1, 0, 0] and left[0] != left[1]
+    assert all(name.startswith(".tmp-a.json-") for [name] in left[:2])
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_what_another_machine_writes_is_swept_by_its_age_alone(tmp_path):
+    """Numbers of processes mean nothing there. Files of other programs are left alone too."""
+    path, machine = tmp_path / "a", files.writer().split(".")[1]
+    dead = kill_at(1, lambda: files.write_whole(path, b"new")) and names(tmp_path)[0]
+    another = dead.replace(f".{machine}", ".0123abcd")
+    own_thread = f".tmp-a-{files.writer()}01234567"
+    of_a_person = ".tmp-a-2024"
+    stay = [another, own_thread, of_a_person]
+    for name in stay:
+        (tmp_path / name).write_bytes(b"ne")
     files.write_whole(path, b"newer")
-    assert len(names(tmp_path)) == 3  # another process may still be writing what is so young
-    for name in left:
+    assert names(tmp_path) == sorted([*stay, "a"])
+    for name in stay:
         os.utime(tmp_path / name, (0, 0))
+    files.sweep_stale(tmp_path, ".tmp-*", by_age=False)
+    assert names(tmp_path) == sorted([*stay, "a"])
     files.write_whole(path, b"newest")
-    assert names(tmp_path) == ["a.json"] and path.read_bytes() == b"newest"
+    assert names(tmp_path) == ["a"] and path.read_bytes() == b"newest"
     (tmp_path / "plain").write_text("")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 

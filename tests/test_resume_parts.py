@@ -18,9 +18,9 @@ import checkpoints
 import train
 from data.features import FeatureStore
 from errors import PhiSightError
-from files import RunLock
 from lora.dropout import RowDropout, key_of
 from reports.log import MetricsLog, read_metrics
+from training.lock import RunLock
 from training.saving import BackgroundSaver
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def test_keys_depend_on_every_part():
 def holding_process(run: Path) -> subprocess.Popen:
     """Another process that holds the lock of `run`, and has said so."""
     code = (
-        "import sys, time; from files import RunLock\n"
+        "import sys, time; from training.lock import RunLock\n"
         "with RunLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(

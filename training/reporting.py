@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,14 @@ def report_standing(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
 
 
 def report_finished(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
-    """A run in this folder was finished before: tidy it up, draw its curves, say what to do."""
-    run = config.run
-    checkpoints.sweep(Path(run))  # what a kill right after the last save left
-    if (Path(run) / checkpoints.METRICS).is_file():  # a run that was imported has none
+    """A run in this folder was finished before: do what a kill right after its last save left
+    undone, draw its curves, say what to do."""
+    run, log = config.run, Path(config.run) / checkpoints.METRICS
+    if log.exists():  # a run that was imported has none
+        if problems := checkpoints.log_problems(checkpoint, log):
+            print(f"warning: {log}: {checkpoint.path.name}: {problems[0]}", file=sys.stderr)
+        else:
+            checkpoints.tidy(run, checkpoint, config.keep_checkpoints)
         draw_curves_of(run)
     print(
         f"{run}: finished at step {checkpoint.step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 
@@ -62,8 +63,17 @@ def set_rng_state(state: Mapping[str, Tensor]) -> None:
         )
     position, has_gauss = state["numpy.position"].tolist()
     gauss = state["python.gauss_next"].tolist()
-    keys = state["numpy.keys"].numpy().astype(numpy.uint32)
+    words = state["numpy.keys"].numpy()
+    keys = words.astype(numpy.uint32)
     try:
+        # What the libraries do not ask: numpy would read behind its words, or draw a NaN.
+        gaussians = (*gauss, state["numpy.cached_gaussian"].item())
+        if not (0 <= position <= len(words) and has_gauss in (0, 1) and (keys == words).all()):
+            raise ValueError("numpy's place or words are out of range")
+        if state["python.gauss_next"].dim() != 1 or len(gauss) > 1:
+            raise ValueError("more than one Gaussian waits")
+        if not all(map(math.isfinite, gaussians)):
+            raise ValueError("a Gaussian that waits is not finite")
         random.setstate((3, tuple(state["python.words"].tolist()), gauss[0] if gauss else None))
         numpy.random.set_state(
             ("MT19937", keys, position, has_gauss, state["numpy.cached_gaussian"].item())

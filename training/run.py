@@ -12,6 +12,7 @@ import torch
 
 import checkpoints
 import config as configs
+from checkpoint_state import need_resumable
 from config import Config
 from data.dataset import write_quarantine
 from data.features import FeatureStore
@@ -19,7 +20,7 @@ from data.prepare import TrainingData, prepare
 from errors import PhiSightError
 from model.build import Assembled, assemble, load_model_state
 from model.vision import VisionTower
-from reports.log import MetricsLog, read_metrics
+from reports.log import MetricsLog
 from training.exactness import check_place, check_same_run, choose_algorithms, describe_run
 from training.loss_scaler import LossScaler
 from training.optimizer import AdamW
@@ -97,6 +98,8 @@ def prepare_run(
         PhiSightError: something that the config names cannot be used, or going on from the
             checkpoint would not be exact.
     """
+    if checkpoint is not None:
+        need_resumable(checkpoint)
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks.size))
     choose_algorithms(config.deterministic)
 
@@ -206,8 +209,7 @@ def check_resume(run: Run, checkpoint: checkpoints.Checkpoint, allow_changes: bo
         check_place(run.progress, run.total_steps)
     if run.log is None:
         return changes
-    records = read_metrics(run.log.path, checkpoint.trainer_state["metrics_offset"])
-    if problems := checkpoints.log_problems(checkpoint, records):
+    if problems := checkpoints.log_problems(checkpoint, run.log.path):
         raise PhiSightError(
             f"{run.log.path}: {checkpoint.path.name}: {problems[0]}; put back the log"
             " that belongs to this run, or the checkpoint that does"
@@ -225,7 +227,13 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     state = checkpoint.trainer_state
     run.scaler.load_state_dict(state["loss_scaler"])
     if run.log:
-        run.log.truncate_to(state["metrics_offset"], state["chain"])
+        if cut := run.log.truncate_to(state["metrics_offset"], state["chain"]):
+            print(
+                f"{run.log.path}: {cut:,} bytes that were logged after step {checkpoint.step} was"
+                " saved are cut off; those steps are made again"
+            )
+        # Only now: a checkpoint of another run must not cost this one its own.
+        checkpoints.tidy(run.config.run, checkpoint, run.config.keep_checkpoints)
 
 
 def go_on_changed(run: Run, checkpoint: checkpoints.Checkpoint) -> None:

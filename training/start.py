@@ -8,6 +8,7 @@ from typing import Any
 
 import checkpoints
 import config as configs
+from checkpoint_state import need_run
 from config import Config
 from errors import PhiSightError
 from model.build import Assembled, load_model_state, model_state
@@ -31,6 +32,7 @@ def starting_point(
         raise PhiSightError("--resume --overwrite: go on, or start anew? give one of them")
     if options.resume or (options.resume_if_any and names):
         checkpoint = newest_checkpoint(config.run, ranks)
+        need_run(checkpoint)
         saved = configs.from_dict(checkpoint.config["config"], str(checkpoint.path))
         # What was given wins over what was saved; `check_same_run` says what that would cost.
         return configs.replace(saved, **(options.given | {"run": config.run})), checkpoint
@@ -94,7 +96,7 @@ def is_finished(config: Config, checkpoint: checkpoints.Checkpoint) -> bool:
     """Whether the run is finished, and `config` does not make it another one."""
     saved = {"config": checkpoint.config["config"]}
     changes = changed_fields(saved, {"config": configs.to_dict(config)})
-    return bool(checkpoint.trainer_state["finished"]) and not changes
+    return bool(checkpoint.trainer_state.get("finished")) and not changes
 
 
 def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | None:
@@ -110,6 +112,7 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
     if not config.start_from:
         return None
     source = checkpoints.resolve(config.start_from)
+    need_run(source)
     if Path(config.run).resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise PhiSightError(
             f"--start-from {config.start_from}: lies in --run {config.run}; give"
@@ -141,5 +144,5 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
     return {
         "step": source.step,
         "weights_digest": checkpoints.weights_digest(source.state),
-        "finished": source.trainer_state["finished"],
+        "finished": source.trainer_state.get("finished", ""),
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.dataset import Message, Part
+from documents import parse_json
 from errors import PhiSightError
 from web.errors import RequestError
 
@@ -70,10 +71,10 @@ def from_json(data: bytes, name: str) -> SavedConversation:
         return PhiSightError(f"{name}: {reason}; delete the conversation")
 
     try:
-        record = json.loads(data)
-    except (ValueError, RecursionError):
+        record = parse_json(data)
+    except PhiSightError:
         raise refusal("is not JSON") from None
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+    if not isinstance(record.get("messages"), list):
         raise refusal("is not a conversation")
     if not isinstance(record.get("id"), str) or not ID.match(record["id"]):
         raise refusal("has no id")

@@ -9,6 +9,7 @@ The browser keeps only its key, which nobody else knows; the disk keeps only the
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import re
 import secrets
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from data.reading import as_png, check_image
 from errors import PhiSightError
-from files import write_whole
+from files import read_regular, sweep_stale, write_whole
 from web.conversation import ID, MAX_MESSAGES, PICTURE, SavedConversation, from_json, to_json
 from web.temporary import check_disk
 
@@ -42,6 +43,8 @@ def prepare_root(root: str | Path) -> Path:
     try:
         Path(root).mkdir(mode=0o700, parents=True, exist_ok=True)
         (Path(root) / ".writable").write_bytes(b"")
+        for conversation in Path(root).glob("*/*/"):  # what servers that were killed left
+            sweep_stale(conversation, ".tmp-*")
     except OSError as error:
         raise PhiSightError(
             f"--conversations {root}: {error.strerror or error}; name a folder that can be written"
@@ -84,10 +87,10 @@ class ConversationStore:
         """Raises PhiSightError for an unknown conversation and for a file that is damaged."""
         path = self._folder_of(id) / FILE
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise PhiSightError(f"conversation {id}: is too large; delete it")
-            conversation = from_json(path.read_bytes(), f"conversation {id}")
-        except OSError:
+            conversation = from_json(read_regular(path, MAX_BYTES), f"conversation {id}")
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise PhiSightError(f"conversation {id}: is too large; delete it") from None
             raise PhiSightError(
                 f"conversation {id}: is not there any more; begin a new one"
             ) from None

@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from data.world.questions import KINDS, TWO_STEP, ask, ask_many, detail
 from data.world.scenes import Scene, draw, make_scene
-from files import write_whole
+from documents import read_json
+from errors import PhiSightError
+from files import sweep_stale, write_whole
 
 
 def records_of(scene: Scene, name: str, rng: random.Random, turns: int) -> Iterator[dict]:
@@ -40,6 +42,14 @@ def questions_of(scene: Scene, name: str, rng: random.Random) -> list[dict]:
     ]
 
 
+def _settings_in(done: Path) -> dict | None:
+    """What a finished world was made with; None where there is none, or none that can be read."""
+    try:
+        return read_json(done)
+    except (OSError, PhiSightError):
+        return None
+
+
 def write_world(
     out: Path,
     pictures: int = 8000,
@@ -60,8 +70,9 @@ def write_world(
         "turns": turns,
         "hard": hard,
     }
+    sweep_stale(out, ".tmp-*", by_age=False)
     done = out / "world.json"
-    if done.exists() and json.loads(done.read_text()) == settings:
+    if _settings_in(done) == settings:
         print(f"{out}: already there ({pictures} pictures)")
         return
     done.unlink(missing_ok=True)

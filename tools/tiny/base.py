@@ -194,4 +194,7 @@ def save_base(model: Phi3ForCausalLM, composed: ComposedEmbedding, out: Path) ->
     state["model.embed_tokens.weight"] = composed.table().detach()
     plain = Phi3ForCausalLM(model.config)
     plain.load_state_dict(state, strict=True)
+    encoder = Encoder(out)
+    ends = [encoder.id("<|endoftext|>"), encoder.id("<|end|>")]  # the second ends a turn
+    plain.generation_config.eos_token_id = ends
     plain.bfloat16().save_pretrained(out)

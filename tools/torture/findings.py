@@ -41,7 +41,7 @@ def look_at(
 def last_logged(run: Path) -> int:
     """The last step in the log of a run, 0 for none."""
     log = run / METRICS
-    records = read_metrics(log, whole_bytes=0) if log.is_file() else []
+    records = read_metrics(log, to_first_fault=True) if log.is_file() else []
     return max((record.get("step", 0) for record in records), default=0)
 
 

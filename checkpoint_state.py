@@ -1,0 +1,244 @@
+"""What a checkpoint holds, in memory: copied to be saved, or read back and checked.
+
+What its JSON files and tensors must say stands here too. A folder whose sums are right may still
+have been made by a person or a program that knows how to seal it: nothing behind this file has to
+ask again whether a step is a number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from documents import (
+    COUNT,
+    COUNT_OR_NULL,
+    FINITE,
+    FLAG,
+    NUMBER,
+    NUMBER_OR_NULL,
+    OBJECT,
+    OBJECT_OR_NULL,
+    POSITIVE,
+    TEXT,
+    json_bytes,
+    problems,
+)
+from errors import PhiSightError
+from tensors import distance, sha256_of
+
+OWNERS = {
+    "lora_weights": "lora",
+    "image_projector": "projector",
+    "optimizer": "optimizer",
+    "rng": "rng",
+}  # file stem -> owner
+WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
+CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
+
+
+class Tokenizer(Protocol):
+    """What a checkpoint needs of a tokenizer."""
+
+    def save_pretrained(self, folder: str, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. `state`: file stem -> tensor name -> CPU tensor."""
+
+    path: Path
+    step: int
+    config: dict
+    trainer_state: dict
+    state: dict[str, dict[str, Tensor]]
+    manifest: dict
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint will hold, copied: training may go on while it is written."""
+
+    step: int
+    state: dict[str, dict[str, Tensor]]
+    documents: dict[str, bytes]  # config.json and trainer_state.json as they will be written
+    tokenizer: Tokenizer | None = None
+    change: dict | None = None  # since the save before: {"since_step", owner: L2 norm}
+
+
+# -- copied to be saved ---------------------------------------------------------------------------
+
+
+def take_snapshot(
+    step: int,
+    state: Mapping[str, Mapping[str, Tensor]],
+    config: dict,
+    trainer_state: dict,
+    tokenizer: Tokenizer | None = None,
+    previous: Snapshot | Checkpoint | None = None,
+) -> Snapshot:
+    """Copy everything to the CPU. `state` holds every stem of OWNERS; tensors may share memory.
+    With the save before as `previous`, how far the weights moved since is written down too.
+
+    Raises PhiSightError for a missing or unknown stem, a bad step, a value that JSON cannot hold.
+    """
+    if set(state) != set(OWNERS):
+        raise PhiSightError(
+            f"checkpoint: state has {sorted(state)}, not {sorted(OWNERS)}; "
+            "give an empty dictionary for what the run does not have"
+        )
+    if type(step) is not int or step < 0 or trainer_state.get("step", step) != step:
+        raise PhiSightError(
+            f"checkpoint: step {step!r} is not a count or not the step in "
+            "trainer_state; save between two steps"
+        )
+    copies = {
+        stem: {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+            for name, tensor in state[stem].items()
+        }
+        for stem in OWNERS
+    }
+    documents = {
+        CONFIG: json_bytes(CONFIG, config),
+        TRAINER_STATE: json_bytes(TRAINER_STATE, trainer_state),
+    }
+    return Snapshot(step, copies, documents, tokenizer, _change(previous, copies))
+
+
+def _change(
+    previous: Snapshot | Checkpoint | None, now: Mapping[str, Mapping[str, Tensor]]
+) -> dict | None:
+    """The L2 norm of what each owner's weights moved; None where there is nothing to compare."""
+    if previous is None or any(previous.state[stem].keys() != now[stem].keys() for stem in WEIGHTS):
+        return None
+    moved = {OWNERS[stem]: distance(previous.state[stem], now[stem]) for stem in WEIGHTS}
+    return {"since_step": previous.step, **moved}
+
+
+def weights_digest(state: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """sha256 over names and bytes of all trained weights: the same number means the same model."""
+    return digest_of_rows(
+        (stem, name, sha256_of(tensor.detach().cpu()))
+        for stem in WEIGHTS
+        for name, tensor in state[stem].items()
+    )
+
+
+def digest_of_rows(rows: Iterable[tuple[str, str, str]]) -> str:
+    return hashlib.sha256("\n".join(map(" ".join, sorted(rows))).encode()).hexdigest()
+
+
+# -- what its files must say ----------------------------------------------------------------------
+
+_LOSS_SCALER = {
+    "enabled": FLAG,
+    "scale": POSITIVE,
+    "growth_factor": POSITIVE,
+    "backoff_factor": POSITIVE,
+    "growth_interval": POSITIVE,
+    "growth_tracker": COUNT,
+}
+_WINDOW = {
+    "loss_sum?": NUMBER,
+    "supervised_tokens?": COUNT,
+    "tokens?": COUNT,
+    "places?": COUNT,
+    "skipped_steps?": COUNT,
+    "*": NUMBER,
+}
+_PLACE = {"step": COUNT, "epoch": COUNT, "row": COUNT, "finished": TEXT}
+_PROGRESS = {
+    "best_loss": NUMBER_OR_NULL,
+    "evaluations_without_better": COUNT,
+    "recent_losses": [NUMBER],
+    "window": _WINDOW,
+    "steps_digest": TEXT,
+    "loss_scaler": _LOSS_SCALER,
+    "metrics_offset": COUNT,
+    "chain": TEXT,
+    "total_steps": COUNT,
+    # of newer versions alone
+    "best_step?": COUNT_OR_NULL,
+    "repacked?": [[COUNT]],
+    "schedule?": {"step?": COUNT, "position?": FINITE, "total?": FINITE},
+}
+"""what trainer_state.json says beside the place, of every run that was trained here"""
+_FACTS = {"config": OBJECT, "base_fingerprint": TEXT, "vision_fingerprint": TEXT}
+_MORE_FACTS = {
+    "data_fingerprint": TEXT,
+    "compute_dtype": TEXT,
+    "device": TEXT,
+    "threads": COUNT,
+    "total_steps": COUNT,
+    "world_size": COUNT,
+    "versions": {"*": TEXT},
+    "processor": TEXT,
+    "started_from": OBJECT_OR_NULL,
+    "imported_from": TEXT,
+}
+
+
+def _if_there(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{name.removesuffix('?')}?": kind for name, kind in fields.items()}
+
+
+def document_problems(documents: Mapping[str, dict[str, Any]], step: int) -> Iterator[str]:
+    """What config.json and trainer_state.json of a checkpoint of `step` should not say, each with
+    the file's name. Fields that are missing are told of where `config.json` is that of a run."""
+    config, state = documents[CONFIG], documents[TRAINER_STATE]
+    whole = "config" in config
+    facts, place = (_FACTS, _PLACE) if whole else (_if_there(_FACTS), _if_there(_PLACE))
+    for problem in problems(config, facts | _if_there(_MORE_FACTS)):
+        yield f"{CONFIG}: {problem}"
+    for problem in problems(state, place | _if_there(_PROGRESS)):
+        yield f"{TRAINER_STATE}: {problem}"
+    if state.get("step", step) != step:
+        yield f"{TRAINER_STATE}: step is {state['step']}, the manifest says {step}"
+
+
+def tensor_problem(stem: str, name: str, tensor: Tensor) -> str:
+    """What is wrong with the values of a tensor that is as it was written, or "". A moment that is
+    not finite, or a negative one of squares, spoils its parameter at the next step."""
+    if stem != "optimizer":
+        return ""
+    if name.endswith((".exp_avg", ".exp_avg_sq")) and not tensor.isfinite().all():
+        return "holds values that are not finite"
+    if name.endswith(".exp_avg_sq") and (tensor < 0).any():
+        return "holds negative values, and is a mean of squares"
+    if name == "step" and tensor.numel() == 1 and tensor.item() < 0:
+        return f"is {tensor.item()}, not a count"
+    return ""
+
+
+def need_run(checkpoint: Checkpoint) -> None:
+    """Raise `PhiSightError` unless `config.json` is that of a run: one that can be asked."""
+    for problem in problems(checkpoint.config, _FACTS):
+        raise PhiSightError(
+            f"{checkpoint.path}: {CONFIG}: {problem}; this is no run's checkpoint, use another one"
+        )
+
+
+def need_resumable(checkpoint: Checkpoint) -> None:
+    """Raise `PhiSightError` unless `trainer_state.json` has all that a run goes on from."""
+    state = checkpoint.trainer_state
+    wanted: dict[str, Any] = _PLACE | _PROGRESS
+    for problem in problems(state, wanted):
+        raise PhiSightError(
+            f"{checkpoint.path}: {TRAINER_STATE}: {problem}, so it cannot be resumed; train on from"
+            " its weights in another run with --start-from"
+        )
+    for problem in problems(checkpoint.config, {"world_size": COUNT}):
+        raise PhiSightError(f"{checkpoint.path}: {CONFIG}: {problem}; use another checkpoint")
+    steps = checkpoint.state["optimizer"].get("step")
+    if steps is not None and steps.numel() == 1 and steps.item() > checkpoint.step:
+        raise PhiSightError(
+            f"{checkpoint.path}: optimizer.safetensors: tensor step is {steps.item()}, of a run of"
+            f" {checkpoint.step} steps; use another checkpoint"
+        )

@@ -1,0 +1,91 @@
+"""One run, one writer: a run's folder is held by the process that trains it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+from errors import PhiSightError
+from files import make_folder, open_regular, remove_empty
+
+LOCK = ".lock"
+
+
+class RunLock:
+    """Holds a run folder for this process, from `with` to the end of it.
+
+    The kernel gives the lock back when its holder ends, however it ends: one that a dead process
+    left is taken over without asking, and none is ever taken from a living one.
+
+    Raises:
+        PhiSightError: another process holds it (its number and machine are named), or the folder
+            cannot be written to.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        self.run = Path(run)
+        self.path = self.run / LOCK
+
+    def __enter__(self) -> RunLock:
+        while True:
+            try:
+                self._made = make_folder(self.run)
+                self._file = self._opened()
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._file.fileno()).st_ino == self.path.stat().st_ino:
+                    break
+                self._file.close()  # its former holder was just removing it: this one is nobody's
+            except BlockingIOError:
+                holder = self._holder()
+                self._file.close()
+                raise PhiSightError(
+                    f"{self.run}: {holder} is training there; wait for it, stop it,"
+                    " or choose another --run"
+                ) from None
+            except FileNotFoundError:
+                continue  # removed between two of the calls above
+            except OSError as error:
+                if self.path.is_symlink() or self.path.exists() and not self.path.is_file():
+                    raise PhiSightError(
+                        f"{self.path}: {error.strerror}; remove it, training makes it anew"
+                    ) from error
+                raise PhiSightError(
+                    f"{self.run}: {error.strerror}; make the folder writable, or"
+                    " choose another --run"
+                ) from error
+        self._file.truncate(0)
+        self._file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}))
+        self._file.flush()
+        return self
+
+    def _opened(self) -> TextIO:
+        """The file of the lock, made if it is not there. Raises `OSError` for anything else of its
+        name: what a link points to would be written over, a device might do anything."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+        with contextlib.suppress(FileNotFoundError):
+            open_regular(self.path, follow_links=False).close()
+        return open(os.open(self.path, flags, 0o666), "a+")
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        try:
+            owner = json.loads(self._file.read(1000))
+            return f"process {int(owner['process'])} on {owner['machine']}"
+        except (ValueError, KeyError, TypeError):  # it has taken the lock and not yet signed
+            return "another process"
+
+    def __exit__(self, *_: object) -> None:
+        try:  # a run that could not even start leaves nothing behind
+            if [path.name for path in self.run.iterdir()] == [LOCK]:
+                self.path.unlink()
+                self.run.rmdir()
+                remove_empty(self._made)
+        except OSError:
+            return  # the folder was removed, or something has just been put into it: it stays
+        finally:
+            self._file.close()  # and with it goes the lock
