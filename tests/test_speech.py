@@ -230,18 +230,17 @@ def test_a_short_question_waits_for_one_window_of_a_long_recording():
         return Heard()
 
     model._decode = hear
-    long = threading.Thread(
-        target=lambda: list(model.transcribe(np.concatenate([vowels(2), gap] * 6)))
-    )
-    short = threading.Thread(target=lambda: list(model.transcribe(vowels(0.8))))
+    recording = np.concatenate([vowels(2), gap] * 6)
+    long = threading.Thread(target=lambda: list(model.transcribe(recording)), daemon=True)
+    short = threading.Thread(target=lambda: list(model.transcribe(vowels(0.8))), daemon=True)
     long.start()
     assert began.wait(20)
     short.start()
     while len(model._turns._asking) < 2:
         time.sleep(0.01)
     go_on.set()
-    long.join()
-    short.join()
+    long.join(20)
+    short.join(20)
     assert order == ["long", "short"] + ["long"] * 5
 
 
