@@ -98,8 +98,6 @@ def prepare_run(
         PhiSightError: something that the config names cannot be used, or going on from the
             checkpoint would not be exact.
     """
-    if checkpoint is not None:
-        need_resumable(checkpoint)
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks.size))
     choose_algorithms(config.deterministic)
 
@@ -159,6 +157,7 @@ def place_of(
     whatever their number a step was."""
     if checkpoint is None:
         return Progress()
+    need_resumable(checkpoint)
     progress = Progress.from_state(checkpoint.trainer_state)
     if checkpoint.config["data_fingerprint"] == data.fingerprint:
         saved = configs.from_dict(checkpoint.config["config"], str(checkpoint.path))
