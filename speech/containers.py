@@ -57,7 +57,7 @@ def kind_of(head: bytes, name: str) -> str:
         return "MP4"
     if not head:
         raise PhiSightError(f"{name}: is empty, there is nothing to read; record it again")
-    raise PhiSightError(f"{name}: is no recording that can be read; {HOW_TO_CONVERT}")
+    raise PhiSightError(f"{name}: is not a recording that can be read; {HOW_TO_CONVERT}")
 
 
 def cut_short(name: str, how: str) -> PhiSightError:
