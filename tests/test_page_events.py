@@ -22,7 +22,7 @@ from api import logs
 from speech.whisper import Segment
 from web.presence import Presence
 from web.temporary import MADE, UPLOADS, own_folder
-from workers import Cancelled
+from workers.pool import Cancelled
 
 
 class Ears:
