@@ -337,3 +337,23 @@ def test_a_script_in_a_folder_finds_the_rooms_of_its_own_copy(tmp_path):
             text=True,
         ).stdout
         assert printed.strip() == str(folder / "checkpoints.py")
+
+
+# -- the page of faults ---------------------------------------------------------------------------
+
+
+def named_tests() -> list[tuple[str, str]]:
+    """(file, name of a test or "") of all that docs/faults.md names, in its short form."""
+    named, file = [], ""
+    for line in (ROOT / "docs/faults.md").read_text().splitlines():
+        for own, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", line):
+            file = own or file
+            if own or test:
+                named.append((file, test))
+    return named
+
+
+def test_the_tests_that_the_page_of_faults_names_are_there():
+    assert len(named_tests()) > 50
+    for file, test in named_tests():
+        assert f"def {test}" in (ROOT / "tests" / file).read_text(), (file, test)
