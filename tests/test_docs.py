@@ -42,6 +42,8 @@ NOT_RUN = {
     "make demo": WHOLE_SET_UP,
     "make test": WHOLE_SET_UP,
     "make lint": WHOLE_SET_UP,
+    "python infer.py --batch /dev/stdin --out /dev/stdout < questions.jsonl": "reads the process's"
+    " own input: tests/test_batch.py runs it as a process",
     "python -m tools.demo": "trains for minutes; it is `make demo`",
     "python -m pytest tests/test_sampler.py": "is a part of this suite",
     "PHISIGHT_APP_RUN=runs/tiny PHISIGHT_APP_PICTURE=docs/app.png"
@@ -60,6 +62,7 @@ NOT_RUN = {
     " made to differ; tests/test_train.py resumes with changes",
     "python checkpoints.py diff runs/a runs/b": "goes on from the one before",
     "python tools/torture_resume.py --kills 40": MINUTES,
+    "python export.py --merge --out runs/merged": EXPORTS,
     "python export.py --llava runs/llava": EXPORTS,
     "python export.py --requantize --out runs/four-bit": EXPORTS,
     "python export.py --prune 0.1 --out runs/pruned": EXPORTS,
@@ -107,6 +110,8 @@ class Command:
             return words[words.index("--") + 1 :]
         if words[0] == "timeout":
             words = words[words.index("python") :]
+        if "<" in words:
+            words = words[: words.index("<")]
         return words[1:] if words[0] == "python" else None
 
 
