@@ -19,7 +19,7 @@ from speech import decode as decoding
 from speech.containers import kind_of, sound_of
 from speech.mpeg import frame_that_counts, frames_of
 from speech.recordings import read_audio
-from workers import Cancelled
+from workers.pool import Cancelled
 
 
 def decode(data: bytes) -> np.ndarray:
