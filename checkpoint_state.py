@@ -220,9 +220,7 @@ def tensor_problem(stem: str, name: str, tensor: Tensor) -> str:
 def need_run(checkpoint: Checkpoint) -> None:
     """Raise `PhiSightError` unless `config.json` is that of a run: one that can be asked."""
     for problem in problems(checkpoint.config, _FACTS):
-        raise PhiSightError(
-            f"{checkpoint.path}: {CONFIG}: {problem}; this is no run's checkpoint, use another one"
-        )
+        raise PhiSightError(f"{checkpoint.path}: {CONFIG}: {problem}; use the checkpoint of a run")
 
 
 def need_resumable(checkpoint: Checkpoint) -> None:

@@ -74,9 +74,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
-        print(
-            "interrupted: what was saved is kept; train.py goes on with --resume", file=sys.stderr
-        )
+        trains = os.path.basename(sys.argv[0]) == "train.py"
+        more = "; --resume goes on from there" if trains else ""
+        print(f"interrupted: what was saved is kept{more}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `... | head` closed the pipe: nothing is lost and nobody is reading
         sys.stderr.close()

@@ -52,7 +52,7 @@ def load_torch_file(path: str | Path, most_bytes: int) -> Any:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
     except Exception as error:  # an untrusted file makes torch.load raise anything
-        raise NotRead(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise NotRead(_reason(error)) from None
     taken, seen = 0, set()
     for tensor in _tensors(content):
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -64,6 +64,15 @@ def load_torch_file(path: str | Path, most_bytes: int) -> Any:
         if taken > unpacked:  # views of few elements that claim to be many
             raise NotRead(f"its tensors claim to be larger than the {unpacked:,} bytes it holds")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """What torch says, without its advice to read the file again and run what is in it."""
+    said = str(error)
+    if "weights_only" in said:
+        reason = said.partition("WeightsUnpickler error:")[2].strip().split("\n")[0]
+        said = f"it is damaged: {reason or type(error).__name__}"
+    return " ".join(said.split())[:200] or type(error).__name__
 
 
 def _check_parts(path: str | Path, size: int) -> tuple[bool, int]:
@@ -90,9 +99,9 @@ def _check_names(file: BinaryIO | Any) -> None:
     try:
         for operation, argument, _ in pickletools.genops(file):
             name = operation.name
-            if name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4") or (
-                name == "GLOBAL" and not NAMES.fullmatch(str(argument))
-            ):
+            if name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+                raise NotRead(f"its pickle uses {name}, which torch.save does not write")
+            if name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
                 raise NotRead(f"it names {str(argument)[:100]!r}, which is not needed for tensors")
     except NotRead:
         raise

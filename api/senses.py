@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -39,7 +40,13 @@ def listening(load: Callable[[], Speech]) -> Listen:
 
     def listen(data: bytes, cancelled: Callable[[], bool], fits: Callable[[str], bool]) -> str:
         speech = available(load, "speech model")
-        return speech.text(read_audio(data, cancelled), cancelled=cancelled, fits=fits)
+        try:
+            return speech.text(read_audio(data, cancelled), cancelled=cancelled, fits=fits)
+        except Exception as error:
+            # An error holds the variables of its frames, an hour of sound among them, and is itself
+            # held until Python looks for cycles.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
     return listen
 

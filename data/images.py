@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import stat
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import BinaryIO
@@ -106,7 +107,8 @@ def size_if_whole(
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= max_bytes:
             return None
-        with _Head(io.FileIO(path)) as file:
+        with _Head(io.FileIO(path)) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, over what is then decoded to be judged
             # Of a WebP, Pillow takes all bytes at once, and C code reads the header.
             file.limited = file.read(4) != b"RIFF"
             file.seek(0)

@@ -63,7 +63,7 @@ def find_targets(model: nn.Module, targets: set[str]) -> list[str]:
         # A target that matches nothing trains nothing, and the loss curve does not show it.
         reason = f"{', '.join(sorted(unmatched)) or 'the empty list'} matches no layer"
         if not_linear:
-            reason = f"{not_linear[0]} is no linear layer"
+            reason = f"{not_linear[0]} is not a linear layer"
         raise PhiSightError(
             f"LoRA targets: {reason}; "
             f"the linear layers of this model are {', '.join(sorted(linear))}"

@@ -34,7 +34,7 @@ def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
     weight = packed_weight(linear)
     if linear.in_features % weight.blocksize:
         raise PhiSightError(
-            f"4-bit layer: {linear.in_features} inputs are no multiple of the NF4 block size "
+            f"4-bit layer: {linear.in_features} inputs are not a multiple of the NF4 block size "
             f"{weight.blocksize}, which bitsandbytes dequantises wrongly on some CPUs; "
             'use a model with other sizes, or quantization "none"'
         )
@@ -109,7 +109,7 @@ def check_base(base: nn.Module) -> None:
     """Raise `PhiSightError` unless `base` is a linear layer that is ready to be wrapped."""
     if not isinstance(base, nn.Linear):
         raise PhiSightError(
-            f"LoRA base: {type(base).__name__} is no linear layer; wrap nn.Linear or Linear4bit"
+            f"LoRA base: {type(base).__name__} is not a linear layer; wrap nn.Linear or Linear4bit"
         )
     if isinstance(base, bnb.nn.Linear4bit):
         if packed_weight(base).quant_state is None:
@@ -122,8 +122,8 @@ def check_base(base: nn.Module) -> None:
 def check_numbers(rank: int, alpha: float, dropout: float) -> None:
     """Raise `PhiSightError` for a rank, alpha or dropout that makes no adapter."""
     if rank < 1:
-        raise PhiSightError(f"LoRA rank: {rank} is no rank; give a whole number of at least 1")
+        raise PhiSightError(f"LoRA rank: {rank} is not a rank; give a whole number of at least 1")
     if not (math.isfinite(alpha) and alpha > 0):
-        raise PhiSightError(f"LoRA alpha: {alpha} is no scale; give a number above 0")
+        raise PhiSightError(f"LoRA alpha: {alpha} is not a scale; give a number above 0")
     if not 0 <= dropout < 1:
-        raise PhiSightError(f"LoRA dropout: {dropout} is no probability; give 0 <= dropout < 1")
+        raise PhiSightError(f"LoRA dropout: {dropout} is not a probability; give 0 <= dropout < 1")

@@ -167,7 +167,7 @@ def find_weight_files(folder: Path, instead: str = "") -> list[Path]:
             names = [instead]
     for name in names:
         if Path(name).name != name:  # an index must not reach out of its folder
-            raise PhiSightError(f"{index}: {name} is no plain file name; download the file again")
+            raise PhiSightError(f"{index}: {name} is not a file name; download the file again")
         if (folder / name).is_file():
             continue
         if any(folder.glob("*.bin")) and not index.is_file():

@@ -60,7 +60,7 @@ class ClipConfig:
         config = cls(**given)
         if config.hidden_size % config.num_attention_heads:
             raise PhiSightError(
-                f"its hidden_size {config.hidden_size} is no multiple of its"
+                f"its hidden_size {config.hidden_size} is not a multiple of its"
                 f" num_attention_heads {config.num_attention_heads}"
             )
         return config

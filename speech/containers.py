@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from errors import PhiSightError
+from speech.mpeg import TOLERANCE, frame_that_counts, frames_of
 
 HOW_TO_CONVERT = "convert it to WAV, FLAC, MP3 or OGG"
 MOST_CHUNKS = 1000  # before the sound; real files have fewer than twenty
@@ -56,7 +57,7 @@ def kind_of(head: bytes, name: str) -> str:
         return "MP4"
     if not head:
         raise PhiSightError(f"{name}: is empty, there is nothing to read; record it again")
-    raise PhiSightError(f"{name}: is no recording that can be read; {HOW_TO_CONVERT}")
+    raise PhiSightError(f"{name}: is not a recording that can be read; {HOW_TO_CONVERT}")
 
 
 def cut_short(name: str, how: str) -> PhiSightError:
@@ -83,6 +84,8 @@ def sound_of(file: BinaryIO, kind: str, size: int, name: str) -> BinaryIO:
         return _aiff(file, size, name)
     if kind == "AU":
         return _au(file, size, name)
+    if kind == "MP3":
+        return _mp3(file, size, name)
     if kind == "OGG" and _ends_inside_a_page(file, size):
         raise cut_short(name, "it ends inside a page")
     file.seek(0)
@@ -212,7 +215,19 @@ def _au(file: BinaryIO, size: int, name: str) -> BinaryIO:
     return spliced(header, file, start, length)
 
 
-# -- FLAC and OGG ---------------------------------------------------------------------------------
+# -- MP3, FLAC and OGG ----------------------------------------------------------------------------
+
+
+def _mp3(file: BinaryIO, size: int, name: str) -> BinaryIO:
+    """The sound behind a frame that says how many others there are."""
+    frames = frames_of(file)
+    file.seek(0)
+    if frames is None or not frames.counted:  # the decoder says what is wrong
+        return file
+    if frames.claimed > frames.counted + TOLERANCE:
+        raise cut_short(name, f"{frames.counted:,} of {frames.claimed:,} frames are there")
+    start = frames.start + (len(frames.first) if frames.xing else 0)
+    return spliced(frame_that_counts(frames), file, start, size - start)
 
 
 def promises_length(file: BinaryIO, kind: str) -> bool:
@@ -221,7 +236,7 @@ def promises_length(file: BinaryIO, kind: str) -> bool:
         file.seek(21)  # 36 bits in the block that comes first, STREAMINFO
         head = file.read(5)
         return bool(head and (head[0] & 0x0F or any(head[1:])))
-    return kind == "MP3"  # libsndfile counts its frames
+    return False
 
 
 def _ends_inside_a_page(file: BinaryIO, size: int) -> bool:

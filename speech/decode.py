@@ -31,6 +31,7 @@ LARGEST_FILE = 1 << 30  # bytes
 LONGEST_SECONDS = 3600.0
 LOWEST_RATE, HIGHEST_RATE = 4000, 384_000  # Hz of a recording
 MOST_CHANNELS = 32
+LARGEST_SAMPLE = 1e6  # 1 is full scale, and float files may go beyond
 BLOCK_SECONDS = 10.0
 SHORT_BLOCK_SECONDS = 0.25  # of which at most one is lost where a file is broken
 
@@ -149,12 +150,15 @@ def _resampled(sound: Sound, name: str, kind: str, promised: bool) -> np.ndarray
 
 def _blocks(sound: Sound, name: str, kind: str, promised: bool) -> Iterator[np.ndarray]:
     """(frames, channels) float32, block by block. A file that promises no length may end within a
-    frame, as one does whose recorder was killed: what was decoded until there is kept."""
+    frame, as one does whose recorder was killed: what was decoded until there is kept. Behind what
+    another promises there may be a tag, which is not sound."""
     import soundfile
 
     seconds = BLOCK_SECONDS if promised or kind != "FLAC" else SHORT_BLOCK_SECONDS
     size, some = int(seconds * sound.samplerate), False
-    while True:
+    left = sound.frames if promised else None
+    while left != 0:
+        size = size if left is None else min(size, left)
         try:
             block = sound.read(size, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, OSError) as error:
@@ -166,8 +170,10 @@ def _blocks(sound: Sound, name: str, kind: str, promised: bool) -> Iterator[np.n
             yield block
         if len(block) < size:
             return
+        left = None if left is None else left - len(block)
 
 
 def finite(samples: np.ndarray) -> np.ndarray:
-    """NaN and infinities become silence, and absurd values are clipped."""
-    return np.clip(np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0), -1e6, 1e6)
+    """NaN, infinities and absurd values become silence: one of them would set how loud all else
+    is."""
+    return np.where(np.abs(samples) < LARGEST_SAMPLE, samples, 0)  # false for NaN

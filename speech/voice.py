@@ -43,7 +43,7 @@ def espeak(
     if program is None:
         raise PhiSightError(f"speech: the program {PROGRAM} is not there; {HOW_TO_HEAR}")
     if not VOICE_NAME.fullmatch(voice):
-        raise PhiSightError(f"voice {voice!r}: is no name of an {PROGRAM} voice; try en or en-us")
+        raise PhiSightError(f"voice {voice!r}: is not a name of {PROGRAM}'s; try en or en-us")
     command = [
         program,
         "-v",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,8 +41,7 @@ def transcribe(options: argparse.Namespace) -> int:
         complete = True
     finally:
         if out is not None and (complete or segments):
-            with whole_file(out) as temporary:
-                temporary.write_text(form(segments, seconds, complete), encoding="utf-8")
+            _write(out, form(segments, seconds, complete))
         if not complete and segments:
             print(f"stopped after {segments[-1].end:.0f} of {seconds:.0f} s", file=sys.stderr)
     if options.json:
@@ -49,6 +49,14 @@ def transcribe(options: argparse.Namespace) -> int:
     if not segments:
         raise NoSpeech
     return 0
+
+
+def _write(out: Path, text: str) -> None:
+    try:
+        with whole_file(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PhiSightError(f"--out {out}: {error.strerror}; give another --out") from None
 
 
 def whisper_of(options: argparse.Namespace) -> str:
@@ -79,8 +87,12 @@ def form_of(out: Path | None) -> Form:
     forms: dict[str, Form] = {".txt": as_text, ".srt": as_subtitles, ".json": as_json}
     if out.suffix.lower() not in forms:
         raise PhiSightError(f"--out {out}: the name of a transcript ends with {', '.join(forms)}")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):  # unlike a Path's, it never raises
         raise PhiSightError(f"--out {out}: its folder does not exist; make it first")
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise PhiSightError(f"--out {out}: is not a file; give another --out")
+    if not os.access(out.parent, os.W_OK):  # told before an hour is heard
+        raise PhiSightError(f"--out {out}: its folder cannot be written; give another --out")
     return forms[out.suffix.lower()]
 
 

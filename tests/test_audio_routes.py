@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy
@@ -14,7 +16,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import Live, assistant_of, get, live
-from sounds import RATE, TINY, encoded, needs_espeak, tone
+from sounds import RATE, TINY, encoded, needs_espeak, tiny, tone
 
 from api.errors import ApiError
 from api.forms import Limits
@@ -24,7 +26,7 @@ from api.spoken import KINDS, PCM_RATE, SpeechBody, spoken
 from api.transcriptions import Heard, parse_recording
 from speech.spoken import loaded_once
 from speech.subtitles import CUE_CHARACTERS, as_srt, as_vtt
-from speech.whisper import Segment, write_down
+from speech.whisper import NoSpeech, Segment, write_down
 from workers.pool import Cancelled
 
 QUESTION = "What colour is the star?"
@@ -267,6 +269,26 @@ def test_a_long_recording_asked_about_is_heard_until_the_context_is_full():
 
 
 # -- forms ----------------------------------------------------------------------------------------
+
+
+def test_a_recording_that_is_refused_is_not_held_by_its_error(monkeypatch):
+    """Where it was, an hour of silence left 230 MB until Python looked for cycles."""
+    left: list[weakref.ref] = []
+
+    def read(data: bytes, cancelled: Callable[[], bool]) -> numpy.ndarray:
+        audio = numpy.zeros(RATE, numpy.float32)
+        left.append(weakref.ref(audio))
+        return audio
+
+    monkeypatch.setattr("api.senses.read_audio", read)
+    listen = listening(tiny)
+    gc.disable()
+    try:
+        with pytest.raises(NoSpeech) as error:
+            listen(b"", lambda: False, lambda text: True)
+        assert error.value.__traceback__ is not None and left[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_form_is_read_as_it_was_written():

@@ -277,7 +277,7 @@ def test_sizes_that_do_not_fit_nf4_blocks_get_smaller_blocks_or_are_refused(tmp_
             # NF4's widest gap is 0.304 of the block's largest value, so the error is half of that.
             assert (base_weight(module) - weight).abs().max() < 0.153 * weight.abs().max()
     save_model(tmp_path / "refused", intermediate_size=80)
-    with pytest.raises(PhiSightError, match="80 inputs are no multiple"):
+    with pytest.raises(PhiSightError, match="80 inputs are not a multiple"):
         load(tmp_path / "refused", "nf4")
     assert logits(load(tmp_path / "refused").model).isfinite().all()
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errors import printable
+from errors import printable, run_main
 
 anything = st.text(st.characters(), max_size=30) | st.text(st.sampled_from("a\ud800\x1b\n \u202e"))
 
@@ -64,3 +64,21 @@ run_main(main)
     assert done.returncode == 2
     assert done.stdout.startswith(b"id \\ud800 ")
     assert done.stderr == b"error: a\\x1b[2J \\ud800: gone\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("infer.py", "interrupted: what was saved is kept\n"),
+        ("train.py", "interrupted: what was saved is kept; --resume goes on from there\n"),
+    ],
+)
+def test_an_interrupted_program_names_a_flag_of_its_own(program, said, monkeypatch, capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", [f"/somewhere/{program}"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(interrupted)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == said

@@ -173,7 +173,7 @@ def test_a_norm_that_is_not_finite_is_reported_and_nothing_is_scaled(bad):
 def test_clipping_without_gradients_and_without_a_norm():
     assert clip_gradients(parameters().values(), 1.0) == 0
     for bad in (0.0, -1.0, float("nan")):
-        with pytest.raises(PhiSightError, match="is no norm"):
+        with pytest.raises(PhiSightError, match="is not a norm"):
             clip_gradients(parameters().values(), bad)
 
 

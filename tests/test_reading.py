@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import struct
 import subprocess
 import sys
 import threading
+import warnings
 import zlib
 from pathlib import Path
 
@@ -242,6 +245,25 @@ def test_what_libtiff_writes_is_one_line_of_the_log(small_pool, caplog, capfd):
     note = record.getMessage().split("notes: ")[1]
     assert "LZW" in note or "table" in note
     assert capfd.readouterr().err.count(note) <= 1  # the log's own line
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        # A decompression bomb, and an MPO that is cut short.
+        hostile.png(chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0))),
+        hostile.with_segments(b"\xff\xe2\0\x12MPF\0II*\0\x08\0\0\0\x63\0"),
+    ],
+)
+def test_what_pillow_warns_of_is_not_told(tmp_path, small_pool, caplog, data):
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        size_if_whole(path)
+    with contextlib.suppress(PhiSightError):
+        check_image_file(path)
+    assert not told and not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import sys
 
 import numpy as np
 import pytest
+import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sounds import KINDS, RATE, encoded, tone, vowels
@@ -15,6 +17,7 @@ from sounds import KINDS, RATE, encoded, tone, vowels
 from errors import PhiSightError
 from speech import decode as decoding
 from speech.containers import kind_of, sound_of
+from speech.mpeg import frame_that_counts, frames_of
 from speech.recordings import read_audio
 from workers.pool import Cancelled
 
@@ -61,6 +64,7 @@ def test_samples_that_are_no_numbers_become_silence():
     samples[1000:1100], samples[2000], samples[3000] = np.nan, np.inf, -1e38
     audio = read_audio(encoded(samples, RATE, "WAV", "FLOAT"))
     assert np.isfinite(audio).all() and np.abs(audio).max() <= 1
+    assert np.abs(audio[4000:8000]).max() > 0.8  # one absurd sample has not made all else silent
     assert not read_audio(encoded(np.full(RATE, np.nan, np.float32), RATE, "WAV", "FLOAT")).any()
 
 
@@ -68,10 +72,10 @@ def test_samples_that_are_no_numbers_become_silence():
     ("data", "reason"),
     [
         (b"", "is empty.*record it again"),
-        (b"What colour is the star?", "no recording.*convert"),
+        (b"What colour is the star?", "is not a recording.*convert"),
         (b"\x1a\x45\xdf\xa3" + bytes(99), "WebM.*convert it to WAV, FLAC, MP3 or OGG"),
         (b"\0\0\0\x20ftypM4A " + bytes(99), "MP4.*convert"),
-        (b"RIFF\x10\0\0\0WEBP" + bytes(99), "is no recording.*convert"),
+        (b"RIFF\x10\0\0\0WEBP" + bytes(99), "is not a recording.*convert"),
         (b"RIFF\x10\0\0\0WAVE", "not readable"),
         (b"fLaC" + bytes(99), "not readable"),
         (b"OggS" + bytes(99), "cut short|not readable"),
@@ -79,8 +83,8 @@ def test_samples_that_are_no_numbers_become_silence():
         (b"ID3" + bytes(99), "not readable"),
         (b"FORM\0\0\0\0AIFF" + bytes(99), "not readable"),
         (b".snd" + bytes(99), "not readable"),
-        (encoded(tone(), RATE, "SVX"), "no recording"),
-        (encoded(tone(), RATE, "CAF"), "no recording"),
+        (encoded(tone(), RATE, "SVX"), "not a recording"),
+        (encoded(tone(), RATE, "CAF"), "not a recording"),
         (encoded(tone(), 2000, "WAV"), "2000 samples a second, 4000 to 384000"),
         (encoded(np.zeros((99, 33)), RATE, "WAV"), "33 channels, at most 32"),
     ],
@@ -164,6 +168,49 @@ def test_a_flac_whose_header_leaves_its_length_open_is_read_to_its_end():
     assert len(whole) == 4 * RATE and np.abs(whole - vowels(4)).max() < 1e-3
     part = read_audio(bytes(data[: len(data) // 2]))  # its recorder was killed
     assert len(part) > RATE and np.array_equal(part, whole[: len(part)])
+
+
+def with_frames(data: bytes, flags: int, frames: int | None) -> bytes:
+    """An MP3 whose first frame says another number of frames, or is gone."""
+    place = data.index(b"Xing")
+    if frames is None:
+        return data[data.index(data[:2], 4) :]
+    return data[: place + 4] + struct.pack(">II", flags, frames) + data[place + 12 :]
+
+
+@pytest.mark.parametrize("rate", [44100, 22050, 8000])  # MPEG 1, 2 and 2.5
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\2\0" + bytes(256)])
+def test_an_mp3_that_does_not_say_how_long_it_is_is_read_to_its_end(rate, channels, tag):
+    sound = np.repeat(vowels(8)[:, None], channels, 1)
+    data = encoded(soxr.resample(sound, RATE, rate), rate, "MP3")
+    whole = read_audio(data)
+    assert abs(len(whole) - 8 * RATE) < 10
+    true = int.from_bytes(data[data.index(b"Xing") + 8 :][:4], "big")
+    for frames in (0, 1, true // 2, true, true + 1):
+        assert abs(len(read_audio(tag + with_frames(data, 15, frames))) - 8 * RATE) < 0.1 * RATE
+    for other in (with_frames(data, 14, true), with_frames(data, 0, None)):
+        assert 8 * RATE <= len(read_audio(tag + other)) < 8.2 * RATE
+    with pytest.raises(PhiSightError, match=f"cut short, {true} of {2 * true} frames are there"):
+        read_audio(tag + with_frames(data, 15, 2 * true))
+
+
+def test_tags_behind_the_sound_are_no_sound():
+    for kind in ("FLAC", "MP3"):
+        data = encoded(tone(), RATE, kind)
+        for tag in (b"TAG" + bytes(125), b"APETAGEX" + bytes(24), bytes(5000)):
+            assert np.array_equal(read_audio(data + tag), read_audio(data))
+
+
+@given(st.binary(max_size=300), st.integers(0, 400))
+def test_any_bytes_behind_the_head_of_an_mp3_are_counted(noise, kept):
+    data = encoded(tone(440, 0.2), RATE, "MP3")
+    file = io.BytesIO(data[:kept] + noise)
+    frames = frames_of(file)
+    if frames is not None:
+        assert 0 <= frames.counted <= 1 + len(file.getvalue()) // 24
+        changed = frames_of(io.BytesIO(frame_that_counts(frames) + data))
+        assert changed is not None and changed.xing and changed.claimed == frames.counted
 
 
 def test_chunks_after_the_sound_are_no_sound():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -437,6 +438,23 @@ def test_no_model_is_made_by_sizes_that_a_file_only_claims(tmp_path):
     assert done.returncode == 0, done.stderr
     megabytes, unit = done.stdout.split()
     assert unit == "MB" and int(megabytes) < 50, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("pickled", "reason"),
+    [
+        (b"\x80\x02}q\0(h\0t0.", "it is damaged: Unsupported operand 48"),
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "its pickle uses STACK_GLOBAL"),
+    ],
+)
+def test_a_damaged_file_is_not_recommended_to_be_run(pickled, reason, tmp_path):
+    """torch advises `weights_only=False`, which runs what is in the file."""
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as packed:
+        packed.writestr("m/data.pkl", pickled)
+        packed.writestr("m/version", "3")
+    with pytest.raises(PhiSightError, match=f"{reason}.*; name another .pt$") as error:
+        Speech.load(tmp_path / "m.pt")
+    assert "weights_only" not in str(error.value)
 
 
 def test_tensors_that_are_one_and_the_same_are_refused(tmp_path):

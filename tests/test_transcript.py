@@ -90,6 +90,9 @@ def test_a_recording_without_speech_says_so_and_fails(tmp_path):
         (["no-such.wav"], "no-such.wav: cannot be read"),
         (["a.wav", "--out", "a.doc"], "--out a.doc: the name of a transcript ends with .txt, .srt"),
         (["a.wav", "--out", "none/a.srt"], "--out none/a.srt: its folder does not exist"),
+        (["a.wav", "--out", "folder.srt"], "--out folder.srt: is not a file"),
+        (["a.wav", "--out", f"{'a' * 260}.srt"], "File name too long"),
+        (["a.wav", "--out", f"{'a' * 230}.srt"], "File name too long"),  # with the temporary's end
         (["a.wav", "--image", "a.png"], "belong to one question"),
         (["a.wav", "--speech", ""], "--speech: is empty"),
         (["a.wav", "--denoise", "--language", "de"], "hears English only"),
@@ -99,6 +102,7 @@ def test_a_recording_without_speech_says_so_and_fails(tmp_path):
 def test_what_it_refuses_is_one_line(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.wav").write_bytes(encoded(vowels(0.3), RATE, "WAV"))
+    (tmp_path / "folder.srt").mkdir()
     with pytest.raises(PhiSightError, match=re.escape(said)):
         transcribe(*arguments)
 

@@ -79,7 +79,7 @@ def test_an_unknown_language_is_told_when_it_is_loaded():
 @pytest.mark.parametrize("name", ["-f", "../../etc/passwd", "en us", "", "en+a+b", "en\n"])
 @needs_espeak
 def test_a_voice_name_is_a_name(name):
-    with pytest.raises(PhiSightError, match="is no name|does not exist"):
+    with pytest.raises(PhiSightError, match="is not a name|does not exist"):
         Voice.load(language=name)
 
 

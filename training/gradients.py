@@ -31,7 +31,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         PhiSightError: `max_norm` is not above 0.
     """
     if not max_norm > 0:
-        raise PhiSightError(f"gradient clipping: {max_norm} is no norm; give a number above 0")
+        raise PhiSightError(f"gradient clipping: {max_norm} is not a norm; give a number above 0")
     parameters = list(parameters)
     norm = gradient_norm(parameters)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

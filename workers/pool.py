@@ -255,7 +255,8 @@ class _Child:
         with theirs:
             paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "workers.child", str(theirs.fileno())],
+                # Pillow warns of much that it then reads: what fails is an error all the same.
+                [sys.executable, "-P", "-W", "ignore", "-m", "workers.child", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE,  # nothing is written: its end tells that we are gone
                 stdout=subprocess.DEVNULL,
