@@ -22,6 +22,7 @@ SOUND_FORMATS = (
     *("wav", "mp3", "flac", "ogg", "oga", "opus", "webm", "m4a", "mp4", "mpeg", "mpga"),
     *("aac", "aiff", "aif"),
 )
+TOO_MANY = 2**40  # pixels; a header that claims more is a lie, and its number tells nothing
 SOUND_KINDS = ("audio/", "video/", "application/ogg")  # media types; browsers record video/webm
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -132,7 +133,8 @@ class Reader:
         data = url.decode(name, self.limits.picture_bytes)
         self.pixels += pixels_claimed(data, name)
         if self.pixels > self.limits.pixels:
-            size, limit = f"{self.pixels:,} pixels in all", f"{self.limits.pixels:,}"
+            limit = f"{self.limits.pixels:,} pixels in all"
+            size = f"{self.pixels:,}" if self.pixels < TOO_MANY else "a header of far more pixels"
             raise too_large(piece.where, size, limit, "send smaller pictures")
         self.pictures[name] = data
         return Part("image", name)

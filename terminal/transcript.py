@@ -40,7 +40,7 @@ def transcribe(options: argparse.Namespace) -> int:
                 print(segment.text, flush=True)
         complete = True
     finally:
-        if out is not None and (complete or segments):
+        if out is not None and segments:  # nothing said: what lies there is not replaced
             _write(out, form(segments, seconds, complete))
         if not complete and segments:
             print(f"stopped after {segments[-1].end:.0f} of {seconds:.0f} s", file=sys.stderr)

@@ -79,9 +79,14 @@ def test_what_was_written_down_is_kept_when_it_is_stopped(tmp_path, capsys, monk
 def test_a_recording_without_speech_says_so_and_fails(tmp_path):
     path = tmp_path / "silence.wav"
     path.write_bytes(encoded(np.zeros(RATE, np.float32), RATE, "WAV"))
+    out = tmp_path / "a.srt"
     with pytest.raises(NoSpeech):
-        transcribe(path, "--out", tmp_path / "a.srt")
-    assert (tmp_path / "a.srt").read_text() == ""
+        transcribe(path, "--out", out)
+    assert not out.exists()
+    out.write_text("an earlier one")
+    with pytest.raises(NoSpeech):
+        transcribe(path, "--out", out)
+    assert out.read_text() == "an earlier one"
 
 
 @pytest.mark.parametrize(
