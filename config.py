@@ -401,7 +401,11 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
             f"{where}: its config lacks {missing or 'nothing'} and has unknown"
             f" {unknown or 'nothing'}; it was written by another version of PhiSight"
         )
-    config = Config(**located(of_declared_type(values, where)))
+    fields = of_declared_type(values, where)
+    for name, value in fields.items():
+        if FIELDS[name].metadata["place"] and "\0" in value:
+            raise PhiSightError(f"{where}: config field {name} has a null character; no path has")
+    config = Config(**located(fields))
     validate(config)
     return config
 
