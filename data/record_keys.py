@@ -39,8 +39,9 @@ LEARN_KEYS = {
 MASK_KEYS = {"mask", "masked", "mask_loss", "ignore", "ignored", "ignore_loss", "skip_loss"}
 # Unknown keys of a turn that speak of the same: what they say cannot be known.
 OF_LEARNING = re.compile(
-    r"(?:^|_)(?:loss|losses|weights?|mask|masks|masked|ignored?|skip|skipped|excluded?|grad|backprop"
-    r"|train|trained|training|trainable|learn|learned|learnt|supervised?|supervision)(?:_|$)"
+    r"(?:^|_)(?:loss|losses|weights?|mask|masks|masked|ignored?|skip|skipped|excluded?|grad"
+    r"|backprop|train|trained|training|trainable|learn|learned|learnt|supervised?"
+    r"|supervision)(?:_|$)"
 )
 # Of those, the ones that say no.
 AGAINST = re.compile(
