@@ -24,9 +24,9 @@ from documents import (
     NUMBER,
     NUMBER_OR_NULL,
     OBJECT,
-    OBJECT_OR_NULL,
     POSITIVE,
     TEXT,
+    Kind,
     json_bytes,
     problems,
 )
@@ -166,10 +166,11 @@ _PROGRESS = {
     "total_steps": COUNT,
     # of newer versions alone
     "best_step?": COUNT_OR_NULL,
-    "repacked?": [[COUNT]],
-    "schedule?": {"step?": COUNT, "position?": FINITE, "total?": FINITE},
+    "repacked?": [Kind("four whole numbers from 0 on", lambda v: _is_packing(v))],
+    "schedule?": Kind("{} or step, position and total", lambda v: _is_schedule(v)),
 }
 """what trainer_state.json says beside the place, of every run that was trained here"""
+_STARTED_FROM = {"step": COUNT, "finished": TEXT}
 _FACTS = {"config": OBJECT, "base_fingerprint": TEXT, "vision_fingerprint": TEXT}
 _MORE_FACTS = {
     "data_fingerprint": TEXT,
@@ -180,9 +181,21 @@ _MORE_FACTS = {
     "world_size": COUNT,
     "versions": {"*": TEXT},
     "processor": TEXT,
-    "started_from": OBJECT_OR_NULL,
+    "started_from": Kind(
+        "null or the step of another run and why it was finished",
+        lambda value: value is None or not [*problems(value, _STARTED_FROM)],
+    ),
     "imported_from": TEXT,
 }
+
+
+def _is_packing(value: Any) -> bool:
+    return not [*problems(value, [COUNT])] and len(value) == 4
+
+
+def _is_schedule(value: Any) -> bool:
+    wanted = {"step": COUNT, "position": FINITE, "total": FINITE}
+    return value == {} or not [*problems(value, wanted)]
 
 
 def _if_there(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +214,9 @@ def document_problems(documents: Mapping[str, dict[str, Any]], step: int) -> Ite
         yield f"{TRAINER_STATE}: {problem}"
     if state.get("step", step) != step:
         yield f"{TRAINER_STATE}: step is {state['step']}, the manifest says {step}"
+    schedule = state.get("schedule")
+    if _is_schedule(schedule) and schedule and schedule["step"] > step:
+        yield f"{TRAINER_STATE}: schedule begins at step {schedule['step']}, which is not made yet"
 
 
 def tensor_problem(stem: str, name: str, tensor: Tensor) -> str:

@@ -402,7 +402,10 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
             f"{where}: its config lacks {missing or 'nothing'} and has unknown"
             f" {unknown or 'nothing'}; it was written by another version of PhiSight"
         )
-    config = Config(**located(of_declared_type(values, where)))
+    fields = of_declared_type(values, where)
+    if null := [n for n, v in fields.items() if FIELDS[n].metadata["place"] and "\0" in v]:
+        raise PhiSightError(f"{where}: config field {null[0]} has a null character; no path has")
+    config = Config(**located(fields))
     validate(config)
     return config
 

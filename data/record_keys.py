@@ -27,7 +27,7 @@ FORMS = (("conversations", "from", "value"), ("messages", "role", "content"))
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # beside the turns
 PICTURE_KEYS = ("image", "images")  # of a record or of a turn
 ORDINARY = {"id", *PICTURE_KEYS, *(key for form in FORMS for key in form)}
-RECORD_KEYS = {"id", *PICTURE_KEYS, *SYSTEM_KEYS, *(form[0] for form in FORMS)}
+RECORD_KEYS = {"id", *PICTURE_KEYS, *(form[0] for form in FORMS)}
 PART_KEYS = {"type", "text", "image", "image_url", "path", "url", "index"}
 
 # true, or 1: learn from this turn. As ms-swift, OpenAI, axolotl and mistral-finetune name it.
@@ -40,7 +40,12 @@ MASK_KEYS = {"mask", "masked", "mask_loss", "ignore", "ignored", "ignore_loss", 
 # Unknown keys of a turn that speak of the same: what they say cannot be known.
 OF_LEARNING = re.compile(
     r"(?:^|_)(?:loss|losses|weights?|mask|masks|masked|ignored?|skip|skipped|excluded?|grad"
-    r"|train|trained|training|trainable|learn|learned|learnt|supervised?|supervision)(?:_|$)"
+    r"|backprop|train|trained|training|trainable|learn|learned|learnt|supervised?"
+    r"|supervision)(?:_|$)"
+)
+# Of those, the ones that say no.
+AGAINST = re.compile(
+    r"(?:^|_)(?:no|not|dont|never|without|mask|masks|masked|ignored?|skip|skipped|excluded?)(?:_|$)"
 )
 # NeMo's `mask` names the speaker whose words are not learnt, which is what is done anyway.
 ASKERS = ("user", "human")
@@ -102,7 +107,7 @@ def check_keys(
         if _is_empty(value):
             continue
         name = plain(key)
-        if name in TOOLS or name in THOUGHTS and not is_record:
+        if name in TOOLS or not is_record and (name in THOUGHTS or name in SYSTEM_KEYS):
             raise BadRecord(f"{what} has {named(key)}, which cannot be trained", NOT_DONE)
         if not isinstance(value, (str, list, dict)):
             continue
@@ -157,8 +162,8 @@ def says_learn(fields: Mapping[str, Any], what: str, is_record: bool = False) ->
         elif OF_LEARNING.search(name) and (
             not is_record
             or isinstance(value, (list, dict))  # one for each turn
-            or name.startswith("train_on_")
-            and value is True
+            # `train_on_inputs`: true, `skip`: true, `use_for_training`: false
+            or value is (name.startswith("train_on_") or bool(AGAINST.search(name)))
         ):
             raise BadRecord(
                 f"{what} has {named(key)}, which may say what is learnt and is not known; say"
@@ -191,17 +196,18 @@ def check_record_is_learnt(record: Mapping[str, Any]) -> None:
 def system_text(record: Mapping[str, Any]) -> str:
     """The system message that stands beside the turns, stripped; empty if there is none."""
     texts: dict[str, str] = {}
-    for key in SYSTEM_KEYS:
-        value = record.get(key)
-        if value is None or value in ([], {}):
+    for key, value in record.items():
+        if plain(key) not in SYSTEM_KEYS or value is None or value in ([], {}):
             continue
         if not isinstance(value, str):
-            raise BadRecord(f"`{key}` is {kind_of(value)}, not text")
+            raise BadRecord(f"{named(key)} is {kind_of(value)}, not text")
         if value.strip():
             texts[checked_text(value.strip(), f"text of `{key}`")] = key
     if len(texts) > 1:
         first, second, *_ = texts.values()
-        raise BadRecord(f"`{first}` and `{second}` are two system messages; keep one of them")
+        raise BadRecord(
+            f"{named(first)} and {named(second)} are two system messages; keep one of them"
+        )
     return next(iter(texts), "")
 
 
@@ -210,7 +216,8 @@ def unread_keys(record: object) -> Iterator[str]:
     if not isinstance(record, dict):
         return
     learning = LEARN_KEYS | MASK_KEYS
-    yield from (key for key in record if key not in RECORD_KEYS and plain(key) not in learning)
+    read = learning.union(SYSTEM_KEYS)
+    yield from (key for key in record if key not in RECORD_KEYS and plain(key) not in read)
     for list_key, role_key, text_key in FORMS:
         turns = record.get(list_key)
         for turn in turns if isinstance(turns, list) else ():

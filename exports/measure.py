@@ -100,7 +100,10 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
     if not samples:
         remedy = "give data with pictures with --data"
         if not config.validation_fraction:
-            remedy = "the run has none: give a share of its data with --validation-fraction"
+            remedy = (
+                "the run has none: give a share of its data with --validation-fraction, and of"
+                " other data with --data and --images too where its own have one picture alone"
+            )
         raise PhiSightError(
             f"{config.data}: no validation conversation has a picture, so nothing can be measured;"
             f" {remedy}"

@@ -30,11 +30,18 @@ def inject(
         The wrapped layers by module name, in module order.
 
     Raises:
-        PhiSightError: there are no targets, one matches nothing or no linear layer, or the model
-            has adapters already. Nothing is wrapped then.
+        PhiSightError: there are no targets, one matches nothing or no linear layer, the model has
+            adapters already, or the rank is larger than every layer. Nothing is wrapped then.
     """
     targets = set(targets)
     names = find_targets(model, targets)
+    layers = [layer for layer in map(model.get_submodule, names) if isinstance(layer, nn.Linear)]
+    largest = max(max(layer.in_features, layer.out_features) for layer in layers)
+    if rank > largest:
+        raise PhiSightError(
+            f"--lora-rank {rank}: larger than every wrapped layer ({largest}), which no update is;"
+            " give a smaller one, such as 16"
+        )
     wrapped: dict[str, LoRALinear] = {}
     for name in names:
         parent_name, _, child_name = name.rpartition(".")

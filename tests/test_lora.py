@@ -270,6 +270,14 @@ def test_inject_refuses_bad_targets_and_wraps_nothing(targets, message):
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
 
 
+def test_inject_refuses_a_rank_larger_than_every_layer():
+    """A rank of many zeros would end in an allocation that fails."""
+    model = blocks()
+    with pytest.raises(PhiSightError, match="--lora-rank 1000000000: larger than every wrapped"):
+        inject(model, ["o_proj", "qkv_proj"], 10**9, ALPHA, 0.0, seeded())
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
 def test_inject_twice_is_refused():
     model = blocks()
     inject(model, ["o_proj"], RANK, ALPHA, 0.0, seeded())

@@ -73,7 +73,10 @@ def test_the_records_that_failed():
 # -- the system message ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize(
+    "key",
+    ["system", "system_prompt", "system_message", "System", "systemPrompt", "system-message"],
+)
 def test_a_system_text_beside_the_turns_is_the_first_message(key):
     among = llava({"from": "system", "value": " Be brief."}, QUESTION, ANSWER)
     beside = llava(**{key: "Be brief.\n"})
@@ -96,6 +99,7 @@ def test_an_empty_system_text_is_none(empty):
         ({"system": "<image> Look", "image": ["a.png", "b.png"]}, "stands in the system's text"),
         ({"system": "<video> Look"}, "<video> in the text"),
         ({"system": "a", "system_prompt": "b"}, "two system messages"),
+        ({"system": "a", "System": "b"}, "`system` and `System` are two system messages"),
     ],
 )
 def test_a_system_text_that_cannot_be_used(keys, reason):
@@ -142,6 +146,8 @@ def test_an_answer_that_is_not_to_be_learnt_is_read_only(keys, expected):
         ({"is_masked": True}, "`is_masked`"),
         ({"loss": True, "weight": 0}, "contradict each other"),
         ({"label": False}, "its answer is a bad one"),
+        ({"system": "Be brief."}, "turn 2 has `system`"),
+        ({"backprop": False}, "`backprop`"),
     ],
 )
 def test_what_cannot_be_learnt_as_asked_is_set_aside(keys, reason):
@@ -158,6 +164,10 @@ def test_what_cannot_be_learnt_as_asked_is_set_aside(keys, reason):
         ({"loss_mask": [0, 1]}, NOT_DONE),
         ({"turn_weights": [0, 1]}, NOT_DONE),
         ({"train_on_inputs": True}, NOT_DONE),
+        ({"skip": True}, NOT_DONE),
+        ({"excluded": True}, NOT_DONE),
+        ({"noLoss": True}, NOT_DONE),
+        ({"use_for_training": False}, NOT_DONE),
         ({"mask": "Assistant"}, NOT_DONE),
         ({"kto_tag": False}, NOT_DONE),
     ],
@@ -166,7 +176,13 @@ def test_a_record_that_is_not_to_be_learnt_as_a_whole(keys, kind):
     assert refused(llava(**keys)).kind == kind
 
 
-@pytest.mark.parametrize("keys", [{"weight": 1}, {"mask": "User"}, {"train_id": 7}, {"label": 3}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *[{"weight": 1}, {"mask": "User"}, {"train_id": 7}, {"label": 3}, {"skip": False}],
+        *[{"train_on_inputs": False}, {"in_train_split": True}, {"not_for_training": False}],
+    ],
+)
 def test_what_says_no_more_than_what_is_done_anyway(keys):
     assert conversation_or_fault(llava(**keys)) == conversation_or_fault(llava())
 

@@ -109,13 +109,17 @@ def test_an_imported_run_cannot_be_gone_on_with_but_begun_from(imported, tmp_pat
     message = str(error.value)
     assert runs.contents(run).keys() - before.keys() <= {".lock"}
     assert "was imported, without the state of an optimizer" in message
-    assert message.endswith(f"python train.py --run NEW --start-from {run}")
+    assert f"python train.py --run NEW --start-from {run} --lora-rank" in message
 
 
 def test_an_imported_run_is_where_another_begins(imported, tmp_path):
-    rank = checkpoints.resolve(imported).config["config"]["lora_rank"]
-    fields = runs.SHORT | {"start_from": imported, "lora_rank": rank}
-    assert runs.start(tmp_path / "new", **fields) == 0
+    """By the flags that the refusal to go on with it names."""
+    with pytest.raises(PhiSightError) as error:
+        runs.resume(runs.copy_of(imported, tmp_path), "--epochs=3")
+    named = str(error.value).partition("--start-from")[2].split()[1:]
+    fields = runs.SHORT | {"start_from": imported}
+    assert named[::2] == ["--lora-rank", "--lora-alpha", "--lora-targets"]
+    assert runs.start(tmp_path / "new", *named, **fields) == 0
     assert state_of(tmp_path / "new")["finished"] == "all steps done"
 
 

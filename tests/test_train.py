@@ -698,7 +698,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said == (
         f"{run}: finished at step {runs.newest_step(run)} (all steps done);"
-        " ask it with: python infer.py\n"
+        f" ask it with: python infer.py --run {run}\n"
     )
     assert runs.contents(run) == before
 

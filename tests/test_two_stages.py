@@ -88,9 +88,9 @@ def test_a_run_from_nothing_says_so():
 
 
 OTHER_ADAPTERS = [
-    ({"lora_alpha": 8.0}, "another --lora-alpha"),
-    ({"lora_rank": 4}, "LoRA weights: "),
-    ({"lora_targets": "qkv_proj,o_proj"}, "unexpected "),
+    ({"lora_alpha": 8.0}, "here --lora-rank 16 --lora-alpha 8.0 "),
+    ({"lora_rank": 4}, "here --lora-rank 4 --lora-alpha 16.0 "),
+    ({"lora_targets": "qkv_proj,o_proj"}, "--lora-targets o_proj,qkv_proj)"),
 ]
 
 
@@ -126,6 +126,11 @@ def test_weights_of_another_model_are_refused(first_stage, tmp_path, fields, sai
 @pytest.mark.parametrize(("fields", "said"), OTHER_ADAPTERS)
 def test_a_trained_adapter_of_another_shape_is_refused(tmp_path, fields, said):
     refused(tmp_path / "run", runs.finished_run(), fields, said)
+    # What it was trained with is told as it can be typed.
+    theirs = (
+        "--lora-rank 16 --lora-alpha 16.0 --lora-targets down_proj,gate_up_proj,o_proj,qkv_proj"
+    )
+    refused(tmp_path / "run", runs.finished_run(), fields, f"another adapter ({theirs}, here")
 
 
 def refused(run: Path, source: Path, fields: dict, said: str) -> None:

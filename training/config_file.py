@@ -77,9 +77,10 @@ def read_config_file(path: str) -> dict[str, Any]:
             remedy = f"did you mean {near[0]}?" if near else "train.py --print-config lists all"
             raise PhiSightError(f"{where}: {shown(key)} is not a config field; {remedy}")
     fields = of_declared_type(values, where)
-    # A preset's own path, as --print-config writes it, is the project's here too.
-    own = vars(Config(**PRESETS[preset]))
-    fields |= located({name: value for name, value in fields.items() if value == own[name]})
+    # A preset's own path, as --print-config writes it (without the preset's name), is the project's
+    # here too.
+    presets = [vars(Config(**values)) for values in PRESETS.values()]
+    fields |= located({n: v for n, v in fields.items() if any(v == own[n] for own in presets)})
     if problems := out_of_bounds(fields):
         raise PhiSightError(f"{where}: " + "; ".join(problems))
     return fields | {"preset": preset}

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import checkpoints
 from config import Config, default_config
+from errors import printable
 from model.build import model_state
 from ops import choose as choose_operations
 from paths import command
@@ -186,10 +187,9 @@ def warn_of_training_nothing(run: Run) -> None:
 def tell_best(run: str, step: int | None, loss: float | None) -> None:
     """Name the checkpoint that is kept as the best, and how to ask it."""
     if step is not None:
-        best = shlex.quote(str(Path(run) / checkpoints.BEST))
         print(
             f"the best is of step {step}, validation loss {loss:.4f}; ask it with:"
-            f" {command('infer.py')} --run {best}"
+            f" {ask_command(str(Path(run) / checkpoints.BEST))}"
         )
 
 
@@ -213,7 +213,7 @@ def report_finished(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
         draw_curves_of(run)
     print(
         f"{run}: finished at step {checkpoint.step}"
-        f" ({checkpoint.trainer_state['finished']}); ask it with: {command('infer.py')}"
+        f" ({printable(checkpoint.trainer_state['finished'])}); ask it with: {ask_command(run)}"
     )
     state = checkpoint.trainer_state
     tell_best(run, state.get("best_step"), state.get("best_loss"))
@@ -232,6 +232,14 @@ def resume_command(config: Config, ranks: Ranks = Ranks()) -> str:
     program = command("train.py")
     if ranks.size > 1:
         program = f"torchrun --nproc-per-node {ranks.size} -- {program.removeprefix('python ')}"
-    default = default_config().run
-    run = "" if config.run == default else f" --run {shlex.quote(config.run)}"
-    return f"{program} --resume{run}"
+    return f"{program} --resume{run_flag(config.run)}"
+
+
+def ask_command(run: str) -> str:
+    """What to type to ask a run."""
+    return f"{command('infer.py')}{run_flag(run)}"
+
+
+def run_flag(run: str) -> str:
+    """The flag of the commands that names a run; none for the one that they take without it."""
+    return "" if run == default_config().run else f" --run {shlex.quote(run)}"

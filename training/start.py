@@ -77,7 +77,7 @@ def check_demands(
         raise PhiSightError(
             f"{config.run}: was imported, without the state of an optimizer, so that it cannot be"
             f" gone on with; begin a run with its weights: {command('train.py')} --run NEW"
-            f" --start-from {shlex.quote(config.run)}"
+            f" --start-from {shlex.quote(config.run)} {adapter_flags(config)}"
         )
     asked = options.given if checkpoint is not None else vars(config)
     for name in ("early_stopping", "keep_best"):
@@ -113,27 +113,24 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
         return None
     source = checkpoints.resolve(config.start_from)
     need_run(source)
+    theirs = configs.from_dict(source.config["config"], str(source.path))
     if Path(config.run).resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise PhiSightError(
             f"--start-from {config.start_from}: lies in --run {config.run}; give"
             " the new run a folder of its own"
         )
-    facts, state, alpha = source.config, source.state, source.config["config"]["lora_alpha"]
+    facts, state, adapter = source.config, source.state, adapter_flags(theirs)
     own = model_state(parts.model)["lora_weights"]
     # An adapter whose B is zero adds nothing to the base: one of another shape may take its place.
     untrained = not any(t.any() for n, t in state["lora_weights"].items() if n.endswith("lora_B"))
-    if untrained and (alpha != config.lora_alpha or mismatches(own, state["lora_weights"])):
-        state, alpha = state | {"lora_weights": own}, config.lora_alpha
+    if untrained and (adapter != adapter_flags(config) or mismatches(own, state["lora_weights"])):
+        state, adapter = state | {"lora_weights": own}, adapter_flags(config)
     for what, saved, here in (
         ("base", facts["base_fingerprint"], parts.base.fingerprint),
-        (
-            "--picture-fit",
-            facts["config"].get("picture_fit", "crop"),  # the only one before the field
-            config.picture_fit,
-        ),
+        ("--picture-fit", theirs.picture_fit, config.picture_fit),
         ("CLIP, or way to read it,", facts["vision_fingerprint"], parts.vision.key),
-        ("--quantization", facts["config"]["quantization"], config.quantization),
-        ("--lora-alpha", alpha, config.lora_alpha),
+        ("--quantization", theirs.quantization, config.quantization),
+        ("adapter", adapter, adapter_flags(config)),
     ):
         if saved != here:
             raise PhiSightError(
@@ -146,3 +143,11 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
         "weights_digest": checkpoints.weights_digest(source.state),
         "finished": source.trainer_state.get("finished", ""),
     }
+
+
+def adapter_flags(config: Config) -> str:
+    """What to type for an adapter of the same layers, rank and scaling."""
+    return (
+        f"--lora-rank {config.lora_rank} --lora-alpha {config.lora_alpha}"
+        f" --lora-targets {','.join(sorted(config.lora_targets))}"
+    )
