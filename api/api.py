@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from api import chat, responses_reply, spoken, transcriptions
 from api.asking import Parse
+from api.connections import BEYOND, MOST
 from api.errors import ApiError, bad, shutting_down
 from api.forms import MIB, Limits
 from api.guards import Beside, Budget, Intake, KeyGuard, Reporting, Taken
@@ -41,7 +42,6 @@ ASKED = (chat.CHAT, responses_reply.RESPONSES)
 ROUTES = (*ASKED, TRANSCRIPTIONS, TRANSLATIONS, SPEECH, MODELS, HEALTH, METRICS)
 READ = ["GET", "HEAD"]
 BODIES = 8  # full-size bodies that may be held at once
-ARRIVING = 256  # requests whose bodies are being sent or read
 # How much of each kind of work is done at once; each takes memory by its file. A recording is heard
 # window by window, and windows of several take turns; so do pictures, by four.
 AT_ONCE: dict[Kind, int] = {"arriving": 4, "ears": 4, "eyes": 4, "voice": 1}
@@ -87,7 +87,7 @@ class Api(FastAPI):
         )
         self.name = name or Path(assistant.source).parent.name
         self.listen, self.transcribe, self.speak = listen, transcribe, speak
-        self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": ARRIVING})
+        self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": MOST + BEYOND})
         self.measures, self.budget = Measures(self.places), Budget(limits.body_bytes * BODIES)
         self.created = int(time.time())
         self.running: set[Answer] = set()
