@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from api.connections import Connection, Patience, give_up_the_slowest, most_connections
-from api.logs import line_of, once, only_once
+from api.logs import bound_libraries, line_of, once
 from api.origins import is_loopback
 from errors import PhiSightError
 
@@ -96,7 +96,7 @@ class Server(uvicorn.Server):
                 lifespan="auto",
             )
         )
-        logging.getLogger("uvicorn.error").addFilter(only_once)  # one function is added once
+        bound_libraries()
         self._grace, self._busy, self._hurry = grace, busy, hurry
         self._no_descriptor_at = -1.0  # when, by the event loop's clock
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -327,3 +328,16 @@ def test_refusals_are_told_once(impatient, caplog):
     for _ in range(20):
         impatient.exchange(SMUGGLED["a size that is none"])
     assert len(caplog.records) <= 1
+
+
+def test_what_libraries_say_of_requests_is_told_once(impatient, capsys):
+    """Those that have no handler: Python prints them, as python_multipart's of every bad form."""
+    library = logging.getLogger("a.library")
+    for _ in range(20):
+        record = library.makeRecord(library.name, 30, "", 0, "Expected a dash", (), None)
+        logging.lastResort.handle(record)
+    assert len(capsys.readouterr().err.splitlines()) <= 1
+    own = logging.getLogger("phisight.serving").makeRecord("phisight.x", 30, "", 0, "a", (), None)
+    for _ in range(2):
+        logging.lastResort.handle(own)
+    assert capsys.readouterr().err == "a\na\n"
