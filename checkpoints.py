@@ -308,11 +308,20 @@ def resolve(path: str | Path) -> Checkpoint:
 
 def log_problems(checkpoint: Checkpoint, log: Path) -> list[str]:
     """Where a checkpoint and the log of its run contradict each other, or the log itself: was any
-    record edited that had been written when the checkpoint was saved? What comes after is not
-    looked at. Raises PhiSightError for a log that cannot be read."""
+    record edited that had been written when the checkpoint was saved? Of what comes after, only the
+    step of the next record is looked at, if it is one of the log's chain. Raises PhiSightError for
+    a log that cannot be read."""
     records = read_metrics(log, checkpoint.trainer_state.get("metrics_offset", 0))
     if problems := chain_problems(records):
         return problems
+    following = read_metrics(log, to_first_fault=True)[len(records) : len(records) + 1]
+    if following and not chain_problems([*records, *following]):
+        step = following[0].get("step", 0)
+        if step <= checkpoint.step:
+            return [
+                f"{TRAINER_STATE}: knows nothing of line {len(records) + 1} of the log, which is of"
+                f" step {step}; one of them belongs to another run, or was edited"
+            ]
     own = digest_of_rows(
         (Path(row["file"]).stem, row["name"], row["sha256"])
         for row in checkpoint.manifest["tensors"]

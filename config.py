@@ -293,10 +293,11 @@ def fields_without_effect() -> tuple[str, ...]:
     return tuple(name for name, spec in FIELDS.items() if not spec.metadata["changes_result"])
 
 
-def fields_known_by_facts() -> tuple[str, ...]:
-    """Names of the fields that say where something lies of which a checkpoint holds the
-    fingerprint; see `known_by` in `fields.declared`."""
-    return tuple(name for name, spec in FIELDS.items() if spec.metadata["known_by"])
+def fields_known_by_facts() -> dict[str, str]:
+    """The fields that say where something lies of which a checkpoint holds the fingerprint, each
+    with the name of that fact; see `known_by` in `fields.declared`."""
+    known = {name: spec.metadata["known_by"] for name, spec in FIELDS.items()}
+    return {name: fact for name, fact in known.items() if fact}
 
 
 # -- paths ----------------------------------------------------------------------------------------

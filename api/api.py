@@ -35,7 +35,7 @@ from assistant.answer import Answer
 from assistant.assistant import Assistant, ContextExceeded
 from errors import PhiSightError
 from speech.whisper import TooLong
-from workers import never
+from workers.pool import never
 
 MODELS, HEALTH, METRICS = "/v1/models", "/health", "/metrics"
 ASKED = (chat.CHAT, responses_reply.RESPONSES)

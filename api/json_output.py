@@ -24,7 +24,7 @@ from torch import Tensor
 from api.errors import ApiError, bad
 from assistant.caches import LeastRecentlyUsed
 from errors import PhiSightError
-from workers import Limits, Workers, never
+from workers.pool import Limits, Workers, never
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

@@ -2,8 +2,8 @@
 
 A schema is untrusted, and no measure of its text bounds what llguidance 1.9.1 makes of it: 20
 patterns in an `allOf` take 6 s and 50 take for ever, and a chain of 5,000 `$ref` overflows the
-stack, which ends the process. What compiles in a child (workers.py), within limits of time, memory
-and stack, compiles in the server at the same cost.
+stack, which ends the process. What compiles in a child (workers/pool.py), within limits of time,
+memory and stack, compiles in the server at the same cost.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import resource
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from child import Result
+from workers.child import Result
 
 STACK = 8 << 20  # bytes
 # A Phi begins what it says by a token with a space in front, which its decoder leaves out.

@@ -16,7 +16,7 @@ from api.forms import Form, Limits, Unsupported, parse_form
 from api.requests import check_model
 from api.stream import until_left
 from errors import PhiSightError
-from workers import Cancelled, never
+from workers.pool import Cancelled, never
 
 if TYPE_CHECKING:
     from api.api import Api

@@ -88,8 +88,6 @@ class Answer:
     """tokens of `ids` that the engine still has to read before the next one is chosen"""
     looked_up: bool = field(default=False, init=False)
     """whether `unread` leaves out what the engine knows of an earlier conversation"""
-    when_cancelled: Callable[[], None] | None = field(default=None, init=False)
-    """called by `cancel`, in its thread: wakes up who waits on the answer's behalf"""
     generator: torch.Generator | None = field(default=None, init=False)
     """what its tokens are drawn with, made by the engine"""
     remember: Callable[[str], None] | None = field(default=None, init=False)
@@ -108,8 +106,6 @@ class Answer:
     def cancel(self) -> None:
         """End it as soon as can be, from any thread; of no effect once it has ended."""
         self.cancelled = True
-        if self.when_cancelled is not None:
-            self.when_cancelled()
 
     def subscribe(self, callback: Callable[[str | None], None]) -> None:
         """Have `callback` called with every piece of text as it comes, and with None at the end.

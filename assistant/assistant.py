@@ -21,7 +21,6 @@ from assistant.engine import Engine
 from assistant.filter import ContentFilter
 from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
-from assistant.turns import Turns
 from checkpoint_state import need_run
 from data.chat import render
 from data.dataset import Conversation, Message
@@ -29,11 +28,12 @@ from data.features import as_stored
 from data.images import read_image_bytes
 from data.reading import fit_image
 from errors import PhiSightError
-from fitting import Fitted
 from model.build import Assembled, assemble, load_model_state
 from model.cache import default_kv_bytes
 from model.vision import VisionTower
-from workers import Cancelled
+from workers.fitting import Fitted
+from workers.pool import Cancelled
+from workers.turns import Turns
 
 FEATURE_BYTES = 256 * 2**20  # 430 pictures of CLIP L/14 at 336
 PREFIX_BYTES = 1024 * 2**20  # 2,600 tokens of Phi-3.5-mini in 16 bits
@@ -94,7 +94,7 @@ class Assistant:
         )
         self._tower: VisionTower | None = None
         self._encoding = threading.Lock()  # one picture batch at a time through the CLIP
-        self._eyes = Turns()  # whose batch that is
+        self._eyes = Turns()  # of batches of pictures
 
     @classmethod
     def load(
@@ -216,10 +216,10 @@ class Assistant:
         """
         try:
             self._encode_pictures(answer)
-            if answer.cancelled:
-                answer.end("cancelled")
-            elif not self._recall(answer):
+            if not self._recall(answer):
                 self.engine.submit(answer)
+        except Cancelled:
+            answer.end("cancelled")
         except BaseException as error:
             answer.end("failed", error)
             raise
@@ -287,7 +287,7 @@ class Assistant:
 
     def _encode_pictures(self, answer: Answer) -> None:
         """Give an answer the content keys and the features of its pictures, in slot order. Many
-        take a turn for every few of them. Leaves off when it is cancelled."""
+        take a turn for every few of them. Raises `Cancelled` when the answer is."""
         contents = dict(answer.pictures)
         names = list(contents)
         keys: dict[str, str] = {}
@@ -297,7 +297,7 @@ class Assistant:
             unseen: dict[str, Image.Image | Fitted] = {}
             for name in names[start : start + TOWER_PICTURES]:
                 if answer.cancelled:
-                    return
+                    raise Cancelled
                 content = contents[name]
                 picture = read_image_bytes(name) if content is None else content
                 keys[name] = key = content_key(picture)
@@ -307,16 +307,11 @@ class Assistant:
                 if features is not None:
                     known[key] = features
                 elif isinstance(picture, bytes):
-                    try:
-                        unseen[key] = fit_image(picture, name, fit, lambda: answer.cancelled)
-                    except Cancelled:
-                        return
+                    unseen[key] = fit_image(picture, name, fit, lambda: answer.cancelled)
                 else:
                     unseen[key] = picture.convert("RGB")
             if unseen:
-                with self._eyes.turn(answer) as is_there:
-                    if not is_there:
-                        return
+                with self._eyes.take(lambda: answer.cancelled):
                     encoded = self.features(list(unseen.values()))
                 for key, features in zip(unseen, encoded, strict=True):
                     known[key] = features.clone()  # alone: a slice would keep its whole batch

@@ -34,7 +34,7 @@ from data.storage import StoragePlan, bytes_per_picture
 from documents import COUNT, TEXT, problems
 from errors import PhiSightError
 from files import RememberedHashes, open_regular, sweep_stale, sync, writer
-from fitting import Fitted
+from workers.fitting import Fitted
 
 SHARD_PICTURES = 1024
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory twice while it is written
@@ -252,7 +252,7 @@ class FeatureStore:
         """
         bad: dict[str, str] = {}
         missing: dict[str, Path] = {}
-        place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
         hashes = RememberedHashes(self._hashes / f"{place}.json")
         for name in tqdm(
             dict.fromkeys(names), desc="looking for pictures", unit="picture", delay=5, disable=None

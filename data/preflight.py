@@ -22,6 +22,7 @@ from data.dataset import Quarantined, write_quarantine
 from data.record_keys import FAULTS
 from data.storage import StoragePlan, size
 from data.survey import PICTURE_CHECKS, SMALL_FILE, Survey, peak_memory, survey
+from documents import COUNT, read_json, require
 from errors import PhiSightError, printable, run_main
 from paths import located
 
@@ -281,13 +282,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def positions_of(tokenizer: str) -> int:
-    """How many tokens the base takes whose folder a tokenizer lies in; 0 if that is not said."""
-    try:
-        described = json.loads((Path(tokenizer) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+    """How many tokens the base takes whose folder a tokenizer lies in; 0 if that is not said.
+    Raises `PhiSightError` for a config.json that cannot be read."""
+    place = Path(tokenizer) / "config.json"
+    if not place.exists():
         return 0  # a tokenizer alone
-    said = described.get("max_position_embeddings") if isinstance(described, dict) else None
-    return said if type(said) is int and said > 0 else 0
+    try:
+        described = read_json(place, own=False)
+        require(described, {"max_position_embeddings?": COUNT})
+    except (OSError, PhiSightError) as error:
+        raise PhiSightError(f"{place}: {error}; fetch it again, or name another folder") from error
+    return int(described.get("max_position_embeddings", 0))
 
 
 def main(arguments: list[str] | None = None) -> int:

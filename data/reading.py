@@ -19,11 +19,11 @@ from typing import Any
 import numpy
 from PIL import Image
 
-import fitting
 from data.images import MAX_PIXELS, decode_image, open_image, read_image_bytes
 from errors import PhiSightError
-from fitting import Fit, Fitted
-from workers import Limits, Result, Workers, never
+from workers import fitting
+from workers.fitting import Fit, Fitted
+from workers.pool import Limits, Result, Workers, never
 
 CHILDREN = 3
 AHEAD = 8  # pictures that are read before they are asked for

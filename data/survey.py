@@ -37,7 +37,7 @@ from data.reading import check_image_file
 from data.record_keys import unread_keys
 from data.stream import read_records
 from errors import PhiSightError
-from fitting import share_cut_off
+from workers.fitting import share_cut_off
 
 BATCH = 128  # records, or pictures, that a process is given at a time
 DECODED_AT_MOST = 5000  # pictures that "auto" decodes; more would take minutes

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from errors import PhiSightError
-from fitting import Fit, Fitted
+from workers.fitting import Fit, Fitted
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 

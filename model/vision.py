@@ -23,10 +23,10 @@ import hub
 from config import Config, Parser
 from errors import PhiSightError, run_main
 from files import hash_files
-from fitting import Fit, Fitted
 from model.base import DOWNLOADED, find_weight_files, read_json
 from model.clip import ClipConfig, ClipVision, Preparation
 from torch_files import NotRead, load_torch_file
+from workers.fitting import Fit, Fitted
 
 FILES = "config.json, preprocessor_config.json and model.safetensors (or pytorch_model.bin)"
 LAYOUT = f"it needs {FILES}"

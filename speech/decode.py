@@ -14,7 +14,6 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from child import Result
 from errors import PhiSightError
 from speech.containers import (
     HOW_TO_CONVERT,
@@ -25,6 +24,7 @@ from speech.containers import (
     promises_length,
     sound_of,
 )
+from workers.child import Result
 
 SAMPLE_RATE = 16000  # Hz, of everything that has been read
 LARGEST_FILE = 1 << 30  # bytes

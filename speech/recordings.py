@@ -22,7 +22,7 @@ import numpy as np
 
 from speech.containers import HOW_TO_CONVERT
 from speech.decode import SAMPLE_RATE, decode_in_child, finite
-from workers import Limits, Workers, never
+from workers.pool import Limits, Workers, never
 
 __all__ = ["SAMPLE_RATE", "finite", "read_audio"]
 

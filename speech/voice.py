@@ -19,7 +19,7 @@ import numpy as np
 
 from errors import PhiSightError
 from files import whole_file
-from workers import Cancelled, never
+from workers.pool import Cancelled, never
 
 PROGRAM = "espeak-ng"
 WORDS_A_MINUTE = 175  # espeak-ng's own; it speaks from 80 to 450

@@ -19,8 +19,8 @@ from errors import PhiSightError
 from speech.activity import SHORTEST, has_voice, join_neighbours, reduce_noise, utterances
 from speech.model_file import load_model_file
 from speech.recordings import SAMPLE_RATE, finite
-from speech.turns import Turns
-from workers import Cancelled, never
+from workers.pool import Cancelled, never
+from workers.turns import Turns
 
 LONGEST_WINDOW = 28.0  # seconds; Whisper hears 30 at a time
 WHISPER_TEXT_TOKENS = 448  # n_text_ctx of every Whisper of OpenAI's
@@ -156,7 +156,7 @@ class Speech:
         if denoise and self.joins:
             raise PhiSightError(
                 f"speech model {self.name}: hears noisy speech better as it is than with its noise"
-                " reduced; leave out --denoise"
+                " reduced; turn that (--denoise) off"
             )
         samples = finite(audio).astype(np.float32)
         return self._segments(samples, code, translate, denoise, cancelled)

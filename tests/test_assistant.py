@@ -225,7 +225,7 @@ def test_questions_with_many_pictures_take_turns_by_batch(eyes):
     many, _ = begun(assistant, 9)
     wait_for(lambda: looked == [4])
     one, _ = begun(assistant, 1)
-    wait_for(lambda: len(assistant._eyes._line) == 2)
+    wait_for(lambda: len(assistant._eyes._asking) == 2)
     for _ in range(4):
         go_on.release()
     for answer in (one, many):
@@ -240,7 +240,7 @@ def test_whoever_leaves_while_waiting_for_the_eyes_is_gone_at_once(eyes):
     wait_for(lambda: looked == [1])
     waiting, thread = begun(assistant, 2)
     last, _ = begun(assistant, 3)
-    wait_for(lambda: len(assistant._eyes._line) == 3)
+    wait_for(lambda: len(assistant._eyes._asking) == 3)
     waiting.cancel()
     thread.join(60)  # although the first one's picture is still being looked at
     assert not thread.is_alive() and waiting.finish_reason == "cancelled"

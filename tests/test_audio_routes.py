@@ -27,7 +27,7 @@ from api.transcriptions import Heard, parse_recording
 from speech.spoken import loaded_once
 from speech.subtitles import CUE_CHARACTERS, as_srt, as_vtt
 from speech.whisper import Segment, write_down
-from workers import Cancelled
+from workers.pool import Cancelled
 
 QUESTION = "What colour is the star?"
 FORM = b'multipart/form-data; boundary="the edge"'

@@ -42,6 +42,8 @@ NOT_RUN = {
     "make demo": WHOLE_SET_UP,
     "make test": WHOLE_SET_UP,
     "make lint": WHOLE_SET_UP,
+    "python infer.py --batch /dev/stdin --out /dev/stdout < questions.jsonl": "reads the process's"
+    " own input: tests/test_batch.py runs it as a process",
     "python -m tools.demo": "trains for minutes; it is `make demo`",
     "python -m pytest tests/test_sampler.py": "is a part of this suite",
     "PHISIGHT_APP_RUN=runs/tiny PHISIGHT_APP_PICTURE=docs/app.png"
@@ -60,6 +62,7 @@ NOT_RUN = {
     " made to differ; tests/test_train.py resumes with changes",
     "python checkpoints.py diff runs/a runs/b": "goes on from the one before",
     "python tools/torture_resume.py --kills 40": MINUTES,
+    "python export.py --merge --out runs/merged": EXPORTS,
     "python export.py --llava runs/llava": EXPORTS,
     "python export.py --requantize --out runs/four-bit": EXPORTS,
     "python export.py --prune 0.1 --out runs/pruned": EXPORTS,
@@ -107,6 +110,8 @@ class Command:
             return words[words.index("--") + 1 :]
         if words[0] == "timeout":
             words = words[words.index("python") :]
+        if "<" in words:
+            words = words[: words.index("<")]
         return words[1:] if words[0] == "python" else None
 
 
@@ -337,3 +342,23 @@ def test_a_script_in_a_folder_finds_the_rooms_of_its_own_copy(tmp_path):
             text=True,
         ).stdout
         assert printed.strip() == str(folder / "checkpoints.py")
+
+
+# -- the page of faults ---------------------------------------------------------------------------
+
+
+def named_tests() -> list[tuple[str, str]]:
+    """(file, name of a test or "") of all that docs/faults.md names, in its short form."""
+    named, file = [], ""
+    for line in (ROOT / "docs/faults.md").read_text().splitlines():
+        for own, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", line):
+            file = own or file
+            if own or test:
+                named.append((file, test))
+    return named
+
+
+def test_the_tests_that_the_page_of_faults_names_are_there():
+    assert len(named_tests()) > 50
+    for file, test in named_tests():
+        assert f"def {test}" in (ROOT / "tests" / file).read_text(), (file, test)

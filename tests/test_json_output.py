@@ -20,7 +20,7 @@ from api.json_output import ANY_OBJECT, JsonConstraint, JsonOutput, Schema
 from assistant.text_stream import TextStream
 from data.chat import ChatFormat, load_tokenizer
 from errors import PhiSightError
-from workers import Limits
+from workers.pool import Limits
 
 pytest.importorskip("llguidance", reason="the optional package llguidance is not installed")
 REAL = runs.ROOT.parent / "shared" / "real" / "phi-3-mini-tokenizer"

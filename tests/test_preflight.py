@@ -243,7 +243,10 @@ def test_the_limits_of_the_base_are_read_beside_the_tokenizer(tmp_path, capsys):
     assert preflight.positions_of(str(tmp_path)) == 0
     for text in ("[]", "{", '{"max_position_embeddings": true}', '{"max_position_embeddings": -1}'):
         (tmp_path / "config.json").write_text(text)
-        assert preflight.positions_of(str(tmp_path)) == 0
+        with pytest.raises(PhiSightError, match="config.json: .*; fetch it again"):
+            preflight.positions_of(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert preflight.positions_of(str(tmp_path)) == 0
     item = {"id": "many", "images": ["a.png"] * 60}
     item["messages"] = [
         {"role": "user", "content": "<image>" * 60 + "Which?"},

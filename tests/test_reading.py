@@ -17,7 +17,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-import fitting
 from data import images, reading
 from data.features import FeatureStore
 from data.images import decode_image, size_if_whole
@@ -30,8 +29,9 @@ from data.reading import (
     fit_image,
 )
 from errors import PhiSightError
-from fitting import Fit, Fitted
-from workers import Cancelled, Limits, Workers
+from workers import fitting
+from workers.fitting import Fit, Fitted
+from workers.pool import Cancelled, Limits, Workers
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = ROOT.parent / "shared" / "faults"
@@ -335,7 +335,7 @@ import resource, sys
 from pathlib import Path
 from data.features import FeatureStore
 import torch
-from fitting import Fit
+from workers.fitting import Fit
 
 class Tower:
     fit = Fit(24, None, 3, (24, 24), (1, 2, 3))

@@ -16,7 +16,7 @@ from errors import PhiSightError
 from speech import decode as decoding
 from speech.containers import kind_of, sound_of
 from speech.recordings import read_audio
-from workers import Cancelled
+from workers.pool import Cancelled
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -26,14 +26,14 @@ from speech.activity import has_voice, utterances
 from speech.model_file import _shapes
 from speech.recordings import read_audio
 from speech.spoken import listener
-from speech.turns import Turns
 from speech.voice import Voice, write_wav
 from speech.whisper import NoSpeech, Segment, Speech, TooLong, is_believable, write_down
 from terminal.hearing import listening
 from tools import build_whisper
 from tools.tiny import listener as taught
 from tools.tiny import utterances as sentences
-from workers import Cancelled
+from workers.pool import Cancelled
+from workers.turns import Turns
 
 # -- models ---------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from errors import PhiSightError
 from speech import voice
 from speech.voice import Voice, espeak, sentences, write_wav
-from workers import Cancelled
+from workers.pool import Cancelled
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="no espeak-ng here")
 

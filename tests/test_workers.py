@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-import workers
-from child import LENGTHS, Result
+import workers.pool as workers
 from errors import PhiSightError
-from workers import Cancelled, Limits, Workers
+from workers.child import LENGTHS, Result
+from workers.pool import Cancelled, Limits, Workers
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMED = {"name": "a.bin", "remedy": "send another"}
@@ -277,7 +277,7 @@ def test_a_call_without_notes_says_nothing(pool, caplog):
 
 PARENT = """
 import os, sys, threading, time
-import test_workers, workers
+import test_workers, workers.pool as workers
 pool = workers.Workers(2)
 process = pool.call(test_workers.echo, name="a", remedy="b")[0]["process"]
 threading.Thread(target=pool.call, args=(test_workers.{function},), daemon=True,

@@ -99,7 +99,11 @@ def check_same_run(
     Another number of processes is allowed: samples, order and global batch stay the same. So is
     another place of the base, the CLIP, the data or the pictures: their fingerprints are compared.
     """
-    free = tuple(f"config.{name}" for name in configs.fields_known_by_facts())
+    free = tuple(
+        f"config.{name}"
+        for name, fact in configs.fields_known_by_facts().items()
+        if saved.get(fact) == current[fact]
+    )
     if saved.get("world_size") != current["world_size"]:
         free += ("world_size", "threads", "config.threads")
         say(

@@ -25,7 +25,7 @@ from web.conversation_store import ConversationStore
 from web.errors import RequestError, UploadError
 from web.settings import Settings
 from web.uploads import is_recording, read_picture
-from workers import Cancelled
+from workers.pool import Cancelled
 
 LOOK_SECONDS = 0.05  # how often one who waits for his turn looks whether he is stopped
 LISTENED_TO = 4  # recordings at once; Whisper's windows take turns

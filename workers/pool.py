@@ -11,8 +11,8 @@ a child: `Workers(...).call(function, data, name=..., remedy=...)`.
 - A child that has grown is replaced, and one without work ends: their memory goes back to the
   system. When this process ends, even by `kill -9`, its children do.
 
-Children run child.py. Requests and replies are a JSON header and raw bytes over a socket; nothing
-that a child sends is executed or unpickled.
+Children run workers/child.py. Requests and replies are a JSON header and raw bytes over a socket;
+nothing that a child sends is executed or unpickled.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from child import LENGTHS, Result
 from errors import PhiSightError
+from workers.child import LENGTHS, Result
 
 log = logging.getLogger("phisight.workers")
 
@@ -253,9 +253,9 @@ class _Child:
         self.end()
         ours, theirs = socket.socketpair()
         with theirs:
-            paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+            paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "child", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "workers.child", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE,  # nothing is written: its end tells that we are gone
                 stdout=subprocess.DEVNULL,

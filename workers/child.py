@@ -1,4 +1,4 @@
-"""The program that a child process of workers.py runs: functions on untrusted bytes, within limits.
+"""The program of the child processes of workers/pool.py: functions on untrusted bytes, in limits.
 
 A request and a reply are each a length, a JSON header and raw bytes. The request names a function,
 and the parent is trusted; the reply is not.
