@@ -161,4 +161,7 @@ def run(app: ASGIApp, bound: socket.socket, announcement: str, **settings: Any) 
     gc.collect()
     gc.freeze()
     print(announcement, flush=True)
-    Server(app, **settings).run(sockets=[bound])
+    try:
+        Server(app, **settings).run(sockets=[bound])
+    finally:
+        gc.unfreeze()  # libraries look at the end whether everything is given back
