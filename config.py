@@ -26,6 +26,7 @@ from fields import (
     PATH,
     PATH_OR_NAME,
     POSITIVE,
+    ROWS,
     SEEDS,
     THREADS,
     UNDER_1,
@@ -175,7 +176,7 @@ class Config:
         256, "longest conversation, picture tokens not counted", bounds=AT_LEAST_1
     )
     row_tokens: int = declared(
-        0, "length of a packed row; 0 for one longest conversation", bounds=NOT_NEGATIVE
+        0, "length of a packed row; 0: one longest conversation", bounds=ROWS
     )
     strict: bool = declared(
         False, "stop at the first bad record instead of quarantining it", changes_result=False

@@ -23,6 +23,8 @@ NOT_NEGATIVE = Bounds("0 or more", lambda value: value >= 0)
 FINITE = Bounds("0 or more, and finite", lambda value: 0 <= value < float("inf"))
 POSITIVE = Bounds("a positive number", lambda value: 0 < value < float("inf"))
 UNDER_1 = Bounds("from 0 to under 1", lambda value: 0 <= value < 1)
+# A row far longer than any base has positions would only take memory.
+ROWS = Bounds("from 0 to 1048576", lambda value: 0 <= value <= 2**20)
 # Far more threads than any machine has would end the process when they are started.
 THREADS = Bounds("from 0 to 1024", lambda value: 0 <= value <= 1024)
 SEEDS = Bounds("from 0 to 4294967295", lambda value: 0 <= value < 2**32)  # what generators take

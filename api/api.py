@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
@@ -17,9 +17,10 @@ from starlette.types import ASGIApp
 
 from api import chat, responses_reply, spoken, transcriptions
 from api.asking import Parse
+from api.connections import BEYOND, MOST
 from api.errors import ApiError, bad, shutting_down
 from api.forms import MIB, Limits
-from api.guards import Beside, Budget, Intake, KeyGuard, Reporting, Taken
+from api.guards import SMALL, Beside, Budget, Intake, KeyGuard, Reporting, Taken
 from api.json_output import JsonOutput
 from api.measures import MEDIA_TYPE, Measures
 from api.origins import Allowed, OriginGuard
@@ -41,10 +42,10 @@ ASKED = (chat.CHAT, responses_reply.RESPONSES)
 ROUTES = (*ASKED, TRANSCRIPTIONS, TRANSLATIONS, SPEECH, MODELS, HEALTH, METRICS)
 READ = ["GET", "HEAD"]
 BODIES = 8  # full-size bodies that may be held at once
-ARRIVING = 256  # requests whose bodies are being sent or read
 # How much of each kind of work is done at once; each takes memory by its file. A recording is heard
 # window by window, and windows of several take turns; so do pictures, by four.
 AT_ONCE: dict[Kind, int] = {"arriving": 4, "ears": 4, "eyes": 4, "voice": 1}
+LARGE_AT_ONCE = 2  # bodies over `SMALL`; short questions do not wait until they are read
 Result = TypeVar("Result")
 Given = ParamSpec("Given")
 PARTS = (chat, responses_reply, transcriptions, spoken)
@@ -87,13 +88,14 @@ class Api(FastAPI):
         )
         self.name = name or Path(assistant.source).parent.name
         self.listen, self.transcribe, self.speak = listen, transcribe, speak
-        self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": ARRIVING})
+        self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": MOST + BEYOND})
         self.measures, self.budget = Measures(self.places), Budget(limits.body_bytes * BODIES)
         self.created = int(time.time())
         self.running: set[Answer] = set()
         self.closing = False
         self.schemas = asyncio.Semaphore(1)  # compiled at once
         self.turns = {kind: asyncio.Semaphore(count) for kind, count in AT_ONCE.items()}
+        self.large = asyncio.Semaphore(LARGE_AT_ONCE)
         for routes in (*(part.router for part in PARTS), router):
             self.include_router(routes)
         self.add_exception_handler(HTTPException, pass_on)
@@ -145,6 +147,17 @@ class Api(FastAPI):
         its turn has come. Raises `ApiError` where too many wait."""
         request.state.place.move(kind)
         return await in_thread(self.turns[kind], function, *arguments, **settings)
+
+    async def reading(
+        self,
+        body: bytes,
+        function: Callable[Concatenate[bytes, Given], Result],
+        *arguments: Given.args,
+        **settings: Given.kwargs,
+    ) -> Result:
+        """What `function` makes of a body in a thread, in the turn of those of its size."""
+        turns = self.turns["arriving"] if len(body) <= SMALL else self.large
+        return await in_thread(turns, function, body, *arguments, **settings)
 
     def model(self) -> dict[str, object]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "phisight"}

@@ -33,7 +33,7 @@ def asked_by(
     async def asked(request: Request) -> AsyncIterator[tuple[ChatRequest, Answer]]:
         api: Api = request.app
         body = await request.body()
-        question, answer = await api.turn(request, "arriving", api.read, body, parse)
+        question, answer = await api.reading(body, api.read, parse)
         with until_left() as gone:
             if question.sounds:
                 answer = await api.turn(request, "ears", api.listen_to, question, gone)

@@ -31,6 +31,7 @@ FEWEST = 8
 _HEAD_END = re.compile(rb"\n\r?\n")
 _BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)|\0")
 _FOLDED = re.compile(rb"\n[ \t]")
+_LENGTHS = re.compile(rb"\ncontent-length[ \t]*:[^\n]*,", re.IGNORECASE)
 _FRAMING = re.compile(rb"\n(content-length|transfer-encoding)[ \t]*:", re.IGNORECASE)
 
 
@@ -81,7 +82,7 @@ def fault_of_head(head: bytes) -> str | None:
     if _FOLDED.search(head):
         return "a line of the head is folded"
     framing = [name.lower() for name in _FRAMING.findall(head)]
-    if len(framing) > 1:
+    if len(framing) > 1 or _LENGTHS.search(head):
         return "the length of the body is given more than once"
     if framing == [b"transfer-encoding"] and b" HTTP/1.0\r\n" in head[: head.find(b"\n") + 1]:
         return "HTTP/1.0 knows no Transfer-Encoding"
@@ -243,6 +244,10 @@ class Connection(H11Protocol):
             self._refuse(408, f"the body of the request comes too slowly, below {rate}")
 
     # -- what is refused ---------------------------------------------------------------------------
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn's own says to install a library, which would change nothing."""
+        once("upgrade", "a client asks for another protocol than HTTP: it is given HTTP")
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, f"{msg.rstrip('.')}; send HTTP as RFC 9112 has it")

@@ -63,6 +63,19 @@ def only_once(record: logging.LogRecord) -> bool:
     return False
 
 
+def of_others_once(record: logging.LogRecord) -> bool:
+    """A filter for what no library's logger has a handler for: our own lines pass."""
+    return record.name.startswith("phisight.") or only_once(record)
+
+
+def bound_libraries() -> None:
+    """From now on nothing that a library logs can be repeated by clients without end: Python prints
+    every warning that nobody handles."""
+    logging.getLogger("uvicorn.error").addFilter(only_once)  # which has a handler of its own
+    if logging.lastResort is not None:
+        logging.lastResort.addFilter(of_others_once)  # one function is added once
+
+
 def forget() -> None:
     """Tell every kind again, as at the start."""
     with _lock:

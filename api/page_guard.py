@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ClientGone
 from api.guards import parts_of_body, replay
+from api.logs import failed
 from api.responses import AsciiJSON
 from errors import PhiSightError
 
@@ -83,7 +84,10 @@ class Guard:
                 ]
             await send(event)
 
-        await app(scope, receive, with_policy)
+        if scope["method"] == "POST":
+            await app_or_400(app, scope, receive, with_policy)
+        else:
+            await app(scope, receive, with_policy)
 
     async def _bounded_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An upload that is counted as it arrives; what Gradio leaves of one that is cut off is
@@ -123,6 +127,35 @@ class Guard:
             await asyncio.shield(asyncio.to_thread(uploads.end))
         if too_much is not None and not begun:
             await refused(413, str(too_much))(scope, receive, send)
+
+
+async def app_or_400(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Gradio fails at a request that lacks what it looks for, or is no form that it can read: that
+    is the client's fault, and told so. What our own functions do wrong fails later, in its queue.
+    """
+    withheld: list[Message] = []
+
+    async def sending(message: Message) -> None:
+        if withheld or message.get("status") == 500:
+            withheld.append(message)
+        else:
+            await send(message)
+
+    try:
+        await app(scope, receive, sending)
+    except (LookupError, TypeError, ValueError) as error:
+        if not withheld:
+            raise
+        failed("reading a page's request", error)
+        reason = "the request is not one that this page sends; load the page again"
+        await refused(400, reason)(scope, receive, send)
+    except Exception:
+        for message in withheld:
+            await send(message)
+        raise
+    else:
+        for message in withheld:
+            await send(message)
 
 
 class UploadRoom(Protocol):

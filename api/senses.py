@@ -75,12 +75,14 @@ def speaking(name: str) -> Speak | None:
     if load is None:
         return None
 
-    def speak(text: str, voice: str, speed: float) -> tuple[numpy.ndarray, int]:
+    def speak(
+        text: str, voice: str, speed: float, cancelled: Callable[[], bool]
+    ) -> tuple[numpy.ndarray, int]:
         chosen = available(lambda: load("en"), "voice")
         if voice and name == PROGRAM:
             chosen = load(voice)
         elif voice and voice != name:
             raise PhiSightError(f"voice {voice!r}: is not here; leave it out, or ask for alloy")
-        return chosen.speak(text, speed)
+        return chosen.speak(text, speed, cancelled)
 
     return speak

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import socket
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from api.connections import Connection, Patience, give_up_the_slowest, most_connections
-from api.logs import line_of, once, only_once
+from api.logs import bound_libraries, line_of, once
 from api.origins import is_loopback
 from errors import PhiSightError
 
@@ -96,7 +97,7 @@ class Server(uvicorn.Server):
                 lifespan="auto",
             )
         )
-        logging.getLogger("uvicorn.error").addFilter(only_once)  # one function is added once
+        bound_libraries()
         self._grace, self._busy, self._hurry = grace, busy, hurry
         self._no_descriptor_at = -1.0  # when, by the event loop's clock
 
@@ -155,5 +156,12 @@ def run(app: ASGIApp, bound: socket.socket, announcement: str, **settings: Any) 
     """Serve on a bound socket until SIGTERM or Ctrl-C; `settings` are those of `Server`. The
     announcement is printed once clients can connect."""
     bound.listen(BACKLOG)
+    # What is loaded stays: the collector, which a large request's values wake many times, need not
+    # go through it each time, while everything else waits.
+    gc.collect()
+    gc.freeze()
     print(announcement, flush=True)
-    Server(app, **settings).run(sockets=[bound])
+    try:
+        Server(app, **settings).run(sockets=[bound])
+    finally:
+        gc.unfreeze()  # libraries look at the end whether everything is given back

@@ -14,7 +14,9 @@ from pydantic import Field
 from api.errors import ApiError, bad, too_large
 from api.forms import Form, Limits, Unsupported, parse_form
 from api.requests import check_model
+from api.stream import until_left
 from errors import PhiSightError
+from workers.pool import Cancelled, never
 
 if TYPE_CHECKING:
     from api.api import Api
@@ -38,16 +40,17 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "pcm": ("RAW", "PCM_16", "audio/pcm"),
 }
 AS_SPOKEN = ("flac", "wav")  # at the voice's own rate
-Speak = Callable[[str, str, float], tuple[numpy.ndarray, int]]
+ENCODED_SECONDS = 10  # of sound at once; Opus takes half a second for it
+Speak = Callable[[str, str, float, Callable[[], bool]], tuple[numpy.ndarray, int]]
 """A text, a voice or "" for the server's own, and how fast -> (samples,) float32 mono and their
-rate in Hz. Raises `PhiSightError`."""
+rate in Hz, until the last one says that nobody waits for it. Raises `PhiSightError`."""
 router = APIRouter()
 
 
 class SpeechBody(Form):
     model: str | None = Field(None, description="send a text")
     input: str = Field(min_length=1, description="send a text")
-    voice: str = Field("alloy", description="send the name of a voice")
+    voice: str = Field("alloy", max_length=100, description="must be the name of a voice")
     response_format: Sound = Field("mp3", description="must be one of mp3, opus, flac, wav, pcm")
     speed: float = Field(1.0, ge=0.5, le=2.5, description="must be a number from 0.5 to 2.5")
 
@@ -59,7 +62,8 @@ async def speech(request: Request) -> Response:
         raise bad(None, "this server does not speak; start it with --voice", "not_supported")
     asked = parse_speech(await request.body(), api.name, api.limits)
     try:
-        sound = await api.turn(request, "voice", spoken, asked, api.speak)
+        with until_left() as gone:
+            sound = await api.turn(request, "voice", spoken, asked, api.speak, gone)
     except PhiSightError as error:
         field = "voice" if str(error).startswith("voice ") else "input"
         raise ApiError(400, f"{field}: {error}", "invalid_value", field) from error
@@ -76,14 +80,17 @@ def parse_speech(body: bytes, model: str, limits: Limits) -> SpeechBody:
     return asked
 
 
-def spoken(asked: SpeechBody, speak: Speak) -> bytes:
-    """The bytes of the sound. Raises `PhiSightError`."""
+def spoken(asked: SpeechBody, speak: Speak, cancelled: Callable[[], bool] = never) -> bytes:
+    """The bytes of the sound. Raises `PhiSightError`, and `Cancelled` as soon as `cancelled` says
+    that nobody waits for them."""
     voice = "" if asked.voice in USUAL_VOICES else asked.voice
-    samples, rate = speak(asked.input, voice, asked.speed)
-    return encoded(samples, rate, asked.response_format)
+    samples, rate = speak(asked.input, voice, asked.speed, cancelled)
+    return encoded(samples, rate, asked.response_format, cancelled)
 
 
-def encoded(samples: numpy.ndarray, rate: int, form: str) -> bytes:
+def encoded(
+    samples: numpy.ndarray, rate: int, form: str, cancelled: Callable[[], bool] = never
+) -> bytes:
     """(samples,) float32 mono as a file of a form; `pcm` is 16-bit little-endian at `PCM_RATE`."""
     import soundfile
     import soxr
@@ -95,5 +102,9 @@ def encoded(samples: numpy.ndarray, rate: int, form: str) -> bytes:
         samples, rate = soxr.resample(samples, rate, PCM_RATE), PCM_RATE
     file = io.BytesIO()
     endian = "LITTLE" if form == "pcm" else "FILE"
-    soundfile.write(file, numpy.clip(samples, -1, 1), rate, coding, endian, container)
+    with soundfile.SoundFile(file, "w", rate, 1, coding, endian, container) as written:
+        for start in range(0, len(samples), step := rate * ENCODED_SECONDS):
+            if cancelled():
+                raise Cancelled
+            written.write(numpy.clip(samples[start : start + step], -1, 1))
     return file.getvalue()

@@ -125,7 +125,7 @@ async def written_down(request: Request, translate: bool) -> Response:
     if api.transcribe is None:
         raise bad("file", "this server does not listen; start it with --speech")
     body, kind = await request.body(), request.headers.get("content-type", "").encode("latin-1")
-    asked = await api.turn(request, "arriving", parse_recording, body, kind, api.name, api.limits)
+    asked = await api.reading(body, parse_recording, kind, api.name, api.limits)
     del body
     try:
         with until_left() as gone:

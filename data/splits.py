@@ -66,7 +66,8 @@ def split_by_image(
     if len(places) < 2:
         raise PhiSightError(
             f"validation split: needs at least 2 pictures with separate conversations, found "
-            f"{len(places)}; add data, or train without validation: --validation-fraction 0"
+            f"{len(places)}; add data, or train without validation, early stopping and a best"
+            " checkpoint: --validation-fraction 0"
         )
     # The nearest group goes over where chance left a side empty.
     threshold = max(fraction, math.nextafter(min(places.values()), 1))

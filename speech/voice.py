@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,13 +19,14 @@ import numpy as np
 
 from errors import PhiSightError
 from files import whole_file
+from workers.pool import Cancelled, never
 
 PROGRAM = "espeak-ng"
 WORDS_A_MINUTE = 175  # espeak-ng's own; it speaks from 80 to 450
 LONGEST_TEXT = 20_000  # characters: about half an hour of speech
 SLOWEST = 60.0  # seconds; espeak-ng speaks half an hour in about ten
 LONGEST_PIECE = 400  # characters a VITS model speaks at once: its attention costs their square
-VOICE_NAME = re.compile(r"[A-Za-z0-9_-]+(\+[A-Za-z0-9_-]+)?")
+VOICE_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}(\+[A-Za-z0-9_-]{1,40})?")
 HOW_TO_HEAR = "install Debian's espeak-ng package, or name a VitsModel folder or hub id"
 
 
@@ -66,7 +68,8 @@ def espeak(
             f"speech: {PROGRAM} took over {SLOWEST:.0f} s; shorten the text"
         ) from None
     except OSError as error:
-        raise PhiSightError(f"speech: {program} does not start ({error}); {HOW_TO_HEAR}") from None
+        reason = error.strerror  # without the program's place
+        raise PhiSightError(f"speech: {PROGRAM} does not start ({reason}); {HOW_TO_HEAR}") from None
     if spoken.returncode != 0 or b"does not exist" in spoken.stderr:
         reason = spoken.stderr.decode(errors="replace").strip() or f"code {spoken.returncode}"
         raise PhiSightError(f"voice {voice!r}: {PROGRAM} says {reason!r}; see {PROGRAM} --voices")
@@ -121,7 +124,9 @@ class Vits:
                 f"voice {name}: does not load as a VitsModel ({reason}); {HOW_TO_HEAR}"
             ) from None
 
-    def speak(self, text: str, speed: float = 1.0) -> tuple[np.ndarray, int]:
+    def speak(
+        self, text: str, speed: float = 1.0, cancelled: Callable[[], bool] = never
+    ) -> tuple[np.ndarray, int]:
         """(samples,) float32 mono and their rate in Hz."""
         import torch
 
@@ -129,6 +134,8 @@ class Vits:
 
         pieces = []
         for piece in sentences(_clean(text)):
+            if cancelled():
+                raise Cancelled
             try:
                 inputs = self.tokenizer(piece, return_tensors="pt")
             except (ImportError, ValueError) as error:  # some voices read phonemes, not letters
@@ -165,9 +172,12 @@ def sentences(text: str) -> list[str]:
 
 
 class Speaker(Protocol):
-    """Says a text: (samples,) float32 mono and their rate in Hz. `speed` 1 is as usual."""
+    """Says a text: (samples,) float32 mono and their rate in Hz. `speed` 1 is as usual. Raises
+    `workers.Cancelled` where it takes long and `cancelled` says that nobody waits."""
 
-    def speak(self, text: str, speed: float = 1.0) -> tuple[np.ndarray, int]: ...
+    def speak(
+        self, text: str, speed: float = 1.0, cancelled: Callable[[], bool] = never
+    ) -> tuple[np.ndarray, int]: ...
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,9 @@ class Espeak:
 
     language: str
 
-    def speak(self, text: str, speed: float = 1.0) -> tuple[np.ndarray, int]:
+    def speak(
+        self, text: str, speed: float = 1.0, cancelled: Callable[[], bool] = never
+    ) -> tuple[np.ndarray, int]:
         return espeak(text, self.language, round(WORDS_A_MINUTE * speed))
 
 
@@ -199,10 +211,13 @@ class Voice:
         voice.speak("a")  # an absent program or language is told now, not at the first answer
         return voice
 
-    def speak(self, text: str, speed: float = 1.0) -> tuple[np.ndarray, int]:
+    def speak(
+        self, text: str, speed: float = 1.0, cancelled: Callable[[], bool] = never
+    ) -> tuple[np.ndarray, int]:
         """(samples,) float32 mono between -1 and 1, and the sample rate in Hz. `speed` 1 is the
-        voice's own; espeak-ng follows from 0.5 to 2.5."""
-        samples, rate = self._speaker.speak(text, speed)
+        voice's own; espeak-ng follows from 0.5 to 2.5. Raises `workers.Cancelled` between sentences
+        when `cancelled` says so."""
+        samples, rate = self._speaker.speak(text, speed, cancelled)
         if not np.isfinite(samples).all():
             raise PhiSightError("speech: the voice made sound that is not finite; take another one")
         return np.clip(samples, -1.0, 1.0).astype(np.float32), rate

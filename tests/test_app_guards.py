@@ -155,6 +155,27 @@ def test_the_page_may_reach_no_other_machine(site, browser):
     page.close()
 
 
+@pytest.mark.parametrize("index", [-1, 10**9])
+def test_an_event_that_the_page_does_not_have_is_a_400(site, index):
+    event = {"data": [], "fn_index": index, "session_hash": "x"}
+    sent = httpx.post(f"{site.url}/gradio_api/queue/join", json=event)
+    assert sent.status_code == 400 and "load the page again" in sent.json()["detail"]
+
+
+A_FILE = 'Content-Disposition: form-data; name="files"'
+
+
+@pytest.mark.parametrize(("boundary", "body"), [
+    ("x", f"--x\r\n{A_FILE}\r\n\r\nno file\r\n--x--\r\n"),
+    ("x", f"--x\r\n{A_FILE}; filename*=UTF-8''a.png\r\n\r\nx\r\n--x--\r\n"),
+    ("x" * 300, "anything"),
+])  # fmt: skip
+def test_a_form_that_gradio_cannot_read_is_a_400(site, boundary, body):
+    kind = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    sent = httpx.post(f"{site.url}/gradio_api/upload", content=body, headers=kind)
+    assert sent.status_code == 400 and "load the page again" in sent.json()["detail"]
+
+
 def test_an_event_that_is_too_large_is_refused(site):
     sent = httpx.post(
         f"{site.url}/gradio_api/queue/join",

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,7 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_server import Live, assistant_of, get, live
+from live_server import Live, assistant_of, get, live, wait_until
 from sounds import RATE, TINY, encoded, needs_espeak, tiny, tone
 
 from api.errors import ApiError
@@ -23,6 +24,7 @@ from api.forms import Limits
 from api.multipart import parse_multipart
 from api.senses import listening, speaking, transcribing
 from api.spoken import KINDS, PCM_RATE, SpeechBody, spoken
+from api.spoken import encoded as packed
 from api.transcriptions import Heard, parse_recording
 from speech.spoken import loaded_once
 from speech.subtitles import CUE_CHARACTERS, as_srt, as_vtt
@@ -378,7 +380,7 @@ def test_what_has_a_meaning_in_webvtt_is_escaped():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sound_has_its_length_at_any_rate_of_a_voice(kind):
-    def speak(text: str, voice: str, speed: float) -> tuple[numpy.ndarray, int]:
+    def speak(text, voice, speed, cancelled) -> tuple[numpy.ndarray, int]:
         assert (text, voice, speed) == ("x", "", 1.0)
         return 2 * tone(440, 1.0, 16_000), 16_000  # louder than a file can hold
 
@@ -387,3 +389,47 @@ def test_sound_has_its_length_at_any_rate_of_a_voice(kind):
         assert len(data) == pytest.approx(2 * PCM_RATE, abs=100)
     else:
         assert soundfile.info(io.BytesIO(data)).duration == pytest.approx(1, abs=0.1)
+
+
+def test_who_waits_for_the_voice_does_not_wait_for_one_who_has_gone():
+    """Neither for the rest of what would be said to him, nor for its packing."""
+    told = threading.Event()
+    ended: list[str] = []
+
+    def speak(text, voice, speed, cancelled) -> tuple[numpy.ndarray, int]:
+        if text == "long":
+            told.set()
+            wait_until(cancelled)
+            ended.append(text)
+            raise Cancelled
+        return tone(440, 0.1, 16_000), 16_000
+
+    assistant = assistant_of()
+    with live(assistant, speak=speak) as server:
+        gone = server.send(post("/v1/audio/speech", b'{"input": "long"}', b"application/json"))
+        assert told.wait(60)
+        gone.close()
+        said = server.client().audio.speech.create(model="tts-1", voice="alloy", input="short")
+        assert ended == ["long"] and said.content
+        wait_until(lambda: not server.api.measures.in_flight)
+    assistant.close()
+
+
+def test_packing_ends_when_nobody_waits_for_it():
+    asked: list[bool] = []
+
+    def cancelled() -> bool:
+        asked.append(True)
+        return len(asked) > 2
+
+    with pytest.raises(Cancelled):
+        packed(tone(440, 100.0, 16_000), 16_000, "opus", cancelled)
+    assert len(asked) == 3  # of ten parts two were packed
+
+
+@needs_espeak
+def test_a_voice_of_any_length_is_a_400_without_a_path(client):
+    for length in (101, 10**6):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.audio.speech.create(model="tts-1", voice="a" * length, input="x")
+        assert "/" not in refused.value.message and len(refused.value.message) < 300

@@ -1,5 +1,7 @@
 """The renderer against the tokenizer's own reading of the whole chat text."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.chat import (
+    LONG_TEXT,
     MARKS,
     ChatFormat,
     Limits,
@@ -257,3 +260,25 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
     assert len(load_tokenizer(folder, embeddings=len(tokenizer))) == len(tokenizer)
     with pytest.raises(PhiSightError, match=f"has {len(tokenizer)} tokens and the model 9 embed"):
         load_tokenizer(folder, embeddings=9)
+
+
+@pytest.mark.parametrize("piece", ["What colour is the star? ", "👩‍👩‍👧", "a", " \n<|end|>"])
+def test_a_long_text_has_the_ids_that_the_tokenizer_gives_it(chat_format, piece):
+    text = (piece * LONG_TEXT)[: 2 * LONG_TEXT]
+    encoded = chat_format.text_encoder.encode(text.strip(), add_special_tokens=False)
+    assert chat_format.encode_text(text) == encoded.ids
+
+
+def test_other_threads_run_while_a_long_text_is_read(chat_format):
+    done = threading.Event()
+
+    def read() -> None:
+        chat_format.encode_text("👩‍👩‍👧" * 50_000)
+        done.set()
+
+    threading.Thread(target=read).start()
+    turns = 0
+    while not done.is_set():
+        turns += 1
+        time.sleep(0)
+    assert turns > 100  # one who had to wait had one or two

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -160,6 +161,27 @@ def test_silent_connections_make_room_for_those_that_ask(caplog):
     assistant.close()
 
 
+def test_half_sent_questions_do_not_keep_out_whole_ones():
+    assistant = assistant_of()
+    with live(assistant) as server:
+        half = [server.send(post(b'{"messages"', length=1000)) for _ in range(300)]
+        wait_until(lambda: server.api.places.taken["arriving"] == 300)
+        assert server.exchange(post(ask()))[0] == 200
+        for connection in half:
+            connection.close()
+        wait_until(lambda: not server.api.measures.in_flight)
+    assistant.close()
+
+
+def test_another_protocol_is_answered_in_http_and_told_once(impatient, caplog):
+    for protocol in ("websocket", "h2c", "websocket"):
+        upgrade = ("Connection: upgrade, close", f"Upgrade: {protocol}")
+        request = get("/health", *upgrade).replace(b"Connection: close\r\n", b"")
+        assert impatient.exchange(request)[0] == 200
+    told = [record.message for record in caplog.records]
+    assert len(told) == 1 and "it is given HTTP" in told[0] and "install" not in told[0]
+
+
 def test_when_all_are_busy_the_next_is_told_and_health_still_answers(caplog):
     assistant = endless()
     with live(assistant, grace=0, patience=Patience(most=4)) as server:
@@ -235,6 +257,7 @@ SMUGGLED = {
     "two lengths": raw("Content-Length: 5", "Content-Length: 6"),
     "two equal lengths": raw("Content-Length: 5", "Content-Length: 5"),
     "lengths in a list": raw("Content-Length: 5, 6"),
+    "equal lengths in a list": raw("Content-Length: 5, 5"),
     "a signed length": raw("Content-Length: +5"),
     "a negative length": raw("Content-Length: -5"),
     "a length in hexadecimal": raw("Content-Length: 0x5"),
@@ -285,7 +308,7 @@ def test_two_requests_in_a_row_are_two_answers(impatient):
     st.lists(
         st.tuples(
             st.sampled_from(["Content-Length", "content-length", "Transfer-Encoding", "X-A"]),
-            st.sampled_from(["5", "chunked", "", "a b"]),
+            st.sampled_from(["5", "chunked", "", "a b", "5,5"]),
             st.sampled_from(["\r\n", "\n", "\r\n ", "\r\n\t", "\r"]),
         ),
         max_size=4,
@@ -296,7 +319,8 @@ def test_a_head_is_sound_exactly_when_its_length_is_given_once_in_whole_lines(li
         f"{n}: {v}{end}" for n, v, end in lines
     )
     framing = [name for name, _, _ in lines if name != "X-A"]
-    sound = all(end == "\r\n" for _, _, end in lines) and len(framing) <= 1
+    listed = any(n.lower() == "content-length" and "," in value for n, value, _ in lines)
+    sound = all(end == "\r\n" for _, _, end in lines) and len(framing) <= 1 and not listed
     assert (fault_of_head(f"{head}\r\n".encode()) is None) == sound
 
 
@@ -304,3 +328,16 @@ def test_refusals_are_told_once(impatient, caplog):
     for _ in range(20):
         impatient.exchange(SMUGGLED["a size that is none"])
     assert len(caplog.records) <= 1
+
+
+def test_what_libraries_say_of_requests_is_told_once(impatient, capsys):
+    """Those that have no handler: Python prints them, as python_multipart's of every bad form."""
+    library = logging.getLogger("a.library")
+    for _ in range(20):
+        record = library.makeRecord(library.name, 30, "", 0, "Expected a dash", (), None)
+        logging.lastResort.handle(record)
+    assert len(capsys.readouterr().err.splitlines()) <= 1
+    own = logging.getLogger("phisight.serving").makeRecord("phisight.x", 30, "", 0, "a", (), None)
+    for _ in range(2):
+        logging.lastResort.handle(own)
+    assert capsys.readouterr().err == "a\na\n"

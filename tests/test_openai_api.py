@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import threading
 from io import BytesIO
 
 import pytest
+import runs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from api import guards
+from api.api import Api
 from api.errors import ApiError
 from api.forms import MIB, Limits
 from api.pieces import Sound
@@ -638,3 +643,35 @@ def test_the_limits_fit_in_a_body():
     """A picture of the largest size can be sent: base64 makes 4 bytes of 3."""
     assert Limits().picture_bytes * 4 / 3 < Limits().body_bytes == 32 * MIB
     assert Sound("x", b"secret") and "secret" not in repr(Sound("x", b"secret"))
+
+
+def test_a_short_question_is_read_before_long_ones_that_came_earlier():
+    """Long bodies have turns of their own: reading one takes a while."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    async def order() -> list[str]:
+        read: list[str] = []
+
+        def reading(body: bytes) -> None:
+            if len(body) > guards.SMALL:
+                begun.set()
+                go_on.wait(60)
+            read.append(chr(body[0]))
+
+        api = Api(runs.assistant())
+        long = [
+            asyncio.create_task(api.reading(b"l" * (guards.SMALL + 1), reading)) for _ in "1234"
+        ]
+        await asyncio.to_thread(begun.wait, 60)
+        await api.reading(b"s", reading)
+        go_on.set()
+        await asyncio.gather(*long)
+        return read
+
+    assert asyncio.run(order()) == ["s", "l", "l", "l", "l"]
+
+
+def test_a_number_of_very_many_digits_is_refused_in_words_for_the_client():
+    with pytest.raises(ApiError, match="a number of 4,000 digits") as refused:
+        parse_request(b'{"seed": ' + b"9" * 4000 + b"}", "tiny")
+    assert "sys." not in str(refused.value)

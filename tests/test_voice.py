@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from errors import PhiSightError
 from speech import voice
 from speech.voice import Voice, espeak, sentences, write_wav
+from workers.pool import Cancelled
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="no espeak-ng here")
 
@@ -172,6 +173,18 @@ def test_a_vits_folder_speaks_the_same_every_time(vits_folder):
 def test_text_without_a_letter_of_the_voice_is_refused(vits_folder):
     with pytest.raises(PhiSightError, match="none of the text's letters"):
         Voice.load(str(vits_folder)).speak("日本語")
+
+
+def test_nobody_waits_for_the_second_sentence(vits_folder):
+    asked: list[bool] = []
+
+    def cancelled() -> bool:
+        asked.append(True)
+        return len(asked) > 1
+
+    with pytest.raises(Cancelled):
+        Voice.load(str(vits_folder)).speak("The star is red. It is small.", cancelled=cancelled)
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no/such/folder/here", "nobody/nothing"])
