@@ -175,9 +175,7 @@ class Config:
     max_text_tokens: int = declared(
         256, "longest conversation, picture tokens not counted", bounds=AT_LEAST_1
     )
-    row_tokens: int = declared(
-        0, "length of a packed row; 0: one longest conversation", bounds=ROWS
-    )
+    row_tokens: int = declared(0, "length of a packed row; 0: the longest sample", bounds=ROWS)
     strict: bool = declared(
         False, "stop at the first bad record instead of quarantining it", changes_result=False
     )
