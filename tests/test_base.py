@@ -235,7 +235,7 @@ BREAKS = {
     "missing shard": (lambda f: to_index(f, '{"weight_map": {"a": "b.safetensors"}}'), "b.safet"),
     "escaping shard": (
         lambda f: to_index(f, '{"weight_map": {"a": "../b.safetensors"}}'),
-        "no plain file name",
+        "is not a file name",
     ),
     "empty index": (lambda f: to_index(f, "{}"), "it has no weight_map"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
