@@ -71,9 +71,14 @@ class AudioPart(Form):
         return Piece("sound", self.input_audio.data, where, f"{where}.input_audio", ".data")
 
 
-def tag_of_part(value: object) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
-    return f"<{kind}>" if kind in ("image_url", "input_audio", "refusal") else "<text>"
+def tag_of_part(*kinds: str) -> Discriminator:
+    """A part is of the one of these types that it names, else a text."""
+
+    def tag(value: object) -> str:
+        kind = value.get("type") if isinstance(value, dict) else None
+        return f"<{kind}>" if kind in kinds else "<text>"
+
+    return Discriminator(tag)
 
 
 ContentPart = Annotated[
@@ -81,7 +86,7 @@ ContentPart = Annotated[
     | Annotated[RefusalPart, Tag("<refusal>")]
     | Annotated[ImagePart, Tag("<image_url>")]
     | Annotated[AudioPart, Tag("<input_audio>")],
-    Discriminator(tag_of_part),
+    tag_of_part("image_url", "input_audio", "refusal"),
 ]
 Content = Annotated[
     Annotated[str, Tag("<whole>")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, FailFast, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from api.chat_form import InputAudio, with_content
+from api.chat_form import AudioPart, tag_of_part, with_content
 from api.errors import bad
 from api.forms import Form, Limits, NotDone, Question, Unsupported, few, parse_form
 from api.json_output import ANY_OBJECT, Schema
@@ -56,24 +56,12 @@ class InputImage(Form):
         return Piece("image", self.image_url, where, f"{where}.image_url")
 
 
-class InputSound(Form):
-    input_audio: InputAudio = Field(description="send an object")
-
-    def piece(self, where: str) -> Piece:
-        return Piece("sound", self.input_audio.data, where, f"{where}.input_audio", ".data")
-
-
-def tag_of_part(value: object) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
-    return f"<{kind}>" if kind in ("input_image", "input_audio", "refusal") else "<text>"
-
-
 InputPart = Annotated[
     Annotated[InputText, Tag("<text>")]
     | Annotated[InputRefusal, Tag("<refusal>")]
     | Annotated[InputImage, Tag("<input_image>")]
-    | Annotated[InputSound, Tag("<input_audio>")],
-    Discriminator(tag_of_part),
+    | Annotated[AudioPart, Tag("<input_audio>")],
+    tag_of_part("input_image", "input_audio", "refusal"),
 ]
 
 
