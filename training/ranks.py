@@ -140,6 +140,10 @@ def joined(device_name: str) -> Iterator[Ranks]:
         ) from error
     try:
         yield Ranks(torch.distributed.get_rank(), size)
+        # Together: a process that ended while others still closed their connections was at times
+        # aborted by its communication threads ("terminate called without an active exception").
+        with _naming_the_cause(torch.distributed.get_rank()):
+            torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
