@@ -45,6 +45,7 @@ from checkpoint_state import (
     tensor_problem,
 )
 from checkpoint_state import weights_digest as weights_digest  # others call it by this module
+from documents import read_json
 from errors import PhiSightError, run_main
 from manifest import MANIFEST, DamagedFolder
 from paths import command, located
@@ -142,7 +143,7 @@ def _prune(run_dir: Path, step: int, keep: int) -> None:
     # A damaged one must not count among those to keep: an intact one would go for it.
     spared = list(itertools.islice((path for path in newest_first if not verify(path)), keep - 1))
     kept = [run_dir / f"checkpoint-{step:06d}", *spared]
-    bests = {json.loads((path / TRAINER_STATE).read_bytes()).get("best_step") for path in kept}
+    bests = {read_json(path / TRAINER_STATE).get("best_step") for path in kept}
     for path in reversed(newest_first):
         if path not in spared and _step_of(path) not in bests:
             files.remove_folder(path)

@@ -7,9 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from workers.pool import Cancelled, never
-
-LOOK_SECONDS = 0.05  # how often one who waits asks whether he is cancelled
+from workers.pool import LOOK_SECONDS, Cancelled, never
 
 
 class Turns:
