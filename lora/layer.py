@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from errors import PhiSightError
 from lora.dropout import RowDropout
 from ops import operations_for
-from ops.nf4 import packed_weight
+from ops.nf4 import PanelLinear, packed_weight
 
 
 def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
@@ -111,7 +111,7 @@ def check_base(base: nn.Module) -> None:
         raise PhiSightError(
             f"LoRA base: {type(base).__name__} is not a linear layer; wrap nn.Linear or Linear4bit"
         )
-    if isinstance(base, bnb.nn.Linear4bit):
+    if isinstance(base, bnb.nn.Linear4bit) and not isinstance(base, PanelLinear):
         if packed_weight(base).quant_state is None:
             raise PhiSightError(
                 "LoRA base: the 4-bit layer is not quantised yet; move it to its device first"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
-from ops.nf4 import packed_weight
+from ops.nf4 import bitsandbytes_form
 
 
 @torch.no_grad()
@@ -29,11 +29,11 @@ def base_weight(linear: nn.Linear) -> Tensor:
     """The (out_features, in_features) float32 weight that `linear` multiplies by, dequantised."""
     if not isinstance(linear, bnb.nn.Linear4bit):
         return linear.weight.detach().float()
-    # A copy of the state, because dequantisation takes its output dtype from there, and the layer
-    # goes on with its own; float32 holds code * scale without a second rounding.
-    state = copy.copy(packed_weight(linear).quant_state)
+    # float32 holds code * scale without a second rounding, whatever the compute dtype is.
+    packed, state = bitsandbytes_form(linear)
+    state = copy.copy(state)
     state.dtype = torch.float32
-    return bnb.functional.dequantize_4bit(linear.weight.data, state)
+    return bnb.functional.dequantize_4bit(packed, state)
 
 
 def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

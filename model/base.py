@@ -26,7 +26,7 @@ from lora.layer import secure_four_bit
 from model import base_cache
 from model.decoder import DecoderConfig, LanguageModel
 from model.phi3 import decoder_config
-from ops.nf4 import packed_weight, quantised_on_cpu
+from ops.nf4 import PanelLinear, can_be_panels, packed_weight, quantised_on_cpu
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
 """model_type of a config.json -> how it is read"""
@@ -97,6 +97,7 @@ def load_base(
         key = base_cache.key_of(fingerprint, quantization, device)
         kept = Path(cache) / key if cache else None
         fill_quantised(model, sources, compute_dtype, device, kept)
+    order_for_kernels(model)
     finish(model, device)
     hub_config = read_json(folder / "config.json")
     return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype, hub_config)
@@ -361,6 +362,14 @@ def quantize(
     # float32 would otherwise get gradients through weights rounded a second time.
     parameter.quant_state.dtype = compute_dtype
     return parameter
+
+
+def order_for_kernels(model: nn.Module) -> None:
+    """Put the 4-bit layers of a CPU in the order of its kernels, one after the other, where this
+    machine has any: a permutation, so that no number changes."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, bnb.nn.Linear4bit) and can_be_panels(layer):
+            model.set_submodule(name, PanelLinear.of(layer))
 
 
 def finish(model: LanguageModel, device: torch.device) -> None:

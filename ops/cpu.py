@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ops import plain
-from ops.nf4 import dense_weight
+from ops.nf4 import frozen_product, frozen_product_backward
 from ops.plain import linear, packed_attention
 from ops.products import product
 
@@ -128,7 +128,7 @@ class AdaptedProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float,
         kept: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        result = product(x, dense_weight(base, x.dtype), base.bias)
+        result = frozen_product(x, base)
         low = product(masked(x, kept), a)  # (rows, rank)
         ctx.save_for_backward(x, a, b, low, kept)
         ctx.base, ctx.scaling = base, scaling
@@ -146,7 +146,7 @@ class AdaptedProduct(torch.autograd.Function):
         if for_a:
             grad_a = low_gradient.T @ masked(x, kept)
         if for_x:
-            grad_x = product(gradient, dense_weight(ctx.base, gradient.dtype).T)
+            grad_x = frozen_product_backward(gradient, ctx.base)
             grad_x += masked(low_gradient @ a, kept)
         return grad_x, grad_a, grad_b, None, None, None
 

@@ -7,7 +7,7 @@ import bitsandbytes as bnb
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ops.nf4 import dense_weight
+from ops.nf4 import PanelLinear, dense_weight, frozen_product
 from ops.plain import gated, low_rank_update, packed_attention, rms_norm, rotate
 
 __all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", "rotate"]
@@ -16,6 +16,8 @@ __all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", 
 def linear(x: Tensor, base: nn.Linear) -> Tensor:
     if not isinstance(base, bnb.nn.Linear4bit):
         return base(x)
+    if isinstance(base, PanelLinear):
+        return frozen_product(x.flatten(0, -2), base).unflatten(0, x.shape[:-1])
     return functional.linear(x, dense_weight(base, x.dtype), base.bias)
 
 

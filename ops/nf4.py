@@ -1,8 +1,9 @@
-"""The dense weight of a 4-bit layer, into memory that is used again.
+"""4-bit layers: products with them, and their weights, dense and packed.
 
-bitsandbytes dequantises into a new tensor each time. On a CPU most of that goes into the memory:
-for the 8192 x 3072 weights of one layer of Phi-3.5-mini, 37 ms into a new tensor and 3 ms into one
-that is there already (see benchmarks/RESULTS.md). The numbers are the same to the bit.
+A layer is bitsandbytes' own `Linear4bit`, or a `PanelLinear`, whose codes lie in the order that the
+CPU's kernels read (`ops.kernels`). Dense weights go into memory that is used again: most of what
+bitsandbytes takes on a CPU goes into new memory, for the 8192 x 3072 weights of one layer of
+Phi-3.5-mini 37 ms of 40 (see benchmarks/RESULTS.md). The numbers are the same to the bit.
 """
 
 from __future__ import annotations
@@ -11,28 +12,125 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
+from ops import kernels
+from ops.products import product
+
 _memory = threading.local()  # one for each thread: another may still multiply by what it holds
+
+
+class PanelLinear(bnb.nn.Linear4bit):
+    """A 4-bit layer on a CPU, computed in float32 by the kernels.
+
+    Its `weight` are the codes in the kernels' order, so what would read them as bitsandbytes' finds
+    no `quant_state`; `bitsandbytes_form` gives these back, to the bit.
+    """
+
+    panels: kernels.PanelWeight
+
+    @classmethod
+    def of(cls, linear: bnb.nn.Linear4bit) -> PanelLinear:
+        """From a quantised layer that `can_be_panels`. Nested scales are taken as they come out."""
+        weight = packed_weight(linear)
+        state = weight.quant_state
+        outputs, inputs = state.shape
+        scales = block_scales(state)
+        panels = kernels.panels_of(weight.data, scales, outputs, inputs, state.blocksize)
+        return cls.made_of(panels, linear)
+
+    @classmethod
+    def made_of(cls, panels: kernels.PanelWeight, like: bnb.nn.Linear4bit) -> PanelLinear:
+        """Of codes that are in order, with the bias of `like`."""
+        layer = cls(panels.inputs, panels.outputs, bias=False, device="meta")
+        layer.bias = like.bias
+        layer.panels = panels
+        layer.weight = nn.Parameter(panels.codes, requires_grad=False)
+        count = panels.outputs * panels.inputs
+        layer.weight.weight_count = count  # type: ignore[attr-defined]
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, inputs) float32 -> (…, outputs) float32, with a gradient for x."""
+        return FrozenProduct.apply(x.flatten(0, -2), self).unflatten(0, x.shape[:-1])
+
+
+class FrozenProduct(torch.autograd.Function):
+    """Rows by a frozen layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: nn.Linear) -> Tensor:
+        ctx.linear = linear
+        return frozen_product(x, linear)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return frozen_product_backward(gradients[0], ctx.linear), None
+
+
+def frozen_product(x: Tensor, linear: nn.Linear) -> Tensor:
+    """(rows, inputs) -> (rows, outputs) by a layer of any kind; without a gradient."""
+    if isinstance(linear, PanelLinear):
+        result = kernels.loaded().nf4_linear(x, linear.panels)
+        return result if linear.bias is None else result + linear.bias
+    return product(x, dense_weight(linear, x.dtype), linear.bias)
+
+
+def frozen_product_backward(gradient: Tensor, linear: nn.Linear) -> Tensor:
+    """(rows, outputs) -> the gradient of `frozen_product`'s input, (rows, inputs)."""
+    return product(gradient, dense_weight(linear, gradient.dtype).T)
+
+
+def can_be_panels(linear: bnb.nn.Linear4bit) -> bool:
+    """Whether a layer is one for the kernels, which this machine has."""
+    weight = packed_weight(linear)
+    return (
+        bool(kernels.available()[0])
+        and weight.device.type == "cpu"
+        and weight.quant_state.dtype == torch.float32
+        and kernels.fits(linear.in_features, weight.quant_state.blocksize)
+    )
+
+
+def bitsandbytes_form(linear: bnb.nn.Linear4bit) -> tuple[Tensor, bnb.functional.QuantState]:
+    """A 4-bit layer's packed codes, (weights / 2, 1) uint8, and their state, in bitsandbytes' own
+    order; of a `PanelLinear` a copy, with scales that are not nested."""
+    if not isinstance(linear, PanelLinear):
+        return linear.weight.data, packed_weight(linear).quant_state
+    codes, scales = kernels.bitsandbytes_order(linear.panels)
+    shape = torch.Size((linear.panels.outputs, linear.panels.inputs))
+    return codes, quant_state(scales, shape, torch.float32, linear.panels.block)
 
 
 def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The (outputs, inputs) weight that `linear` multiplies by, detached.
 
-    That of a 4-bit layer is valid until this thread asks for the next one.
+    That of a 4-bit layer is valid until this thread asks for the next one, and of a `PanelLinear`
+    it is a transposed view.
     """
     if not isinstance(linear, bnb.nn.Linear4bit):
         return linear.weight.detach()
+    if isinstance(linear, PanelLinear):
+        count = linear.panels.inputs * linear.panels.panels * kernels.PANEL
+        return kernels.loaded().nf4_dequantize(linear.panels, memory_for(count)).to(dtype)
     weight = packed_weight(linear)
     packed, state = weight.data, weight.quant_state
     dequantise = cpu_dequantiser()
     if packed.device.type != "cpu" or dtype != torch.float32 or dequantise is None:
         return bnb.functional.dequantize_4bit(packed, state).to(dtype)
     return dequantise(packed, block_scales(state), state.blocksize, *state.shape)
+
+
+def memory_for(count: int) -> Tensor:
+    """This thread's memory for a dense weight, at least `count` float32."""
+    memory = getattr(_memory, "tensor", None)
+    if memory is None or memory.numel() < count:
+        memory = _memory.tensor = torch.empty(count)
+    return memory
 
 
 def packed_weight(linear: bnb.nn.Linear4bit) -> bnb.nn.Params4bit:
@@ -60,15 +158,21 @@ def quantised_on_cpu(weight: Tensor, blocksize: int) -> tuple[Tensor, bnb.functi
     scaled = (blocks * (1.0 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1).reshape(-1)
     nearest = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
     packed = ((nearest[::2] << 4) | nearest[1::2])[:, None]
-    state = bnb.functional.QuantState(
+    return packed, quant_state(scales, weight.shape, weight.dtype, blocksize)
+
+
+def quant_state(
+    scales: Tensor, shape: torch.Size, dtype: torch.dtype, block: int
+) -> bnb.functional.QuantState:
+    """bitsandbytes' description of NF4 codes on a CPU with (blocks,) float32 scales."""
+    return bnb.functional.QuantState(
         absmax=scales,
-        shape=weight.shape,
-        dtype=weight.dtype,
-        blocksize=blocksize,
-        code=code,
+        shape=shape,
+        dtype=dtype,
+        blocksize=block,
+        code=bnb.functional.get_4bit_type("nf4", device="cpu"),
         quant_type="nf4",
     )
-    return packed, state
 
 
 @functools.cache
@@ -81,10 +185,7 @@ def cpu_dequantiser() -> Callable[[Tensor, Tensor, int, int, int], Tensor] | Non
         return None
 
     def dequantise(packed: Tensor, scales: Tensor, block: int, rows: int, columns: int) -> Tensor:
-        memory = getattr(_memory, "tensor", None)
-        if memory is None or memory.numel() < rows * columns:
-            memory = _memory.tensor = torch.empty(rows * columns)
-        result = memory[: rows * columns].view(rows, columns)
+        result = memory_for(rows * columns)[: rows * columns].view(rows, columns)
         function(
             *(ctypes.c_void_p(t.data_ptr()) for t in (packed, scales, result)),
             *map(ctypes.c_longlong, (block, rows, columns)),

@@ -88,6 +88,8 @@ def announce_owners(run: Run) -> None:
 
 def logical_size(parameter: Tensor) -> int:
     """Weights a parameter stands for: a packed 4-bit one holds two a byte."""
+    if count := getattr(parameter, "weight_count", None):  # see `ops.nf4.PanelLinear`
+        return count
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 

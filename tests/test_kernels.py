@@ -1,0 +1,275 @@
+"""The 4-bit kernels of a CPU: the order of the codes, exact dequantising, products within their
+bound, and results that depend on nothing but the row and the weight."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+
+import bitsandbytes as bnb
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from errors import PhiSightError
+from ops import kernels
+from ops.kernels import target
+from ops.nf4 import PanelLinear, bitsandbytes_form, dense_weight, quant_state
+
+if not kernels.available()[0]:
+    pytest.skip(f"kernels: {kernels.available()[1]}", allow_module_level=True)
+
+from ops.kernels.codebook import ERROR_BOUND
+from ops.kernels.compiling import cache_folder, compiled
+from ops.kernels.crew import Crew, barrier, take_part
+from ops.kernels.layout import PanelWeight
+from ops.kernels.linear import dense_linear, nf4_dequantize, nf4_linear, nf4_linear_backward
+from ops.kernels.simd import publish
+
+SHAPES = st.tuples(
+    st.integers(1, 70), st.integers(1, 5), st.sampled_from(kernels.layout.BLOCKS)
+).map(lambda drawn: (drawn[0], drawn[1] * drawn[2], drawn[2]))  # outputs, inputs, block
+MAGNITUDES = st.sampled_from([0.0, 1e-38, 1e-20, 1e-3, 1.0, 300.0, 1e15])
+
+
+def random_codes(outputs: int, inputs: int, block: int, seed: int) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' packed codes, and scales of one."""
+    generator = torch.Generator().manual_seed(seed)
+    count = outputs * inputs
+    codes = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, generator=generator)
+    return codes, torch.ones(count // block)
+
+
+def dense(codes: Tensor, scales: Tensor, outputs: int, inputs: int, block: int) -> Tensor:
+    """What bitsandbytes dequantises to."""
+    state = quant_state(scales, torch.Size((outputs, inputs)), torch.float32, block)
+    return bnb.functional.dequantize_4bit(codes, state)
+
+
+def scattered(shape: tuple[int, ...], magnitudes: list[float], seed: int) -> Tensor:
+    """Normal numbers, each times one of `magnitudes`."""
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randint(0, len(magnitudes), shape, generator=generator)
+    return torch.randn(shape, generator=generator) * torch.tensor(magnitudes)[choice]
+
+
+@given(SHAPES, st.integers(0, 2**16), st.lists(MAGNITUDES, min_size=1, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_codes_and_scales_come_back_and_dequantise_as_bitsandbytes_does(shape, seed, magnitudes):
+    codes, scales = random_codes(*shape, seed)
+    scales = scattered(scales.shape, magnitudes, seed).abs()
+    weight = kernels.panels_of(codes, scales, *shape)
+    again = kernels.bitsandbytes_order(weight)
+    assert torch.equal(again[0], codes) and torch.equal(again[1], scales)
+    assert torch.equal(nf4_dequantize(weight), dense(codes, scales, *shape))
+
+
+@given(
+    SHAPES, st.integers(1, 30), st.integers(0, 2**16),
+    st.lists(MAGNITUDES, min_size=1, max_size=3), st.lists(MAGNITUDES, min_size=1, max_size=3),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_products_are_within_their_bound(shape, rows, seed, of_weights, of_activations):
+    outputs, inputs, block = shape
+    codes, scales = random_codes(*shape, seed)
+    scales = scattered(scales.shape, of_weights, seed).abs()
+    x = scattered((rows, inputs), of_activations, seed + 1)
+    weight = kernels.panels_of(codes, scales, *shape)
+    exact = x.double() @ dense(codes, scales, *shape).double().T
+    largest = x.double().view(rows, 1, -1, block).abs().amax(-1)  # (rows, 1, blocks)
+    together = largest * scales.double().view(1, outputs, -1)  # (rows, outputs, blocks)
+    # In a block: the rounding of levels and activations. Over blocks: float32's own.
+    own = 2 * inputs // block * 2.0**-24
+    bound = together.sum(-1) * block * (ERROR_BOUND + own) + 1e-30
+    assert ((nf4_linear(x, weight) - exact).abs() <= bound).all()
+
+
+def test_the_bound_is_not_far_from_the_truth():
+    """A bound that nothing comes near would not notice a kernel that has become worse."""
+    codes, _ = random_codes(512, 1024, 64, 0)
+    weight = kernels.panels_of(codes, torch.rand(512 * 16), 512, 1024, 64)
+    x = torch.randn(50, 1024, generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ nf4_dequantize(weight).double().T
+    error = (nf4_linear(x, weight) - exact).norm() / exact.norm()
+    assert 1e-5 < error < 2e-4
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_row_has_the_same_result_in_any_company_on_any_number_of_threads(threads):
+    codes, _ = random_codes(200, 576, 64, 0)
+    weight = kernels.panels_of(codes, torch.rand(200 * 9), 200, 576, 64)
+    x = torch.randn(120, 576)
+    threads(1)
+    alone = torch.cat([nf4_linear(row[None], weight) for row in x])
+    for count, number in ((1, 120), (2, 120), (3, 120), (2, 2), (2, 7), (2, 13), (2, 101)):
+        threads(count)
+        assert torch.equal(nf4_linear(x[:number], weight), alone[:number]), (count, number)
+
+
+PROGRAM = """
+import torch
+from hashlib import sha256
+from ops import kernels
+from ops.kernels.codebook import ERROR_BOUND
+from tests.test_kernels import digest_of_products
+print(kernels.available()[0], digest_of_products())
+"""
+# A processor of 2013: AVX2 and nothing newer. numba takes these instead of what it finds.
+HASWELL = {"PHISIGHT_KERNELS": "avx2", "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": (
+    "+avx,+avx2,+bmi,+bmi2,+cx16,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse,+sse2,+sse3,+sse4.1,"
+    "+sse4.2,+ssse3,-avx512f,-avx512bw,-avx512vl,-avx512vnni")}  # fmt: skip
+
+
+def digest_of_products() -> str:
+    """Of everything that the kernels compute, on all numbers of rows."""
+    codes, _ = random_codes(100, 192, 32, 0)
+    scales = torch.rand(600, generator=torch.Generator().manual_seed(0))
+    weight = kernels.panels_of(codes, scales, 100, 192, 32)
+    x = torch.randn(40, 192, generator=torch.Generator().manual_seed(1))
+    results = [nf4_linear(x[:rows], weight) for rows in (1, 2, 3, 4, 7, 13, 40)]
+    results += [nf4_dequantize(weight).contiguous()]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        results += [dense_linear(x[:rows], x.to(dtype)) for rows in (1, 2, 5)]
+    return hashlib.sha256(b"".join(r.numpy().tobytes() for r in results)).hexdigest()
+
+
+def test_a_processor_with_avx2_alone_computes_the_same_and_what_was_compiled_is_kept():
+    """To the bit, so a machine with AVX-512 and an older one give the same answers."""
+    said = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=os.environ | HASWELL, text=True, capture_output=True
+    )
+    assert said.stdout.split() == ["avx2", digest_of_products()], said.stderr
+    again = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=os.environ | HASWELL, text=True, capture_output=True
+    )
+    assert again.stdout == said.stdout
+    assert "compil" not in again.stderr
+
+
+def test_what_is_not_finite_is_not_hidden():
+    codes, scales = random_codes(20, 128, 64, 0)
+    weight = kernels.panels_of(codes, scales, 20, 128, 64)
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(3, 128)
+        x[1, 70] = bad
+        finite = nf4_linear(x, weight).isfinite().all(-1)
+        assert finite.tolist() == [True, False, True]
+
+
+def test_dense_products_are_exact_to_float32():
+    x = torch.randn(7, 160)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.randn(75, 160).to(dtype)
+        exact = x.double() @ weight.double().T
+        result = dense_linear(x, weight)
+        assert ((result - exact).abs() <= 1e-6 * (x.abs().double() @ weight.abs().double().T)).all()
+        assert torch.equal(dense_linear(x[5:6], weight), result[5:6])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layer_in_panels_is_the_layer_it_was_made_of(nested):
+    layer = bnb.nn.Linear4bit(192, 100, compute_dtype=torch.float32, quant_type="nf4",
+                              compress_statistics=nested)  # fmt: skip
+    layer = layer.to("cpu")
+    layer.bias = nn.Parameter(torch.randn(100), requires_grad=False)
+    weight, state = layer.weight, layer.weight.quant_state
+    reference = bnb.functional.dequantize_4bit(weight.data, state)
+    panels = PanelLinear.of(layer)
+    assert torch.equal(dense_weight(panels, torch.float32), reference)
+    codes, state = bitsandbytes_form(panels)
+    assert torch.equal(codes, weight.data)
+    assert torch.equal(bnb.functional.dequantize_4bit(codes, state), reference)
+    with pytest.raises((AttributeError, AssertionError)):  # nobody reads panels as codes in order
+        bnb.functional.dequantize_4bit(panels.weight.data, panels.weight.quant_state)
+
+    x = torch.randn(3, 5, 192, requires_grad=True)
+    expected = nn.functional.linear(x, reference, layer.bias)
+    torch.testing.assert_close(panels(x), expected, rtol=1e-3, atol=2e-3)
+    mine, other = (
+        torch.autograd.grad((y * torch.arange(100)).sum(), x)[0] for y in (panels(x), expected)
+    )
+    torch.testing.assert_close(mine, other)
+    gradient = torch.randn(40, 100)
+    torch.testing.assert_close(nf4_linear_backward(gradient, panels.panels), gradient @ reference)
+
+
+@compiled
+def add_in_turns(thread, threads, board, address, turns):
+    """Each thread writes what the others wrote before, plus one: wrong without barriers."""
+    for turn in range(turns):
+        if turn % threads == thread:
+            part = take_part(board, turn, 1)
+            publish(address + (turn + 1) * 8, turn + 1 + part)
+        barrier(board, threads)
+
+
+def test_a_crew_keeps_step_and_survives_a_fault():
+    for threads in (1, 2, 5):
+        crew = Crew(threads)
+        numbers = numpy.zeros(301, numpy.int64)
+        for _ in range(3):
+            numbers[:] = 0
+            crew.run(add_in_turns, numbers.ctypes.data, 300)
+            assert numbers.tolist() == list(range(301))
+
+        def fail(thread: int, threads: int, board: int, only: int) -> None:
+            if thread == only:
+                raise ValueError(f"thread {thread}")
+
+        for only in range(threads):
+            with pytest.raises(ValueError, match=f"thread {only}"):
+                crew.run(fail, only)
+        crew.run(add_in_turns, numbers.ctypes.data, 300)
+
+
+def test_the_target_is_chosen_by_the_processor_or_by_name(monkeypatch):
+    choose = target.choose.__wrapped__
+    monkeypatch.setattr(target, "processor_features", lambda: frozenset({"avx2", "fma", "f16c"}))
+    monkeypatch.delenv(target.SWITCH, raising=False)
+    assert choose() == ("avx2", "avx2")
+    monkeypatch.setenv(target.SWITCH, "off")
+    assert choose()[0] == ""
+    monkeypatch.setenv(target.SWITCH, "avx512")
+    with pytest.raises(PhiSightError, match="avx512bw"):
+        choose()
+    monkeypatch.setenv(target.SWITCH, "sse")
+    with pytest.raises(PhiSightError, match="choose avx512, avx2 or off"):
+        choose()
+    monkeypatch.delenv(target.SWITCH)
+    monkeypatch.setattr(target, "processor_features", lambda: frozenset())
+    assert choose() == ("", "the processor has neither AVX2 nor AVX-512")
+    monkeypatch.setattr(target.platform, "machine", lambda: "arm64")
+    assert choose()[0] == ""
+
+
+def test_compiled_code_is_kept_by_what_it_was_compiled_from(monkeypatch, tmp_path):
+    find = cache_folder.__wrapped__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = find()
+    assert first is not None and first.is_relative_to(tmp_path) and first == find()
+    monkeypatch.setattr("ops.kernels.compiling.choose", lambda: ("other", ""))
+    assert find() != first
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert find() is None
+
+
+def test_a_padded_panel_is_zeros():
+    codes, scales = random_codes(5, 64, 64, 0)
+    weight = kernels.panels_of(codes, scales, 5, 64, 64)
+    assert isinstance(weight, PanelWeight) and weight.panels == 1
+    assert nf4_linear(torch.ones(1, 64), weight).shape == (1, 5)
+    assert weight.scales[:, :, 5:].eq(0).all()
+    assert math.prod(weight.codes.shape) == 16 * 64 // 2
