@@ -91,13 +91,16 @@ class LoRALinear(nn.Module):
         self.register_buffer("scaling", torch.tensor(alpha / rank, device=device))
         self.dropout = RowDropout(dropout, dropout_key)
 
-    def forward(self, x: Tensor, row_keys: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, row_keys: Sequence[int] | None = None, answering: bool = False
+    ) -> Tensor:
         """(…, in_features) -> (…, out_features), in the dtype that the base returns.
 
         row_keys: what dropout draws by, one a row of (rows, length, in_features); see `RowDropout`.
+        answering: see `ops.choose`.
         """
         mask, scale = self.dropout.mask(x, row_keys)
-        return operations_for(x).adapted_linear(
+        return operations_for(x, answering).adapted_linear(
             x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale
         )
 

@@ -75,9 +75,10 @@ class Layout:
 
 def project(linear: nn.Linear | LoRALinear, x: Tensor, layout: Layout) -> Tensor:
     """`linear(x)`; an adapter's dropout draws by the keys of the rows."""
+    answering = layout.caches is not None
     if isinstance(linear, LoRALinear):
-        return linear(x, layout.row_keys)
-    return operations_for(x).linear(x, linear)
+        return linear(x, layout.row_keys, answering)
+    return operations_for(x, answering).linear(x, linear)
 
 
 class RMSNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Operations for answering in float32 on a CPU: plain PyTorch, and 4-bit weights that are unpacked
+"""Operations for measuring in float32 on a CPU: plain PyTorch, and 4-bit weights that are unpacked
 into memory that is used again."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import bitsandbytes as bnb
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ops.nf4 import PanelLinear, dense_weight, frozen_product
+from ops.nf4 import dense_weight
 from ops.plain import gated, low_rank_update, packed_attention, rms_norm, rotate
 
 __all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", "rotate"]
@@ -16,8 +16,6 @@ __all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", 
 def linear(x: Tensor, base: nn.Linear) -> Tensor:
     if not isinstance(base, bnb.nn.Linear4bit):
         return base(x)
-    if isinstance(base, PanelLinear):
-        return frozen_product(x.flatten(0, -2), base).unflatten(0, x.shape[:-1])
     return functional.linear(x, dense_weight(base, x.dtype), base.bias)
 
 

@@ -25,7 +25,7 @@ _memory = threading.local()  # one for each thread: another may still multiply b
 
 
 class PanelLinear(bnb.nn.Linear4bit):
-    """A 4-bit layer on a CPU, computed in float32 by the kernels.
+    """A 4-bit layer on a CPU whose codes are in the order of the kernels.
 
     Its `weight` are the codes in the kernels' order, so what would read them as bitsandbytes' finds
     no `quant_state`; `bitsandbytes_form` gives these back, to the bit.
@@ -74,15 +74,20 @@ class FrozenProduct(torch.autograd.Function):
 
 def frozen_product(x: Tensor, linear: nn.Linear) -> Tensor:
     """(rows, inputs) -> (rows, outputs) by a layer of any kind; without a gradient."""
-    if isinstance(linear, PanelLinear):
-        result = kernels.loaded().nf4_linear(x, linear.panels)
-        return result if linear.bias is None else result + linear.bias
     return product(x, dense_weight(linear, x.dtype), linear.bias)
 
 
 def frozen_product_backward(gradient: Tensor, linear: nn.Linear) -> Tensor:
     """(rows, outputs) -> the gradient of `frozen_product`'s input, (rows, inputs)."""
     return product(gradient, dense_weight(linear, gradient.dtype).T)
+
+
+def quick_product(x: Tensor, linear: PanelLinear) -> Tensor:
+    """(…, inputs) float32 -> (…, outputs) float32 without dequantising, within
+    `ops.kernels.codebook.ERROR_BOUND`; without a gradient."""
+    result = kernels.loaded().nf4_linear(x.flatten(0, -2), linear.panels)
+    result = result.unflatten(0, x.shape[:-1])
+    return result if linear.bias is None else result + linear.bias
 
 
 def can_be_panels(linear: bnb.nn.Linear4bit) -> bool:

@@ -17,7 +17,8 @@ from errors import PhiSightError
 from lora.merge import base_weight
 from model.base import choose_compute_dtype, load_base
 from model.projector import ImageProjector
-from ops.nf4 import quantised_on_cpu
+from ops import kernels
+from ops.nf4 import PanelLinear, bitsandbytes_form, quantised_on_cpu
 
 VOCABULARY = 100
 LONGROPE = {
@@ -118,7 +119,6 @@ def test_nf4_logits_are_those_of_the_dequantised_weights(saved, quantization):
     } and len(four_bit) == 8
     assert type(quantised.lm_head) is nn.Linear
     for name, module in four_bit.items():
-        assert module.weight.quant_state.nested == (quantization == "nf4-nested")
         weight = base_weight(module)
         assert weight.shape == original[f"{name}.weight"].shape
         largest = original[f"{name}.weight"].abs().max()
@@ -150,10 +150,34 @@ def test_codes_are_those_of_quantising_the_stored_weight(saved):
     name = "model.layers.1.mlp.down_proj"
     stored = load_file(saved / "model.safetensors")[f"{name}.weight"]
     packed, state = bnb.functional.quantize_4bit(stored, quant_type="nf4")
-    weight = load(saved, "nf4").model.get_submodule(name).weight
-    assert torch.equal(weight.data, packed)
-    assert torch.equal(weight.quant_state.absmax, state.absmax)
-    assert weight.quant_state.dtype == torch.float32
+    codes, own = bitsandbytes_form(load(saved, "nf4").model.get_submodule(name))
+    assert torch.equal(codes, packed)
+    assert torch.equal(own.absmax, state.absmax)
+    assert own.dtype == torch.float32
+
+
+def test_nested_scales_are_other_numbers_near_to_those_that_are_not(saved):
+    name = "model.layers.1.mlp.down_proj"
+    plain, nested = (
+        bitsandbytes_form(load(saved, quantization).model.get_submodule(name))
+        for quantization in ("nf4", "nf4-nested")
+    )
+    assert torch.equal(plain[0], nested[0])
+    assert not torch.equal(plain[1].absmax, nested[1].absmax)
+    torch.testing.assert_close(plain[1].absmax, nested[1].absmax, rtol=0.05, atol=1e-4)
+
+
+def test_the_codes_of_a_cpu_are_in_the_order_of_its_kernels_unless_they_are_off(saved, monkeypatch):
+    name = "model.layers.1.mlp.down_proj"
+    layers = []
+    for chosen in (kernels.available(), ("", "switched off")):
+        monkeypatch.setattr(kernels, "available", lambda chosen=chosen: chosen)
+        layers.append(load(saved, "nf4").model.get_submodule(name))
+    assert isinstance(layers[0], PanelLinear) == bool(kernels.target.choose()[0])
+    assert type(layers[1]) is bnb.nn.Linear4bit
+    first, second = map(bitsandbytes_form, layers)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1].absmax, second[1].absmax)
+    assert torch.equal(base_weight(layers[0]), base_weight(layers[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -272,7 +296,7 @@ def test_sizes_that_do_not_fit_nf4_blocks_get_smaller_blocks_or_are_refused(tmp_
     stored = load_file(tmp_path / "smaller" / "model.safetensors")
     for name, module in load(tmp_path / "smaller", "nf4").model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            assert module.weight.quant_state.blocksize == (32 if "down_proj" in name else 64)
+            assert bitsandbytes_form(module)[1].blocksize == (32 if "down_proj" in name else 64)
             weight = stored[f"{name}.weight"].float()
             # NF4's widest gap is 0.304 of the block's largest value, so the error is half of that.
             assert (base_weight(module) - weight).abs().max() < 0.153 * weight.abs().max()

@@ -15,7 +15,7 @@ from transformers import Phi3Config
 import ops
 from model.cache import BLOCK, KeyValues
 from model.decoder import LanguageModel
-from ops import cpu, cpu_inference, plain
+from ops import cpu, cpu_inference, kernels, plain
 from ops.nf4 import dense_weight
 
 VOCABULARY = 61
@@ -229,6 +229,11 @@ def test_the_choice_of_operations_and_its_reason(monkeypatch):
     cpu_device, gpu = torch.device("cpu"), torch.device("cuda:0")
     assert ops.choose(cpu_device, torch.float32, True) == (ops.cpu, "fused for float32 on a CPU")
     assert ops.choose(cpu_device, torch.float32, False)[0] is ops.cpu_inference
+    answering = ops.choose(cpu_device, torch.float32, False, True)
+    if kernels.available()[0]:
+        assert answering[0] is ops.cpu_answering and kernels.available()[1] in answering[1]
+    monkeypatch.setattr(kernels, "available", lambda: ("", "switched off"))
+    assert ops.choose(cpu_device, torch.float32, False, True)[0] is ops.cpu_inference
     assert ops.choose(cpu_device, torch.bfloat16, True)[0] is ops.plain
     for capability, expected in (((7, 5), ops.plain), ((8, 0), ops.cuda), ((9, 0), ops.cuda)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)

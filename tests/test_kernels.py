@@ -25,7 +25,7 @@ from ops.nf4 import PanelLinear, bitsandbytes_form, dense_weight, quant_state
 if not kernels.available()[0]:
     pytest.skip(f"kernels: {kernels.available()[1]}", allow_module_level=True)
 
-from ops.kernels.codebook import ERROR_BOUND
+from ops.kernels.codebook import ERROR_BOUND, LEVELS, MOST_ACTIVATION, MOST_LEVEL
 from ops.kernels.compiling import cache_folder, compiled
 from ops.kernels.crew import Crew, barrier, take_part
 from ops.kernels.layout import PanelWeight
@@ -122,7 +122,7 @@ PROGRAM = """
 import torch
 from hashlib import sha256
 from ops import kernels
-from ops.kernels.codebook import ERROR_BOUND
+from ops.kernels.codebook import ERROR_BOUND, LEVELS, MOST_ACTIVATION, MOST_LEVEL
 from tests.test_kernels import digest_of_products
 print(kernels.available()[0], digest_of_products())
 """
@@ -264,6 +264,11 @@ def test_compiled_code_is_kept_by_what_it_was_compiled_from(monkeypatch, tmp_pat
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert find() is None
+
+
+def test_the_sum_of_a_block_cannot_overflow():
+    assert max(kernels.layout.BLOCKS) * MOST_LEVEL * MOST_ACTIVATION < 2**31
+    assert max(map(abs, LEVELS)) <= MOST_LEVEL
 
 
 def test_a_padded_panel_is_zeros():

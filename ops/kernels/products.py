@@ -6,6 +6,7 @@ What a compiled function takes are addresses, so that it can call others without
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -43,10 +44,94 @@ SCALE_DIVISOR = float(MOST_ACTIVATION * LEVEL_SCALE)
 TINY = 2.0**-100  # a block of activations under it counts as zeros
 
 
+class _Writer:
+    """Writes the LLVM IR of `rows` rows of activations by `panels` panels of weights."""
+
+    def __init__(
+        self, builder: ir.IRBuilder, rows: int, panels: int, values: Sequence[ir.Value]
+    ) -> None:
+        self.builder, self.rows, self.panels = builder, rows, panels
+        (
+            self.codes, self.scales, self.blocks, self.chunks, q, q_stride, s, s_stride,
+            self.y, self.y_stride,
+        ) = values  # fmt: skip
+        # So many sums at a time that additions do not wait for one another.
+        self.ways = 1 if rows * panels > 2 or TARGET.SUMS > 1 else 4 // rows
+        self.floats, self.integers = vector(F32, LANES), vector(I32, LANES)
+        self.panel_codes = self.times(builder.mul(self.blocks, self.chunks), CHUNK_BYTES)
+        self.panel_scales = self.times(self.blocks, PANEL * 4)
+        self.q_of = [builder.add(q, self.times(q_stride, row)) for row in range(rows)]
+        self.s_of = [builder.add(s, self.times(s_stride, row)) for row in range(rows)]
+        places = [(row, panel) for row in range(rows) for panel in range(panels)]
+        self.totals = {place: cgutils.alloca_once(builder, self.floats) for place in places}
+        self.sums = {
+            (*place, way): [cgutils.alloca_once(builder, self.integers) for _ in range(TARGET.SUMS)]
+            for place in places
+            for way in range(self.ways)
+        }
+        self.code = cgutils.alloca_once(builder, I64)  # the address of the next chunk
+
+    def times(self, value: ir.Value, factor: int) -> ir.Value:
+        return self.builder.mul(value, ir.Constant(I64, factor))
+
+    def write(self) -> None:
+        builder = self.builder
+        for part in range(PARTS):
+            for total in self.totals.values():
+                builder.store(constant(F32, [0.0] * LANES), total)
+            builder.store(offset(builder, self.codes, part * LANES * 4), self.code)
+            with cgutils.for_range(builder, self.blocks) as block:
+                for group in self.sums.values():
+                    for one in group:
+                        builder.store(constant(I32, [0] * LANES), one)
+                at = builder.mul(block.index, self.times(self.chunks, CHUNK * 2))
+                with cgutils.for_range(builder, self.chunks) as chunk:
+                    self.add_chunk(builder.add(at, self.times(chunk.index, CHUNK * 2)))
+                for panel in range(self.panels):
+                    self.add_block(block.index, panel, part)
+            for (row, panel), total in self.totals.items():
+                to = builder.add(self.y, self.times(self.y_stride, row))
+                place = offset(builder, to, (panel * PANEL + part * LANES) * 4)
+                store(builder, place, builder.load(total))
+
+    def add_chunk(self, here: ir.Value) -> None:
+        """The products of 8 inputs, whose activations begin at `here` of a row."""
+        builder = self.builder
+        first = builder.load(self.code)
+        found = [
+            TARGET.weights(builder, builder.add(first, self.times(self.panel_codes, panel)))
+            for panel in range(self.panels)
+        ]
+        builder.store(offset(builder, first, CHUNK_BYTES), self.code)
+        for step in range(len(found[0])):
+            for row in range(self.rows):
+                x = TARGET.activations(builder, builder.add(self.q_of[row], here), step)
+                for panel in range(self.panels):
+                    group = self.sums[row, panel, step % self.ways]
+                    for one, weight in zip(group, found[panel][step], strict=True):
+                        total = TARGET.multiply(builder, builder.load(one), weight, x)
+                        builder.store(total, one)
+
+    def add_block(self, block: ir.Value, panel: int, part: int) -> None:
+        """The sums of a block times its scales."""
+        builder = self.builder
+        at = builder.add(self.scales, self.times(self.panel_scales, panel))
+        at = builder.add(at, self.times(block, PANEL * 4))
+        scale = load(builder, offset(builder, at, part * LANES * 4), self.floats)
+        for row in range(self.rows):
+            own = load(builder, builder.add(self.s_of[row], self.times(block, 4)), F32, 4)
+            both = builder.fmul(scale, broadcast(builder, own, LANES))
+            group = [builder.load(one) for one in self.sums[row, panel, 0]]
+            for way in range(1, self.ways):
+                more = self.sums[row, panel, way]
+                group = [builder.add(a, builder.load(b)) for a, b in zip(group, more, strict=True)]
+            whole = builder.sitofp(TARGET.finish(builder, group), self.floats)
+            total = self.totals[row, panel]
+            builder.store(fused_multiply_add(builder, whole, both, builder.load(total)), total)
+
+
 def _product(rows: int, panels: int) -> Any:
     """A compiled operation: `rows` rows of activations by `panels` panels of weights."""
-    one_accumulator = rows * panels > 2
-    ways = 1 if one_accumulator or TARGET.SUMS > 1 else 4 // rows
 
     @compiled_in_place((types.intp,) * 10, types.int64)
     def product(
@@ -54,65 +139,8 @@ def _product(rows: int, panels: int) -> Any:
         chunks: ir.Value, q: ir.Value, q_stride: ir.Value, s: ir.Value, s_stride: ir.Value,
         y: ir.Value, y_stride: ir.Value,
     ) -> None:  # fmt: skip
-        def times(value: ir.Value, factor: int) -> ir.Value:
-            return builder.mul(value, ir.Constant(I64, factor))
-
-        integers, floats = vector(I32, LANES), vector(F32, LANES)
-        panel_codes = times(builder.mul(blocks, chunks), CHUNK_BYTES)
-        panel_scales = times(blocks, PANEL * 4)
-        q_of = [builder.add(q, times(q_stride, row)) for row in range(rows)]
-        s_of = [builder.add(s, times(s_stride, row)) for row in range(rows)]
-        places = [(row, panel) for row in range(rows) for panel in range(panels)]
-        totals = {place: cgutils.alloca_once(builder, floats) for place in places}
-        sums = {
-            (*place, way): [cgutils.alloca_once(builder, integers) for _ in range(TARGET.SUMS)]
-            for place in places
-            for way in range(ways)
-        }
-        for part in range(PARTS):
-            for total in totals.values():
-                builder.store(constant(F32, [0.0] * LANES), total)
-            code = cgutils.alloca_once_value(builder, offset(builder, codes, part * LANES * 4))
-            with cgutils.for_range(builder, blocks) as block:
-                for group in sums.values():
-                    for one in group:
-                        builder.store(constant(I32, [0] * LANES), one)
-                at = builder.mul(block.index, times(chunks, CHUNK * 2))
-                with cgutils.for_range(builder, chunks) as chunk:
-                    first = builder.load(code)
-                    found = [
-                        TARGET.weights(builder, builder.add(first, times(panel_codes, panel)))
-                        for panel in range(panels)
-                    ]
-                    builder.store(offset(builder, first, CHUNK_BYTES), code)
-                    here = builder.add(at, times(chunk.index, CHUNK * 2))
-                    for step in range(len(found[0])):
-                        for row in range(rows):
-                            x = TARGET.activations(builder, builder.add(q_of[row], here), step)
-                            for panel in range(panels):
-                                group = sums[row, panel, step % ways]
-                                for one, weight in zip(group, found[panel][step], strict=True):
-                                    total = TARGET.multiply(builder, builder.load(one), weight, x)
-                                    builder.store(total, one)
-                for panel in range(panels):
-                    scale_at = builder.add(scales, times(panel_scales, panel))
-                    scale_at = builder.add(scale_at, times(block.index, PANEL * 4))
-                    scale = load(builder, offset(builder, scale_at, part * LANES * 4), floats)
-                    for row in range(rows):
-                        own = load(builder, builder.add(s_of[row], times(block.index, 4)), F32, 4)
-                        both = builder.fmul(scale, broadcast(builder, own, LANES))
-                        group = [builder.load(one) for one in sums[row, panel, 0]]
-                        for way in range(1, ways):
-                            more = sums[row, panel, way]
-                            group = [builder.add(a, builder.load(b)) for a, b in zip(group, more)]
-                        whole = builder.sitofp(TARGET.finish(builder, group), floats)
-                        total = totals[row, panel]
-                        summed = fused_multiply_add(builder, whole, both, builder.load(total))
-                        builder.store(summed, total)
-            for (row, panel), total in totals.items():
-                to = builder.add(y, times(y_stride, row))
-                place = offset(builder, to, (panel * PANEL + part * LANES) * 4)
-                store(builder, place, builder.load(total))
+        values = (codes, scales, blocks, chunks, q, q_stride, s, s_stride, y, y_stride)
+        _Writer(builder, rows, panels, values).write()
 
     return product
 
