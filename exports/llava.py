@@ -142,7 +142,7 @@ def write_processor(assistant: Assistant, folder: Path, base_folder: Path) -> No
             if pads
             else CLIPImageProcessorPil.from_pretrained(parts.vision.folder)
         ),
-        tokenizer=parts.base.tokenizer,
+        tokenizer=parts.base.tokenizer.full,
         patch_size=CLIPVisionConfig.from_pretrained(parts.vision.folder).patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which the strategy drops

@@ -14,12 +14,12 @@ import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 import documents
 import hub
 from config import QUANTIZATIONS
 from data import chat
+from data.chat_tokenizer import FolderTokenizer
 from errors import PhiSightError
 from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
@@ -43,7 +43,7 @@ class BaseModel:
     """A frozen language model with what is needed to name it, feed it and recognise it."""
 
     model: LanguageModel
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: FolderTokenizer
     fingerprint: str
     """sha256 over config.json and the weight files: a checkpoint resumes on this base only."""
     name: str
@@ -191,7 +191,7 @@ def read_json(path: Path) -> dict:
         raise PhiSightError(f"{path}: {error}; download the file again") from error
 
 
-def load_tokenizer(folder: Path, config: DecoderConfig) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, config: DecoderConfig) -> FolderTokenizer:
     """The folder's tokenizer. Raises `PhiSightError` if absent or larger than the embedding."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():

@@ -182,7 +182,7 @@ def test_everything_is_frozen_real_and_in_eval_mode(saved, quantization):
     assert tensors["model.norm.weight"].dtype == torch.bfloat16
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert base.compute_dtype == torch.bfloat16 and base.name == str(saved)
-    assert base.tokenizer.convert_tokens_to_ids("w7") == 7
+    assert base.tokenizer.backend_tokenizer.token_to_id("w7") == 7
 
 
 def test_fingerprint_follows_the_bytes_and_not_the_place(saved, folder):
