@@ -66,7 +66,9 @@ def load_base(
         id_or_folder: a folder that holds config.json, safetensors weights and tokenizer files, or
             a hub id such as "microsoft/Phi-3.5-mini-instruct". HF_HUB_OFFLINE is respected.
         revision: branch, tag or commit on the hub; of no meaning for a folder.
-        compute_dtype: dtype of the activations and of all weights that are not quantised.
+        compute_dtype: dtype of the activations and of all weights that are not quantised, but for
+            a 16-bit embedding and head under float32 on a CPU: they stay as they are, in half the
+            memory, and are multiplied exactly (see `ops.head`).
         quantization: "nf4" (arXiv:2305.14314), "nf4-nested" (its block scales quantised too), or
             "none" (plain linear layers in compute_dtype).
         cache: folder that keeps the quantised weights for the next start; empty for none. What is
@@ -97,7 +99,7 @@ def load_base(
         key = base_cache.key_of(fingerprint, quantization, device)
         kept = Path(cache) / key if cache else None
         fill_quantised(model, sources, compute_dtype, device, kept)
-    finish(model, device)
+    finish(model, device, compute_dtype)
     hub_config = read_json(folder / "config.json")
     return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype, hub_config)
 
@@ -325,7 +327,8 @@ def fill(
                     parameter = quantize(stored, module, compute_dtype, device)
                 else:
                     # A copy, as a parameter must not change with the file.
-                    own = stored.to(device=device, dtype=compute_dtype, copy=True)
+                    kept = base_cache.dtype_to_keep(name, stored.dtype, compute_dtype, device)
+                    own = stored.to(device=device, dtype=kept, copy=True)
                     parameter = nn.Parameter(own, requires_grad=False)
                 setattr(module, parameter_name, parameter)
                 if writer:
@@ -363,9 +366,12 @@ def quantize(
     return parameter
 
 
-def finish(model: LanguageModel, device: torch.device) -> None:
+def finish(
+    model: LanguageModel, device: torch.device, compute_dtype: torch.dtype | None = None
+) -> None:
     """Tie what is tied, freeze, and switch to eval mode."""
     model.tie()
+    model.model.embed_tokens.states_dtype = compute_dtype
     model.model.rotary.to(device)  # whose frequencies are computed, not stored
     model.requires_grad_(False)
     model.eval()

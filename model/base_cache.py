@@ -63,6 +63,17 @@ def key_of(fingerprint: str, quantization: str, device: torch.device) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
+def dtype_to_keep(
+    name: str, stored: torch.dtype, compute_dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The dtype in which the model holds a parameter that is not quantised. The embedding and the
+    head are large, and float32 states need them in no wider form than they are stored in."""
+    exact = stored in (torch.bfloat16, torch.float16) and compute_dtype == torch.float32
+    if exact and device.type == "cpu" and name in ("model.embed_tokens.weight", "lm_head.weight"):
+        return stored
+    return compute_dtype
+
+
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
@@ -273,9 +284,8 @@ def _put(
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     if not (isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight"):
-        parameter = nn.Parameter(
-            tensors[""].to(device=device, dtype=compute_dtype), requires_grad=False
-        )
+        kept = dtype_to_keep(name, tensors[""].dtype, compute_dtype, device)
+        parameter = nn.Parameter(tensors[""].to(device=device, dtype=kept), requires_grad=False)
         if parameter.shape != getattr(module, parameter_name).shape:
             raise _Damaged(f"{name} has shape {tuple(parameter.shape)}")
         setattr(module, parameter_name, parameter)
