@@ -26,6 +26,7 @@ from lora.layer import secure_four_bit
 from model import base_cache
 from model.decoder import DecoderConfig, LanguageModel
 from model.phi3 import decoder_config
+from model.stored import NotStored, opened
 from ops.nf4 import packed_weight, quantised_on_cpu
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
@@ -315,27 +316,34 @@ def fill(
     files = sorted(set(sources.values()))
     with byte_bar(sum(path.stat().st_size for path in files), "loading the base") as bar:
         for path in files:
-            for name in [name for name, source in sources.items() if source == path]:
-                # Opened anew for each tensor: pages of the file that were read count as this
-                # process's memory for as long as it is mapped.
-                with safe_open(path, framework="pt") as file:
-                    stored = file.get_tensor(name)
-                module_name, _, parameter_name = name.rpartition(".")
-                module = model.get_submodule(module_name)
-                parameter: nn.Parameter
-                if isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight":
-                    parameter = quantize(stored, module, compute_dtype, device)
-                else:
-                    # A copy, as a parameter must not change with the file.
-                    kept = base_cache.dtype_to_keep(name, stored.dtype, compute_dtype, device)
-                    own = stored.to(device=device, dtype=kept, copy=True)
-                    parameter = nn.Parameter(own, requires_grad=False)
-                setattr(module, parameter_name, parameter)
-                if writer:
-                    quantised = isinstance(parameter, bnb.nn.Params4bit)
-                    writer.add(name, parameter if quantised else stored)
-                bar.update(stored.nbytes)
+            try:
+                with opened(path) as file:
+                    for name in [name for name, source in sources.items() if source == path]:
+                        stored = file.read(name)
+                        parameter = put(model, name, stored, compute_dtype, device)
+                        if writer:
+                            quantised = isinstance(parameter, bnb.nn.Params4bit)
+                            writer.add(name, parameter if quantised else stored)
+                        bar.update(stored.nbytes)
+            except (OSError, NotStored) as error:
+                raise PhiSightError(f"{path}: {error}; download the file again") from error
         bar.update(bar.total - bar.n)  # the headers
+
+
+def put(
+    model: nn.Module, name: str, stored: Tensor, compute_dtype: torch.dtype, device: torch.device
+) -> nn.Parameter:
+    """Make the parameter `name` of what its file holds, which may become part of it."""
+    module_name, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    parameter: nn.Parameter
+    if isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight":
+        parameter = quantize(stored, module, compute_dtype, device)
+    else:
+        kept = base_cache.dtype_to_keep(name, stored.dtype, compute_dtype, device)
+        parameter = nn.Parameter(stored.to(device=device, dtype=kept), requires_grad=False)
+    setattr(module, parameter_name, parameter)
+    return parameter
 
 
 def quantize(

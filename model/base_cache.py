@@ -16,31 +16,36 @@ needed. Entries of other bases and versions stay until they are removed by hand.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import bitsandbytes as bnb
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from documents import COUNT, TEXT, Kind, read_json, require
 from errors import PhiSightError
-from files import byte_bar, open_regular, put_in_place, sweep_stale, sync_tree, writer
+from files import byte_bar, put_in_place, sweep_stale, sync_tree, writer
+from model.stored import NotStored, StoredTensors, opened
 from tensors import dtype_name, sha256_of
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 PART_BYTES = 256 * 10**6  # a part is held in memory once more while it is written
+READERS = 2  # threads that read and hash: more gain nothing where a disk is read
 RESERVE = 10**9  # bytes of the disk that are left free
 _FILE = Kind("the name of a file", lambda value: isinstance(value, str) and "/" not in value)
 _TENSOR = Kind("[shape, dtype, sha256]", lambda value: _is_description(value))
@@ -255,23 +260,41 @@ def _size(rows: list[dict]) -> int:
 
 
 def _read_parameters(folder: Path, rows: list[dict]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, its tensors by what follows the name) for every row, each compared with its sha256."""
-    for part in dict.fromkeys(row["file"] for row in rows):
+    """(name, its tensors by what follows the name) for every row, each compared with its sha256;
+    the next ones are read meanwhile. Raises `_Damaged`."""
+    with contextlib.ExitStack() as open_files, ThreadPoolExecutor(READERS) as threads:
+        files: dict[str, StoredTensors] = {}
+        for part in dict.fromkeys(row["file"] for row in rows):
+            try:
+                files[part] = open_files.enter_context(opened(folder / part))
+            except (OSError, NotStored) as error:
+                raise _Damaged(f"{part}: {error}") from None
+        reading: deque[tuple[str, Future[dict[str, Tensor]]]] = deque()
         try:
-            open_regular(folder / part).close()
-            with safe_open(folder / part, framework="pt") as file:
-                for row in (row for row in rows if row["file"] == part):
-                    tensors = {}
-                    for key, described in row["tensors"].items():
-                        # A copy: what was compared is what is used, whatever the file becomes, and
-                        # it lies in memory as what is computed does.
-                        tensor = file.get_tensor(key).clone()
-                        if _describe(tensor) != described:
-                            raise _Damaged(f"{part}: {key} does not have its sha256")
-                        tensors[key.removeprefix(row["name"]).removeprefix(".")] = tensor
-                    yield row["name"], tensors
-        except (OSError, SafetensorError) as error:
-            raise _Damaged(f"{part}: {error}") from None
+            for row in rows:
+                reading.append((row["name"], threads.submit(_read, files[row["file"]], row)))
+                if len(reading) > READERS:
+                    name, tensors = reading.popleft()
+                    yield name, tensors.result()
+            while reading:
+                name, tensors = reading.popleft()
+                yield name, tensors.result()
+        finally:  # also where one of them is damaged
+            for _, tensors in reading:
+                tensors.cancel()
+
+
+def _read(file: StoredTensors, row: dict) -> dict[str, Tensor]:
+    tensors = {}
+    for key, described in row["tensors"].items():
+        try:
+            tensor = file.read(key)
+        except (OSError, NotStored) as error:
+            raise _Damaged(f"{row['file']}: {error}") from None
+        if _describe(tensor) != described:
+            raise _Damaged(f"{row['file']}: {key} does not have its sha256")
+        tensors[key.removeprefix(row["name"]).removeprefix(".")] = tensor
+    return tensors
 
 
 def _put(
