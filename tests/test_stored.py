@@ -1,4 +1,4 @@
-"""Tensors read from a safetensors file by hand: as the library reads them, none of a damaged one."""
+"""Tensors read from a safetensors file by hand, as the library does; none of a damaged one."""
 
 import json
 
