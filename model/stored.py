@@ -23,13 +23,16 @@ from files import open_regular
 from tensors import raw_bytes
 
 DTYPES = {
+    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "BOOL": torch.bool,
 }
 LARGEST_HEADER = 100 * 10**6  # bytes, as in the library
 LARGE_PAGES = 4 * 2**20  # bytes of a tensor from which on it lies in pages of 2 MiB
@@ -118,6 +121,8 @@ def _places(descriptor: int) -> dict[str, Place]:
 
 
 def _place(said: dict, behind: int, size: int) -> Place:
+    if isinstance(said["dtype"], str) and said["dtype"] not in DTYPES:
+        raise NotStored(f"it holds numbers of type {said['dtype']:.20}, which are not read")
     dtype, shape, (start, end) = DTYPES[said["dtype"]], tuple(said["shape"]), said["data_offsets"]
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
         raise ValueError

@@ -68,7 +68,7 @@ DAMAGES = {
     "more than the shape": set_in("scalar", "data_offsets", [0, 8]),
     "a shape of text": set_in("scalar", "shape", ["a"]),
     "a negative shape": set_in("large", "shape", [-1, -1200000]),
-    "an unknown dtype": set_in("scalar", "dtype", "F1"),
+    "a dtype of another kind": set_in("scalar", "dtype", []),
     "no offsets": lambda header: header["scalar"].pop("data_offsets"),
     "a list": lambda header: header.update(scalar=[]),
 }
@@ -78,6 +78,12 @@ DAMAGES = {
 def test_a_header_that_lies_is_refused(path, damage):
     with_header(path, DAMAGES[damage])
     with pytest.raises(NotStored, match="header"), opened(path):
+        pass
+
+
+def test_numbers_that_torch_has_not_are_named(path):
+    with_header(path, set_in("scalar", "dtype", "F1"))
+    with pytest.raises(NotStored, match="type F1, which are not read"), opened(path):
         pass
 
 
