@@ -65,6 +65,11 @@ class ClipConfig:
             )
         return config
 
+    @property
+    def tokens(self) -> int:
+        """Of a picture, the class token among them."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
 
 class Embeddings(nn.Module):
     """Patches with a class token in front, and where each of them stands."""
@@ -75,7 +80,7 @@ class Embeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(dim))
         self.patch_embedding = nn.Conv2d(config.num_channels, dim, patch, patch, bias=False)
         # Not `nn.Embedding(...)`: to draw its weights on the meta device, torch loads its compiler.
-        table = torch.empty((config.image_size // patch) ** 2 + 1, dim)
+        table = torch.empty(config.tokens, dim)
         self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, pixels: Tensor) -> Tensor:

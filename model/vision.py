@@ -136,10 +136,7 @@ class VisionTower:
                 f"{spec.folder}: preprocessor_config.json makes pictures of {made}, config.json"
                 f" takes {sides}; fetch both again"
             )
-        with torch.device("meta"):  # to draw weights takes longer than to read them
-            self.model = ClipVision(config)
-        load_vision_weights(self.model, find_weight_files(spec.folder, PICKLED))
-        self.model.requires_grad_(False).eval().to(device)
+        self.model = load_clip(spec).to(device)
         self.spec, self.device = spec, torch.device(device)
         # What pooling has cost: summed squares of the error and of the patches, the worst patch.
         self._pooled = [0.0, 0.0, 0.0]
@@ -188,6 +185,14 @@ def pool_patches(patches: Tensor, pooling: int) -> tuple[Tensor, Tensor]:
     grid = patches.reshape(pictures, across, pooling, across, pooling, dim).transpose(2, 3)
     blocks = grid.reshape(pictures, across * across, pooling * pooling, dim)
     return blocks.mean(2), blocks
+
+
+def load_clip(spec: VisionSpec) -> ClipVision:
+    """The vision half of a CLIP, frozen, in float32 on the CPU. Raises `PhiSightError`."""
+    with torch.device("meta"):  # to draw weights takes longer than to read them
+        model = ClipVision(read_clip_config(spec.folder))
+    load_vision_weights(model, find_weight_files(spec.folder, PICKLED))
+    return model.requires_grad_(False).eval()
 
 
 def load_vision_weights(model: ClipVision, files: Sequence[Path]) -> None:
