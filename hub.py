@@ -5,27 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    EntryNotFoundError,
-    HTTPError,
-    RevisionResolutionError,
-    XetDownloadError,
-)
-
 from errors import PhiSightError
 
-# Every network, cache and naming error of the hub; most of its own are OSError or ValueError.
-HUB_ERRORS = (
-    OSError,
-    ValueError,
-    HTTPError,
-    EntryNotFoundError,
-    RevisionResolutionError,
-    CachedRepoTreeNotFoundError,
-    XetDownloadError,
-)
 TOKENIZER_LAYOUT = "tokenizer.json and tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -54,9 +35,29 @@ def find_folder(
     name = str(id_or_folder)
     if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise PhiSightError(f"{what} {name}: there is no such folder; give one with {layout}")
+    return _snapshot(name, revision, what, layout, wanted)
+
+
+def _snapshot(
+    name: str, revision: str | None, what: str, layout: str, wanted: Sequence[str]
+) -> Path:
+    import huggingface_hub  # 0.1 s, and no use where a folder is given
+    from huggingface_hub import constants, errors
+
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
-    except HUB_ERRORS as error:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(wanted))
+        )
+    # Every network, cache and naming error of the hub; most of its own are OSError or ValueError.
+    except (
+        OSError,
+        ValueError,
+        errors.HTTPError,
+        errors.EntryNotFoundError,
+        errors.RevisionResolutionError,
+        errors.CachedRepoTreeNotFoundError,
+        errors.XetDownloadError,
+    ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if constants.is_offline_mode():
             reason = "HF_HUB_OFFLINE is set, and the hub's cache on this machine lacks it"

@@ -20,11 +20,12 @@ from assistant.flags import (
     add_assistant_flags,
     add_sampling_flags,
     asker,
+    import_assistant,
     load_assistant,
     sampling_of,
 )
 from assistant.messages import user_message
-from data.reading import check_image_file
+from data.reading import checked_image_files
 from errors import PhiSightError, run_main
 from speech.flags import add_recording_flags
 
@@ -94,16 +95,17 @@ def answer_one(options: argparse.Namespace) -> int:
     """One question, typed or recorded; the answer streams, or is one JSON object."""
     if options.prompt is not None:
         user_message(options.prompt, options.image)
-    for path in options.image:  # what cannot be used is told before the model is loaded
-        check_image_file(path)
     audio, spoken = None, None
-    if options.audio is not None or options.speak:
-        from speech.recordings import read_audio
-        from speech.spoken import SpokenAnswer, tell_heard
-        from terminal.hearing import listening
+    # What cannot be used is told before the model is loaded.
+    with checked_image_files(options.image):
+        if options.audio is not None or options.speak:
+            from speech.recordings import read_audio
+            from speech.spoken import SpokenAnswer, tell_heard
+            from terminal.hearing import listening
 
-        audio = None if options.audio is None else read_audio(options.audio)
-        spoken = SpokenAnswer(options) if options.speak else None
+            audio = None if options.audio is None else read_audio(options.audio)
+            spoken = SpokenAnswer(options) if options.speak else None
+        import_assistant()
     started = time.perf_counter()
     assistant, prompt = load_assistant(options), options.prompt
     if audio is not None:

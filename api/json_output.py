@@ -28,7 +28,8 @@ from workers.pool import Limits, Workers, never
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-    from transformers import PreTrainedTokenizerFast
+
+    from data.chat_tokenizer import FolderTokenizer
 
 Result = TypeVar("Result")
 STACK_LOCK = threading.Lock()
@@ -83,7 +84,7 @@ class JsonOutput:
     """Makes the constraints of answers of one model. For many threads."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, vocabulary: int, stop_ids: Collection[int]
+        self, tokenizer: FolderTokenizer, vocabulary: int, stop_ids: Collection[int]
     ) -> None:
         """`vocabulary`: of the model's logits; `stop_ids`: the tokens that end an answer."""
         self._of = tokenizer, vocabulary, sorted(stop_ids)
@@ -145,7 +146,7 @@ class JsonOutput:
         with self._lock:
             if self._tokens is None:
                 tokenizer, vocabulary, stop_ids = self._of
-                self._tokens = from_tokenizer(tokenizer, vocabulary, stop_ids)
+                self._tokens = from_tokenizer(tokenizer.full, vocabulary, stop_ids)
             return self._tokens
 
 

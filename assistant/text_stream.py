@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from typing import Any, Protocol
 
 HALF = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoder(Protocol):
+    """A tokenizer, ours or transformers', as far as it writes text."""
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> Any: ...
 
 
 class TextStream:
@@ -20,7 +23,7 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: Decoder,
         stop: Sequence[str] = (),
         content_filter: Callable[[str, bool], int | None] | None = None,
     ) -> None:
@@ -68,7 +71,7 @@ class TextStream:
         return piece
 
 
-def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+def decode(tokenizer: Decoder, ids: list[int]) -> str:
     """Token ids -> their text, without special tokens."""
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 

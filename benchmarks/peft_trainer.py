@@ -123,7 +123,7 @@ def trainer_of(run: Run, model: nn.Module, batches: list[list[int]], total: int)
     """A Trainer that takes these micro-batches in this order."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    config, tokenizer = run.config, run.parts.base.tokenizer
+    config, tokenizer = run.config, run.parts.base.tokenizer.full
     tokenizer.pad_token_id, tokenizer.padding_side = run.parts.chat_format.end_of_text_id, "right"
     pad = DataCollatorForSeq2Seq(tokenizer, padding=True)
     samples = Samples(run)

@@ -123,7 +123,7 @@ def llava_like(pictures: Sequence[str], count: int) -> Iterator[dict]:
     tokenizer = load_tokenizer(ROOT / "assets/tiny/phi3")
     words = [
         token.removeprefix("▁")
-        for token in sorted(tokenizer.get_vocab())
+        for token in sorted(tokenizer.backend_tokenizer.get_vocab())
         if token.startswith("▁") and token[1:].isalpha()
     ]
 

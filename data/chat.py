@@ -21,13 +21,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 import hub
+from data.chat_tokenizer import FolderTokenizer
 from data.dataset import Message, Part
 from errors import PhiSightError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<|placeholder1|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -37,7 +41,7 @@ LONG_TEXT = 5000  # characters, which take 5 ms: `Tokenizer.encode` lets no othe
 
 def load_tokenizer(
     name: str | Path, revision: str | None = None, embeddings: int | None = None
-) -> PreTrainedTokenizerFast:
+) -> FolderTokenizer:
     """Load tokenizer.json exactly as it is, from a folder or a hub id.
 
     `AutoTokenizer` may rebuild the tokenizer from its class name instead (see the module's
@@ -46,13 +50,7 @@ def load_tokenizer(
     """
     # Not by the hub id: transformers asks for seven files, and for minutes if nobody answers.
     folder = hub.find_folder(name, revision, "tokenizer", hub.TOKENIZER_LAYOUT, hub.TOKENIZER_FILES)
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PhiSightError(
-            f"tokenizer {name}: cannot be loaded ({reason}); give a folder with tokenizer.json"
-        ) from error
+    tokenizer = FolderTokenizer(folder)
     if embeddings is not None and len(tokenizer) > embeddings:
         raise PhiSightError(
             f"tokenizer of {name}: it has {len(tokenizer)} tokens and the model {embeddings} "
@@ -76,7 +74,7 @@ class ChatFormat:
 
     @classmethod
     def from_tokenizer(
-        cls, tokenizer: PreTrainedTokenizerFast, tokens_per_image: int
+        cls, tokenizer: FolderTokenizer | PreTrainedTokenizerFast, tokens_per_image: int
     ) -> ChatFormat:
         """Read the ids from a Phi-3 tokenizer.
 
@@ -98,7 +96,7 @@ class ChatFormat:
         chat_format = cls(
             user, assistant, system, end, end_of_text, image, tokens_per_image, encoder
         )
-        chat_format._check_pieces(tokenizer)
+        chat_format._check_pieces(backend, tokenizer)
         return chat_format
 
     def encode_text(self, text: str) -> list[int]:
@@ -115,7 +113,9 @@ class ChatFormat:
         ids = {"user": self.user_id, "assistant": self.assistant_id, "system": self.system_id}
         return ids[role]
 
-    def _check_pieces(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def _check_pieces(
+        self, backend: Tokenizer, tokenizer: FolderTokenizer | PreTrainedTokenizerFast
+    ) -> None:
         whole = (
             f"<|system|>\nBe brief.<|end|>\n<|user|>\n{IMAGE_TOKEN * self.tokens_per_image}\n"
             f"What is it?<|end|>\n<|assistant|>\nA cat.<|end|>\n{END_OF_TEXT}"
@@ -125,7 +125,7 @@ class ChatFormat:
             Message("user", (Part("image", "cat.jpg"), Part("text", "What is it?"))),
             Message("assistant", (Part("text", "A cat."),)),
         )
-        whole_ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        whole_ids = backend.encode(whole, add_special_tokens=False).ids
         if whole_ids != render(messages, self).input_ids:
             raise PhiSightError(
                 f"tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}): the ids of a "

@@ -7,10 +7,11 @@ as the CLIP reads it there, so that a large one takes memory in the child only.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -58,14 +59,35 @@ def check_image(data: bytes, name: str) -> tuple[int, int]:
     return width, height
 
 
-def check_image_file(path: str | Path) -> tuple[int, int]:
-    """The same of a file. Raises as `load_image` does, too."""
+def check_image_file(path: str | Path, cancelled: Callable[[], bool] = never) -> tuple[int, int]:
+    """The same of a file. Raises as `load_image` does, too, and `Cancelled`."""
     name = str(path)
     arguments = {"path": os.path.abspath(path), "name": name}
     (width, height), _ = POOL.call(
-        _size_of_file, b"", arguments, name=_short(name), remedy=REMEDY, limits=TRAINING
+        _size_of_file,
+        b"",
+        arguments,
+        name=_short(name),
+        remedy=REMEDY,
+        limits=TRAINING,
+        cancelled=cancelled,
     )
     return width, height
+
+
+@contextlib.contextmanager
+def checked_image_files(paths: Sequence[str | Path]) -> Iterator[None]:
+    """Check files as `check_image_file` does, while the block runs. Raises what it raises, behind
+    the block; the children that did it are there for what comes next."""
+    ended = Event()
+    with ThreadPoolExecutor(CHILDREN) as threads:
+        try:
+            checks = [threads.submit(check_image_file, path, ended.is_set) for path in paths]
+            yield
+            for check in checks:
+                check.result()
+        finally:  # also when the block or the first of them fails
+            ended.set()
 
 
 def claimed_size(data: bytes, name: str) -> tuple[int, int] | None:

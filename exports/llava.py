@@ -44,7 +44,7 @@ from exports.measured import export_measured
 from lora.merge import merged_state
 from model.base import find_folder, language_model
 from model.projector import ImageProjector
-from model.vision import VisionTower
+from model.vision import load_clip
 
 
 def export_llava(
@@ -121,7 +121,7 @@ def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGen
     head = {"weight": language.pop("lm_head.weight")}
     decoder = {name.removeprefix("model."): tensor for name, tensor in language.items()}
     for module, state in (
-        (llava.model.vision_tower, VisionTower(spec).model.state_dict()),
+        (llava.model.vision_tower, load_clip(spec).state_dict()),
         (llava.model.multi_modal_projector, parts.model.projector.state_dict()),
         (llava.model.language_model, decoder),
         (llava.lm_head, head),
@@ -142,7 +142,7 @@ def write_processor(assistant: Assistant, folder: Path, base_folder: Path) -> No
             if pads
             else CLIPImageProcessorPil.from_pretrained(parts.vision.folder)
         ),
-        tokenizer=parts.base.tokenizer,
+        tokenizer=parts.base.tokenizer.full,
         patch_size=CLIPVisionConfig.from_pretrained(parts.vision.folder).patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which the strategy drops

@@ -190,8 +190,8 @@ def visual_projection(path: Path, vision: VisionSpec, outputs: int) -> Tensor:
     name = "visual_projection.weight"
     for file in find_weight_files(vision.folder, PICKLED):
         with opened(file) as tensors:
-            if name in tensors.keys():
-                projection = tensors.get_tensor(name)
+            if name in tensors.places:
+                projection = tensors.read(name)
                 if tuple(projection.shape) == (outputs, vision.shape[1]):
                     return projection.float()
     raise PhiSightError(

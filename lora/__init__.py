@@ -1,6 +1,7 @@
 """Low-rank adaptation of frozen, possibly 4-bit, linear layers (arXiv:2106.09685)."""
 
 import logging
+import sys
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,8 @@ def _import_bitsandbytes() -> None:
     It also hands four functions to `torch.compile`, which alone loads torch's compiler: longer than
     all else that answering a question needs. Where compiling fails it takes the functions as they
     are, so it is made to fail meanwhile. They are fallbacks for devices without kernels of
-    bitsandbytes' own, and a CPU and a CUDA GPU have those.
+    bitsandbytes' own, and a CPU and a CUDA GPU have those. The same holds for triton, which it
+    imports only to know whether it could.
     """
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -23,10 +25,15 @@ def _import_bitsandbytes() -> None:
 
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     compile_, torch.compile = torch.compile, refuse
+    hide_triton = "triton" not in sys.modules
+    if hide_triton:
+        sys.modules["triton"] = None  # type: ignore[assignment]  # importing it fails
     try:
         import bitsandbytes  # noqa: F401
     finally:
         torch.compile = compile_
+        if hide_triton:
+            del sys.modules["triton"]
 
 
 _import_bitsandbytes()

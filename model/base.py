@@ -14,19 +14,20 @@ import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 import documents
 import hub
 from config import QUANTIZATIONS
 from data import chat
+from data.chat_tokenizer import FolderTokenizer
 from errors import PhiSightError
 from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
 from model import base_cache
 from model.decoder import DecoderConfig, LanguageModel
 from model.phi3 import decoder_config
-from ops.nf4 import PanelLinear, can_be_panels, packed_weight, quantised_on_cpu
+from model.stored import NotStored, opened
+from ops.nf4 import PanelLinear, packed_weight, quantised_on_cpu, uses_panels
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
 """model_type of a config.json -> how it is read"""
@@ -43,7 +44,7 @@ class BaseModel:
     """A frozen language model with what is needed to name it, feed it and recognise it."""
 
     model: LanguageModel
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: FolderTokenizer
     fingerprint: str
     """sha256 over config.json and the weight files: a checkpoint resumes on this base only."""
     name: str
@@ -66,7 +67,9 @@ def load_base(
         id_or_folder: a folder that holds config.json, safetensors weights and tokenizer files, or
             a hub id such as "microsoft/Phi-3.5-mini-instruct". HF_HUB_OFFLINE is respected.
         revision: branch, tag or commit on the hub; of no meaning for a folder.
-        compute_dtype: dtype of the activations and of all weights that are not quantised.
+        compute_dtype: dtype of the activations and of all weights that are not quantised, but for
+            a 16-bit embedding and head under float32 on a CPU: they stay as they are, in half the
+            memory, and are multiplied exactly (see `ops.head`).
         quantization: "nf4" (arXiv:2305.14314), "nf4-nested" (its block scales quantised too), or
             "none" (plain linear layers in compute_dtype).
         cache: folder that keeps the quantised weights for the next start; empty for none. What is
@@ -93,12 +96,13 @@ def load_base(
     if quantization == "none":
         fill(model, sources, compute_dtype, device)
     else:
-        swap_linear_layers(model, compute_dtype, nested=quantization == "nf4-nested")
-        key = base_cache.key_of(fingerprint, quantization, device)
+        key = base_cache.key_of(
+            fingerprint, quantization, device, uses_panels(device, compute_dtype)
+        )
         kept = Path(cache) / key if cache else None
-        fill_quantised(model, sources, compute_dtype, device, kept)
-    order_for_kernels(model)
-    finish(model, device)
+        nested = quantization == "nf4-nested"
+        fill_quantised(model, sources, compute_dtype, device, kept, nested)
+    finish(model, device, compute_dtype)
     hub_config = read_json(folder / "config.json")
     return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype, hub_config)
 
@@ -192,7 +196,7 @@ def read_json(path: Path) -> dict:
         raise PhiSightError(f"{path}: {error}; download the file again") from error
 
 
-def load_tokenizer(folder: Path, config: DecoderConfig) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, config: DecoderConfig) -> FolderTokenizer:
     """The folder's tokenizer. Raises `PhiSightError` if absent or larger than the embedding."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
@@ -278,14 +282,17 @@ def fill_quantised(
     compute_dtype: torch.dtype,
     device: torch.device,
     kept: Path | None,
+    nested: bool,
 ) -> None:
     """Read the weights from the cache entry `kept`, or quantise them, and keep them there if it has
     a name."""
+    swap_linear_layers(model, compute_dtype, nested)
     if kept is None:
         fill(model, sources, compute_dtype, device)
         return
     if base_cache.read_into(model, kept, set(sources), compute_dtype, device):
         return
+    swap_linear_layers(model, compute_dtype, nested)  # again: some may have been filled
     # Half a byte a weight and a scale for 32 or 64 of them are under a third of the 16-bit files;
     # what is not quantised is kept as it is.
     plain = sum(
@@ -314,26 +321,38 @@ def fill(
     files = sorted(set(sources.values()))
     with byte_bar(sum(path.stat().st_size for path in files), "loading the base") as bar:
         for path in files:
-            for name in [name for name, source in sources.items() if source == path]:
-                # Opened anew for each tensor: pages of the file that were read count as this
-                # process's memory for as long as it is mapped.
-                with safe_open(path, framework="pt") as file:
-                    stored = file.get_tensor(name)
-                module_name, _, parameter_name = name.rpartition(".")
-                module = model.get_submodule(module_name)
-                parameter: nn.Parameter
-                if isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight":
-                    parameter = quantize(stored, module, compute_dtype, device)
-                else:
-                    # A copy, as a parameter must not change with the file.
-                    own = stored.to(device=device, dtype=compute_dtype, copy=True)
-                    parameter = nn.Parameter(own, requires_grad=False)
-                setattr(module, parameter_name, parameter)
-                if writer:
-                    quantised = isinstance(parameter, bnb.nn.Params4bit)
-                    writer.add(name, parameter if quantised else stored)
-                bar.update(stored.nbytes)
+            try:
+                with opened(path) as file:
+                    for name in [name for name, source in sources.items() if source == path]:
+                        stored = file.read(name)
+                        kept = put(model, name, stored, compute_dtype, device)
+                        if writer:
+                            writer.add(name, kept)
+                        bar.update(stored.nbytes)
+            except (OSError, NotStored) as error:
+                raise PhiSightError(f"{path}: {error}; download the file again") from error
         bar.update(bar.total - bar.n)  # the headers
+
+
+def put(
+    model: nn.Module, name: str, stored: Tensor, compute_dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Make the parameter `name` of what its file holds, which may become part of it; the tensors
+    that are to be kept of it, by what follows its name."""
+    module_name, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if not (isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight"):
+        kept = base_cache.dtype_to_keep(name, stored.dtype, compute_dtype, device)
+        parameter = nn.Parameter(stored.to(device=device, dtype=kept), requires_grad=False)
+        setattr(module, parameter_name, parameter)
+        return {"": stored}
+    weight = quantize(stored, module, compute_dtype, device)
+    module.weight = weight
+    if not uses_panels(device, compute_dtype):
+        return {"": weight.detach(), **weight.quant_state.as_dict(packed=True)}
+    layer = PanelLinear.of(module)
+    model.set_submodule(module_name, layer)
+    return {"": layer.panels.codes, base_cache.SCALES: layer.panels.scales}
 
 
 def quantize(
@@ -364,17 +383,12 @@ def quantize(
     return parameter
 
 
-def order_for_kernels(model: nn.Module) -> None:
-    """Put the 4-bit layers of a CPU in the order of its kernels, one after the other, where this
-    machine has any: a permutation, so that no number changes."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, bnb.nn.Linear4bit) and can_be_panels(layer):
-            model.set_submodule(name, PanelLinear.of(layer))
-
-
-def finish(model: LanguageModel, device: torch.device) -> None:
+def finish(
+    model: LanguageModel, device: torch.device, compute_dtype: torch.dtype | None = None
+) -> None:
     """Tie what is tied, freeze, and switch to eval mode."""
     model.tie()
+    model.model.embed_tokens.states_dtype = compute_dtype
     model.model.rotary.to(device)  # whose frequencies are computed, not stored
     model.requires_grad_(False)
     model.eval()

@@ -16,31 +16,39 @@ needed. Entries of other bases and versions stay until they are removed by hand.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import bitsandbytes as bnb
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from documents import COUNT, TEXT, Kind, read_json, require
 from errors import PhiSightError
-from files import byte_bar, open_regular, put_in_place, sweep_stale, sync_tree, writer
+from files import byte_bar, put_in_place, sweep_stale, sync_tree, writer
+from model.stored import NotStored, StoredTensors, opened
+from ops.kernels import CHUNK, PANEL, PanelWeight
+from ops.nf4 import PanelLinear
 from tensors import dtype_name, sha256_of
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "MANIFEST.json"
+SCALES = "panel_scales"  # beside codes in the order of the kernels; see `ops.kernels.layout`
 PART_BYTES = 256 * 10**6  # a part is held in memory once more while it is written
+READERS = 2  # threads that read and hash: more gain nothing where a disk is read
 RESERVE = 10**9  # bytes of the disk that are left free
 _FILE = Kind("the name of a file", lambda value: isinstance(value, str) and "/" not in value)
 _TENSOR = Kind("[shape, dtype, sha256]", lambda value: _is_description(value))
@@ -51,16 +59,28 @@ class _Damaged(Exception):
     """Why an entry cannot be used."""
 
 
-def key_of(fingerprint: str, quantization: str, device: torch.device) -> str:
-    """The name of the entry of a base."""
-    facts = [
+def key_of(fingerprint: str, quantization: str, device: torch.device, panels: bool) -> str:
+    """The name of the entry of a base; panels: whether its codes are in the kernels' order."""
+    facts: list[object] = [
         FORMAT,
         fingerprint,
         quantization,
         device.type,
+        panels,
         importlib.metadata.version("bitsandbytes"),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def dtype_to_keep(
+    name: str, stored: torch.dtype, compute_dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The dtype in which the model holds a parameter that is not quantised. The embedding and the
+    head are large, and float32 states need them in no wider form than they are stored in."""
+    exact = stored in (torch.bfloat16, torch.float16) and compute_dtype == torch.float32
+    if exact and device.type == "cpu" and name in ("model.embed_tokens.weight", "lm_head.weight"):
+        return stored
+    return compute_dtype
 
 
 def warn(text: str) -> None:
@@ -119,16 +139,13 @@ class Writer:
         except OSError as error:
             self._give_up(error)
 
-    def add(self, name: str, parameter: Tensor) -> None:
-        """A parameter as it is stored: packed with its state, or plain in the file's own dtype."""
+    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """A parameter by its tensors as they are to be kept, by what follows its name."""
         if self.failed:
             return
-        tensors = {name: parameter.detach()}
-        if state := getattr(parameter, "quant_state", None):
-            tensors |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
         # Copies: neither a view into a file that is read, nor memory that others share.
         self._part[name] = {
-            key: torch.empty(value.shape, dtype=value.dtype).copy_(value)
+            f"{name}.{key}" if key else name: torch.empty_like(value).copy_(value)
             for key, value in tensors.items()
         }
         if sum(t.nbytes for group in self._part.values() for t in group.values()) >= PART_BYTES:
@@ -244,23 +261,41 @@ def _size(rows: list[dict]) -> int:
 
 
 def _read_parameters(folder: Path, rows: list[dict]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, its tensors by what follows the name) for every row, each compared with its sha256."""
-    for part in dict.fromkeys(row["file"] for row in rows):
+    """(name, its tensors by what follows the name) for every row, each compared with its sha256;
+    the next ones are read meanwhile. Raises `_Damaged`."""
+    with contextlib.ExitStack() as open_files, ThreadPoolExecutor(READERS) as threads:
+        files: dict[str, StoredTensors] = {}
+        for part in dict.fromkeys(row["file"] for row in rows):
+            try:
+                files[part] = open_files.enter_context(opened(folder / part))
+            except (OSError, NotStored) as error:
+                raise _Damaged(f"{part}: {error}") from None
+        reading: deque[tuple[str, Future[dict[str, Tensor]]]] = deque()
         try:
-            open_regular(folder / part).close()
-            with safe_open(folder / part, framework="pt") as file:
-                for row in (row for row in rows if row["file"] == part):
-                    tensors = {}
-                    for key, described in row["tensors"].items():
-                        # A copy: what was compared is what is used, whatever the file becomes, and
-                        # it lies in memory as what is computed does.
-                        tensor = file.get_tensor(key).clone()
-                        if _describe(tensor) != described:
-                            raise _Damaged(f"{part}: {key} does not have its sha256")
-                        tensors[key.removeprefix(row["name"]).removeprefix(".")] = tensor
-                    yield row["name"], tensors
-        except (OSError, SafetensorError) as error:
-            raise _Damaged(f"{part}: {error}") from None
+            for row in rows:
+                reading.append((row["name"], threads.submit(_read, files[row["file"]], row)))
+                if len(reading) > READERS:
+                    name, tensors = reading.popleft()
+                    yield name, tensors.result()
+            while reading:
+                name, tensors = reading.popleft()
+                yield name, tensors.result()
+        finally:  # also where one of them is damaged
+            for _, tensors in reading:
+                tensors.cancel()
+
+
+def _read(file: StoredTensors, row: dict) -> dict[str, Tensor]:
+    tensors = {}
+    for key, described in row["tensors"].items():
+        try:
+            tensor = file.read(key)
+        except (OSError, NotStored) as error:
+            raise _Damaged(f"{row['file']}: {error}") from None
+        if _describe(tensor) != described:
+            raise _Damaged(f"{row['file']}: {key} does not have its sha256")
+        tensors[key.removeprefix(row["name"]).removeprefix(".")] = tensor
+    return tensors
 
 
 def _put(
@@ -273,14 +308,18 @@ def _put(
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     if not (isinstance(module, bnb.nn.Linear4bit) and parameter_name == "weight"):
-        parameter = nn.Parameter(
-            tensors[""].to(device=device, dtype=compute_dtype), requires_grad=False
-        )
+        kept = dtype_to_keep(name, tensors[""].dtype, compute_dtype, device)
+        parameter = nn.Parameter(tensors[""].to(device=device, dtype=kept), requires_grad=False)
         if parameter.shape != getattr(module, parameter_name).shape:
             raise _Damaged(f"{name} has shape {tuple(parameter.shape)}")
         setattr(module, parameter_name, parameter)
         return
     empty = cast(bnb.nn.Params4bit, module.weight)
+    if SCALES in tensors:
+        _put_panels(model, module_name, module, PanelWeight(
+            tensors[""], tensors[SCALES], module.out_features, empty.blocksize
+        ))  # fmt: skip
+        return
     count = module.out_features * module.in_features
     try:
         parameter = bnb.nn.Params4bit.from_prequantized(
@@ -300,3 +339,17 @@ def _put(
         raise _Damaged(f"{name} is not this layer's")
     state.dtype = compute_dtype  # see `model.base.quantize`
     module.weight = parameter
+
+
+def _put_panels(model: nn.Module, name: str, empty: bnb.nn.Linear4bit, panels: PanelWeight) -> None:
+    """Put a layer in the place of an empty one."""
+    inputs, outputs = empty.in_features, -(-empty.out_features // PANEL)
+    codes = (outputs, inputs // CHUNK, PANEL, CHUNK // 2)
+    scales = (outputs, inputs // panels.block, PANEL)
+    found = (tuple(panels.codes.shape), tuple(panels.scales.shape))
+    if found != (codes, scales) or (panels.codes.dtype, panels.scales.dtype) != (
+        torch.uint8,
+        torch.float32,
+    ):
+        raise _Damaged(f"{name} is not this layer's")
+    model.set_submodule(name, PanelLinear.made_of(panels, empty))

@@ -65,6 +65,11 @@ class ClipConfig:
             )
         return config
 
+    @property
+    def tokens(self) -> int:
+        """Of a picture, the class token among them."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
 
 class Embeddings(nn.Module):
     """Patches with a class token in front, and where each of them stands."""
@@ -74,7 +79,9 @@ class Embeddings(nn.Module):
         dim, patch = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.zeros(dim))
         self.patch_embedding = nn.Conv2d(config.num_channels, dim, patch, patch, bias=False)
-        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, dim)
+        # Not `nn.Embedding(...)`: to draw its weights on the meta device, torch loads its compiler.
+        table = torch.empty(config.tokens, dim)
+        self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(pictures, channels, side, side) -> (pictures, 1 + patches, dim)."""
@@ -112,7 +119,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
+        if not self.quick:
+            return self.fc2(F.gelu(x))
+        return self.fc2(torch.mul(x, 1.702).sigmoid_().mul_(x))  # x * sigmoid(1.702 x)
 
 
 class Layer(nn.Module):

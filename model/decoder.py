@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lora.layer import LoRALinear
 from model.cache import KeyValues
 from ops import operations_for
+from ops.head import head_logits
 from ops.plain import causal_attention
 
 
@@ -79,6 +80,24 @@ def project(linear: nn.Linear | LoRALinear, x: Tensor, layout: Layout) -> Tensor
     if isinstance(linear, LoRALinear):
         return linear(x, layout.row_keys, answering)
     return operations_for(x, answering).linear(x, linear)
+
+
+class Embedding(nn.Embedding):
+    """Token ids -> states. The table may be stored in fewer bits than the states have."""
+
+    states_dtype: torch.dtype | None = None
+    """None: that of the table"""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return rows if self.states_dtype is None else rows.to(self.states_dtype)
+
+
+class Head(nn.Linear):
+    """States -> logits in their dtype. The weight may be stored in fewer bits."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return head_logits(states, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -197,9 +216,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        # Not `nn.Embedding(...)`: to draw its weights on the meta device, torch loads its compiler.
+        # Not `Embedding(...)`: to draw its weights on the meta device, torch loads its compiler.
         table = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.embed_tokens = Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(
             DecoderLayer(config, number) for number in range(config.num_hidden_layers)
         )
@@ -242,7 +261,7 @@ class Decoder(nn.Module):
 
     def empty_cache(self, most: int | None = None) -> KeyValues:
         """For a sequence to be decoded, as `forward` takes it; `most`: see `KeyValues`."""
-        config, weight = self.config, self.embed_tokens.weight
+        config, weight = self.config, self.norm.weight
         return KeyValues.empty(
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
             weight.dtype, weight.device, most,
@@ -256,7 +275,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self) -> None:

@@ -10,19 +10,19 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import hub
 from config import Config, Parser
 from errors import PhiSightError, run_main
 from files import hash_files
+from model import stored
 from model.base import DOWNLOADED, find_weight_files, read_json
 from model.clip import ClipConfig, ClipVision, Preparation
 from torch_files import NotRead, load_torch_file
@@ -136,9 +136,7 @@ class VisionTower:
                 f"{spec.folder}: preprocessor_config.json makes pictures of {made}, config.json"
                 f" takes {sides}; fetch both again"
             )
-        self.model = ClipVision(config)
-        load_vision_weights(self.model, find_weight_files(spec.folder, PICKLED))
-        self.model.requires_grad_(False).eval().to(device)
+        self.model = load_clip(spec).to(device)
         self.spec, self.device = spec, torch.device(device)
         # What pooling has cost: summed squares of the error and of the patches, the worst patch.
         self._pooled = [0.0, 0.0, 0.0]
@@ -189,6 +187,14 @@ def pool_patches(patches: Tensor, pooling: int) -> tuple[Tensor, Tensor]:
     return blocks.mean(2), blocks
 
 
+def load_clip(spec: VisionSpec) -> ClipVision:
+    """The vision half of a CLIP, frozen, in float32 on the CPU. Raises `PhiSightError`."""
+    with torch.device("meta"):  # to draw weights takes longer than to read them
+        model = ClipVision(read_clip_config(spec.folder))
+    load_vision_weights(model, find_weight_files(spec.folder, PICKLED))
+    return model.requires_grad_(False).eval()
+
+
 def load_vision_weights(model: ClipVision, files: Sequence[Path]) -> None:
     """The vision half of a CLIP checkpoint, strict: the text half is not read.
 
@@ -198,11 +204,11 @@ def load_vision_weights(model: ClipVision, files: Sequence[Path]) -> None:
     state: dict[str, Tensor] = {}
     for file in files:
         with opened(file) as tensors:
-            for name in tensors.keys():
+            for name in tensors.places:
                 if name.startswith(prefix) and not name.endswith(".position_ids"):
-                    state[name.removeprefix(prefix)] = tensors.get_tensor(name).float()
+                    state[name.removeprefix(prefix)] = tensors.read(name).float()
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise PhiSightError(
@@ -211,20 +217,20 @@ def load_vision_weights(model: ClipVision, files: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[safe_open | PickledWeights]:
+def opened(file: Path) -> Iterator[stored.StoredTensors | PickledWeights]:
     """A file of weights, either form, for reading tensors by name. Raises `PhiSightError`."""
     try:
         if file.name == PICKLED:
             yield PickledWeights(file)
         else:
-            with safe_open(file, framework="pt") as tensors:
+            with stored.opened(file) as tensors:
                 yield tensors
-    except (SafetensorError, OSError) as error:
+    except (stored.NotStored, OSError) as error:
         raise PhiSightError(f"{file}: not readable ({error}); fetch it again") from None
 
 
 class PickledWeights:
-    """`pytorch_model.bin` with the look of an open safetensors file.
+    """`pytorch_model.bin` with the look of `StoredTensors`.
 
     It is a pickle, read by torch's restricted unpickler: that knows tensors and plain containers,
     refuses all else, and runs nothing that the file names. Tensors stay in the file until asked.
@@ -241,11 +247,13 @@ class PickledWeights:
             raise OSError("it holds something else than tensors by name")
         self._content = content
 
-    def keys(self) -> list[str]:
-        return list(self._content)
+    @property
+    def places(self) -> Mapping[str, object]:
+        return self._content
 
-    def get_tensor(self, name: str) -> Tensor:
-        return self._content[name]
+    def read(self, name: str) -> Tensor:
+        # A copy, as a parameter must not change with the file.
+        return self._content[name].clone()
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class PanelLinear(bnb.nn.Linear4bit):
 
     @classmethod
     def of(cls, linear: bnb.nn.Linear4bit) -> PanelLinear:
-        """From a quantised layer that `can_be_panels`. Nested scales are taken as they come out."""
+        """From a quantised layer where `uses_panels`. Nested scales are taken as they come out."""
         weight = packed_weight(linear)
         state = weight.quant_state
         outputs, inputs = state.shape
@@ -90,15 +90,9 @@ def quick_product(x: Tensor, linear: PanelLinear) -> Tensor:
     return result if linear.bias is None else result + linear.bias
 
 
-def can_be_panels(linear: bnb.nn.Linear4bit) -> bool:
-    """Whether a layer is one for the kernels, which this machine has."""
-    weight = packed_weight(linear)
-    return (
-        bool(kernels.available()[0])
-        and weight.device.type == "cpu"
-        and weight.quant_state.dtype == torch.float32
-        and kernels.fits(linear.in_features, weight.quant_state.blocksize)
-    )
+def uses_panels(device: torch.device, compute_dtype: torch.dtype) -> bool:
+    """Whether 4-bit layers are kept in the order of the kernels: on a CPU that has them."""
+    return device.type == "cpu" and compute_dtype == torch.float32 and bool(kernels.available()[0])
 
 
 def bitsandbytes_form(linear: bnb.nn.Linear4bit) -> tuple[Tensor, bnb.functional.QuantState]:

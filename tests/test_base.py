@@ -16,6 +16,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 from errors import PhiSightError
 from lora.merge import base_weight
 from model.base import choose_compute_dtype, load_base
+from model.decoder import Head
 from model.projector import ImageProjector
 from ops import kernels
 from ops.nf4 import PanelLinear, bitsandbytes_form, quantised_on_cpu
@@ -94,6 +95,9 @@ def test_logits_are_those_of_from_pretrained(tmp_path, shard_size, changes, dtyp
         with torch.no_grad():
             assert torch.equal(logits(loaded, ids), expected(ids[None]).logits[0])
     assert loaded.model.rotary.frequencies.dtype == torch.float32
+    # Stored in bfloat16, and held so, in half the memory.
+    assert loaded.model.embed_tokens.weight.dtype == loaded.lm_head.weight.dtype == torch.bfloat16
+    assert loaded.model.norm.weight.dtype == dtype
 
 
 def test_longrope_uses_both_factor_lists(tmp_path):
@@ -117,7 +121,7 @@ def test_nf4_logits_are_those_of_the_dequantised_weights(saved, quantization):
         "gate_up_proj",
         "down_proj",
     } and len(four_bit) == 8
-    assert type(quantised.lm_head) is nn.Linear
+    assert type(quantised.lm_head) is Head
     for name, module in four_bit.items():
         weight = base_weight(module)
         assert weight.shape == original[f"{name}.weight"].shape
@@ -206,7 +210,7 @@ def test_everything_is_frozen_real_and_in_eval_mode(saved, quantization):
     assert tensors["model.norm.weight"].dtype == torch.bfloat16
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert base.compute_dtype == torch.bfloat16 and base.name == str(saved)
-    assert base.tokenizer.convert_tokens_to_ids("w7") == 7
+    assert base.tokenizer.backend_tokenizer.token_to_id("w7") == 7
 
 
 def test_fingerprint_follows_the_bytes_and_not_the_place(saved, folder):

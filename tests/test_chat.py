@@ -1,5 +1,7 @@
 """The renderer against the tokenizer's own reading of the whole chat text."""
 
+import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -36,12 +38,12 @@ def tokenizer(request):
     folder = FOLDERS[request.param]
     if not (folder / "tokenizer.json").exists():
         pytest.skip(f"the {request.param} tokenizer is not at {folder}")
-    return load_tokenizer(folder)
+    return load_tokenizer(folder).full  # transformers' own
 
 
 @pytest.fixture(scope="module")
 def chat_format(tokenizer):
-    return ChatFormat.from_tokenizer(tokenizer, TOKENS_PER_IMAGE)
+    return ChatFormat.from_tokenizer(load_tokenizer(tokenizer.name_or_path), TOKENS_PER_IMAGE)
 
 
 def user(*parts: str) -> Message:
@@ -227,12 +229,59 @@ def test_a_tokenizer_that_treats_the_first_stretch_alone_is_refused():
         pytest.skip(f"the real tokenizer is not at {folder}")
     # There is no config.json beside it, so transformers rebuilds it as LlamaTokenizer.
     rebuilt = AutoTokenizer.from_pretrained(folder)
-    right = load_tokenizer(folder)
+    right = load_tokenizer(folder).full
     text = "<|user|>\nHello<|end|>"
     if whole_ids(rebuilt, text) == whole_ids(right, text):
         pytest.skip("this transformers version loads tokenizer.json as it is")
     with pytest.raises(PhiSightError, match="differ from the ids of its pieces"):
         ChatFormat.from_tokenizer(rebuilt, 1)
+
+
+def test_it_is_read_as_transformers_reads_it(tokenizer):
+    alone = load_tokenizer(tokenizer.name_or_path)
+    assert alone.alone and "full" not in vars(alone)
+    ours, theirs = alone.backend_tokenizer, tokenizer.backend_tokenizer
+    assert len(alone) == len(tokenizer)
+    assert ours.get_added_tokens_decoder() == theirs.get_added_tokens_decoder()
+    text = whole_text(THREE_TURNS) + "</s> <unk> 👩‍👩‍👧 \N{SNOWMAN}  , . !"
+    ids = ours.encode(text, add_special_tokens=False).ids
+    assert ids == whole_ids(tokenizer, text)
+    for skip in (False, True):
+        assert alone.decode(ids, skip) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pad_token": "<|pad|>"},  # added by transformers: it stands in no other file
+        {"extra_special_tokens": ["<|more|>"]},
+        {"additional_special_tokens": ["<|more|>"]},
+        {"image_token": "<|more|>"},
+        {"split_special_tokens": True},
+        {"added_tokens_decoder": None},
+        {"clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+         "clean_up_tokenization_spaces": True},
+    ],
+)  # fmt: skip
+def test_where_its_config_says_more_transformers_makes_it(tmp_path, change):
+    shutil.copytree(FOLDERS["tiny"], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({n: value for n, value in config.items() if value is not None}))
+    read = load_tokenizer(tmp_path)
+    assert not read.alone
+    assert read.backend_tokenizer is read.full.backend_tokenizer
+    ids = whole_ids(read.full, whole_text(THREE_TURNS))
+    assert read.decode(ids, True) == read.full.decode(ids, skip_special_tokens=True)
+
+
+def test_a_token_that_is_declared_otherwise_is_as_transformers_takes_it(tmp_path):
+    shutil.copytree(FOLDERS["tiny"], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["added_tokens_decoder"]["1180"]["rstrip"] = False
+    path.write_text(json.dumps(config))
+    assert not load_tokenizer(tmp_path).alone
 
 
 def test_tiny_folder_loads_alike_in_both_ways():
@@ -241,7 +290,7 @@ def test_tiny_folder_loads_alike_in_both_ways():
         pytest.skip(f"there is no model at {folder} yet")
     automatic = AutoTokenizer.from_pretrained(folder)
     text = whole_text(THREE_TURNS)
-    assert whole_ids(automatic, text) == whole_ids(load_tokenizer(folder), text)
+    assert whole_ids(automatic, text) == whole_ids(load_tokenizer(folder).full, text)
 
 
 def test_wrong_formats(tokenizer, tmp_path):

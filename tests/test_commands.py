@@ -134,8 +134,8 @@ def test_a_typed_question_loads_only_what_it_needs():
     asked = ("--run", str(runs.finished_run()), "--image", picture(), "--prompt", "What?")
     loaded = modules_after(*asked, "--max-new-tokens", "2")
     assert not loaded & (HEAVY | {"scipy"})
-    assert not {name for name in loaded if name.startswith("transformers.models.")}
     assert not loaded & {"torch._dynamo", "torch._inductor", "sympy", "speech.whisper"}
+    assert not loaded & {"transformers", "triton", "huggingface_hub"}
 
 
 @pytest.mark.parametrize(

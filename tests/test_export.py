@@ -94,8 +94,8 @@ def test_the_merged_folder_is_a_phi3_of_transformers_with_equal_logits(merged, a
     torch.testing.assert_close(logits_of(theirs, ids), ours, atol=1e-5, rtol=1e-5)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (merged / name).read_bytes() == (runs.BASE / name).read_bytes()
-    assert load_tokenizer(merged)("a red star").input_ids == (
-        assistant.parts.base.tokenizer("a red star").input_ids
+    assert load_tokenizer(merged).full("a red star").input_ids == (
+        assistant.parts.base.tokenizer.full("a red star").input_ids
     )
 
 
@@ -276,7 +276,7 @@ def test_the_merged_tokenizer_gives_its_ids_in_transformers_too(merged, assistan
     theirs = AutoTokenizer.from_pretrained(merged)
     text = "<|user|>\nWhat is it?<|end|>\n<|assistant|>\n"
     assert theirs(text, add_special_tokens=False).input_ids == (
-        assistant.parts.base.tokenizer(text, add_special_tokens=False).input_ids
+        assistant.parts.base.tokenizer.full(text, add_special_tokens=False).input_ids
     )
 
 

@@ -233,7 +233,7 @@ def test_the_defaults_of_a_folder_are_those_of_infer(which, llava, merged, assis
 def test_a_folder_that_ends_elsewhere_is_refused(tmp_path, assistant, probe, monkeypatch):
     """Its weights are right, its defaults are not: our decoder would never see it."""
     said = measure.measure(assistant, probe, "").answers
-    tokenizer = assistant.parts.base.tokenizer
+    tokenizer = assistant.parts.base.tokenizer.full
     words = sorted({id for text in said for id in tokenizer(text).input_ids})
     assert words
     write = exports.merge.write_phi3

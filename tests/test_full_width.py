@@ -119,7 +119,7 @@ def test_logits_are_those_of_transformers_over_the_dequantised_weights(phi, trai
     """With the short factors of LongRoPE, and, past its switch, with the long ones."""
     cache = trained.parent / "cache"
     ours = load_base(phi, None, torch.float32, "cpu", "nf4", cache).model
-    weights = {name: parameter.data for name, parameter in ours.named_parameters()}
+    weights = {name: parameter.data.float() for name, parameter in ours.named_parameters()}
     for name, module in ours.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             weights[f"{name}.weight"] = base_weight(module)

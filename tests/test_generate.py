@@ -54,7 +54,7 @@ def answer(model, prompt, stop_ids, limit=NEW_TOKENS, **options) -> list[int]:
 @pytest.fixture
 def never(parts) -> set[int]:
     """A stop id that no row reaches: a token that neither training nor chats ever have."""
-    return {parts.base.tokenizer.convert_tokens_to_ids("</s>")}
+    return {parts.base.tokenizer.backend_tokenizer.token_to_id("</s>")}
 
 
 # -- greedy ---------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import runs
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
-import hub as hub_module
 from data.chat import load_tokenizer
 from errors import PhiSightError
 from model.base import find_folder, load_base
@@ -104,7 +104,8 @@ def test_a_model_in_the_hubs_cache_is_found_by_id_and_revision(snapshots):
     assert read_vision_spec("some/clip").key == read_vision_spec(str(TINY / "clip")).key
     assert find_clip("some/clip", None) == clip
     text = "What is red?"
-    assert load_tokenizer("some/phi", "v2")(text) == load_tokenizer(TINY / "phi3")(text)
+    named, local = load_tokenizer("some/phi", "v2"), load_tokenizer(TINY / "phi3")
+    assert named.full(text) == local.full(text)
     with pytest.raises(PhiSightError, match="HF_HUB_OFFLINE is set"):
         find_folder("some/phi", "v3")
 
@@ -125,7 +126,7 @@ def test_of_a_clip_the_pickle_is_fetched_only_where_there_is_nothing_else(tmp_pa
         asked.append((revision, "pytorch_model.bin" in allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr(hub_module, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert find_clip("some/clip", "v1") == tmp_path
     assert asked == [("v1", False), ("v1", True)]
     (tmp_path / "model.safetensors").touch()
@@ -139,13 +140,15 @@ def test_whatever_the_hub_raises_is_one_error(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(hub_module, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(PhiSightError, match="some/phi: it is not a folder and the hub did not"):
         find_folder("some/phi", None)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c"])
 def test_what_can_only_be_a_folder_is_not_asked_of_the_hub(monkeypatch, name):
-    monkeypatch.setattr(hub_module, "snapshot_download", None)  # calling it would be a TypeError
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", None
+    )  # calling it would be a TypeError
     with pytest.raises(PhiSightError, match="there is no such folder"):
         load_tokenizer(name)

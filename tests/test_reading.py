@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -27,6 +28,7 @@ from data.reading import (
     as_png,
     check_image,
     check_image_file,
+    checked_image_files,
     claimed_size,
     fit_files,
     fit_image,
@@ -86,6 +88,23 @@ def test_files_are_read_in_order_wherever_one_stands(tmp_path, monkeypatch):
         expected = FIT(noise(20 + index, 30, index))
         assert numpy.array_equal(found[index].pixels, expected.pixels)
     assert check_image_file("1.png") == (21, 30)
+
+
+def test_files_are_checked_beside_what_else_is_done(tmp_path, small_pool):
+    noise(20, 30).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with checked_image_files([tmp_path / "a.png"]):
+        until = time.monotonic() + 20
+        while not small_pool._idle and time.monotonic() < until:
+            time.sleep(0.01)
+        assert small_pool._idle  # it has been read within the block
+    done = []
+    with pytest.raises(PhiSightError, match="b.png: not a picture"):
+        with checked_image_files([tmp_path / "b.png"]):
+            done.append("block")
+    assert done == ["block"]
+    with pytest.raises(KeyError), checked_image_files([tmp_path / "b.png"]):
+        raise KeyError  # the block's own error comes first
 
 
 def test_whoever_wants_no_more_files_waits_for_none(tmp_path, small_pool):

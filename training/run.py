@@ -102,6 +102,7 @@ def prepare_run(
     choose_algorithms(config.deterministic)
 
     parts = assemble(config)
+    parts.base.tokenizer.hold()  # every checkpoint gets the tokenizer that is trained with
     # A run that goes on has its weights in its checkpoint: the first stage may be gone by then.
     started_from = (
         checkpoint.config.get("started_from") if checkpoint else load_start_weights(config, parts)

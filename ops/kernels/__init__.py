@@ -19,11 +19,11 @@ from __future__ import annotations
 import functools
 from types import ModuleType
 
-from ops.kernels.layout import PANEL, PanelWeight, bitsandbytes_order, fits, panels_of
+from ops.kernels.layout import CHUNK, PANEL, PanelWeight, bitsandbytes_order, panels_of
 from ops.kernels.target import choose as available
 
 __all__ = [
-    "PANEL", "PanelWeight", "available", "bitsandbytes_order", "fits", "loaded", "panels_of",
+    "CHUNK", "PANEL", "PanelWeight", "available", "bitsandbytes_order", "loaded", "panels_of",
 ]  # fmt: skip
 
 

@@ -46,11 +46,6 @@ class PanelWeight:
         return self.codes.nbytes + self.scales.nbytes
 
 
-def fits(inputs: int, block: int) -> bool:
-    """Whether a layer can be in this order."""
-    return block in BLOCKS and inputs % block == 0
-
-
 def panels_of(packed: Tensor, scales: Tensor, outputs: int, inputs: int, block: int) -> PanelWeight:
     """bitsandbytes' codes, two a byte, (outputs * inputs / 2) uint8 in any shape, and their scales,
     (outputs * inputs / block,) float32, as a `PanelWeight`."""
