@@ -15,8 +15,11 @@ from test_base import logits, save_model
 
 import files
 from files import hash_files
+from lora.merge import base_weight
 from model import base, base_cache
 from model.base import load_base
+from ops import kernels
+from ops.nf4 import PanelLinear
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,12 @@ def assert_same(found, expected):
         mine = parameters[name]
         assert type(mine) is type(other) and mine.dtype == other.dtype
         assert torch.equal(mine.data, other.data) and mine.requires_grad == other.requires_grad
+        module, reference = (m.get_submodule(name.rpartition(".")[0]) for m in (found, expected))
+        assert type(module) is type(reference)
+        if isinstance(reference, PanelLinear):
+            assert torch.equal(module.panels.codes, reference.panels.codes)
+            assert torch.equal(module.panels.scales, reference.panels.scales)
+            assert module.panels.block == reference.panels.block
         if not isinstance(other, bnb.nn.Params4bit):
             continue
         for attribute in (
@@ -117,11 +126,24 @@ def test_what_is_read_is_what_quantising_gives(saved, cache, quantised, quantiza
         assert torch.equal(logits(other.model), logits(fresh.model))
 
 
-def test_one_entry_serves_every_compute_dtype(saved, cache, quantised):
+def test_one_entry_serves_every_compute_dtype_without_kernels(saved, cache, quantised, monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda: ("", "switched off"))
     load(saved, cache, dtype=torch.bfloat16)
     again = load(saved, cache, dtype=torch.float32)
     assert len(quantised) == 8
     assert_same(again.model, load(saved).model)
+
+
+def test_a_machine_with_kernels_has_an_entry_in_their_order(saved, cache, monkeypatch):
+    with_them = load(saved, cache)
+    monkeypatch.setattr(kernels, "available", lambda: ("", "switched off"))
+    without = load(saved, cache)
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 2
+    for name, module in without.model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            assert type(module) is bnb.nn.Linear4bit
+            first, second = map(base_weight, (module, with_them.model.get_submodule(name)))
+            assert torch.equal(first, second)
 
 
 def test_gradients_through_a_kept_base_are_the_same(saved, cache):
@@ -198,7 +220,7 @@ def other_tensor(folder) -> None:
     content = json.loads(path.read_text())
     row = next(row for row in content["parameters"] if len(row["tensors"]) > 1)
     tensors = load_file(folder / row["file"])
-    key = f"{row['name']}.absmax"
+    [key] = (key for key in row["tensors"] if key.endswith((".absmax", base_cache.SCALES)))
     tensors[key] = tensors[key][:-1].clone()
     save_file(tensors, folder / row["file"])
     row["tensors"][key] = base_cache._describe(tensors[key])
