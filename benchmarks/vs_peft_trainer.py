@@ -98,6 +98,7 @@ def a_row_a_sample(run: Run, samples: Sequence[int]) -> Batch:
         [[run.data.train[i]] for i in samples],
         run.store.features_of,
         run.parts.chat_format.end_of_text_id,
+        run.parts.chat_format.image_id,
         run.store.shape,
         row_keys=[key_of(run.config.seed, 0, i) for i in samples],
     )

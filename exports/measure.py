@@ -122,6 +122,7 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
         row_tokens,
         store.features_of,
         parts.chat_format.end_of_text_id,
+        parts.chat_format.image_id,
         store.shape,
         parts.device,
     )

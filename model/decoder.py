@@ -21,6 +21,7 @@ from lora.layer import LoRALinear
 from model.cache import KeyValues
 from ops import operations_for
 from ops.plain import causal_attention
+from tensors import sent_to
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ class RotaryPositions(nn.Module):
         frequencies = self.frequencies  # (1 or 2, dims / 2)
         if self.crossing:
             is_long = torch.tensor([total > self.crossing for total in totals])
-            is_long = is_long.repeat_interleave(torch.tensor(lengths)).to(position_ids.device)
-            frequencies = frequencies[is_long.long()]  # (tokens, dims / 2)
+            which = is_long.long().repeat_interleave(torch.tensor(lengths))  # (tokens,)
+            frequencies = frequencies[sent_to(position_ids.device, which)]  # (tokens, dims / 2)
         angles = position_ids[:, None].float() * frequencies
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 

@@ -49,6 +49,7 @@ def exact(assistant: Assistant, samples: list[RenderedSample], store: FeatureSto
         3 * longest,
         store.features_of,
         assistant.parts.chat_format.end_of_text_id,
+        assistant.parts.chat_format.image_id,
         store.shape,
         torch.device("cpu"),
     )
@@ -152,6 +153,7 @@ def test_the_validation_loss_is_a_mean_over_tokens_however_they_are_packed():
                 room,
                 store.features_of,
                 assistant.parts.chat_format.end_of_text_id,
+                assistant.parts.chat_format.image_id,
                 store.shape,
                 torch.device("cpu"),
             ),
@@ -176,6 +178,7 @@ def test_conversations_without_a_picture_are_no_matter_of_alignment():
         store,
         len(text_only.input_ids),
         assistant.parts.chat_format.end_of_text_id,
+        assistant.parts.chat_format.image_id,
         torch.device("cpu"),
     )
     assert found["alignment"] == {} and found["validation_loss"] > 0

@@ -24,6 +24,7 @@ def load_batches(run: Run, row_numbers: Sequence[int]) -> list[Batch]:
             [[run.data.train[i] for i in rows[number]] for number in chunk],
             run.store.features_of,
             run.parts.chat_format.end_of_text_id,
+            run.parts.chat_format.image_id,
             run.store.shape,
             run.rows.row_tokens,
             [key_of(config.seed, epoch, number) for number in chunk],

@@ -18,19 +18,18 @@ def evaluation_is_due(run: Run) -> bool:
 
 def run_evaluation(run: Run, bar: tqdm) -> None:
     """Write validation loss and alignment meter into the log; early stopping is decided here. The
-    first process evaluates, all of them learn the result."""
+    processes share the work, and all of them learn the result."""
     clock, data = time.perf_counter(), run.data
     longest = max(len(s.input_ids) for s in [*data.validation, *data.first_exchanges])
-    measured = run.ranks.from_first(
-        lambda: meter.evaluate(
-            run.parts.model,
-            data.validation,
-            data.first_exchanges,
-            run.store,
-            max(run.rows.row_tokens, longest),
-            run.parts.chat_format.end_of_text_id,
-            run.parts.device,
-        )
+    measured = meter.evaluate(
+        run.parts.model,
+        data.validation,
+        data.first_exchanges,
+        run.store,
+        max(run.rows.row_tokens, longest),
+        run.parts.chat_format.end_of_text_id,
+        run.parts.device,
+        run.ranks,
     )
     record = {
         "kind": "evaluation",

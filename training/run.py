@@ -106,17 +106,17 @@ def prepare_run(
     started_from = (
         checkpoint.config.get("started_from") if checkpoint else load_start_weights(config, parts)
     )
-    with ranks.first_then_others():  # the first fills the feature store, the others find it full
-        store = FeatureStore(
-            config.features, parts.vision.key, parts.vision.shape, config.feature_storage
-        )
-        data = prepare(
-            config,
-            parts.chat_format,
-            store,
-            lambda: VisionTower(parts.vision, parts.device),
-            positions=parts.base.model.config.max_position_embeddings,
-        )
+    store = FeatureStore(
+        config.features, parts.vision.key, parts.vision.shape, config.feature_storage
+    )
+    data = prepare(
+        config,
+        parts.chat_format,
+        store,
+        lambda: VisionTower(parts.vision, parts.device),
+        positions=parts.base.model.config.max_position_embeddings,
+        team=ranks,
+    )
 
     progress = place_of(checkpoint, config, data)
     rows = Rows(config, data.train.lengths, progress.repacked)
