@@ -300,8 +300,9 @@ class FeatureStore:
         batch_size: int,
         bad: dict[str, str],
     ) -> Iterator[str]:
-        """Compute and write shards; gives the hash of each picture that was read. `beyond`: a number
-        above those of all shards, for the rest of one that a slow tower has made write early."""
+        """Compute and write shards; gives the hash of each picture that was read. `beyond`: above
+        the numbers of all shards, for the rest of one that was written early as the tower is slow.
+        """
         every = [picture for _, hashes in shards for picture in hashes if picture != BLANK]
         read = read_files([paths[picture] for picture in every], extract)
         for number, hashes in shards:
