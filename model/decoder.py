@@ -122,7 +122,9 @@ class RotaryPositions(nn.Module):
         frequencies = self.frequencies  # (1 or 2, dims / 2)
         if self.crossing:
             is_long = torch.tensor([total > self.crossing for total in totals])
-            which = is_long.long().repeat_interleave(torch.tensor(lengths))  # (tokens,)
+            which = is_long.long().repeat_interleave(
+                torch.tensor(lengths), output_size=len(position_ids)
+            )  # (tokens,), on the CPU
             frequencies = frequencies[sent_to(position_ids.device, which)]  # (tokens, dims / 2)
         angles = position_ids[:, None].float() * frequencies
         return angles.cos() * self.scaling, angles.sin() * self.scaling
