@@ -109,6 +109,17 @@ def test_a_kill_loses_at_most_the_shard_that_each_process_is_making(
     assert contents(filled(tmp_path / "killed", parts, pictures, 4)) == whole
 
 
+def test_processes_whose_towers_are_slow_write_early_and_not_over_each_other(
+    parts, pictures, tmp_path, small_shards, monkeypatch
+):
+    monkeypatch.setattr(features, "SHARD_SECONDS", -1.0)
+    store = filled(tmp_path / "slow", parts, pictures, 4)
+    stored = [json.loads(header["hashes"]) for header, _ in contents(store).values()]
+    assert max(map(len, stored)) == 2 and len(stored) > 8
+    every = {store.hash_of(name) for name in set(pictures[1]) - BAD} | {BLANK}
+    assert sorted(sum(stored, [])) == sorted(every)
+
+
 def test_what_other_processes_stored_and_this_one_cannot_see_is_an_error(
     parts, pictures, tmp_path, small_shards
 ):
