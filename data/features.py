@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -330,7 +331,7 @@ class FeatureStore:
             name: torch.cat([part[name] for part in draft.computed]).contiguous()
             for name in DTYPES[self.storage]
         }
-        partial = self.folder / f"shard-{number:05d}.partial-{writer()}"
+        partial = self.folder / f"shard-{number:05d}.partial-{writer()}{secrets.token_hex(4)}"
         try:
             save_file(
                 stored,
@@ -346,7 +347,7 @@ class FeatureStore:
             sync(self.folder)
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             raise PhiSightError(
-                f"{partial.with_suffix('.safetensors')}: cannot be written ({error}); free some"
+                f"{self.folder / _shard_name(number)}: cannot be written ({error}); free some"
                 " space and run again, what is stored already is kept"
             ) from None
         finally:
