@@ -178,7 +178,6 @@ def test_conversations_without_a_picture_are_no_matter_of_alignment():
         store,
         len(text_only.input_ids),
         assistant.parts.chat_format.end_of_text_id,
-        assistant.parts.chat_format.image_id,
         torch.device("cpu"),
     )
     assert found["alignment"] == {} and found["validation_loss"] > 0
