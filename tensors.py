@@ -1,4 +1,5 @@
-"""Tensors as bytes, and the one strict way to copy named tensors into others.
+"""Tensors as bytes, on their way to a device, and the one strict way to copy named tensors into
+others.
 
 Named tensors fit when the names are the same both ways, and each has the shape and the dtype of the
 one that it is copied into. Nothing is copied otherwise.
@@ -25,6 +26,19 @@ def raw_bytes(tensor: Tensor) -> numpy.ndarray:
 def sha256_of(tensor: Tensor) -> str:
     """The sha256 of a CPU tensor's bytes."""
     return hashlib.sha256(raw_bytes(tensor).data).hexdigest()
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A CPU tensor in memory that the system does not move, from which a GPU copies by itself."""
+    return tensor.pin_memory() if tensor.numel() else tensor
+
+
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """A CPU tensor on `device`. The host does not wait until a GPU has finished what it has to do
+    and copied the tensor, as `tensor.to(device)` does."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return pinned(tensor).to(device, non_blocking=True)
 
 
 def dtype_name(tensor: Tensor) -> str:

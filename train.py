@@ -21,7 +21,7 @@ import time
 import checkpoints
 from config import Config
 from errors import SurvivingOutput, run_main
-from training.batches import load_batches
+from training.batches import BatchesAhead
 from training.config_file import to_toml
 from training.evaluating import evaluation_is_due, run_evaluation
 from training.lock import RunLock
@@ -82,11 +82,16 @@ def train(
     run = prepare_run(config, checkpoint, options, ranks)
     announce(run)
     progress, out_of_time = run.progress, False
-    with StopSignals() as stop, progress_bar(run) as bar, BackgroundSaver() as saver:
+    with (
+        StopSignals() as stop,
+        progress_bar(run) as bar,
+        BackgroundSaver() as saver,
+        BatchesAhead(run) as ahead,
+    ):
         while not progress.finished:
             step_started = time.perf_counter()
             rows, rate = run.next_rows(), run.learning_rate()
-            batches = load_batches(run, ranks.share_of(rows))
+            batches = ahead.take(rows)  # and have those of the next step made beside this one
             will_log = (progress.step + 1) % config.log_steps == 0
             result = train_step(
                 run.parts.model,

@@ -24,7 +24,7 @@ from assistant.text_stream import TextStream
 from checkpoint_state import need_run
 from data.chat import render
 from data.dataset import Conversation, Message
-from data.features import as_stored
+from data.feature_form import as_stored
 from data.images import read_image_bytes
 from data.reading import fit_image
 from errors import PhiSightError

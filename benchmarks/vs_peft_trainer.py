@@ -38,7 +38,7 @@ from config import Config, Parser
 from data.collate import Batch, collate
 from errors import PhiSightError, run_main
 from lora.dropout import key_of
-from training.batches import chunks, load_batches
+from training.batches import chunks, make_batches
 from training.options import RunOptions
 from training.ranks import Ranks
 from training.run import Run, prepare_run
@@ -77,7 +77,7 @@ def train_ours(run: Run, steps: int, packed: bool = True) -> Iterator[float]:
         rows = len(run.rows.of_epoch(progress.epoch))
         end = min(progress.row + config.batch_size * config.accumulation, rows)
         batches = (
-            load_batches(run, list(range(progress.row, end)))
+            list(make_batches(run, progress.epoch, range(progress.row, end)))
             if packed
             else [a_row_a_sample(run, micro) for micro in chosen[step]]
         )
@@ -98,6 +98,7 @@ def a_row_a_sample(run: Run, samples: Sequence[int]) -> Batch:
         [[run.data.train[i]] for i in samples],
         run.store.features_of,
         run.parts.chat_format.end_of_text_id,
+        run.parts.chat_format.image_id,
         run.store.shape,
         row_keys=[key_of(run.config.seed, 0, i) for i in samples],
     )

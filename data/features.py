@@ -2,23 +2,27 @@
 
 A picture is known by the sha256 of its file, so one that appears under two names is stored once
 and one that changed is computed again. Shards are safetensors files, each written to a temporary
-name and put in its place whole: a kill loses at most the shard in the making, and another process
-can read the finished ones meanwhile. Every picture has a check sum, which is compared on reading.
+name and put in its place whole: a kill loses at most the shard that each process has in the
+making, and another process can read the finished ones meanwhile. The processes of a run fill a
+store together. Every picture has a check sum, which is compared on reading.
 
-Features are kept as half floats, or as int8 with a scale for each token; see `encode`.
+Features are kept as half floats, or as int8 with a scale for each token; see data/feature_form.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import secrets
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,9 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import FEATURE_STORAGES
+from data.feature_form import DTYPES, StorageError, check_sums, decode, encode
 from data.images import load_image
 from data.reading import fit_files
 from data.storage import StoragePlan, bytes_per_picture
+from data.team import ALONE, Team
 from documents import COUNT, TEXT, problems
 from errors import PhiSightError
 from files import RememberedHashes, open_regular, sweep_stale, sync, writer
@@ -40,81 +46,13 @@ SHARD_PICTURES = 1024
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory twice while it is written
 SHARD_SECONDS = 300.0  # a kill loses no more than this: a large tower on a CPU is slow
 BLANK = "blank"  # the key of a uniform grey picture, what "no picture" means to the alignment meter
-STORED_DTYPE = torch.float16
-DTYPES = {"float16": {"features": "F16"}, "int8": {"features": "I8", "scales": "F32"}}
 
 Picture = Image.Image | Fitted
 Extract = Callable[[Sequence[Picture]], Tensor]
 """Pictures -> (pictures, tokens, dim). It may have `fit: Fit`, to which pictures are then brought
 where they are decoded, so that a large one takes no more memory here than a small one; without, it
-is given them whole. It may have `notes() -> str`: what to tell after a job."""
-
-
-# -- how a feature is kept ------------------------------------------------------------------------
-
-
-def encode(features: Tensor, storage: str) -> dict[str, Tensor]:
-    """(..., tokens, dim) float -> the tensors that are stored, on the CPU.
-
-    "float16": `features`, rounded. "int8": `features` int8 and `scales` (..., tokens) float32, a
-    number being about feature x scale; a token's largest number is 127 or -127.
-    """
-    features = features.float()
-    if storage == "float16":
-        return {"features": features.to(STORED_DTYPE).cpu()}
-    scales = features.abs().amax(-1) / 127  # (..., tokens)
-    steps = features / scales.where(scales > 0, 1)[..., None]
-    return {"features": steps.round().clamp(-127, 127).to(torch.int8).cpu(), "scales": scales.cpu()}
-
-
-def decode(stored: dict[str, Tensor]) -> Tensor:
-    """The inverse of `encode`, up to its rounding: (..., tokens, dim) float32."""
-    features = stored["features"].float()
-    return features * stored["scales"][..., None] if "scales" in stored else features
-
-
-def as_stored(features: Tensor, storage: str) -> Tensor:
-    """Features as reading them from a store gives them, on their own device: what inference uses,
-    so that it sees pictures as training did."""
-    return decode(encode(features, storage)).to(features.device)
-
-
-@dataclass
-class StorageError:
-    """How far what is stored lies from what was computed, relative to the size of a token."""
-
-    squared: float = 0.0
-    total: float = 0.0
-    worst: float = 0.0
-    """the largest error of one token, relative to that token"""
-
-    def add(self, exact: Tensor, stored: Tensor) -> None:
-        """(pictures, tokens, dim) both."""
-        errors = (stored - exact).square().sum(-1).double()  # (pictures, tokens)
-        sizes = exact.square().sum(-1).double()
-        self.squared += errors.sum().item()
-        self.total += sizes.sum().item()
-        self.worst = max(self.worst, (errors / sizes.clamp_min(1e-30)).max().sqrt().item())
-
-    @property
-    def relative_rms(self) -> float:
-        return (self.squared / self.total) ** 0.5 if self.total else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"relative RMS error {100 * self.relative_rms:.3g} %, worst token"
-            f" {100 * self.worst:.3g} %"
-        )
-
-
-def check_sums(stored: dict[str, Tensor]) -> list[int]:
-    """CRC-32 of each picture's tensors: it finds what a disk or a copy damaged, at a gigabyte a
-    second."""
-    sums = [0] * len(stored["features"])
-    for name in sorted(stored):
-        for row, tensor in enumerate(stored[name]):
-            sums[row] = zlib.crc32(tensor.contiguous().numpy(), sums[row])
-    return sums
+is given them whole. It may have `tally() -> list[float]` and `notes(tallies) -> str`: what to tell
+after a job, by the tallies of all processes."""
 
 
 # -- the store ------------------------------------------------------------------------------------
@@ -243,15 +181,45 @@ class FeatureStore:
         folder: Path,
         extract: Callable[[], Extract],
         batch_size: int = 64,
+        team: Team = ALONE,
     ) -> dict[str, str]:
         """Register pictures by name, computing what is not stored yet.
 
-        `extract()` is called only where something is missing: it loads the tower and returns the
-        function from pictures to (pictures, tokens, dim). Returns name -> reason for every picture
-        that cannot be used.
+        The first process of `team` looks for the pictures and divides what is missing into shards;
+        each process computes every so manieth of them. Which pictures are in a shard, and which are
+        computed together, does not depend on how many processes there are. `extract()` is called
+        only where something is to be computed: it loads the tower and returns the function from
+        pictures to (pictures, tokens, dim). Returns name -> reason for every picture that cannot be
+        used.
         """
+        found = team.from_first(lambda: self._look_for(names, folder, batch_size))
+        self._hash_of |= found["hashes"]
+        bad: dict[str, str] = found["bad"]
+        if found["shards"]:
+            named: dict[str, list[str]] = {}  # hash -> names; the same bytes may have two
+            for name in dict.fromkeys(names):
+                if name not in bad:
+                    named.setdefault(self._hash_of[name], []).append(name)
+            paths = {picture: folder / its_names[0] for picture, its_names in named.items()}
+            for picture, reason in self._fill(
+                found["shards"], paths, extract, batch_size, team
+            ).items():
+                bad |= dict.fromkeys(named[picture], reason)
+        used = {BLANK, *(self._hash_of[name] for name in names if name not in bad)}
+        if not used <= self._where.keys():
+            self.refresh()  # what the other processes have written
+        if absent := used - self._where.keys():
+            raise PhiSightError(
+                f"{self.folder}: {len(absent)} pictures that another process has stored are not"
+                " there; give a --features folder that all processes see"
+            )
+        return bad
+
+    def _look_for(self, names: Sequence[str], folder: Path, batch_size: int) -> dict[str, Any]:
+        """{"hashes": name -> hash, "bad": name -> reason, "shards": [[number, [hash, ...]], ...]}:
+        which pictures there are, and the shards that are to be computed."""
         bad: dict[str, str] = {}
-        missing: dict[str, Path] = {}
+        hash_of: dict[str, str] = {}
         place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
         hashes = RememberedHashes(self._hashes / f"{place}.json")
         for name in tqdm(
@@ -259,100 +227,119 @@ class FeatureStore:
         ):
             path = folder / name
             try:
-                self._hash_of[name] = hashes.of(name, path, file_hash)
+                hash_of[name] = hashes.of(name, path, file_hash)
             except OSError as error:
                 bad[name] = f"{path}: {error.strerror}"
-                continue
-            if self._hash_of[name] not in self:
-                missing[name] = path
         hashes.save()
-        if BLANK not in self or missing:
-            self.refresh()  # another process may have computed them meanwhile
-            missing = {
-                name: path for name, path in missing.items() if self._hash_of[name] not in self
-            }
-        if BLANK not in self or missing:
-            count = len({self._hash_of[name] for name in missing}) + (BLANK not in self)
-            plan = StoragePlan(self.folder, count, self.shape, self.storage)
+        wanted = dict.fromkeys([BLANK, *hash_of.values()])
+        if not wanted.keys() <= self._where.keys():
+            self.refresh()  # another run may have computed them meanwhile
+        missing = [picture for picture in wanted if picture not in self]
+        if missing:
+            plan = StoragePlan(self.folder, len(missing), self.shape, self.storage)
             plan.check()
             print(f"picture features to compute: {plan}", file=sys.stderr)
-            tower = extract()
-            self._compute(missing, tower, batch_size, bad)
-            notes = getattr(tower, "notes", str)()
-            print(
-                f"picture features stored as {self.storage}: {self.error}{notes and '; ' + notes}",
-                file=sys.stderr,
-            )
-        return bad
+        return {"hashes": hash_of, "bad": bad, "shards": self._divided(missing, batch_size)}
 
-    def _compute(
-        self, missing: dict[str, Path], extract: Extract, batch_size: int, bad: dict[str, str]
-    ) -> None:
-        def pictures() -> Iterator[tuple[str, Picture]]:
-            if BLANK not in self:
-                yield BLANK, blank_picture()
-            names: dict[str, list[str]] = {}  # hash -> names; the same bytes may have two
-            for name in missing:
-                names.setdefault(self._hash_of[name], []).append(name)
-            read = read_files([missing[known[0]] for known in names.values()], extract)
-            for (picture_hash, known), picture in zip(
-                tqdm(names.items(), desc="picture features", unit="picture", disable=None), read
-            ):
-                if isinstance(picture, PhiSightError):
-                    bad.update(dict.fromkeys(known, str(picture)))
-                else:
-                    yield picture_hash, picture
-
+    def _divided(self, missing: Sequence[str], batch_size: int) -> list[list]:
+        """Hashes of pictures -> [number, hashes] of each shard to come: whole batches, and the
+        first numbers that are free, so that a kill leaves no gap for good."""
         in_a_shard = max(
             1, min(SHARD_PICTURES, SHARD_BYTES // bytes_per_picture(self.shape, self.storage))
         )
-        hashes: list[str] = []
-        waiting: list[Picture] = []
-        computed: list[dict[str, Tensor]] = []
-        begun = time.monotonic()
+        in_a_shard = -(-in_a_shard // batch_size) * batch_size
+        taken = {shard.path.name for shard in self._shards}
+        free = (number for number in itertools.count() if _shard_name(number) not in taken)
+        return [
+            [next(free), list(missing[start : start + in_a_shard])]
+            for start in range(0, len(missing), in_a_shard)
+        ]
 
-        def compute() -> None:
-            features = extract(waiting).float().cpu()  # (pictures, tokens, dim)
-            stored = encode(features, self.storage)
-            decoded = decode(stored)
-            if not decoded.isfinite().all():
-                raise PhiSightError(
-                    f"picture features: some are not finite as {self.storage} numbers; give another"
-                    " --vision-layer or --feature-storage"
-                )
-            self.error.add(features, decoded)
-            computed.append(stored)
-            waiting.clear()
+    def _fill(
+        self,
+        shards: Sequence[Sequence],
+        paths: Mapping[str, Path],
+        extract: Callable[[], Extract],
+        batch_size: int,
+        team: Team,
+    ) -> dict[str, str]:
+        """Compute shards, this process its share. Returns hash -> reason, of all processes."""
+        mine = team.share_of(shards)
+        bad: dict[str, str] = {}
+        tally: list[float] = []
+        if mine:
+            tower = extract()
+            beyond = shards[-1][0] + 1
+            bar = tqdm(
+                total=sum(len(hashes) for _, hashes in mine),
+                desc="picture features",
+                unit="picture",
+                disable=None if team.is_first else True,
+            )
+            with bar:
+                for picture in self._compute(mine, beyond, paths, tower, batch_size, bad):
+                    bar.update()
+            tally = getattr(tower, "tally", list)()
+        told = team.exchange({"bad": bad, "error": dataclasses.astuple(self.error), "tally": tally})
+        if team.is_first:
+            notes = getattr(tower, "notes", lambda _: "")([each["tally"] for each in told])
+            error = StorageError()
+            for each in told:
+                error.merge(StorageError(*each["error"]))
+            print(
+                f"picture features stored as {self.storage}: {error}{notes and '; ' + notes}",
+                file=sys.stderr,
+            )
+        return {picture: reason for each in told for picture, reason in each["bad"].items()}
 
-        for picture_hash, picture in pictures():
-            hashes.append(picture_hash)
-            waiting.append(picture)
-            if len(waiting) == batch_size:
-                compute()
-            late = time.monotonic() - begun > SHARD_SECONDS
-            if not waiting and (len(hashes) >= in_a_shard or late):
-                self._write(hashes, computed)
-                hashes, computed, begun = [], [], time.monotonic()
-        if waiting:
-            compute()
-        if hashes:
-            self._write(hashes, computed)
+    def _compute(
+        self,
+        shards: Sequence[Sequence],
+        beyond: int,
+        paths: Mapping[str, Path],
+        extract: Extract,
+        batch_size: int,
+        bad: dict[str, str],
+    ) -> Iterator[str]:
+        """Compute and write shards; gives the hash of each picture that was read. `beyond`: above
+        the numbers of all shards, for the rest of one that was written early as the tower is slow.
+        """
+        every = [picture for _, hashes in shards for picture in hashes if picture != BLANK]
+        read = read_files([paths[picture] for picture in every], extract)
+        for number, hashes in shards:
+            draft = _Draft(self.storage)
+            for picture in hashes:
+                content = blank_picture() if picture == BLANK else next(read)
+                yield picture
+                if isinstance(content, PhiSightError):
+                    bad[picture] = str(content)
+                    continue
+                draft.add(picture, content)
+                if len(draft.waiting) < batch_size:
+                    continue
+                draft.compute(extract)
+                if draft.is_late and picture != hashes[-1]:
+                    self._write(draft, number)
+                    number, draft = beyond, _Draft(self.storage)
+            draft.compute(extract)
+            self._write(draft, number)
 
-    def _write(self, hashes: list[str], computed: list[dict[str, Tensor]]) -> None:
+    def _write(self, draft: _Draft, number: int) -> None:
+        if not draft.hashes:  # none of its pictures could be read
+            return
         stored = {
-            name: torch.cat([part[name] for part in computed]).contiguous()
+            name: torch.cat([part[name] for part in draft.computed]).contiguous()
             for name in DTYPES[self.storage]
         }
-        number = len(self._shards)
-        partial = self.folder / f"shard-{number:05d}.partial-{writer()}"
+        partial = self.folder / f"shard-{number:05d}.partial-{writer()}{secrets.token_hex(4)}"
         try:
             save_file(
                 stored,
                 partial,
                 {
-                    "hashes": json.dumps(hashes),
+                    "hashes": json.dumps(draft.hashes),
                     "checks": json.dumps(check_sums(stored)),
-                    "error": str(self.error),
+                    "error": str(draft.error),
                 },
             )
             sync(partial)
@@ -360,12 +347,49 @@ class FeatureStore:
             sync(self.folder)
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             raise PhiSightError(
-                f"{partial.with_suffix('.safetensors')}: cannot be written ({error}); free some"
+                f"{self.folder / _shard_name(number)}: cannot be written ({error}); free some"
                 " space and run again, what is stored already is kept"
             ) from None
         finally:
             partial.unlink(missing_ok=True)
+        self.error.merge(draft.error)
         self._open(path)
+
+
+class _Draft:
+    """A shard in the making."""
+
+    def __init__(self, storage: str) -> None:
+        self.storage = storage
+        self.hashes: list[str] = []
+        self.waiting: list[Picture] = []
+        self.computed: list[dict[str, Tensor]] = []
+        self.error = StorageError()
+        self._begun = time.monotonic()
+
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() - self._begun > SHARD_SECONDS
+
+    def add(self, picture_hash: str, picture: Picture) -> None:
+        self.hashes.append(picture_hash)
+        self.waiting.append(picture)
+
+    def compute(self, extract: Extract) -> None:
+        """The features of those that wait."""
+        if not self.waiting:
+            return
+        features = extract(self.waiting).float().cpu()  # (pictures, tokens, dim)
+        stored = encode(features, self.storage)
+        decoded = decode(stored)
+        if not decoded.isfinite().all():
+            raise PhiSightError(
+                f"picture features: some are not finite as {self.storage} numbers; give another"
+                " --vision-layer or --feature-storage"
+            )
+        self.error.add(features, decoded)
+        self.computed.append(stored)
+        self.waiting.clear()
 
 
 def read_files(paths: Sequence[Path], extract: Extract) -> Iterator[Picture | PhiSightError]:
@@ -380,13 +404,17 @@ def read_files(paths: Sequence[Path], extract: Extract) -> Iterator[Picture | Ph
             yield error
 
 
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
 def _put_in_place(partial: Path, number: int) -> Path:
     """Give a whole shard the first free number from `number` on, and return its path.
 
     A link fails where the name is taken, so that two processes that write at once keep both.
     """
     while True:
-        path = partial.with_name(f"shard-{number:05d}.safetensors")
+        path = partial.with_name(_shard_name(number))
         try:
             os.link(partial, path)
             return path

@@ -26,6 +26,7 @@ from data.dataset import ID_SHOWN, Conversation, Quarantined, read_conversations
 from data.features import Extract, FeatureStore
 from data.packed import PackedSamples
 from data.splits import Outline, split_by_image, take_fraction
+from data.team import ALONE, Team
 from errors import PhiSightError, printable
 from paths import command
 
@@ -55,11 +56,12 @@ def prepare(
     extract: Callable[[], Extract],
     *,
     positions: int,
+    team: Team = ALONE,
 ) -> TrainingData:
     """Everything between the files of `config` and the token ids that are trained on.
 
     A conversation that is longer than a row, or than the base's `positions`, is shortened or set
-    aside.
+    aside. The processes of `team` share the computing of features, and do all else each.
 
     Raises `PhiSightError` where nothing is left to train on, and under `strict` at the first record
     that would be set aside.
@@ -74,7 +76,7 @@ def prepare(
     if any(c.images for c in outlines) and not Path(config.images).is_dir():
         raise PhiSightError(f"{config.images or '--images'}: no such folder; give --images FOLDER")
     names = sorted({name for c in outlines for name in c.images})
-    bad = store.add(names, Path(config.images), extract)
+    bad = store.add(names, Path(config.images), extract, team=team)
     outlines, unusable = _without(
         outlines, "picture", lambda c: next((bad[name] for name in c.images if name in bad), "")
     )

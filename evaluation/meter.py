@@ -7,6 +7,7 @@ with a blank one. A model that ignores the picture scores the same three times.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ from data.chat import RenderedSample
 from data.collate import Batch, collate
 from data.features import BLANK, FeatureStore
 from data.sampler import pack
+from data.team import ALONE, Team, in_order
 from model.vlm import VisionLanguageModel
 
 ROWS = 8
 CONDITIONS = ("right", "swapped", "blank")
+LOSS = "loss"
+Rows = list[list[RenderedSample]]
 
 
 def swapped_names(names: Sequence[str], content_of: Callable[[str], str] = str) -> dict[str, str]:
@@ -46,52 +50,85 @@ def features_under(
     }[condition]
 
 
+def in_batches(samples: Sequence[RenderedSample], row_tokens: int) -> list[Rows]:
+    """All samples in packed rows, `ROWS` at a time."""
+    rows = pack(range(len(samples)), [len(s.input_ids) for s in samples], row_tokens)
+    return [
+        [[samples[i] for i in row] for row in rows[start : start + ROWS]]
+        for start in range(0, len(rows), ROWS)
+    ]
+
+
+def packed_batch(
+    rows: Rows,
+    features_of: Callable[[str], Tensor],
+    padding_id: int,
+    image_id: int,
+    feature_shape: tuple[int, int],
+    device: torch.device,
+) -> tuple[Batch, list[RenderedSample]]:
+    """The batch of some rows, and the samples of its segments in order."""
+    batch = collate(rows, features_of, padding_id, image_id, feature_shape).to(device)
+    return batch, [sample for row in rows for sample in row]
+
+
 def packed_batches(
     samples: Sequence[RenderedSample],
     row_tokens: int,
     features_of: Callable[[str], Tensor],
     padding_id: int,
+    image_id: int,
     feature_shape: tuple[int, int],
     device: torch.device,
 ) -> list[tuple[Batch, list[RenderedSample]]]:
     """All samples in packed batches, each with the samples of its segments in order."""
-    rows = pack(range(len(samples)), [len(s.input_ids) for s in samples], row_tokens)
-    made = []
-    for start in range(0, len(rows), ROWS):
-        chosen = [[samples[i] for i in row] for row in rows[start : start + ROWS]]
-        batch = collate(chosen, features_of, padding_id, feature_shape).to(device)
-        made.append((batch, [sample for row in chosen for sample in row]))
-    return made
+    return [
+        packed_batch(rows, features_of, padding_id, image_id, feature_shape, device)
+        for rows in in_batches(samples, row_tokens)
+    ]
 
 
 @torch.no_grad()
-def validation_loss(model: VisionLanguageModel, batches: Sequence[tuple[Batch, list]]) -> float:
-    """Mean cross-entropy over the supervised tokens, in nats."""
-    total, count = 0.0, 0
-    for batch, _ in batches:
-        loss_sum, tokens = model(batch)
-        total, count = total + loss_sum.item(), count + tokens
-    return total / count
+def loss_of(model: VisionLanguageModel, batch: Batch) -> tuple[float, int]:
+    """Cross-entropy summed over the supervised tokens, in nats, and their number."""
+    loss_sum, tokens = model(batch)
+    return loss_sum.item(), tokens
 
 
 @torch.no_grad()
-def exact_answers(model: VisionLanguageModel, batches: Sequence[tuple[Batch, list]]) -> float:
-    """Percent of conversations whose every supervised token is the likeliest one.
+def right_answers(
+    model: VisionLanguageModel, batch: Batch, samples: Sequence[RenderedSample]
+) -> tuple[int, int]:
+    """How many conversations have the likeliest token in every supervised place, and how many there
+    are.
 
     For a conversation of one answer that is exactly when greedy decoding would give the answer and
     stop, at the price of one forward pass.
     """
-    right = total = 0
-    for batch, samples in batches:
-        logits, targets = model.supervised_logits(batch)
-        correct = (logits.argmax(-1) == targets).tolist()
-        start = 0
-        for sample in samples:
-            length = sum(sample.supervised)
-            right += all(correct[start : start + length])
-            start += length
-        total += len(samples)
+    logits, targets = model.supervised_logits(batch)
+    correct = iter((logits.argmax(-1) == targets).tolist())
+    right = sum(all([next(correct) for s in sample.supervised if s]) for sample in samples)
+    return right, len(samples)
+
+
+def validation_loss(model: VisionLanguageModel, batches: Sequence[tuple[Batch, list]]) -> float:
+    """Mean cross-entropy over the supervised tokens, in nats."""
+    total, count = summed([loss_of(model, batch) for batch, _ in batches])
+    return total / count
+
+
+def exact_answers(model: VisionLanguageModel, batches: Sequence[tuple[Batch, list]]) -> float:
+    """Percent of conversations that are answered exactly, see `right_answers`."""
+    right, total = summed([right_answers(model, batch, samples) for batch, samples in batches])
     return 100 * right / total
+
+
+def summed(pairs: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    """Added up one by one: the same bits wherever the pairs were computed."""
+    first, second = 0.0, 0
+    for one, other in pairs:
+        first, second = first + one, second + other
+    return first, second
 
 
 def evaluate(
@@ -102,26 +139,42 @@ def evaluate(
     row_tokens: int,
     padding_id: int,
     device: torch.device,
-) -> dict[str, object]:
+    team: Team = ALONE,
+) -> dict[str, Any]:
     """{"validation_loss": nats a token, "alignment": {condition: percent exact}}; the model is put
-    back into the mode it was in, and no random number is drawn."""
+    back into the mode it was in, and no random number is drawn.
+
+    The processes of `team` share the batches, which are the same however many they are, and each
+    gets the figures of all: equal to the bit to those of one process on as many threads.
+    """
     was_training = model.training
     model.eval()
-
-    def batches(samples: Sequence[RenderedSample], condition: str) -> list:
-        names = [name for sample in samples for name in sample.images]
-        features_of = features_under(condition, store, swapped_names(names, store.hash_of))
-        return packed_batches(samples, row_tokens, features_of, padding_id, store.shape, device)
-
-    loss = validation_loss(model, batches(validation, "right"))
     with_picture = [sample for sample in first_exchanges if sample.images]
-    alignment = (
-        {
-            condition: round(exact_answers(model, batches(with_picture, condition)), 2)
-            for condition in CONDITIONS
-        }
-        if with_picture
-        else {}
-    )
+    asked = {LOSS: validation} | (dict.fromkeys(CONDITIONS, with_picture) if with_picture else {})
+    work = [(what, rows) for what in asked for rows in in_batches(asked[what], row_tokens)]
+    features_of = {}
+    for what, samples in asked.items():
+        names = [name for sample in samples for name in sample.images]
+        swapped = swapped_names(names, store.hash_of)
+        features_of[what] = features_under("right" if what == LOSS else what, store, swapped)
+
+    def measured(what: str, rows: Rows) -> tuple[float, int]:
+        batch, samples = packed_batch(
+            rows, features_of[what], padding_id, model.placeholder_id, store.shape, device
+        )
+        return loss_of(model, batch) if what == LOSS else right_answers(model, batch, samples)
+
+    mine = [measured(what, rows) for what, rows in team.share_of(work)]
     model.train(was_training)
-    return {"validation_loss": loss, "alignment": alignment}
+    results = in_order(team.exchange(mine))
+    totals = {
+        what: summed([pair for (of, _), pair in zip(work, results, strict=True) if of == what])
+        for what in asked
+    }
+    loss, tokens = totals.pop(LOSS)
+    return {
+        "validation_loss": loss / tokens,
+        "alignment": {
+            condition: round(100 * right / total, 2) for condition, (right, total) in totals.items()
+        },
+    }

@@ -55,6 +55,7 @@ def calibration_batches(assistant: Assistant, probe: Probe, conversations: int) 
             row_tokens,
             probe.store.features_of,
             parts.chat_format.end_of_text_id,
+            parts.chat_format.image_id,
             probe.store.shape,
             parts.device,
         )

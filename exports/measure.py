@@ -116,12 +116,12 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
     else:
         first = [sample for sample in data.first_exchanges if sample.images]
         prompts = [without_answer(sample) for sample in evenly_spaced(first, greedy_answers)]
-    row_tokens = max(config.row_tokens, *(len(sample.input_ids) for sample in samples))
     batches = packed_batches(
         samples,
-        row_tokens,
+        max(config.row_tokens, *(len(sample.input_ids) for sample in samples)),
         store.features_of,
         parts.chat_format.end_of_text_id,
+        parts.chat_format.image_id,
         store.shape,
         parts.device,
     )

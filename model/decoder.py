@@ -22,6 +22,7 @@ from model.cache import KeyValues
 from ops import operations_for
 from ops.head import head_logits
 from ops.plain import causal_attention
+from tensors import sent_to
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,10 @@ class RotaryPositions(nn.Module):
         frequencies = self.frequencies  # (1 or 2, dims / 2)
         if self.crossing:
             is_long = torch.tensor([total > self.crossing for total in totals])
-            is_long = is_long.repeat_interleave(torch.tensor(lengths)).to(position_ids.device)
-            frequencies = frequencies[is_long.long()]  # (tokens, dims / 2)
+            which = is_long.long().repeat_interleave(
+                torch.tensor(lengths), output_size=len(position_ids)
+            )  # (tokens,), on the CPU
+            frequencies = frequencies[sent_to(position_ids.device, which)]  # (tokens, dims / 2)
         angles = position_ids[:, None].float() * frequencies
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 

@@ -165,11 +165,20 @@ class VisionTower:
         self._pooled[2] = max(self._pooled[2], (errors / sizes.clamp_min(1e-30)).max().item())
         return tokens
 
-    def notes(self) -> str:
-        """How far the patches lie from the tokens that stand for them, or nothing."""
-        errors, sizes, worst = self._pooled
+    def tally(self) -> list[float]:
+        """What `notes` is told of: plain numbers, so that processes can exchange them."""
+        return list(self._pooled)
+
+    def notes(self, tallies: Sequence[Sequence[float]] = ()) -> str:
+        """How far the patches lie from the tokens that stand for them, or nothing.
+
+        tallies: of the towers of all processes that shared a job; without, of this one.
+        """
+        counted = [tally for tally in tallies or [self.tally()] if tally]
+        errors, sizes = (sum(tally[i] for tally in counted) for i in (0, 1))
         if not sizes:
             return ""
+        worst = max(tally[2] for tally in counted)
         pooling = self.spec.pooling
         return (
             f"{pooling} x {pooling} patches a token: relative RMS error"

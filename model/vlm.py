@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from data.collate import IGNORED, Batch
+from data.collate import Batch, places_of
 from errors import PhiSightError
 from model.decoder import LanguageModel
 from model.projector import ImageProjector
@@ -26,31 +25,34 @@ class VisionLanguageModel(nn.Module):
         self.projector = projector
         self.placeholder_id = placeholder_id
 
-    def embed(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
-        """(rows, length) ids, (images, tokens, vision dim) features -> (rows, length, dim)."""
+    def embed(
+        self, input_ids: Tensor, image_features: Tensor, slots: Tensor | None = None
+    ) -> Tensor:
+        """(rows, length) ids, (images, tokens, vision dim) features -> (rows, length, dim).
+
+        slots: see `Batch`; without, they are looked for, and a GPU is waited for.
+        """
         embeddings = self.language_model.model.embed_tokens(input_ids)
-        slots = input_ids == self.placeholder_id  # (rows, length)
-        if slots_filled(int(slots.sum()), image_features):
-            projected = self.projector(image_features)  # (images, tokens, dim)
-            embeddings = embeddings.clone()
-            embeddings[slots] = projected.flatten(0, 1).to(embeddings.dtype)
-        return embeddings
+        if slots is None:
+            slots = places_of(input_ids, self.placeholder_id)
+        if not slots_filled(len(slots), image_features):
+            return embeddings
+        projected = self.projector(image_features).flatten(0, 1)  # (picture tokens, dim)
+        spliced = embeddings.flatten(0, 1).index_copy(0, slots, projected.to(embeddings.dtype))
+        return spliced.view_as(embeddings)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states of packed rows, (rows, length, dim)."""
         return self.language_model.model(
-            self.embed(batch.input_ids, batch.image_features),
+            self.embed(batch.input_ids, batch.image_features, batch.slots),
             batch.position_ids,
-            segment_lengths(batch.segment_ids),
+            batch.lengths,
             row_keys=batch.row_keys,
         )
 
     def supervised_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """States (supervised, dim) from which a token is predicted that counts, and the tokens."""
-        hidden = self.hidden_states(batch)
-        targets = batch.labels[:, 1:]  # the state at t predicts the token at t + 1
-        chosen = targets != IGNORED
-        return hidden[:, :-1][chosen], targets[chosen]
+        return self.hidden_states(batch).flatten(0, 1)[batch.predicting], batch.targets
 
     def supervised_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (supervised, vocabulary) float32 where a token is trained on, and the tokens."""
@@ -74,14 +76,6 @@ class VisionLanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
-
-
-def segment_lengths(segment_ids: Tensor) -> list[int]:
-    """Tokens of every conversation, and of every stretch of padding, row after row."""
-    rows = torch.arange(len(segment_ids), device=segment_ids.device)[:, None]
-    # Two rows may end and begin with the same number, as rows of one conversation do.
-    numbers = segment_ids + rows * (segment_ids.max() + 1)
-    return torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
 
 
 def slots_filled(wanted: int, image_features: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ops.plain import adapted_linear, gated, linear, rms_norm, rotate
+from tensors import sent_to
 
 __all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", "rotate", "runs_on"]
 
@@ -25,11 +27,12 @@ def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], window: int | None = None
 ) -> Tensor:
-    """As `ops.plain.packed_attention`, all conversations in one call. Its backward is deterministic
-    where `torch.use_deterministic_algorithms` asks for it."""
+    """As `ops.plain.packed_attention`, all conversations in one call without a mask. Its backward
+    adds in a fixed order where `torch.use_deterministic_algorithms(True)` asks for it: torch reads
+    that switch in its flash attention, which takes no argument for it."""
     from torch.nn.attention.varlen import varlen_attn  # only where there is a GPU
 
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+    ends = ends_of(tuple(lengths), query.device)
     longest = max(lengths)
     mixed = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(), ends, ends, longest, longest,
@@ -38,3 +41,12 @@ def packed_attention(
     )  # fmt: skip
     assert isinstance(mixed, Tensor)  # a tuple only where more is asked for
     return mixed
+
+
+@functools.lru_cache(maxsize=4)
+def ends_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each conversation begins, and the last one ends: (conversations + 1,) int32.
+
+    Every layer of a pass, and of its computing again in the backward, asks for the same.
+    """
+    return sent_to(device, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))

@@ -241,6 +241,37 @@ def test_the_choice_of_operations_and_its_reason(monkeypatch):
         assert ops.choose(gpu, torch.float32, True)[0] is ops.plain
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_attention_of_a_gpu_is_asked_for_what_the_plain_one_computes(
+    window, kv_heads, monkeypatch
+):
+    """Its kernel is written out here as flash attention is defined; no GPU has run this test."""
+    lengths, generator = [5, 1, 9, 3], torch.Generator().manual_seed(0)
+
+    def varlen_attn(query, key, value, begins, key_begins, longest, longest_key, **options):
+        assert begins.dtype == torch.int32 and begins is key_begins
+        assert longest == longest_key == max(lengths) and query.is_contiguous()
+        left, right = options["window_size"]
+        assert options["enable_gqa"] == (kv_heads < 4) and right == 0
+        place = torch.arange(len(query))
+        which = torch.bucketize(place, begins[1:], right=True)
+        back = place[:, None] - place  # how far behind a query a key lies
+        seen = (which[:, None] == which) & (back >= 0) & ((back <= left) | (left < 0))
+        by_head = [part.transpose(0, 1) for part in (query, key, value)]
+        return torch.nn.functional.scaled_dot_product_attention(
+            *by_head, attn_mask=seen, enable_gqa=options["enable_gqa"]
+        ).transpose(0, 1)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    shapes = [(sum(lengths), heads, 8) for heads in (4, kv_heads, kv_heads)]
+    qkv = [torch.randn(shape, generator=generator) for shape in shapes]
+    expected = plain.packed_attention(*qkv, lengths, window)
+    for _ in range(2):  # the second time, where the conversations begin is known
+        found = ops.cuda.packed_attention(*qkv, lengths, window)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (128, 40), (192, 65)])
 def test_a_dense_weight_is_the_one_of_bitsandbytes_in_memory_of_its_thread(inputs, outputs, nested):

@@ -49,6 +49,7 @@ def exact(assistant: Assistant, samples: list[RenderedSample], store: FeatureSto
         3 * longest,
         store.features_of,
         assistant.parts.chat_format.end_of_text_id,
+        assistant.parts.chat_format.image_id,
         store.shape,
         torch.device("cpu"),
     )
@@ -152,6 +153,7 @@ def test_the_validation_loss_is_a_mean_over_tokens_however_they_are_packed():
                 room,
                 store.features_of,
                 assistant.parts.chat_format.end_of_text_id,
+                assistant.parts.chat_format.image_id,
                 store.shape,
                 torch.device("cpu"),
             ),

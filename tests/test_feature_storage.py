@@ -18,15 +18,8 @@ from PIL import Image
 from assistant.assistant import Assistant
 from config import FEATURE_STORAGES
 from data import features, preflight, storage
-from data.features import (
-    BLANK,
-    FeatureStore,
-    StorageError,
-    as_stored,
-    check_sums,
-    decode,
-    encode,
-)
+from data.feature_form import StorageError, as_stored, check_sums, decode, encode
+from data.features import BLANK, FeatureStore
 from data.images import load_image
 from data.storage import StoragePlan, bytes_per_picture, size
 from errors import PhiSightError

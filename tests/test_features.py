@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import files as file_hashes
 from data import features
-from data.features import BLANK, STORED_DTYPE, FeatureStore, blank_picture, file_hash
+from data.feature_form import STORED_DTYPE
+from data.features import BLANK, FeatureStore, blank_picture, file_hash
 from errors import PhiSightError
 
 SHAPE = (2, 3)

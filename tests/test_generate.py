@@ -10,7 +10,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from assistant.sampling import Sampling, choose
 from data.chat import RenderedSample, render
-from data.collate import Batch
+from data.collate import batch_of
 from data.dataset import Message, Part
 from errors import PhiSightError
 from evaluation import meter
@@ -98,7 +98,8 @@ def test_greedy_is_what_the_model_says_without_a_cache(model, prompts, stops):
             input_ids = torch.tensor([ids + said])
             positions = torch.arange(input_ids.shape[1])[None]
             one = torch.ones_like(input_ids)
-            hidden = model.hidden_states(Batch(input_ids, input_ids, positions, one, features))
+            batch = batch_of(input_ids, input_ids, positions, one, features, model.placeholder_id)
+            hidden = model.hidden_states(batch)
             token = model.language_model.lm_head(hidden[:, -1]).argmax(-1).item()
             if token in stops:
                 break
@@ -187,6 +188,7 @@ def test_exact_answers_are_those_that_greedy_decoding_gives(model, prompts, stop
             row_tokens,
             by_name.__getitem__,
             min(stop_ids),
+            model.placeholder_id,
             store.shape,
             torch.device("cpu"),
         )

@@ -13,10 +13,17 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from safetensors import safe_open
 
 import checkpoints
+import train
+from data import features
+from model.vision import VisionTower, read_vision_spec
 from reports.log import read_metrics
+from training.evaluating import evaluated
 from training.ranks import Ranks
+from training.run import prepare_run
+from training.start import starting_point
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = runs.SHORT | {
@@ -32,7 +39,7 @@ FEW_TEXT_ONLY = 6  # conversations without a picture among those with one
 
 def torchrun(
     processes: int,
-    *arguments: str,
+    *arguments: object,
     script: Path | str = "train.py",
 ) -> subprocess.CompletedProcess:
     command = [
@@ -43,7 +50,7 @@ def torchrun(
         "--standalone",
         "--",
         str(script),
-        *arguments,
+        *map(str, arguments),
     ]
     process = subprocess.Popen(
         command,
@@ -95,13 +102,84 @@ def assert_the_same_but_for_rounding(one: Path, other: Path) -> None:
             assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
 
 
+TRAINING_WITH_SMALL_SHARDS = """
+import functools
+import train
+from data import features
+from errors import run_main
+
+features.SHARD_PICTURES = 8
+features.FeatureStore.add = functools.partialmethod(features.FeatureStore.add, batch_size=4)
+run_main(train.main)
+"""
+FILLING = """
+import os, signal, sys
+from pathlib import Path
+from data import features
+from errors import run_main
+from model.vision import VisionTower, read_vision_spec
+from training.ranks import joined
+
+features.SHARD_PICTURES = 4
+batches = 0
+
+def main():
+    clip, folder, images, victim = sys.argv[1:]
+    spec = read_vision_spec(clip)
+    tower = VisionTower(spec)
+
+    def extract(pictures):
+        global batches
+        batches += 1
+        if os.environ.get("RANK", "0") == victim and batches == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tower(pictures)
+
+    with joined("cpu") as ranks:
+        store = features.FeatureStore(folder, spec.key, spec.shape)
+        names = sorted(path.name for path in Path(images).iterdir())
+        store.add(names, Path(images), lambda: extract, batch_size=2, team=ranks)
+
+if __name__ == "__main__":
+    run_main(main)
+"""
+
+
+def features_in(folder: Path) -> dict[str, dict[str, object]]:
+    """Shard -> what is in it; the store has one folder."""
+    found = {}
+    for path in sorted(folder.glob("*-float16/*")):
+        with safe_open(path, framework="pt") as shard:
+            values = {name: shard.get_tensor(name).numpy().tobytes() for name in shard.keys()}
+            found[path.name] = values | shard.metadata()
+    return found
+
+
+def as_evaluated_alone(run: Path) -> dict[str, object]:
+    """What one process measures of the newest weights of a run."""
+    config, options = train.parse(["--resume", f"--run={run}"])
+    config, checkpoint = starting_point(config, options, Ranks())
+    return evaluated(prepare_run(config, checkpoint, options, Ranks()))
+
+
 def test_two_processes_do_what_one_does_and_resume_to_the_bit(alone, fields, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    done = torchrun(2, *runs.flags(whole, **fields))
+    script = tmp_path / "small_shards.py"
+    script.write_text(TRAINING_WITH_SMALL_SHARDS)
+    fields = fields | {"features": tmp_path / "two"}
+    done = torchrun(2, *runs.flags(whole, **fields), script=script)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "in each of 2 processes" in done.stdout
+    assert done.stderr.count("picture features to compute") == 1
+    assert len(features_in(tmp_path / "two")) > 2
     assert_the_same_but_for_rounding(alone, whole)
-    assert not checkpoints.diff(alone, whole).identical  # or the comparison compares nothing
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    assert (last["kind"], last["step"]) == ("evaluation", 6)
+    figures = as_evaluated_alone(whole)
+    assert {name: last[name] for name in figures} == figures  # to the bit
+    assert set(figures) == {"validation_loss", "alignment"} and len(figures["alignment"]) == 3
+    others = {entry["owner"] for entry in checkpoints.diff(alone, whole).differences}
+    assert "lora" in others  # or the comparison compares nothing
 
     assert torchrun(2, *runs.flags(stopped, **fields), "--stop-at-step=3").returncode == 0
     resumed = torchrun(2, "--resume", f"--run={stopped}")
@@ -120,6 +198,26 @@ def test_a_run_may_go_on_with_more_or_fewer_processes(alone, fields, tmp_path):
     assert f"torchrun --nproc-per-node 4 -- train.py --resume --run {run}" in more.stdout
     assert runs.resume(run) == 0
     assert_the_same_but_for_rounding(alone, run)
+
+
+def test_a_kill_while_four_fill_a_store_loses_a_shard_of_each(tmp_path, monkeypatch):
+    script, images = tmp_path / "filling.py", runs.world() / "images"
+    script.write_text(FILLING)
+    done = torchrun(4, runs.VISION, tmp_path / "killed", images, "2", script=script)
+    assert done.returncode != 0
+    left = features_in(tmp_path / "killed")
+
+    monkeypatch.setattr(features, "SHARD_PICTURES", 4)
+    torch.set_num_threads(1)  # as in the processes
+    spec = read_vision_spec(str(runs.VISION))
+    names = sorted(path.name for path in images.iterdir())
+    for folder in ("whole", "killed"):
+        store = features.FeatureStore(tmp_path / folder, spec.key, spec.shape)
+        store.add(names, images, lambda: VisionTower(spec), batch_size=2)
+    expected = features_in(tmp_path / "whole")
+    assert "shard-00002.safetensors" in left and "shard-00006.safetensors" not in left
+    assert left.items() <= expected.items() and len(expected) > 8
+    assert features_in(tmp_path / "killed") == expected
 
 
 @pytest.mark.parametrize(

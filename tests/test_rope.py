@@ -6,7 +6,7 @@ from random_model import NO_PICTURES, PLACEHOLDER, Row, continued, phi, referenc
 from transformers import Phi3ForCausalLM
 
 from assistant.decoding import Decoding
-from data.collate import Batch
+from data.collate import batch_of
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def test_a_packed_row_holds_short_and_long_conversations():
     ids = torch.tensor([sum(parts, [])])
     positions = torch.cat([torch.arange(len(part)) for part in parts])[None]
     segments = torch.cat([torch.full((len(part),), n + 1) for n, part in enumerate(parts)])[None]
-    hidden = ours.hidden_states(Batch(ids, ids, positions, segments, NO_PICTURES))
+    hidden = ours.hidden_states(batch_of(ids, ids, positions, segments, NO_PICTURES, PLACEHOLDER))
     logits = ours.language_model.lm_head(hidden)[0]
     end = 0
     for part in parts:

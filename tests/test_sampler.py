@@ -115,7 +115,7 @@ FEATURES = {"a": torch.full((2, 3), 1.0), "b": torch.full((2, 3), 2.0)}
 
 
 def test_collate_against_tensors_written_by_hand():
-    batch = collate([[THIRD, SECOND], [FIRST]], FEATURES.__getitem__, 99, (2, 3))
+    batch = collate([[THIRD, SECOND], [FIRST]], FEATURES.__getitem__, 99, SLOT, (2, 3))
     no = IGNORED
     assert batch.input_ids.tolist() == [
         [1, 9, 9, 9, 9, 3, 32, 1, 21, 2, 3, 31, 2],
@@ -140,7 +140,7 @@ def test_collate_against_tensors_written_by_hand():
 
 
 def test_collate_without_pictures_keeps_the_feature_shape():
-    batch = collate([[SECOND]], FEATURES.__getitem__, 99, (2, 3))
+    batch = collate([[SECOND]], FEATURES.__getitem__, 99, SLOT, (2, 3))
     assert batch.image_features.shape == (0, 2, 3)
     assert batch.image_features.is_floating_point()
     assert batch.to(torch.device("cpu")).image_features.shape == (0, 2, 3)
@@ -154,7 +154,7 @@ def test_collate_without_pictures_keeps_the_feature_shape():
     )
 )
 def test_a_label_is_the_token_that_stands_there(rows):
-    batch = collate(rows, FEATURES.__getitem__, 99, (2, 3))
+    batch = collate(rows, FEATURES.__getitem__, 99, SLOT, (2, 3))
     trained = batch.labels != IGNORED
     assert torch.equal(batch.labels[trained], batch.input_ids[trained])
     samples = [sample for row in rows for sample in row]

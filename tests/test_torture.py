@@ -177,7 +177,7 @@ def test_calls_count_only_inside_the_function_that_they_are_meant_in(tmp_path):
     assert not killed("resume/load:1", lambda: checkpoints.verify(path))
     assert killed("resume/load:1", lambda: checkpoints.load_newest(tmp_path))
     assert not killed(
-        "evaluation/middle:1", lambda: meter.packed_batches([], 1, None, 0, (1, 1), None)
+        "evaluation/middle:1", lambda: meter.packed_batch([], None, 0, 1, (1, 1), None)
     )
 
 

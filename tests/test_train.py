@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import config as configs
 import train
-from data.collate import IGNORED, Batch, collate
+from data.collate import IGNORED, Batch, batch_of, collate
 from data.features import FeatureStore
 from data.prepare import TrainingData, prepare
 from data.sampler import plan
@@ -339,6 +339,7 @@ def test_a_step_does_not_depend_on_how_its_window_is_cut():
                 [[s] for s in chunk],
                 store().features_of,
                 parts.chat_format.end_of_text_id,
+                parts.chat_format.image_id,
                 store().shape,
             )
             for chunk in chunks(samples, size)
@@ -377,7 +378,8 @@ def toy_batch(*ids: int) -> Batch:
     row = torch.tensor([ids])
     labels = row.clone()
     labels[:, 0] = IGNORED
-    return Batch(row, labels, torch.zeros_like(row), torch.ones_like(row), torch.zeros(0, 1, 1))
+    no_pictures = torch.zeros(0, 1, 1)
+    return batch_of(row, labels, torch.zeros_like(row), torch.ones_like(row), no_pictures, -1)
 
 
 def test_the_sum_is_divided_by_the_tokens_of_the_whole_window():

@@ -17,7 +17,7 @@ from transformers import (
 import ops
 from config import replace
 from data.chat import RenderedSample, render
-from data.collate import IGNORED, collate
+from data.collate import IGNORED, collate, segment_lengths
 from data.dataset import Message, Part
 from errors import PhiSightError
 from lora.dropout import RowDropout
@@ -25,7 +25,7 @@ from lora.layer import LoRALinear
 from lora.merge import merged_weight
 from model.build import assemble, load_model_state, model_state
 from model.vision import VisionTower
-from model.vlm import owner_of, segment_lengths
+from model.vlm import owner_of
 from ops.head import summed_cross_entropy
 from training.loss_scaler import LossScaler
 from training.step import train_step
@@ -51,7 +51,10 @@ def conversation(parts, pictures: list[str]) -> RenderedSample:
 @pytest.fixture
 def batch_of(parts, store):
     def make(rows):
-        return collate(rows, store.features_of, parts.chat_format.end_of_text_id, store.shape)
+        chat_format = parts.chat_format
+        return collate(
+            rows, store.features_of, chat_format.end_of_text_id, chat_format.image_id, store.shape
+        )
 
     return make
 
@@ -384,7 +387,9 @@ def test_logits_are_those_of_llava(unquantised, parts, world, tiny_config, adapt
     pixels = tower.prepare(pictures)
     asked = (Part("text", "Compare"), Part("image", "a"), Part("text", "with"), Part("image", "b"))
     sample = render([Message("user", asked)], parts.chat_format, add_generation_prompt=True)
-    batch = collate([[sample]], features.__getitem__, 0, parts.vision.shape)
+    batch = collate(
+        [[sample]], features.__getitem__, 0, parts.chat_format.image_id, parts.vision.shape
+    )
 
     expected = llava(input_ids=batch.input_ids, pixel_values=pixels).logits
     embeddings = unquantised.embed(batch.input_ids, batch.image_features)
@@ -408,6 +413,8 @@ def test_a_pooled_picture_takes_one_token(tiny_config, world):
         features = {name: VisionTower(pooled.vision)([picture])[0]}
     sample = conversation(pooled, [name])
     assert sample.input_ids.count(pooled.chat_format.image_id) == 1
-    batch = collate([[sample]], features.__getitem__, 0, pooled.vision.shape)
+    batch = collate(
+        [[sample]], features.__getitem__, 0, pooled.chat_format.image_id, pooled.vision.shape
+    )
     loss, count = pooled.model(batch)
     assert loss.isfinite() and count == sum(sample.supervised)

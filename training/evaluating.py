@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,20 +19,9 @@ def evaluation_is_due(run: Run) -> bool:
 
 def run_evaluation(run: Run, bar: tqdm) -> None:
     """Write validation loss and alignment meter into the log; early stopping is decided here. The
-    first process evaluates, all of them learn the result."""
-    clock, data = time.perf_counter(), run.data
-    longest = max(len(s.input_ids) for s in [*data.validation, *data.first_exchanges])
-    measured = run.ranks.from_first(
-        lambda: meter.evaluate(
-            run.parts.model,
-            data.validation,
-            data.first_exchanges,
-            run.store,
-            max(run.rows.row_tokens, longest),
-            run.parts.chat_format.end_of_text_id,
-            run.parts.device,
-        )
-    )
+    processes share the work, and all of them learn the result."""
+    clock = time.perf_counter()
+    measured = evaluated(run)
     record = {
         "kind": "evaluation",
         "step": run.progress.step,
@@ -43,4 +33,20 @@ def run_evaluation(run: Run, bar: tqdm) -> None:
         bar.write(console_line(record))
     run.progress.add_validation_loss(
         measured["validation_loss"], run.config.early_stopping, run.config.keeps_best
+    )
+
+
+def evaluated(run: Run) -> dict[str, Any]:
+    """What `meter.evaluate` measures of the weights as they are, on every process."""
+    data = run.data
+    longest = max(len(s.input_ids) for s in [*data.validation, *data.first_exchanges])
+    return meter.evaluate(
+        run.parts.model,
+        data.validation,
+        data.first_exchanges,
+        run.store,
+        max(run.rows.row_tokens, longest),
+        run.parts.chat_format.end_of_text_id,
+        run.parts.device,
+        run.ranks,
     )

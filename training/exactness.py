@@ -34,8 +34,10 @@ def choose_algorithms(deterministic: bool) -> None:
     # sixth of a step on a CPU.
     deterministic_mode: Any = torch.utils.deterministic  # whose type stub lacks the setting
     deterministic_mode.fill_uninitialized_memory = False
-    # The backward of memory-efficient attention adds in the order in which blocks finish; the plain
-    # one (flash attention takes no mask) is what is left.
+    # `ops.cuda` has flash attention by conversation, whose backward adds in a fixed order in this
+    # mode. Where a GPU or a type has only `ops.plain`, torch could take memory-efficient attention,
+    # whose backward adds in the order in which blocks finish. By torch's source it does not in this
+    # mode, but that was never tried here: without it the formula is left, a matrix a conversation.
     torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
 
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from errors import PhiSightError
 
 # A rank that dies is noticed at once, as its connections close. This is for one that hangs, and
-# must be longer than rank 0 takes to fill the feature store while the others wait.
-PATIENCE = datetime.timedelta(days=2)
+# must be longer than one works while the others wait: rank 0 reads every picture for its hash, and
+# the last shard of the feature store may take `SHARD_SECONDS` and more.
+PATIENCE = datetime.timedelta(hours=6)
 
 Item = TypeVar("Item")
 
@@ -88,19 +89,16 @@ class Ranks:
                 outcome["value"] = work()
             except PhiSightError as error:
                 outcome["error"] = str(error)
-        outcome = json.loads(self._gather_bytes(json.dumps(outcome).encode())[0])
+        outcome = self.exchange(outcome)[0]
         if "error" in outcome:
             raise PhiSightError(outcome["error"])
         return outcome["value"]
 
-    @contextmanager
-    def first_then_others(self) -> Iterator[None]:
-        """The body runs on rank 0, and when that is done, on the others."""
-        if not self.is_first:
-            self.any_of(False)
-        yield
-        if self.is_first:
-            self.any_of(False)
+    def exchange(self, value: Any) -> list[Any]:
+        """The JSON value of every rank, in the order of the ranks, on all of them."""
+        if self.size == 1:
+            return [value]
+        return [json.loads(data) for data in self._gather_bytes(json.dumps(value).encode())]
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
         """As tensors, and not with torch's collectives for objects: those unpickle."""

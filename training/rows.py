@@ -25,13 +25,25 @@ class Rows:
         self.rows_per_step = config.batch_size * config.accumulation
         self.row_tokens = row_tokens_of(config, lengths)
         self.lengths, self.repacked = lengths, repacked
-        self._latest: tuple[int, list[list[int]]] = (-1, [])
+        self._known: dict[int, list[list[int]]] = {}  # epoch -> its rows, of at most two
 
     def of_epoch(self, epoch: int) -> list[list[int]]:
         """Rows of indices of conversations, in the order of training."""
-        if self._latest[0] != epoch:
-            self._latest = (epoch, self._computed(epoch))
-        return self._latest[1]
+        known = self._known  # another thread may ask for the next epoch meanwhile
+        if epoch not in known:
+            before = {number: rows for number, rows in known.items() if number == epoch - 1}
+            known = self._known = before | {epoch: self._computed(epoch)}
+        return known[epoch]
+
+    def of_step(self, epoch: int, row: int) -> range:
+        """Numbers of the rows of the step that begins there; an epoch's last step may have fewer
+        than the others."""
+        return range(row, min(row + self.rows_per_step, len(self.of_epoch(epoch))))
+
+    def of_next_step(self, epoch: int, rows: range) -> tuple[int, range]:
+        """Epoch and rows of the step after the one over `rows` of an epoch."""
+        epoch, row = self.place(epoch, rows.stop)
+        return epoch, self.of_step(epoch, row)
 
     def _computed(self, epoch: int) -> list[list[int]]:
         rows: list[list[int]] = []

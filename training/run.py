@@ -60,8 +60,7 @@ class Run:
     def next_rows(self) -> range:
         """Numbers of the rows of the next step, within this epoch's plan; an epoch's last step may
         have fewer than the others."""
-        start, rows = self.progress.row, self.rows.of_epoch(self.progress.epoch)
-        return range(start, min(start + self.rows.rows_per_step, len(rows)))
+        return self.rows.of_step(self.progress.epoch, self.progress.row)
 
     def learning_rate(self) -> float:
         """Of the next step."""
@@ -77,9 +76,10 @@ class Run:
         """Move on past the step over `rows` that gave `result`; the run may be finished then."""
         progress = self.progress
         progress.add_step(result, seconds)
-        progress.row = rows.stop
-        if progress.row >= len(self.rows.of_epoch(progress.epoch)):
-            progress.epoch, progress.row, progress.repacked = progress.epoch + 1, 0, []
+        epoch = progress.epoch
+        progress.epoch, progress.row = self.rows.place(epoch, rows.stop)
+        if progress.epoch > epoch:
+            progress.repacked = []
         if progress.step == self.total_steps:
             progress.finished = "all steps done"
 
@@ -107,17 +107,17 @@ def prepare_run(
     started_from = (
         checkpoint.config.get("started_from") if checkpoint else load_start_weights(config, parts)
     )
-    with ranks.first_then_others():  # the first fills the feature store, the others find it full
-        store = FeatureStore(
-            config.features, parts.vision.key, parts.vision.shape, config.feature_storage
-        )
-        data = prepare(
-            config,
-            parts.chat_format,
-            store,
-            lambda: VisionTower(parts.vision, parts.device),
-            positions=parts.base.model.config.max_position_embeddings,
-        )
+    store = FeatureStore(
+        config.features, parts.vision.key, parts.vision.shape, config.feature_storage
+    )
+    data = prepare(
+        config,
+        parts.chat_format,
+        store,
+        lambda: VisionTower(parts.vision, parts.device),
+        positions=parts.base.model.config.max_position_embeddings,
+        team=ranks,
+    )
 
     progress = place_of(checkpoint, config, data)
     rows = Rows(config, data.train.lengths, progress.repacked)

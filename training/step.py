@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from data.collate import Batch
@@ -58,14 +59,9 @@ def train_step(
     """
     parameters = optimizer.parameters
     supervised, tokens, places = count_tokens(batches, ranks)
-    loss_sum = 0.0
-    for batch in batches:
-        loss, _ = model(batch)  # summed over the supervised tokens: 0-dim float32
-        # Without one supervised token the sum and its gradient are 0.
-        scaler.scale_loss(loss / max(supervised, 1)).backward()
-        loss_sum += loss.item()
+    summed_loss = add_gradients(model, scaler, batches, supervised)
     ranks.sum_gradients(parameters.values())
-    [loss_sum] = ranks.sum_numbers(loss_sum)
+    [loss_sum] = ranks.sum_numbers(summed_loss.item())
 
     scaler.unscale_gradients(parameters.values())
     gradient_norms = owner_gradient_norms(parameters.items(), owner_of)
@@ -91,6 +87,27 @@ def train_step(
         skipped=not finite,
         update_norms=owner_update_norms(before, parameters) if measure_updates else None,
     )
+
+
+def add_gradients(
+    model: nn.Module, scaler: LossScaler, batches: Sequence[Batch], supervised: int
+) -> Tensor:
+    """The accumulation window: add every micro-batch's gradient of its loss over `supervised`.
+
+    Nothing here asks a tensor for its value, so that a GPU always has work waiting: whoever asks
+    waits for all that was begun before, and meanwhile nothing new is begun.
+
+    Returns:
+        The sum of the losses, 0-dim float64 on their device.
+    """
+    device = next(model.parameters()).device
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        loss, _ = model(batch)  # summed over the supervised tokens: 0-dim float32
+        # Without one supervised token the sum and its gradient are 0.
+        scaler.scale_loss(loss / max(supervised, 1)).backward()
+        loss_sum += loss.detach()
+    return loss_sum
 
 
 def count_tokens(batches: Sequence[Batch], ranks: Ranks) -> tuple[int, int, int]:

@@ -72,7 +72,7 @@ PLACES: dict[str, dict[str, Place]] = {
         "after": Place("shutil:rmtree", "after"),
     },
     "evaluation": {
-        "middle": Place("evaluation.meter:packed_batches", "after", _EVALUATE, calls=2),
+        "middle": Place("evaluation.meter:packed_batch", "after", _EVALUATE, calls=2),
         "after": Place(_EVALUATE, "after"),
     },
     "best": {  # an evaluation found one: it is saved, and the former one removed
