@@ -29,17 +29,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
-
 from benchmarks import starts, turns
-from benchmarks.full_shape import phi_config
+from benchmarks.full_shape import ROOT, phi_config
 from benchmarks.machine import describe_machine
 from benchmarks.measuring import Plan
-from benchmarks.shapes import ROOT
 from benchmarks.turns import LLAMA, LLAMA_OF_FILE, Shape
 from config import Parser
+from documents import read_json
 from errors import PhiSightError, run_main
-from model.base import read_json
 
 NAMES = ("full", "smollm2", "tiny")
 SIDES = ("ours", "transformers", "bitsandbytes_bf16", LLAMA, LLAMA_OF_FILE)
@@ -59,14 +56,19 @@ def find_shapes(options: argparse.Namespace) -> list[Shape]:
     tiny = ROOT / "assets/tiny/phi3"
     shapes = {
         "full": full_shape(options.layers),
-        "tiny": Shape("tiny", "the tiny preset's base", read_json(tiny / "config.json"), tiny),
+        "tiny": Shape(
+            "tiny", "the tiny preset's base", read_json(tiny / "config.json", own=False), tiny
+        ),
     }
     if options.smollm2:
         folder, gguf = options.smollm2 / "smollm2-phi3", options.smollm2 / "smollm2.gguf"
         for path in (folder / "config.json", gguf):
             if not path.is_file():
                 raise PhiSightError(f"--smollm2: {path} is missing; give the folder that holds it")
-        config, about = read_json(folder / "config.json"), "SmolLM2-135M in the Phi-3 layout"
+        config, about = (
+            read_json(folder / "config.json", own=False),
+            "SmolLM2-135M in the Phi-3 layout",
+        )
         shapes["smollm2"] = Shape("smollm2", about, config, folder, gguf)
     elif options.shapes and "smollm2" in options.shapes:
         raise PhiSightError(
@@ -79,7 +81,7 @@ def find_sides(shape: Shape, llama: str | None, wanted: list[str] | None) -> lis
     """The sides of `wanted` (None: all) that can be measured here. Raises `PhiSightError` when
     one of them cannot."""
     reasons: dict[str, str] = {}
-    if not bnb.functional.has_avx512bf16():
+    if "avx512_bf16" not in describe_machine()["instructions"]:
         reasons["bitsandbytes_bf16"] = "this CPU has no AVX512-BF16"
     if llama is None:
         reasons |= dict.fromkeys((LLAMA, LLAMA_OF_FILE), "llama-cpp-python is not installed")

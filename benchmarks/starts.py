@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import ROOT
+from benchmarks.full_shape import ROOT
 from benchmarks.turns import LLAMA, LLAMA_OF_FILE, Shape, in_a_process
 from data.world import write_world
 from errors import PhiSightError

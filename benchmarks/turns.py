@@ -16,8 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import measuring
+from benchmarks.full_shape import ROOT
 from benchmarks.measuring import Plan
-from benchmarks.shapes import ROOT
 from errors import PhiSightError
 
 LLAMA = "llama_cpp_q4_0"
@@ -131,18 +131,23 @@ def in_a_process(
 def find_llama(python: str | None) -> str | None:
     """The interpreter that has llama.cpp's bindings and `gguf`: `python`, or this one if it has
     them; None if not. Raises `PhiSightError` when `python` was given and lacks them."""
-    found = subprocess.run(
-        [python or sys.executable, "-c", "import llama_cpp, gguf"],
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    try:
+        found = subprocess.run(
+            [python or sys.executable, "-c", "import llama_cpp, gguf"],
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+    except OSError as error:
+        raise PhiSightError(
+            f"--llama-python {python}: {error.strerror}; give the file of an interpreter"
+        ) from error
     if found.returncode == 0:
         return python or sys.executable
     if python is None:
         return None
     said = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
-    raise PhiSightError(f"--llama-python {python}: {said}; install llama-cpp-python and gguf there")
+    raise PhiSightError(f"--llama-python {python}: {said}; install llama-cpp-python, gguf there")
 
 
 def gguf_files(
