@@ -1,7 +1,7 @@
 """Tokens a second of answering and of reading prompts, beside what people would use instead.
 
     python -m benchmarks.decode --quick --json                   # within a minute, one object
-    python -m benchmarks.decode --llama-python LLAMA/bin/python --smollm2 DIR
+    python -m benchmarks.decode --llama-python ../llama/bin/python --smollm2 DIR
     python -m benchmarks.decode --shapes full --layers 8 --threads 1 --repeats 1
 
 Sides: ours; transformers' generate over the same 4-bit weights of bitsandbytes in float32; the same
@@ -15,7 +15,8 @@ new process, not a new machine.
 
 llama.cpp is measured where `llama_cpp` and `gguf` can be imported by --llama-python:
 
-    python -m venv LLAMA && LLAMA/bin/pip install llama-cpp-python gguf    # compiles: 20 to 40 min
+    python -m venv ../llama
+    ../llama/bin/pip install llama-cpp-python gguf           # compiles: 20 to 40 minutes
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SIDES = ("ours", "transformers", "bitsandbytes_bf16", LLAMA, LLAMA_OF_FILE)
 LAYERS, QUICK_LAYERS = 32, 4
 # With 8 rows at Phi-3.5's shape, keys and values of 2,048 tokens would take 13 GB.
 CONTEXTS_OF_ROWS = (16, 64, 512)
-QUICK = Plan(contexts=(16, 128), decode_at=(16,), tokens=32, seconds=4.0, limit=8.0)
+QUICK = Plan(contexts=(16, 128), decode_at=(16,), tokens=32, seconds=3.0, limit=20.0)
 
 
 def full_shape(layers: int) -> Shape:

@@ -110,7 +110,7 @@ def memory() -> dict[str, float]:
     )
     return {
         name: round(int(lines[field].split()[0]) * 1024 / 1e6, 1)
-        for name, field in (("resident_mb", "VmRSS"), ("peak_mb", "VmHWM"))
+        for name, field in (("resident_mb", "VmRSS"), ("peak_mb", "VmHWM"), ("own_mb", "RssAnon"))
     }
 
 
