@@ -212,12 +212,16 @@ def table(found: Sequence[Measurement], bandwidth: float) -> str:
     head = (
         f"\n{shape.about}, {shape.config['num_hidden_layers']} layers: {plan.rows} at once, "
         f"{plan.threads} threads, memory read at {bandwidth:.1f} GB/s\n"
-        "tokens/s; after / the share of what reading memory allows\n"
+        "tokens/s; after / the share of what reading memory allows; last, the share of its cores\n"
     )
     decode_at = [context for context in plan.contexts if context in plan.decode_at]
     columns = [f"read {context}" for context in plan.contexts]
     columns += [f"decode at {context}" for context in decode_at]
-    lines = [f"{'':18}" + "".join(f"{column:>16}" for column in columns) + f"{'memory, MB':>12}"]
+    lines = [
+        f"{'':18}"
+        + "".join(f"{column:>16}" for column in columns)
+        + f"{'memory, MB':>12}{'of cores':>10}"
+    ]
     for one in found:
         cells = [cell(one.median("prefill", context)) for context in plan.contexts]
         for context in decode_at:
@@ -225,7 +229,9 @@ def table(found: Sequence[Measurement], bandwidth: float) -> str:
             text = cell(one.median("decode", context))
             cells.append(text if share is None else f"{text} / {share:.2f}")
         memory = statistics.median(turn["resident_mb"] for turn in one.turns)
-        lines.append(f"{one.side:18}" + "".join(f"{c:>16}" for c in cells) + f"{memory:>12.0f}")
+        cores = min(turn["processor_share"] for turn in one.turns)
+        figures = "".join(f"{c:>16}" for c in cells)
+        lines.append(f"{one.side:18}{figures}{memory:>12.0f}{cores:>10.2f}")
     return head + "\n".join(lines)
 
 

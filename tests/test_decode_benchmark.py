@@ -44,6 +44,14 @@ def measured_here(module, asked, threads, python=""):
     return json.loads(json.dumps(facts))
 
 
+def found_turn():
+    """What a turn gave that read 5 tokens a second and decoded 8."""
+    return {
+        "prefill": {"10": 5.0}, "decode": {"10": 8.0}, "decoded": {"10": 4},
+        "step_bytes": {"weights": 1_000_000, "a_token": 500},
+    }  # fmt: skip
+
+
 def test_the_quick_object_has_its_fields(monkeypatch, tmp_path):
     monkeypatch.setattr(turns, "in_a_process", measured_here)
     shape = Shape("full", "Phi-3.5-mini, random weights", SMALL, None)
@@ -63,6 +71,11 @@ def test_the_quick_object_has_its_fields(monkeypatch, tmp_path):
     decoded = [one["decode_tokens_per_second"]["3"] for one in facts["measurements"]]
     assert facts["ratio_to_bitsandbytes"] == pytest.approx(decoded[0] / decoded[1], rel=1e-2)
     assert "times bitsandbytes" in decode.quick_text(facts)
+    turn = {**found_turn(), "resident_mb": 12.4, "processor_share": 0.99}
+    found = Measurement(shape, "ours", Plan(contexts=(10,), decode_at=(10,)), [turn])
+    assert turns.table([found], 0.1).splitlines()[-1].split() == [
+        "ours", "5", "8", "/", "0.08", "12", "0.99"
+    ]  # fmt: skip
 
 
 def test_rates_are_what_the_clocks_say():
@@ -82,8 +95,7 @@ def test_rates_are_what_the_clocks_say():
 
 def test_the_share_of_the_limit_is_bytes_by_bandwidth():
     shape, plan = Shape("full", "", SMALL, None), Plan(rows=2, contexts=(10,), decode_at=(10,))
-    turn = {"prefill": {"10": 1.0}, "decode": {"10": 8.0}, "decoded": {"10": 4},
-            "step_bytes": {"weights": 1_000_000, "a_token": 500}}  # fmt: skip
+    turn = found_turn()
     found = Measurement(shape, "ours", plan, [turn, turn | {"decode": {"10": 6.0}}, turn])
     assert found.median("decode", 10) == 8.0
     assert found.bytes_of_a_step(10) == 1_000_000 + 2 * 12 * 500
