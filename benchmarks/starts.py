@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,15 @@ def cold_starts(
     """
     run = short_run(shape, work)
     ask = ("infer.py", "--run", run, "--prompt", QUESTION, "--max-new-tokens", 1, "--json")
-    starts: dict[str, Callable[[], object]] = {"ours": lambda: command(*ask, threads=threads)}
+    starts: dict[str, Callable[[], object]] = {"ours": partial(command, *ask, threads=threads)}
     if "transformers" in sides:
         asked = {"first": str(shape.folder), "cache": str(work / "bases"), "threads": threads}
-        starts["transformers"] = lambda: in_a_process("benchmarks.torch_sides", asked, threads)
+        starts["transformers"] = partial(in_a_process, "benchmarks.torch_sides", asked, threads)
     for side in (LLAMA, LLAMA_OF_FILE):
         if side in sides:
             wanted = {"first": str(files[side]), "threads": threads}
-            starts[side] = lambda wanted=wanted: in_a_process(
-                "benchmarks.llama_cpp_side", wanted, threads, python or sys.executable
-            )
+            module = "benchmarks.llama_cpp_side"
+            starts[side] = partial(in_a_process, module, wanted, threads, python or sys.executable)
     very_first = seconds_of(starts["ours"])
     seen: dict[str, list[float]] = {side: [] for side in starts}
     for _ in range(repeats):
