@@ -76,7 +76,11 @@ NOT_RUN = {
     "python -m benchmarks.vs_peft_trainer": MINUTES,
     "python -m benchmarks.vs_peft_trainer --parity": "tests/test_trainer_parity.py runs it",
     "python -m benchmarks.vs_peft_trainer --shapes tiny --repeats 3": MINUTES,
-    "python -m benchmarks.decode": MINUTES,
+    "python -m benchmarks.decode --quick --json": "takes a minute: tests/test_decode_benchmark.py"
+    " makes its object at a small size",
+    "python -m benchmarks.decode --llama-python ../llama/bin/python --smollm2 ../real": MINUTES,
+    "python -m venv ../llama": "compiles llama.cpp in the next line",
+    "../llama/bin/pip install llama-cpp-python gguf": "compiles llama.cpp, which takes minutes",
     "python -m benchmarks.assistant": MINUTES,
     "python -m benchmarks.serve_load": MINUTES,
     "python -m benchmarks.mixed_load": MINUTES,
