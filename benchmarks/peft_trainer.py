@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from data.collate import IGNORED
 from errors import PhiSightError
-from lora.layer import LoRALinear
+from lora.layer import LoRALinear, secure_four_bit
 from model.base import BaseModel
+from ops.nf4 import PanelLinear, bitsandbytes_form
 from training.run import Run
 
 
@@ -88,12 +90,32 @@ def hub_base(base: BaseModel) -> Any:
     with torch.device("meta"):
         theirs: Any = Phi3ForCausalLM(config)
     for name, module in base.model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, PanelLinear):
+            theirs.set_submodule(name, bitsandbytes_layer(module))
+        elif isinstance(module, bnb.nn.Linear4bit):
             theirs.set_submodule(name, module)
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
-            theirs.get_submodule(name).weight = module.weight
+            # Embeddings and head are kept in 16 bits, which theirs would not multiply by float32.
+            weight = module.weight.detach().to(base.compute_dtype)
+            theirs.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=config)
     return theirs.requires_grad_(False)
+
+
+def bitsandbytes_layer(layer: PanelLinear) -> bnb.nn.Linear4bit:
+    """The same codes and scales as bitsandbytes' own layer."""
+    codes, state = bitsandbytes_form(layer)
+    own = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=False, compute_dtype=state.dtype,
+        quant_type="nf4", compress_statistics=False, device="meta",
+    )  # fmt: skip
+    own.quant_state = state
+    own.weight = bnb.nn.Params4bit(
+        codes, requires_grad=False, quant_state=state, blocksize=state.blocksize,
+        compress_statistics=False, quant_type="nf4", module=own, bnb_quantized=True,
+    )  # fmt: skip
+    secure_four_bit(own)
+    return own
 
 
 class Samples(torch.utils.data.Dataset):

@@ -12,9 +12,10 @@ from torch import nn
 from benchmarks.full_shape import ROOT, random_weight
 from data.chat import load_tokenizer
 from model.base import BaseModel, finish, swap_linear_layers
+from model.base_cache import dtype_to_keep
 from model.decoder import LanguageModel
 from model.phi3 import decoder_config
-from ops.nf4 import packed_weight
+from ops.nf4 import PanelLinear, packed_weight, quant_state, uses_panels
 
 CODES = 1 << 22  # bytes that are drawn, and then used over and over, as in `random_weight`
 
@@ -23,8 +24,9 @@ def random_base(raw: Mapping[str, object], compute_dtype: torch.dtype) -> BaseMo
     """What `model.base.load_base` gives for a folder with the config.json `raw`, on the CPU.
 
     Linear layers have random NF4 codes with scales as weights of a deviation of 0.02 have them;
-    embeddings and head are random bfloat16 turned into `compute_dtype`, as a file's are.
+    embeddings and head are random bfloat16, as a file's are.
     """
+    device = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = LanguageModel(decoder_config(raw))
@@ -35,10 +37,13 @@ def random_base(raw: Mapping[str, object], compute_dtype: torch.dtype) -> BaseMo
         module = model.get_submodule(module_name)
         if isinstance(module, bnb.nn.Linear4bit):
             module.weight = random_four_bit(module, drawn, compute_dtype, generator)
+            if uses_panels(device, compute_dtype):
+                model.set_submodule(module_name, PanelLinear.of(module))
         else:
-            weight = random_weight(tuple(empty.shape), generator).to(compute_dtype)
+            weight = random_weight(tuple(empty.shape), generator)
+            weight = weight.to(dtype_to_keep(name, weight.dtype, compute_dtype, device))
             setattr(module, parameter_name, nn.Parameter(weight, requires_grad=False))
-    finish(model, torch.device("cpu"))
+    finish(model, device, compute_dtype)
     tokenizer = load_tokenizer(ROOT / "assets/tiny/phi3")
     return BaseModel(model, tokenizer, "random", "random weights", compute_dtype, dict(raw))
 
@@ -53,15 +58,9 @@ def random_four_bit(
     shape = torch.Size((module.out_features, module.in_features))
     block, count = packed_weight(module).blocksize, shape.numel()
     packed = drawn.repeat(-(-count // 2 // len(drawn)))[: count // 2, None]
-    state = bnb.functional.QuantState(
-        # The largest of 64 numbers of deviation 0.02 is about 0.05.
-        absmax=0.05 * (0.5 + torch.rand(count // block, generator=generator)),
-        shape=shape,
-        dtype=compute_dtype,
-        blocksize=block,
-        code=bnb.functional.get_4bit_type("nf4", device="cpu"),
-        quant_type="nf4",
-    )
+    # The largest of 64 numbers of deviation 0.02 is about 0.05.
+    scales = 0.05 * (0.5 + torch.rand(count // block, generator=generator))
+    state = quant_state(scales, shape, compute_dtype, block)
     module.quant_state = state
     return bnb.nn.Params4bit(
         packed.contiguous(),

@@ -10,6 +10,7 @@ with AVX512-BF16; it rounds the scales of blocks to bfloat16.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -26,7 +27,8 @@ from model.base import BaseModel, load_base
 from model.projector import ImageProjector
 from model.vlm import VisionLanguageModel
 from ops import choose
-from ops.nf4 import packed_weight
+from ops.kernels.target import SWITCH
+from ops.nf4 import PanelLinear, packed_weight
 
 SIDES = ("ours", "transformers", "bitsandbytes_bf16")
 NO_PICTURE = -1  # a placeholder that no token is
@@ -97,29 +99,35 @@ def bitsandbytes_bf16(base: BaseModel) -> measuring.Answer:
 def step_bytes(base: BaseModel) -> dict[str, int]:
     """Bytes that decoding one token reads at least: of the weights as they are stored, and of keys
     and values for each token of the context."""
-    config, weights = base.model.config, 0
+    weights = 0
     for module in base.model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, PanelLinear):
+            weights += module.panels.nbytes
+        elif isinstance(module, bnb.nn.Linear4bit):
             count = module.in_features * module.out_features
             weights += count // 2 + 4 * count // packed_weight(module).blocksize
         elif not isinstance(module, nn.Embedding):  # of which a step reads one row
             weights += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
-    size = base.model.model.embed_tokens.weight.dtype.itemsize
-    heads = config.num_key_value_heads * config.head_dim
-    return {"weights": weights, "a_token": config.num_hidden_layers * 2 * heads * size}
+    block = 64  # tokens, of which memory is taken in multiples
+    return {
+        "weights": weights,
+        "a_token": base.model.model.empty_cache().bytes_of(block) // block,
+    }
 
 
 @torch.no_grad()
 def run(side: str, base: str | dict, plan: measuring.Plan) -> dict[str, Any]:
     """All that is measured of one side."""
     torch.set_num_threads(plan.threads)
+    if side != "ours":
+        os.environ[SWITCH] = "off"  # their weights are in bitsandbytes' own order
     dtype = torch.bfloat16 if side == "bitsandbytes_bf16" else torch.float32
     started = time.perf_counter()
     loaded = load(base, dtype)
     seconds = time.perf_counter() - started
     facts = {"load_seconds": round(seconds, 2), "step_bytes": step_bytes(loaded)}
     if side == "ours":
-        facts["operations"] = choose(torch.device("cpu"), dtype, False)[1]
+        facts["operations"] = choose(torch.device("cpu"), dtype, False, answering=True)[1]
     answers = {
         "ours": ours,
         "transformers": transformers,
@@ -133,6 +141,7 @@ def run(side: str, base: str | dict, plan: measuring.Plan) -> dict[str, Any]:
 def first_token(folder: str, cache: str, threads: int) -> None:
     """What a new process does to its first token, by transformers."""
     torch.set_num_threads(threads)
+    os.environ[SWITCH] = "off"
     answer = transformers(load(folder, torch.float32, cache))
     answer(measuring.Plan().prompts(16), 0, 0)
 
