@@ -161,7 +161,8 @@ class Attention(nn.Module):
         for cache, new in zip(caches, qkv.split(list(lengths)), strict=True):
             query, key_value = new[:, : self.heads], new[:, self.heads :]
             key_value = key_value.unflatten(1, (2, self.kv_heads))  # (new, 2, kv heads, dim)
-            keys, values = cache.write(self.number, key_value)
+            # Those of before are read as they were kept, and so are the new ones.
+            keys, values = (part.to(qkv.dtype) for part in cache.write(self.number, key_value))
             mixed.append(causal_attention(query.transpose(0, 1), keys, values, self.window))
         return torch.cat(mixed, 1).transpose(0, 1)
 
@@ -206,6 +207,8 @@ class Decoder(nn.Module):
         self.rotary = RotaryPositions(config.rope)
         self.recompute_activations = False
         """in the backward of a training, layer by layer (arXiv:1604.06174)"""
+        self.cache_dtype: torch.dtype | None = None
+        """of keys and values that are kept, where it is another one than that of the weights"""
 
     def forward(
         self,
@@ -244,7 +247,7 @@ class Decoder(nn.Module):
         config, weight = self.config, self.embed_tokens.weight
         return KeyValues.empty(
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
-            weight.dtype, weight.device, most,
+            self.cache_dtype or weight.dtype, weight.device, most,
         )  # fmt: skip
 
 
@@ -256,6 +259,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compiled: object | None = None
+        """what decodes it on a CPU, once it was made; see `model.compiled`"""
         self.tie()
 
     def tie(self) -> None:
