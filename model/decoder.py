@@ -20,7 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from lora.layer import LoRALinear
 from model.cache import KeyValues
 from ops import operations_for
+from ops.nf4 import memory_for
 from ops.plain import causal_attention
+
+WIDENED = 2**24  # keys and values that are widened at a time, for 64 MB
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,27 @@ class Attention(nn.Module):
         for cache, new in zip(caches, qkv.split(list(lengths)), strict=True):
             query, key_value = new[:, : self.heads], new[:, self.heads :]
             key_value = key_value.unflatten(1, (2, self.kv_heads))  # (new, 2, kv heads, dim)
-            # Those of before are read as they were kept, and so are the new ones.
-            keys, values = (part.to(qkv.dtype) for part in cache.write(self.number, key_value))
-            mixed.append(causal_attention(query.transpose(0, 1), keys, values, self.window))
+            keys, values = cache.write(self.number, key_value)
+            mixed.append(attention_over_kept(query.transpose(0, 1), keys, values, self.window))
         return torch.cat(mixed, 1).transpose(0, 1)
+
+
+def attention_over_kept(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    """`causal_attention` over keys and values that may be kept in float16, by queries in float32:
+    those of some heads at a time are widened, into memory that is used again."""
+    if keys.dtype == query.dtype:
+        return causal_attention(query, keys, values, window)
+    heads, tokens, dim = keys.shape
+    group, at_once = len(query) // heads, max(1, WIDENED // (2 * tokens * dim))
+    mixed = []
+    for first in range(0, heads, at_once):
+        here = slice(first, first + at_once)
+        count = keys[here].numel()
+        wide = memory_for(2 * count)[: 2 * count].view(2, -1, tokens, dim)
+        wide[0], wide[1] = keys[here], values[here]
+        own = query[first * group : (first + at_once) * group]
+        mixed.append(causal_attention(own, wide[0], wide[1], window))
+    return torch.cat(mixed)
 
 
 class MLP(nn.Module):

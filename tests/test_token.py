@@ -14,6 +14,7 @@ from random_model import hub_model, logits_of, ours_of
 import model.compiled as compiled_module
 import ops.kernels.linear
 from assistant.decoding import Decoding
+from model import decoder
 from model.cache import KeyValues
 from model.compiled import CompiledDecoder, compiled_for
 from model.decoder import LanguageModel
@@ -79,11 +80,11 @@ def advance(
     model: LanguageModel, caches: Sequence[KeyValues], rows: Sequence[torch.Tensor], steps: int
 ) -> torch.Tensor:
     """(steps, rows, vocabulary): each row goes on with its own next tokens."""
-    decoder, found = compiled(model), []
+    one, found = compiled(model), []
     for _ in range(steps):
         tokens = torch.stack([row[cache.length] for row, cache in zip(rows, caches, strict=True)])
         totals = [cache.length + 1 for cache in caches]
-        found.append(decoder.step(model.model.embed_tokens(tokens), caches, totals))
+        found.append(one.step(model.model.embed_tokens(tokens), caches, totals))
     return torch.stack(found)
 
 
@@ -97,12 +98,12 @@ def test_logits_are_those_of_the_formulas(name):
     """Rows of different lengths together, within and beyond the chunks that contexts are cut in."""
     options, more = MODELS[name]
     model = four_bit_model(small_config(**options), **more)
-    reference, decoder = plain_model(model), compiled(model)
+    reference, before = plain_model(model), compiled(model)
     lengths = [1, 7, 50, 254, 300, 531]
     rows = [conversation(length + STEPS, seed) for seed, length in enumerate(lengths)]
     caches = [read(model, row[:-STEPS]) for row in rows]
     found = advance(model, caches, rows, STEPS)
-    assert decoder is compiled(model) and caches[0].memory.tensor.dtype == torch.float16
+    assert before is compiled(model) and caches[0].memory.tensor.dtype == torch.float16
     for index, row in enumerate(rows):
         assert caches[index].length == len(row)
         assert_near(found[:, index], logits_of(reference, row)[-STEPS:])
@@ -143,6 +144,24 @@ def test_rows_that_begin_alike_share_memory_until_one_of_them_goes_on():
     found = advance(model, shared, [first, second], STEPS)
     assert torch.equal(found, advance(model, alone, [first, second], STEPS))
     assert shared[0].memory is kept.memory and shared[1].memory is not kept.memory
+
+
+def test_what_is_kept_in_float16_is_read_alike_however_it_is_cut(monkeypatch):
+    """By whole heads, some at a time."""
+    model = four_bit_model(small_config(num_key_value_heads=2))
+    compiled(model)
+    row = conversation(90)
+
+    def last(model: LanguageModel) -> torch.Tensor:
+        cache = read(model, row[:60])
+        positions = torch.arange(60, 90)[None]
+        with torch.no_grad():
+            return model.model(model.model.embed_tokens(row[None, 60:]), positions, [30], [cache])
+
+    whole = last(model)
+    monkeypatch.setattr(decoder, "WIDENED", 1)
+    assert torch.equal(last(model), whole)
+    assert_near(model.lm_head(whole)[0], logits_of(plain_model(model), row)[60:])
 
 
 @pytest.mark.parametrize("length", [0, 6])
