@@ -30,8 +30,7 @@ class CompiledDecoder:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        from ops.kernels.crew import crew_of  # numba takes a second to import
-        from ops.kernels.linear import threads_for
+        from ops.kernels.linear import threads_for  # numba takes a second to import
         from ops.kernels.token import LayerWeights, Sizes, TokenDecoder
 
         config, decoder = model.config, model.model
@@ -52,7 +51,7 @@ class CompiledDecoder:
         TokenDecoder.compile()
         self._tokens = TokenDecoder(
             sizes, layers, decoder.norm.weight.detach(), model.lm_head.weight.detach(),
-            crew_of(threads_for(self._work)),
+            threads_for(self._work),
         )  # fmt: skip
 
     @property
@@ -61,7 +60,7 @@ class CompiledDecoder:
         from ops.kernels.linear import threads_for
 
         threads = threads_for(self._work)
-        return self._tokens.crew.threads == threads and self._seen == versions(self.adapters)
+        return self._tokens.threads == threads and self._seen == versions(self.adapters)
 
     @torch.no_grad()
     def step(

@@ -13,7 +13,9 @@ from random_model import hub_model, logits_of, ours_of
 
 import model.compiled as compiled_module
 import ops.kernels.linear
+from assistant.answer import Answer
 from assistant.decoding import Decoding
+from assistant.engine import Engine
 from model import decoder
 from model.cache import KeyValues
 from model.compiled import CompiledDecoder, compiled_for
@@ -215,6 +217,37 @@ class Row:
 
     def __init__(self, ids: list[int]) -> None:
         self.ids, self.image_features = ids, torch.zeros(0, 4, 8)
+
+
+def test_an_engine_says_what_the_formulas_say_where_rows_cross_and_conversations_go_on():
+    """LongRoPE's crossing at 40 tokens; second turns over the keys and values of the first."""
+    language = four_bit_model(small_config(**MODELS["longrope"][0]))
+    reference = plain_model(language)
+    model = VisionLanguageModel(language, ImageProjector(8, 64), VOCABULARY - 1)
+    engine = Engine(model, frozenset(), 4, max_rows=3, prefix_bytes=2**20)
+    pictures, words = torch.zeros(0, 4, 8), conversation(200) % (VOCABULARY - 1)
+    prompts = [words[n : 2 * n].tolist() for n in (9, 33, 39, 41)]
+    try:
+        for _ in range(2):
+            answers = [Answer(list(prompt), 12, pictures) for prompt in prompts]
+            for answer in answers:
+                engine.submit(answer)
+            for answer, prompt in zip(answers, prompts):
+                answer.wait()
+                logits = logits_at_each(reference, prompt, answer.tokens)
+                chosen = logits[torch.arange(12), answer.tokens]
+                assert (logits.amax(1) - chosen < TOLERANCE * logits.abs().amax()).all()
+            prompts = [[*answer.ids, *words[:3].tolist()] for answer in answers]
+        assert engine.statistics()["prefix_cache_hits"] > 60
+    finally:
+        engine.close()
+
+
+def logits_at_each(model: LanguageModel, prompt: list[int], said: list[int]) -> torch.Tensor:
+    """(said, vocabulary but the placeholder): of each token, by all those before it alone."""
+    ids = torch.tensor([*prompt, *said])
+    ends = range(len(prompt), len(ids))
+    return torch.stack([logits_of(model, ids[:end])[-1, :-1] for end in ends])
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ from ops.kernels.attention import (
     ROW_OVERFLOW,
     ROW_PARTIALS,
 )
-from ops.kernels.crew import COUNTERS, Crew
+from ops.kernels.crew import COUNTERS, crew_of
 from ops.kernels.dense import KINDS
 from ops.kernels.lanes import WIDTH
 from ops.kernels.layout import PANEL, PanelWeight
 
 MOST_ROWS = 16  # in one call; more are several calls
+KEPT = {dtype: KINDS[dtype] for dtype in (torch.float32, torch.float16)}  # keys and values
 PARTS_A_THREAD = 8  # pieces of a product that a thread takes, about: so that all end together
 
 
@@ -89,12 +90,12 @@ class TokenDecoder:
         layers: Sequence[LayerWeights],
         norm: Tensor,
         head: Tensor,
-        crew: Crew,
+        threads: int,
     ) -> None:
         """norm: (hidden,) float32, of the last states; head: (vocabulary, hidden) float32, bfloat16
         or float16. All of it stays where it is."""
-        self.sizes, self.crew, self.layers, self.head = sizes, crew, layers, head
-        assert len(layers) * code.COUNTERS_OF_LAYER < COUNTERS
+        self.sizes, self.threads, self.layers, self.head = sizes, threads, layers, head
+        assert len(layers) * code.COUNTERS_OF_LAYER < COUNTERS and head.is_contiguous()
         self._lock = threading.Lock()
         self._norms = [part for one in layers for part in (one.input_norm, one.output_norm)]
         self._norms.append(norm)
@@ -131,7 +132,7 @@ class TokenDecoder:
 
     def _part(self, panels: int, multiple: int) -> int:
         """Panels that a thread takes at a time, a multiple of `multiple`."""
-        parts = self.crew.threads * PARTS_A_THREAD
+        parts = self.threads * PARTS_A_THREAD
         return max(1, panels // parts // multiple) * multiple
 
     def _allocate(self, hidden: int, head: Tensor) -> None:
@@ -140,7 +141,7 @@ class TokenDecoder:
         inputs = int(self._products[..., code.INPUTS].max())
         outputs = int(self._products[..., code.PANELS].max()) * PANEL
         rank = int(self._products[..., code.RANK].max())
-        scratch = self.crew.threads * (sizes.head_dim + CHUNK)
+        scratch = self.threads * (sizes.head_dim + CHUNK)
         self.states = torch.empty(MOST_ROWS, hidden)
         wanted = {
             code.NORMED: MOST_ROWS * inputs, code.WIDE: MOST_ROWS * outputs,
@@ -204,7 +205,7 @@ class TokenDecoder:
         plan[code.ROWS], plan[code.ITEMS] = len(pasts), self._describe_rows(rows, pasts)
         plan[code.COSINES], plan[code.SINES] = cosines.data_ptr(), sines.data_ptr()
         plan[code.LOGITS] = logits.data_ptr()
-        self.crew.run(
+        crew_of(self.threads).run(  # this process's own: none of another comes with a fork
             code.next_logits, plan, self._products, self._norm_addresses, rows,
             numpy.float32(self.sizes.epsilon),
         )  # fmt: skip
@@ -221,7 +222,7 @@ class TokenDecoder:
             chunks = last // CHUNK - first // CHUNK + 1
             row[:] = (  # in the order of the names in `ops.kernels.attention`
                 memory.data_ptr(), 2 * heads * head_bytes, heads * head_bytes, head_bytes,
-                KINDS[memory.dtype], last, first, chunks, items, chunks_of_all, 0,
+                KEPT[memory.dtype], last, first, chunks, items, chunks_of_all, 0,
             )  # fmt: skip
             items += sizes.kv_heads * chunks
             chunks_of_all += chunks
