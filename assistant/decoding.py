@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.cache import KeyValues
+from model.compiled import compiled_for
 from model.vlm import VisionLanguageModel, slots_filled
 
 PIECE = 256  # tokens of a prompt that are read in one pass
@@ -61,6 +62,8 @@ class Decoding(Generic[AnyRow]):
         self.decoder = model.language_model.model
         self.crossing = model.language_model.config.rope.crossing
         self.device = next(model.parameters()).device
+        self.compiled, self.reason = compiled_for(model.language_model)
+        """what computes a token of every row, or None for the decoder itself; and why"""
         self.reading: list[Reading[AnyRow]] = []
         self.rows: list[AnyRow] = []
         self.caches: list[KeyValues] = []
@@ -90,6 +93,8 @@ class Decoding(Generic[AnyRow]):
     @torch.no_grad()
     def read(self, readings: Sequence[Reading[AnyRow]]) -> None:
         """Feed the next piece of some of `reading` in one pass; who is at its end joins `rows`."""
+        if self.compiled and not self.compiled.is_current:  # an adapter was changed since
+            self.compiled, self.reason = compiled_for(self.model.language_model)
         pieces = [reading.piece for reading in readings]
         ids: list[int] = []
         features: list[Tensor] = []
@@ -140,6 +145,11 @@ class Decoding(Generic[AnyRow]):
         if self.rows:
             newest = torch.tensor([[row.ids[-1] for row in self.rows]], device=self.device)
             embeddings = self.decoder.embed_tokens(newest)  # (1, rows, dim)
+            if self.compiled:
+                totals = [len(row.ids) for row in self.rows]
+                logits = self.compiled.step(embeddings[0], self.caches, totals)
+                self.logits = self._sayable(logits)
+                return
             every = range(len(self.rows))
             self.logits = self._feed(embeddings, [1] * len(every), self.caches, self.rows, every)
 
@@ -175,7 +185,9 @@ class Decoding(Generic[AnyRow]):
         hidden = self.decoder(embeddings, positions[None], lengths, caches, totals=totals)[0]
         ends = list(accumulate(lengths))
         last = torch.tensor([ends[i] - 1 for i in wanted], dtype=torch.long, device=self.device)
-        logits = self.model.language_model.lm_head(hidden[last]).float()
-        # A slot for a picture that does not exist is nothing to say, however hot the sampling.
+        return self._sayable(self.model.language_model.lm_head(hidden[last]).float())
+
+    def _sayable(self, logits: Tensor) -> Tensor:
+        """A slot for a picture that does not exist is nothing to say, however hot the sampling."""
         logits[:, self.model.placeholder_id] = float("-inf")
         return logits

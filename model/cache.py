@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from torch import Tensor
 
 BLOCK = 64  # tokens: memory is taken in multiples of it
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+LARGEST_HALF = 65504.0  # of float16
 UNKNOWN_MEMORY = 8 * 2**30  # bytes that a machine is taken to have which does not say
+
+log = logging.getLogger("phisight.cache")
 
 
 class Memory:
@@ -79,10 +83,22 @@ class KeyValues:
         self.make_room(self.length + count)
         self.memory.used = self.length + count
 
+    def widen(self) -> None:
+        """Go on in float32, in memory of its own: a key or value is beyond float16."""
+        log.warning(
+            "keys or values beyond %g: one conversation keeps its own in float32, in twice the"
+            " memory that was reckoned with",
+            LARGEST_HALF,
+        )
+        self.memory = Memory(self.memory.tensor.float(), self.memory.used)
+
     def write(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
         """Put (new tokens, 2, heads, head dim) keys and values behind those of `layer`, in
-        positions that were reserved; returns all keys and all values, (heads, tokens, head dim)."""
+        positions that were reserved; returns all keys and all values, (heads, tokens, head dim), in
+        the dtype that they are kept in, which may be narrower."""
         total = self.length + len(new)
+        if self.memory.tensor.dtype == torch.float16 and new.abs().amax() > LARGEST_HALF:
+            self.widen()
         memory = self.memory.tensor[layer]  # (2, heads, capacity, head dim)
         memory[:, :, self.length : total] = new.permute(1, 2, 0, 3)
         keys, values = memory[:, :, :total]

@@ -21,8 +21,11 @@ from lora.layer import LoRALinear
 from model.cache import KeyValues
 from ops import operations_for
 from ops.head import head_logits
+from ops.nf4 import memory_for
 from ops.plain import causal_attention
 from tensors import sent_to
+
+WIDENED = 2**24  # keys and values that are widened at a time, for 64 MB
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,26 @@ class Attention(nn.Module):
             query, key_value = new[:, : self.heads], new[:, self.heads :]
             key_value = key_value.unflatten(1, (2, self.kv_heads))  # (new, 2, kv heads, dim)
             keys, values = cache.write(self.number, key_value)
-            mixed.append(causal_attention(query.transpose(0, 1), keys, values, self.window))
+            mixed.append(attention_over_kept(query.transpose(0, 1), keys, values, self.window))
         return torch.cat(mixed, 1).transpose(0, 1)
+
+
+def attention_over_kept(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    """`causal_attention` over keys and values that may be kept in float16, by queries in float32:
+    those of some heads at a time are widened, into memory that is used again."""
+    if keys.dtype == query.dtype:
+        return causal_attention(query, keys, values, window)
+    heads, tokens, dim = keys.shape
+    group, at_once = len(query) // heads, max(1, WIDENED // (2 * tokens * dim))
+    mixed = []
+    for first in range(0, heads, at_once):
+        here = slice(first, first + at_once)
+        count = keys[here].numel()
+        wide = memory_for(2 * count)[: 2 * count].view(2, -1, tokens, dim)
+        wide[0], wide[1] = keys[here], values[here]
+        own = query[first * group : (first + at_once) * group]
+        mixed.append(causal_attention(own, wide[0], wide[1], window))
+    return torch.cat(mixed)
 
 
 class MLP(nn.Module):
@@ -229,6 +250,8 @@ class Decoder(nn.Module):
         self.rotary = RotaryPositions(config.rope)
         self.recompute_activations = False
         """in the backward of a training, layer by layer (arXiv:1604.06174)"""
+        self.cache_dtype: torch.dtype | None = None
+        """of keys and values that are kept, where it is another one than that of the weights"""
 
     def forward(
         self,
@@ -267,7 +290,7 @@ class Decoder(nn.Module):
         config, weight = self.config, self.norm.weight
         return KeyValues.empty(
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
-            weight.dtype, weight.device, most,
+            self.cache_dtype or weight.dtype, weight.device, most,
         )  # fmt: skip
 
 
@@ -279,6 +302,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.compiled: object | None = None
+        """what decodes it on a CPU, once it was made; see `model.compiled`"""
         self.tie()
 
     def tie(self) -> None:

@@ -127,8 +127,8 @@ def test_batched_rows_are_the_rows_alone(model, prompts, stops):
 def test_positions_count_from_each_prompts_own_start(model, prompts, never):
     """RoPE would not show a shift, but LongRoPE's choice of factors sees the largest position."""
     seen: list[list[int]] = []
-    hook = model.language_model.model.register_forward_pre_hook(
-        lambda module, args: seen.append(args[1][0].tolist())
+    hook = model.language_model.model.rotary.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].tolist())
     )
     rows = sorted((ids for ids, _ in prompts), key=len)  # the order in which they are read
     with hook:

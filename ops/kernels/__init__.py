@@ -7,6 +7,8 @@
     products.py   rows of activations by NF4 weights
     dense.py      dequantising; a few rows by dense weights
     linear.py     the same for tensors: `nf4_linear`, `nf4_dequantize`, `nf4_linear_backward`
+    token.py      a token through all layers of a model in one call, with layers.py, attention.py
+                  and lanes.py
     crew.py       threads that share one compiled call
     compiling.py  where compiled code is kept
     simd.py       vector instructions for numba
@@ -33,5 +35,5 @@ def loaded() -> ModuleType:
     that compiling takes some seconds."""
     from ops.kernels import compiling, linear
 
-    compiling.prepare(linear.use_each_once)
+    compiling.prepare("4-bit products", linear.use_each_once)
     return linear

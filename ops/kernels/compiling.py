@@ -23,7 +23,7 @@ import numba
 from ops.kernels.target import choose
 
 ROOM = Path(__file__).parent
-COMPLETE = "complete"  # a file in the folder: all was compiled once
+COMPLETE = "complete-"  # begins the name of an empty file: what follows was compiled once
 
 
 @functools.cache
@@ -44,23 +44,24 @@ def cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def prepare(use_each_once: Callable[[], None]) -> None:
-    """Compile all that `use_each_once` calls, or read it from the disk; say how long it took where
-    it was compiled."""
+def prepare(what: str, compile_all: Callable[[], None]) -> None:
+    """Where it was not done before on this machine: compile `what` by `compile_all`, and say how
+    long it took."""
     folder = cache_folder()
-    if folder is not None and (folder / COMPLETE).is_file():
+    done = folder / (COMPLETE + what.replace(" ", "-")) if folder else None
+    if done and done.is_file():
         return
     print(
-        "compiling the 4-bit kernels for this processor"
+        f"compiling {what} for this processor"
         + ("" if folder else " (at each start: no cache folder can be written)"),
         file=sys.stderr,
         flush=True,
     )
     started = time.perf_counter()
-    use_each_once()
+    compile_all()
     print(f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    if folder is not None:
-        (folder / COMPLETE).touch()
+    if done:
+        done.touch()
 
 
 def compiled(function: Callable[..., Any]) -> Any:

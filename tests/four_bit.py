@@ -1,0 +1,80 @@
+"""Language models of random 4-bit weights and adapters, and the same in plain float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Phi3Config
+
+from lora.inject import inject
+from lora.merge import merged_state
+from model.base import finish, language_model, order_for_kernels, quantize, swap_linear_layers
+from model.decoder import LanguageModel
+from model.phi3 import decoder_config
+from ops.nf4 import packed_weight
+
+VOCABULARY = 83
+LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def small_config(**options: object) -> Phi3Config:
+    """Two layers of four heads of 16 numbers."""
+    given = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,  # no multiple of 64: blocks of 32
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "original_max_position_embeddings": 2048,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "sliding_window": None,
+    }
+    return Phi3Config(**given | options)
+
+
+def four_bit_model(
+    config: Phi3Config, targets: tuple[str, ...] = (), nested: bool = False,
+    value_scale: float = 1.0,
+) -> LanguageModel:  # fmt: skip
+    """Of random weights; `targets`: layers with an adapter, which is not zero; `value_scale`: of
+    the values that are kept."""
+    generator = torch.Generator().manual_seed(0)
+    decoder = decoder_config(config.to_dict())
+    with torch.device("meta"):
+        model = LanguageModel(decoder)
+    swap_linear_layers(model, torch.float32, nested)
+    for name, parameter in list(model.named_parameters()):
+        place, _, last = name.rpartition(".")
+        module = model.get_submodule(place)
+        linear = isinstance(module, nn.Linear) and name != "lm_head.weight"
+        shape = (module.out_features, module.in_features) if linear else parameter.shape
+        drawn = torch.randn(*shape, generator=generator) * 0.13
+        if "norm" in name:
+            drawn += 1
+        if "qkv_proj" in name:
+            drawn[-decoder.num_key_value_heads * decoder.head_dim :] *= value_scale
+        if linear:
+            assert packed_weight(module).quant_state is None
+            weight = quantize(drawn, module, torch.float32, torch.device("cpu"))
+        else:
+            weight = nn.Parameter(drawn, requires_grad=False)
+        setattr(module, last, weight)
+    order_for_kernels(model)
+    finish(model, torch.device("cpu"))
+    if targets:
+        for layer in inject(model, targets, 5, 10, 0.1, generator).values():
+            nn.init.normal_(layer.lora_B, std=0.1, generator=generator)
+        model.requires_grad_(False)
+        model.eval()
+    return model
+
+
+def plain_model(model: LanguageModel) -> LanguageModel:
+    """The same with its weights dequantised and its adapters merged: nothing of the kernels."""
+    tied = model.config.tie_word_embeddings
+    state = {n: t for n, t in merged_state(model) if not (tied and n == "lm_head.weight")}
+    return language_model(model.config, state.items())
