@@ -30,7 +30,8 @@ class CompiledDecoder:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        from ops.kernels.linear import threads_for  # numba takes a second to import
+        from ops.kernels.compiling import prepare  # numba takes a second to import
+        from ops.kernels.linear import threads_for
         from ops.kernels.token import LayerWeights, Sizes, TokenDecoder
 
         config, decoder = model.config, model.model
@@ -48,7 +49,7 @@ class CompiledDecoder:
             config.intermediate_size, config.sliding_window, config.rms_norm_eps,
             config.rope.dims // 2,
         )  # fmt: skip
-        TokenDecoder.compile()
+        prepare("the decoder", TokenDecoder.compile)
         self._tokens = TokenDecoder(
             sizes, layers, decoder.norm.weight.detach(), model.lm_head.weight.detach(),
             threads_for(self._work),

@@ -8,10 +8,9 @@ from transformers import Phi3Config
 
 from lora.inject import inject
 from lora.merge import merged_state
-from model.base import finish, language_model, order_for_kernels, quantize, swap_linear_layers
+from model.base import finish, language_model, put, swap_linear_layers
 from model.decoder import LanguageModel
 from model.phi3 import decoder_config
-from ops.nf4 import packed_weight
 
 VOCABULARY = 83
 LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -48,8 +47,7 @@ def four_bit_model(
         model = LanguageModel(decoder)
     swap_linear_layers(model, torch.float32, nested)
     for name, parameter in list(model.named_parameters()):
-        place, _, last = name.rpartition(".")
-        module = model.get_submodule(place)
+        module = model.get_submodule(name.rpartition(".")[0])
         linear = isinstance(module, nn.Linear) and name != "lm_head.weight"
         shape = (module.out_features, module.in_features) if linear else parameter.shape
         drawn = torch.randn(*shape, generator=generator) * 0.13
@@ -57,13 +55,7 @@ def four_bit_model(
             drawn += 1
         if "qkv_proj" in name:
             drawn[-decoder.num_key_value_heads * decoder.head_dim :] *= value_scale
-        if linear:
-            assert packed_weight(module).quant_state is None
-            weight = quantize(drawn, module, torch.float32, torch.device("cpu"))
-        else:
-            weight = nn.Parameter(drawn, requires_grad=False)
-        setattr(module, last, weight)
-    order_for_kernels(model)
+        put(model, name, drawn, torch.float32, torch.device("cpu"))
     finish(model, torch.device("cpu"))
     if targets:
         for layer in inject(model, targets, 5, 10, 0.1, generator).values():
