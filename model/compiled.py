@@ -117,7 +117,7 @@ def obstacle(model: LanguageModel) -> str:
         return f"heads of {config.head_dim} numbers, not a multiple of {LANES}"
     head = model.lm_head
     if not isinstance(head, nn.Linear) or head.bias is not None:
-        return "its head has a bias"
+        return "its head has a bias or an adapter"
     if config.num_hidden_layers > MOST_LAYERS:
         return f"{config.num_hidden_layers} layers are more than {MOST_LAYERS}"
     return ""
