@@ -77,6 +77,8 @@ NOT_RUN = {
     "python -m benchmarks.vs_peft_trainer --parity": "tests/test_trainer_parity.py runs it",
     "python -m benchmarks.vs_peft_trainer --shapes tiny --repeats 3": MINUTES,
     "python -m benchmarks.decode": MINUTES,
+    "python -m benchmarks.cold_start": "measures; tests/test_commands.py holds what is imported",
+    "python -m benchmarks.clip --vision FOLDER": "FOLDER stands for a CLIP's",
     "python -m benchmarks.assistant": MINUTES,
     "python -m benchmarks.serve_load": MINUTES,
     "python -m benchmarks.mixed_load": MINUTES,
