@@ -16,6 +16,7 @@ from data.collate import IGNORED
 from errors import PhiSightError
 from lora.layer import LoRALinear
 from model.base import BaseModel
+from model.decoder import Head
 from training.run import Run
 
 
@@ -88,10 +89,14 @@ def hub_base(base: BaseModel) -> Any:
     with torch.device("meta"):
         theirs: Any = Phi3ForCausalLM(config)
     for name, module in base.model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not isinstance(module, Head):
             theirs.set_submodule(name, module)
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
-            theirs.get_submodule(name).weight = module.weight
+            # Ours holds the embedding and the head as they are stored, theirs as it computes.
+            wide = module.weight.detach().to(base.compute_dtype)
+            theirs.get_submodule(name).weight = nn.Parameter(wide)
+    if base.model.config.tie_word_embeddings:
+        theirs.lm_head.weight = theirs.model.embed_tokens.weight
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=config)
     return theirs.requires_grad_(False)
 
