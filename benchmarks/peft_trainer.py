@@ -98,6 +98,8 @@ def hub_base(base: BaseModel) -> Any:
             # Embeddings and head are kept in 16 bits, which theirs would not multiply by float32.
             weight = module.weight.detach().to(base.compute_dtype)
             theirs.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+    if base.model.config.tie_word_embeddings:
+        theirs.lm_head.weight = theirs.model.embed_tokens.weight
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=config)
     return theirs.requires_grad_(False)
 

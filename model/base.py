@@ -6,7 +6,8 @@ the quantised model plus one tensor. No pickle is opened and no code of the fold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from lora.layer import secure_four_bit
 from model import base_cache
 from model.decoder import DecoderConfig, LanguageModel
 from model.phi3 import decoder_config
-from model.stored import NotStored, opened
+from model.stored import NotStored, new_tensor, opened
 from ops.nf4 import PanelLinear, packed_weight, quantised_on_cpu, uses_panels
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
@@ -35,6 +36,8 @@ LAYOUT = (
     "config.json, model.safetensors (or model.safetensors.index.json and its shards), "
     "tokenizer.json and tokenizer_config.json"
 )
+STRETCH = 64 * 2**20  # bytes of 4-bit weights that lie side by side
+LINE = 64  # bytes: weights begin with a line of the cache
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model"]
 STORED_DTYPES = ("F32", "F16", "BF16")
 
@@ -386,12 +389,42 @@ def quantize(
 def finish(
     model: LanguageModel, device: torch.device, compute_dtype: torch.dtype | None = None
 ) -> None:
-    """Tie what is tied, freeze, and switch to eval mode."""
+    """Tie what is tied, freeze, lay 4-bit weights side by side, and switch to eval mode."""
     model.tie()
+    settle_panels(model)
     model.model.embed_tokens.states_dtype = compute_dtype
     model.model.rotary.to(device)  # whose frequencies are computed, not stored
     model.requires_grad_(False)
     model.eval()
+
+
+def settle_panels(model: nn.Module) -> None:
+    """Move the weights of `PanelLinear`s into stretches of memory of some layers each, which are
+    long enough for large pages: a token reads them all, and reads them half again as fast there."""
+    waiting: list[PanelLinear] = []
+    layers = [layer for layer in model.modules() if isinstance(layer, PanelLinear)]
+    for layer in layers:
+        waiting.append(layer)
+        if sum(one.panels.nbytes for one in waiting) >= STRETCH or layer is layers[-1]:
+            settle(waiting)
+            waiting = []
+
+
+def settle(layers: Sequence[PanelLinear]) -> None:
+    sizes = [
+        -(-part.nbytes // LINE) * LINE
+        for layer in layers
+        for part in (layer.panels.codes, layer.panels.scales)
+    ]
+    places = iter(new_tensor((sum(sizes),), torch.uint8).split(sizes))
+
+    def moved(tensor: Tensor) -> Tensor:
+        place = next(places)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return place.copy_(tensor)
+
+    for layer in layers:
+        old = layer.panels
+        layer.hold(dataclasses.replace(old, codes=moved(old.codes), scales=moved(old.scales)))
 
 
 def language_model(config: DecoderConfig, weights: Iterable[tuple[str, Tensor]]) -> LanguageModel:

@@ -48,11 +48,15 @@ class PanelLinear(bnb.nn.Linear4bit):
         """Of codes that are in order, with the bias of `like`."""
         layer = cls(panels.inputs, panels.outputs, bias=False, device="meta")
         layer.bias = like.bias
-        layer.panels = panels
-        layer.weight = nn.Parameter(panels.codes, requires_grad=False)
-        count = panels.outputs * panels.inputs
-        layer.weight.weight_count = count  # type: ignore[attr-defined]
+        layer.hold(panels)
         return layer
+
+    def hold(self, panels: kernels.PanelWeight) -> None:
+        """Take these for its own."""
+        self.panels = panels
+        self.weight = nn.Parameter(panels.codes, requires_grad=False)
+        count = panels.outputs * panels.inputs
+        self.weight.weight_count = count  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, inputs) float32 -> (…, outputs) float32, with a gradient for x."""

@@ -81,6 +81,8 @@ NOT_RUN = {
     "python -m benchmarks.decode --llama-python ../llama/bin/python --smollm2 ../real": MINUTES,
     "python -m venv ../llama": "compiles llama.cpp in the next line",
     "../llama/bin/pip install llama-cpp-python gguf": "compiles llama.cpp, which takes minutes",
+    "python -m benchmarks.cold_start": "measures; tests/test_commands.py holds what is imported",
+    "python -m benchmarks.clip --vision FOLDER": "FOLDER stands for a CLIP's",
     "python -m benchmarks.assistant": MINUTES,
     "python -m benchmarks.serve_load": MINUTES,
     "python -m benchmarks.mixed_load": MINUTES,
