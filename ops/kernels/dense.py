@@ -78,8 +78,9 @@ def _widened(builder: ir.IRBuilder, address: ir.Value, kind: str) -> ir.Value:
     return builder.bitcast(builder.shl(bits, constant(I32, [16] * 16)), vector(F32, 16))
 
 
-def _dots(kind: str, rows: int) -> Any:
-    """A compiled operation: one output of a dense weight of `kind` for `rows` rows."""
+def _dots(kind: str, rows: int, outputs: int) -> Any:
+    """A compiled operation: some outputs of a dense weight of `kind` for some rows. A sum has two
+    parts, every other 16 inputs each, however many outputs and rows there are."""
     size = 4 if kind == "float32" else 2
 
     @compiled_in_place((types.intp,) * 6, types.int64)
@@ -87,42 +88,47 @@ def _dots(kind: str, rows: int) -> Any:
         builder: ir.IRBuilder, weight: ir.Value, inputs: ir.Value, x: ir.Value, x_stride: ir.Value,
         y: ir.Value, y_stride: ir.Value,
     ) -> None:  # fmt: skip
+        def times(value: ir.Value, factor: int) -> ir.Value:
+            return builder.mul(value, ir.Constant(I64, factor))
+
         floats = vector(F32, 16)
-        zeros = constant(F32, [0.0] * 16)
-        sums = [[cgutils.alloca_once(builder, floats) for _ in range(2)] for _ in range(rows)]
-        starts = [builder.add(x, builder.mul(x_stride, ir.Constant(I64, r))) for r in range(rows)]
-        for group in sums:
+        places = [(row, output) for row in range(rows) for output in range(outputs)]
+        sums = {place: [cgutils.alloca_once(builder, floats) for _ in range(2)] for place in places}
+        rows_of_x = [builder.add(x, times(x_stride, row)) for row in range(rows)]
+        weights = [builder.add(weight, times(inputs, output * size)) for output in range(outputs)]
+        for group in sums.values():
             for one in group:
-                builder.store(zeros, one)
-        with cgutils.for_range(builder, builder.udiv(inputs, ir.Constant(I64, 32))) as step:
-            at = builder.add(weight, builder.mul(step.index, ir.Constant(I64, 32 * size)))
-            here = builder.mul(step.index, ir.Constant(I64, 128))
+                builder.store(constant(F32, [0.0] * 16), one)
+        with cgutils.for_range(builder, builder.udiv(inputs, ir.Constant(I64, STEP))) as step:
             for half in range(2):
-                values = _widened(builder, offset(builder, at, half * 16 * size), kind)
-                for start, group in zip(starts, sums, strict=True):
-                    own = load(
-                        builder, offset(builder, builder.add(start, here), half * 64), floats
-                    )
-                    total = builder.load(group[half])
-                    builder.store(fused_multiply_add(builder, values, own, total), group[half])
-        for row, group in enumerate(sums):
+                at = offset(builder, times(step.index, STEP * size), half * 16 * size)
+                wide = [_widened(builder, builder.add(place, at), kind) for place in weights]
+                at = offset(builder, times(step.index, STEP * 4), half * 64)
+                for row in range(rows):
+                    own = load(builder, builder.add(rows_of_x[row], at), floats)
+                    for output in range(outputs):
+                        one = sums[row, output][half]
+                        total = fused_multiply_add(builder, wide[output], own, builder.load(one))
+                        builder.store(total, one)
+        for (row, output), group in sums.items():
             total = builder.fadd(*map(builder.load, group))
             for width in (8, 4, 2, 1):  # halves upon each other, always in this order
                 moved = [(i + width) % 16 for i in range(16)]
                 other = builder.shuffle_vector(total, total, constant(I32, moved))
                 total = builder.fadd(total, other)
-            to = builder.add(y, builder.mul(y_stride, ir.Constant(I64, row)))
+            to = offset(builder, builder.add(y, times(y_stride, row)), output * 4)
             store(builder, to, builder.extract_element(total, ir.Constant(I32, 0)), 4)
 
     return dots
 
 
 # Of this module by name, as what is kept on the disk is found by it.
-_float32_1, _float32_4 = _dots("float32", 1), _dots("float32", 4)
-_bfloat16_1, _bfloat16_4 = _dots("bfloat16", 1), _dots("bfloat16", 4)
-_float16_1, _float16_4 = _dots("float16", 1), _dots("float16", 4)
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEP = 32  # inputs: a dense weight has a multiple of them
+ROWS, OUTPUTS = 2, 4  # at a time: more rows would not stay in the first cache
+_float32_1, _float32_8 = _dots("float32", 1, 1), _dots("float32", ROWS, OUTPUTS)
+_bfloat16_1, _bfloat16_8 = _dots("bfloat16", 1, 1), _dots("bfloat16", ROWS, OUTPUTS)
+_float16_1, _float16_8 = _dots("float16", 1, 1), _dots("float16", ROWS, OUTPUTS)
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OUTPUTS_AT_ONCE = 64
 
 
@@ -132,26 +138,31 @@ def dense_outputs(kind, weight, inputs, x, x_stride, rows, y, y_stride, first, l
     `KINDS` for `rows` rows of float32, summed in float32 in the same order for any number of rows;
     `inputs` is a multiple of `STEP`."""
     size = 4 if kind == 0 else 2
-    for output in range(first, last):
-        at, row = weight + output * inputs * size, 0
-        while row < rows:
-            here, to = x + row * x_stride, y + row * y_stride + output * 4
-            if rows - row >= 4:
+    output = first
+    while output < last:
+        at, row, count = weight + output * inputs * size, 0, 1
+        if output + OUTPUTS <= last:
+            count = OUTPUTS
+            while row + ROWS <= rows:
+                here, to = x + row * x_stride, y + row * y_stride + output * 4
                 if kind == 0:
-                    _float32_4(at, inputs, here, x_stride, to, y_stride)
+                    _float32_8(at, inputs, here, x_stride, to, y_stride)
                 elif kind == 1:
-                    _bfloat16_4(at, inputs, here, x_stride, to, y_stride)
+                    _bfloat16_8(at, inputs, here, x_stride, to, y_stride)
                 else:
-                    _float16_4(at, inputs, here, x_stride, to, y_stride)
-                row += 4
-            else:
+                    _float16_8(at, inputs, here, x_stride, to, y_stride)
+                row += ROWS
+        for one in range(count):
+            for left in range(row, rows):
+                here, to = x + left * x_stride, y + left * y_stride + (output + one) * 4
                 if kind == 0:
                     _float32_1(at, inputs, here, x_stride, to, y_stride)
                 elif kind == 1:
                     _bfloat16_1(at, inputs, here, x_stride, to, y_stride)
                 else:
                     _float16_1(at, inputs, here, x_stride, to, y_stride)
-                row += 1
+            at += inputs * size
+        output += count
 
 
 @compiled

@@ -39,7 +39,6 @@ TARGET: Any = {"avx512": avx512, "avx2": avx2}[choose()[0]]
 LANES, PARTS = TARGET.LANES, PANEL // TARGET.LANES
 CHUNK_BYTES = PANEL * 4
 ROW_BLOCK = 96  # rows that stay in the second-level cache while all outputs are computed
-MANY_ROWS = 12
 SCALE_DIVISOR = float(MOST_ACTIVATION * LEVEL_SCALE)
 TINY = 2.0**-100  # a block of activations under it counts as zeros
 
@@ -148,10 +147,9 @@ def _product(rows: int, panels: int) -> Any:
 _product_1 = _product(1, 1)
 _product_2 = _product(2, 1)
 _product_4 = _product(4, 1)
-EIGHT = 8 if LANES == 16 else 4
-_product_8 = _product(EIGHT, 1)
-PAIRS = LANES == 16  # of panels: there are registers enough
-_product_most = _product(MANY_ROWS, 2) if PAIRS else _product_8
+MOST_ROWS, MOST_PANELS = (8, 3) if LANES == 16 else (4, 1)  # as the registers allow
+_product_8 = _product(MOST_ROWS, 1)
+_product_most = _product(MOST_ROWS, MOST_PANELS)
 
 
 ORDER_OF_16 = [start + place for start in (0, CHUNK) for place in TARGET.INPUT_ORDER]
@@ -223,14 +221,14 @@ def product_of_panels(
             y + panel * PANEL * 4,
         )
         count, row = 1, 0
-        if PAIRS and panel + 2 <= last and rows >= MANY_ROWS:
-            count = 2
-            while row + MANY_ROWS <= rows:
+        if panel + MOST_PANELS <= last and rows >= MOST_ROWS:
+            count = MOST_PANELS
+            while row + MOST_ROWS <= rows:
                 _product_most(
                     c, w, blocks, chunks, q + row * q_stride, q_stride, s + row * s_stride,
                     s_stride, out + row * y_stride, y_stride,
                 )  # fmt: skip
-                row += MANY_ROWS
+                row += MOST_ROWS
         for one in range(count):
             _remaining_rows(
                 c + one * panel_codes, w + one * panel_scales, blocks, chunks, q, q_stride, s,
@@ -244,9 +242,9 @@ def _remaining_rows(c, w, blocks, chunks, q, q_stride, s, s_stride, rows, row, o
     """The rows from `row` on by one panel."""
     while row < rows:
         x, own, to, left = q + row * q_stride, s + row * s_stride, out + row * y_stride, rows - row
-        if left >= EIGHT:
+        if left >= MOST_ROWS:
             _product_8(c, w, blocks, chunks, x, q_stride, own, s_stride, to, y_stride)
-            row += EIGHT
+            row += MOST_ROWS
         elif left >= 4:
             _product_4(c, w, blocks, chunks, x, q_stride, own, s_stride, to, y_stride)
             row += 4
@@ -275,7 +273,7 @@ def linear_task(
             )  # fmt: skip
     barrier(board, threads)
     # All panels by a few rows, then by the next ones: those rows stay in the cache.
-    at_once = max(2, min(16, panels // (8 * threads) * 2))
+    at_once = max(MOST_PANELS, min(15, panels // (8 * threads) // MOST_PANELS * MOST_PANELS))
     parts = -(-panels // at_once)
     row_blocks = -(-rows // ROW_BLOCK)
     while True:
