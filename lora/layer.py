@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from errors import PhiSightError
 from lora.dropout import RowDropout
 from ops import operations_for
+from ops.frozen import Once, at_once
 from ops.nf4 import packed_weight
 
 
@@ -91,14 +92,17 @@ class LoRALinear(nn.Module):
         self.register_buffer("scaling", torch.tensor(alpha / rank, device=device))
         self.dropout = RowDropout(dropout, dropout_key)
 
-    def forward(self, x: Tensor, row_keys: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, row_keys: Sequence[int] | None = None, once: Once = at_once
+    ) -> Tensor:
         """(…, in_features) -> (…, out_features), in the dtype that the base returns.
 
         row_keys: what dropout draws by, one a row of (rows, length, in_features); see `RowDropout`.
+        once: keeps the product with the frozen weight, or knows it already; see `ops.frozen`.
         """
         mask, scale = self.dropout.mask(x, row_keys)
         return operations_for(x).adapted_linear(
-            x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale
+            x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale, once
         )
 
     def extra_repr(self) -> str:

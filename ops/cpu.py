@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ops import plain
+from ops.frozen import FrozenProduct, Once, at_once
 from ops.nf4 import dense_weight
-from ops.plain import linear, packed_attention
+from ops.plain import packed_attention
 from ops.products import product
 
 __all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", "rotate"]
@@ -102,13 +103,24 @@ def rotated_copy(x: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tenso
     return result
 
 
+def linear(x: Tensor, base: nn.Linear, once: Once = at_once) -> Tensor:
+    if base.weight.requires_grad:
+        return base(x)
+
+    def compute() -> Tensor:
+        rows = product(x.flatten(0, -2), dense_weight(base, x.dtype), base.bias)
+        return rows.unflatten(0, x.shape[:-1])
+
+    return FrozenProduct.apply(x, base, compute, once)
+
+
 def adapted_linear(
     x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: Tensor, kept: Tensor | None,
-    scale: float,
+    scale: float, once: Once = at_once,
 ) -> Tensor:  # fmt: skip
     result = AdaptedProduct.apply(
         x.flatten(0, -2), a, b, base, scaling.item() * scale,
-        None if kept is None else kept.flatten(0, -2),
+        None if kept is None else kept.flatten(0, -2), once,
     )  # fmt: skip
     return result.unflatten(0, x.shape[:-1])
 
@@ -126,13 +138,17 @@ class AdaptedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float,
-        kept: Tensor | None,
+        kept: Tensor | None, once: Once,
     ) -> Tensor:  # fmt: skip
-        result = product(x, dense_weight(base, x.dtype), base.bias)
         low = product(masked(x, kept), a)  # (rows, rank)
         ctx.save_for_backward(x, a, b, low, kept)
         ctx.base, ctx.scaling = base, scaling
-        return result.addmm_(low, b.T, alpha=scaling)
+
+        def compute() -> Tensor:
+            result = product(x, dense_weight(base, x.dtype), base.bias)
+            return result.addmm_(low, b.T, alpha=scaling)
+
+        return once(compute)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,7 +164,7 @@ class AdaptedProduct(torch.autograd.Function):
         if for_x:
             grad_x = product(gradient, dense_weight(ctx.base, gradient.dtype).T)
             grad_x += masked(low_gradient @ a, kept)
-        return grad_x, grad_a, grad_b, None, None, None
+        return grad_x, grad_a, grad_b, None, None, None, None
 
 
 def masked(x: Tensor, kept: Tensor | None) -> Tensor:

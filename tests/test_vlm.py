@@ -24,6 +24,7 @@ from lora.dropout import RowDropout
 from lora.layer import LoRALinear
 from lora.merge import merged_weight
 from model.build import assemble, load_model_state, model_state
+from model.recompute import KeptProducts
 from model.vision import VisionTower
 from model.vlm import owner_of, segment_lengths
 from ops.head import summed_cross_entropy
@@ -103,14 +104,14 @@ def test_loss_of_a_packed_batch_is_the_sum_of_its_conversations(model, samples, 
     assert total.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "products", "layers"])
 def test_a_step_by_the_fast_operations_is_one_by_the_plain_ones(
     model, samples, batch_of, recompute, monkeypatch
 ):
     batch = batch_of([samples[:5], samples[5:]])
     turn_dropout_off(model, monkeypatch)
     model.train()
-    monkeypatch.setattr(model.language_model.model, "recompute_activations", recompute)
+    monkeypatch.setattr(model.language_model.model, "recomputing", recompute)
     results = {}
     for target in (ops.cpu, ops.plain):
         monkeypatch.setattr(ops, "choose", lambda *_, target=target: (target, ""))
@@ -281,25 +282,57 @@ def test_every_parameter_has_exactly_one_owner(model):
     assert {owner_of(name) for name in trained} == {"lora", "projector"}
 
 
-def test_gradient_checkpointing_changes_no_gradient(model, samples, batch_of, monkeypatch):
-    batch = batch_of([samples[:4], samples[4:]])
+@pytest.mark.parametrize("row_keys", [None, [3, 4]])
+@pytest.mark.parametrize("target", [ops.cpu, ops.plain])
+def test_gradient_checkpointing_changes_no_bit(
+    model, samples, batch_of, monkeypatch, target, row_keys
+):
+    """By the row's key or from torch's own generator, dropout draws the same mask again."""
+    monkeypatch.setattr(ops, "choose", lambda *_: (target, ""))
+    batch = dataclasses.replace(batch_of([samples[:4], samples[4:]]), row_keys=row_keys)
     model.train()  # checkpointing works in training mode only, and then dropout is on too
-
-    def gradients() -> dict[str, torch.Tensor]:
+    decoder = model.language_model.model
+    computed: list[int] = []  # a product with a frozen weight each
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            inner = layer.base.forward
+            monkeypatch.setattr(
+                layer.base, "forward", lambda x, f=inner: computed.append(1) or f(x)
+            )
+    dense = ops.cpu.dense_weight
+    monkeypatch.setattr(ops.cpu, "dense_weight", lambda *a: computed.append(1) or dense(*a))
+    results, products = {}, {}
+    for setting in ("none", "products", "layers"):
+        monkeypatch.setattr(decoder, "recomputing", setting)
         torch.manual_seed(5)
-        return gradients_of(model, [batch])
+        computed.clear()
+        results[setting] = gradients_of(model, [batch])
+        products[setting] = len(computed)
+    for setting in ("products", "layers"):
+        for name, expected in results["none"].items():
+            assert torch.equal(results[setting][name], expected), (setting, name)
+    assert products["products"] == products["none"]
+    assert products["layers"] == products["none"] + 4 * len(decoder.layers)
 
-    kept = gradients()
-    forwards = []
-    hook = model.language_model.model.layers[0].register_forward_pre_hook(
-        lambda *_: forwards.append(1)
-    )
-    monkeypatch.setattr(model.language_model.model, "recompute_activations", True)
-    with hook:
-        recomputed = gradients()
-    assert len(forwards) == 2
-    for name, expected in kept.items():
-        assert torch.equal(recomputed[name], expected), name
+
+def test_of_the_products_is_kept_what_the_config_counts(model, samples, batch_of, monkeypatch):
+    batch = batch_of([samples[:4], samples[4:]])
+    decoder, layers = model.train().language_model.model, []
+
+    class Seen(KeptProducts):
+        def __init__(self) -> None:
+            super().__init__()
+            layers.append(self)
+
+    monkeypatch.setattr("model.decoder.KeptProducts", Seen)
+    monkeypatch.setattr(decoder, "recomputing", "products")
+    loss, _ = model(batch)
+    kept = [sum(t.untyped_storage().nbytes() for t in layer._outputs) for layer in layers]
+    values = decoder.config.product_values - decoder.config.hidden_size  # that one is the input
+    # The last product of a layer is kept as one number.
+    assert kept == [4 * batch.input_ids.numel() * values + 4] * len(decoder.layers)
+    loss.backward()
+    assert not any(layer._outputs for layer in layers)
 
 
 # -- the state of a checkpoint --------------------------------------------------------------------
