@@ -93,14 +93,19 @@ class LoRALinear(nn.Module):
         self.dropout = RowDropout(dropout, dropout_key)
 
     def forward(
-        self, x: Tensor, row_keys: Sequence[int] | None = None, once: Once = at_once
+        self,
+        x: Tensor,
+        row_keys: Sequence[int] | None = None,
+        row_tokens: Sequence[int] | None = None,
+        once: Once = at_once,
     ) -> Tensor:
         """(…, in_features) -> (…, out_features), in the dtype that the base returns.
 
-        row_keys: what dropout draws by, one a row of (rows, length, in_features); see `RowDropout`.
+        row_keys: what dropout draws by, one a row of (rows, length, in_features).
+        row_tokens: of rows that stand one behind the other; see `RowDropout.mask`.
         once: keeps the product with the frozen weight, or knows it already; see `ops.frozen`.
         """
-        mask, scale = self.dropout.mask(x, row_keys)
+        mask, scale = self.dropout.mask(x, row_keys, row_tokens)
         return operations_for(x).adapted_linear(
             x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale, once
         )

@@ -67,6 +67,16 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Where rows have tokens: nothing is computed for the padding behind them."""
+
+    places: Tensor
+    """(tokens of all rows,) int64: row x length + column"""
+    row_tokens: Sequence[int]
+    """of each row"""
+
+
+@dataclass(frozen=True)
 class Layout:
     """Which tokens belong together: what every layer needs to know beside the states."""
 
@@ -79,6 +89,8 @@ class Layout:
     """of each conversation: tokens attend to these too, and are added to them"""
     row_keys: Sequence[int] | None
     """a key for each row, which dropout masks are drawn by; see `RowDropout`"""
+    row_tokens: Sequence[int] | None = None
+    """of each row, where the rows stand one behind the other without padding; see `RowDropout`"""
     products: KeptProducts | None = None
     """of the layer, where they are kept for the backward"""
 
@@ -92,7 +104,7 @@ def project(
     if layout.products:
         once = layout.products.shape_only if is_last else layout.products.kept
     if isinstance(linear, LoRALinear):
-        return linear(x, layout.row_keys, once)
+        return linear(x, layout.row_keys, layout.row_tokens, once)
     return operations_for(x).linear(x, linear, once)
 
 
@@ -231,26 +243,38 @@ class Decoder(nn.Module):
         caches: Sequence[KeyValues] | None = None,
         row_keys: Sequence[int] | None = None,
         totals: Sequence[int] | None = None,
+        tokens: Tokens | None = None,
     ) -> Tensor:
         """(rows, length, dim) embeddings -> states of the same shape, normalised for the head.
 
         position_ids: (rows, length); lengths, caches, row_keys: see `Layout`. Tokens that were fed
         with caches have been added to them afterwards. totals: tokens of each conversation,
         where it is fed in pieces and more are still to come; LongRoPE chooses its factors by them.
+        tokens: where they stand, if `lengths` are those of conversations alone; the states of
+        padding are then zeros, and nothing is computed for it.
         """
+        padded = x.shape
+        if tokens:
+            x = x.flatten(0, 1).index_select(0, tokens.places)[None]  # (1, tokens, dim)
+            position_ids = position_ids.flatten()[tokens.places]
         if totals is None:
             before = [cache.length for cache in caches] if caches else [0] * len(lengths)
             totals = [past + new for past, new in zip(before, lengths, strict=True)]
         angles = self.rotary(position_ids.flatten(), lengths, totals)
         cosines, sines = (part.to(x.dtype) for part in angles)
-        layout = Layout(lengths, cosines, sines, caches, row_keys)
+        row_tokens = tokens.row_tokens if tokens else None
+        layout = Layout(lengths, cosines, sines, caches, row_keys, row_tokens)
         for cache, length in zip(caches or (), lengths):
             cache.reserve(length)
         for layer in self.layers:
             x = self.run_layer(layer, x, layout)
         for cache, length in zip(caches or (), lengths):
             cache.length += length
-        return self.norm(x)
+        x = self.norm(x)
+        if tokens:
+            empty = x.new_zeros(padded).flatten(0, 1)
+            x = empty.index_copy(0, tokens.places, x[0]).view(padded)
+        return x
 
     def run_layer(self, layer: nn.Module, x: Tensor, layout: Layout) -> Tensor:
         """`layer(x, layout)`, which keeps for its backward what `recomputing` says."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data.collate import IGNORED, Batch
 from errors import PhiSightError
-from model.decoder import LanguageModel
+from model.decoder import LanguageModel, Tokens
 from model.projector import ImageProjector
 from ops.head import summed_cross_entropy
 
@@ -37,12 +37,13 @@ class VisionLanguageModel(nn.Module):
         return embeddings
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Last hidden states of packed rows, (rows, length, dim)."""
+        """Last hidden states of packed rows, (rows, length, dim); zeros on padding."""
         return self.language_model.model(
             self.embed(batch.input_ids, batch.image_features),
             batch.position_ids,
             segment_lengths(batch.segment_ids),
             row_keys=batch.row_keys,
+            tokens=tokens_of(batch.segment_ids),
         )
 
     def supervised_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -77,11 +78,20 @@ class VisionLanguageModel(nn.Module):
 
 
 def segment_lengths(segment_ids: Tensor) -> list[int]:
-    """Tokens of every conversation, and of every stretch of padding, row after row."""
+    """Tokens of every conversation, row after row."""
     rows = torch.arange(len(segment_ids), device=segment_ids.device)[:, None]
     # Two rows may end and begin with the same number, as rows of one conversation do.
-    numbers = segment_ids + rows * (segment_ids.max() + 1)
+    numbers = (segment_ids + rows * (segment_ids.max() + 1))[segment_ids > 0]
     return torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+
+
+def tokens_of(segment_ids: Tensor) -> Tokens | None:
+    """Where packed rows have tokens; None where they have no padding."""
+    there = segment_ids > 0  # (rows, length)
+    row_tokens = there.sum(1).tolist()
+    if sum(row_tokens) == there.numel():
+        return None
+    return Tokens(there.flatten().nonzero()[:, 0], row_tokens)
 
 
 def slots_filled(wanted: int, image_features: Tensor) -> int:

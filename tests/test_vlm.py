@@ -82,9 +82,9 @@ def by_segment(batch, values: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_segment_lengths_of_rows_written_by_hand():
-    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 0]])) == [2, 2, 1]
+    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 0]])) == [2, 2]
     # one row ends and the next one begins with a conversation of the same number
-    assert segment_lengths(torch.tensor([[1, 1], [1, 0]])) == [2, 1, 1]
+    assert segment_lengths(torch.tensor([[1, 1], [1, 0]])) == [2, 1]
 
 
 def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batch_of):
@@ -94,6 +94,23 @@ def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batc
     for sample, logits in zip(samples, together, strict=True):
         alone = all_logits(model, batch_of([[sample]]))[0]
         torch.testing.assert_close(logits, alone, rtol=1e-6, atol=1e-5)
+
+
+def test_padding_costs_nothing_and_changes_no_bit(model, samples, parts, store, monkeypatch):
+    rows, dim = [samples[:5], samples[5:]], store.shape
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    ends = parts.chat_format.end_of_text_id
+    model.train()  # with dropout, whose masks are drawn for the tokens alone
+    seen = []
+    layer = model.language_model.model.layers[0]
+    with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2])):
+        found = [
+            gradients_of(model, [collate(rows, store.features_of, ends, dim, length, [3, 4])])
+            for length in (0, 900)
+        ]
+    assert seen == [(1, tokens)] * 2
+    for name, expected in found[0].items():
+        assert torch.equal(found[1][name], expected), name
 
 
 def test_loss_of_a_packed_batch_is_the_sum_of_its_conversations(model, samples, batch_of):
@@ -330,7 +347,7 @@ def test_of_the_products_is_kept_what_the_config_counts(model, samples, batch_of
     kept = [sum(t.untyped_storage().nbytes() for t in layer._outputs) for layer in layers]
     values = decoder.config.product_values - decoder.config.hidden_size  # that one is the input
     # The last product of a layer is kept as one number.
-    assert kept == [4 * batch.input_ids.numel() * values + 4] * len(decoder.layers)
+    assert kept == [4 * batch.tokens * values + 4] * len(decoder.layers)
     loss.backward()
     assert not any(layer._outputs for layer in layers)
 

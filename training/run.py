@@ -127,8 +127,6 @@ def prepare_run(
     progress.epoch, progress.row = rows.place(progress.epoch, progress.row)
     total_steps = rows.total_steps(progress.step, progress.epoch, progress.row)
     optimizer, scaler = make_optimizer(config, parts)
-    recomputing, recomputing_reason = choose_recomputing(config, parts, rows.row_tokens, ranks)
-    parts.model.language_model.model.recomputing = recomputing
     seed_generators(config.seed)  # here: a CLIP that had to be loaded for features draws numbers
     run = Run(
         config=config,
@@ -143,7 +141,7 @@ def prepare_run(
         facts=describe_run(config, parts, data, total_steps, ranks, started_from),
         log=MetricsLog(Path(config.run) / checkpoints.METRICS) if ranks.is_first else None,
         progress=progress,
-        recomputing_reason=recomputing_reason,
+        recomputing_reason=choose_recomputing(config, parts, rows.row_tokens, ranks),
         last_save=checkpoint,
     )
     if checkpoint is None:
@@ -176,13 +174,12 @@ def place_of(
     return progress
 
 
-def choose_recomputing(
-    config: Config, parts: Assembled, row_tokens: int, ranks: Ranks
-) -> tuple[str, str]:
-    """What the backward computes again (see `model.recompute`), and the reason in words."""
+def choose_recomputing(config: Config, parts: Assembled, row_tokens: int, ranks: Ranks) -> str:
+    """Tell the decoder what its backward computes again (see `model.recompute`); the reason."""
+    model, decoder = parts.base.model.model, parts.base.model.config
     if config.gradient_checkpointing != "auto":
-        return config.gradient_checkpointing, "as the config says"
-    decoder = parts.base.model.config
+        model.recomputing = config.gradient_checkpointing
+        return "as the config says"
     values = config.batch_size * row_tokens * decoder.num_hidden_layers * decoder.product_values
     needed = values * parts.base.compute_dtype.itemsize
     # As much as answering would take for its keys and values.
