@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -104,8 +105,8 @@ def rotated_copy(x: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tenso
 
 
 def linear(x: Tensor, base: nn.Linear, once: Once = at_once) -> Tensor:
-    if base.weight.requires_grad:
-        return base(x)
+    if not isinstance(base, bnb.nn.Linear4bit):
+        return plain.linear(x, base, once)
 
     def compute() -> Tensor:
         rows = product(x.flatten(0, -2), dense_weight(base, x.dtype), base.bias)
@@ -168,4 +169,5 @@ class AdaptedProduct(torch.autograd.Function):
 
 
 def masked(x: Tensor, kept: Tensor | None) -> Tensor:
-    return x if kept is None else x * kept
+    # Not `x * kept`: a product of two types makes a copy of each operand that it has to convert.
+    return x if kept is None else kept.to(x.dtype).mul_(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
@@ -40,5 +41,8 @@ class FrozenProduct(torch.autograd.Function):
             return None, None, None, None
         (gradient,) = gradients
         rows = gradient.flatten(0, -2)
-        result = product(rows, dense_weight(ctx.base, gradient.dtype).T)
+        weight = dense_weight(ctx.base, gradient.dtype)
+        # Of an ordinary layer, as torch itself does it, to the bit.
+        is_4_bit = isinstance(ctx.base, bnb.nn.Linear4bit)
+        result = product(rows, weight.T) if is_4_bit else rows @ weight
         return result.unflatten(0, gradient.shape[:-1]), None, None, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -83,7 +84,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, window: int | No
 def linear(x: Tensor, base: nn.Linear, once: Once = at_once) -> Tensor:
     """(…, inputs) -> (…, outputs) by a layer, which may be a 4-bit one. `once` keeps the output of
     a frozen one, or knows it already."""
-    if base.weight.requires_grad or not torch.is_grad_enabled():
+    is_plain = once is at_once and not isinstance(base, bnb.nn.Linear4bit)  # its hooks see `x`
+    if is_plain or base.weight.requires_grad or not torch.is_grad_enabled():
         return base(x)
     return FrozenProduct.apply(x, base, lambda: base(x), once)
 

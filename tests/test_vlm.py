@@ -332,6 +332,20 @@ def test_gradient_checkpointing_changes_no_bit(
     assert products["layers"] == products["none"] + 4 * len(decoder.layers)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_layers_without_an_adapter_are_kept_too(tiny_config, samples, batch_of, quantization):
+    config = replace(tiny_config, lora_targets=("qkv_proj",), quantization=quantization)
+    model, batch = assemble(config).model.train(), batch_of([samples[:4], samples[4:]])
+    results = {}
+    for setting in ("none", "products", "layers"):
+        model.language_model.model.recomputing = setting
+        torch.manual_seed(5)
+        results[setting] = gradients_of(model, [batch])
+    for setting in ("products", "layers"):
+        for name, expected in results["none"].items():
+            assert torch.equal(results[setting][name], expected), (setting, name)
+
+
 def test_of_the_products_is_kept_what_the_config_counts(model, samples, batch_of, monkeypatch):
     batch = batch_of([samples[:4], samples[4:]])
     decoder, layers = model.train().language_model.model, []
