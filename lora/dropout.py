@@ -83,12 +83,15 @@ class RowDropout(nn.Module):
         """
         counts = [tokens * x.shape[-1] for tokens in row_tokens]
         sizes = [-(-count // 4) for count in counts]
-        words = torch.empty(sum(sizes), dtype=torch.int64, device=x.device).split(sizes)
-        for row, key in zip(words, row_keys, strict=True):
+        words = torch.empty(sum(sizes), dtype=torch.int64, device=x.device)
+        rows = words.split(sizes)
+        for row, key in zip(rows, row_keys, strict=True):
             generator = torch.Generator(x.device).manual_seed(key ^ self.layer_key)
             row.random_(-(2**63), None, generator=generator)
-        rows = [row.view(torch.int16)[:count] for row, count in zip(words, counts, strict=True)]
-        return torch.cat(rows).view(x.shape)
+        if 4 * len(words) == x.numel():  # every row is whole words
+            return words.view(torch.int16).view(x.shape)
+        cut = [row.view(torch.int16)[:count] for row, count in zip(rows, counts, strict=True)]
+        return torch.cat(cut).view(x.shape)
 
     def extra_repr(self) -> str:
         return f"probability={self.probability}"

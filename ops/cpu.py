@@ -141,8 +141,9 @@ class AdaptedProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float,
         kept: Tensor | None, once: Once,
     ) -> Tensor:  # fmt: skip
-        low = product(masked(x, kept), a)  # (rows, rank)
-        ctx.save_for_backward(x, a, b, low, kept)
+        for_a = masked(x, kept)
+        low = product(for_a, a)  # (rows, rank)
+        ctx.save_for_backward(for_a, a, b, low, kept)  # `x` itself is not needed again
         ctx.base, ctx.scaling = base, scaling
 
         def compute() -> Tensor:
@@ -153,7 +154,7 @@ class AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, low, kept = ctx.saved_tensors
+        input_of_a, a, b, low, kept = ctx.saved_tensors
         (gradient,), scaling = gradients, ctx.scaling
         for_x, for_a, for_b, *_ = ctx.needs_input_grad
         low_gradient = product(gradient, b.T).mul_(scaling)  # (rows, rank)
@@ -161,10 +162,13 @@ class AdaptedProduct(torch.autograd.Function):
         if for_b:
             grad_b = (gradient.T @ low).mul_(scaling)
         if for_a:
-            grad_a = low_gradient.T @ masked(x, kept)
+            grad_a = low_gradient.T @ input_of_a
         if for_x:
             grad_x = product(gradient, dense_weight(ctx.base, gradient.dtype).T)
-            grad_x += masked(low_gradient @ a, kept)
+            if kept is None:
+                grad_x.addmm_(low_gradient, a)
+            else:
+                grad_x.addcmul_(low_gradient @ a, kept.to(grad_x.dtype))
         return grad_x, grad_a, grad_b, None, None, None, None
 
 
