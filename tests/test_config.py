@@ -246,6 +246,7 @@ def test_the_fields_that_no_result_depends_on():
         "strict",
         "speech",
         "keep_best",  # how much is kept
+        "gradient_checkpointing",  # gradients are equal to the bit, see test_vlm.py
         "held_out_questions",  # evaluate.py asks them
         "novel_pair_questions",
     }

@@ -76,6 +76,7 @@ NOT_RUN = {
     "python -m benchmarks.vs_peft_trainer": MINUTES,
     "python -m benchmarks.vs_peft_trainer --parity": "tests/test_trainer_parity.py runs it",
     "python -m benchmarks.vs_peft_trainer --shapes tiny --repeats 3": MINUTES,
+    "python -m benchmarks.train_step --layers 2": MINUTES,
     "python -m benchmarks.decode": MINUTES,
     "python -m benchmarks.assistant": MINUTES,
     "python -m benchmarks.serve_load": MINUTES,

@@ -29,6 +29,8 @@ from model.vision import VisionTower
 from model.vlm import owner_of, segment_lengths
 from ops.head import summed_cross_entropy
 from training.loss_scaler import LossScaler
+from training.ranks import Ranks
+from training.run import choose_recomputing
 from training.step import train_step
 
 
@@ -344,6 +346,20 @@ def test_layers_without_an_adapter_are_kept_too(tiny_config, samples, batch_of, 
     for setting in ("products", "layers"):
         for name, expected in results["none"].items():
             assert torch.equal(results[setting][name], expected), (setting, name)
+
+
+@pytest.mark.parametrize(("spare", "chosen"), [(0, "products"), (-1, "layers")])
+def test_by_itself_it_keeps_products_where_they_fit(tiny_config, parts, monkeypatch, spare, chosen):
+    config = replace(tiny_config, gradient_checkpointing="auto", batch_size=2)
+    decoder = parts.base.model.model
+    monkeypatch.setattr(decoder, "recomputing", "none")
+    needed = 4 * 2 * 100 * decoder.config.num_hidden_layers * decoder.config.product_values
+    monkeypatch.setattr("training.run.default_kv_bytes", lambda _: needed + spare)
+    assert "GB" in choose_recomputing(config, parts, 100, Ranks())
+    assert decoder.recomputing == chosen
+    given = replace(config, gradient_checkpointing="none")
+    choose_recomputing(given, parts, 100, Ranks())
+    assert decoder.recomputing == "none"
 
 
 def test_of_the_products_is_kept_what_the_config_counts(model, samples, batch_of, monkeypatch):

@@ -186,10 +186,8 @@ def choose_recomputing(config: Config, parts: Assembled, row_tokens: int, ranks:
     room = default_kv_bytes(parts.device)
     if parts.device.type == "cpu":
         room //= ranks.size
-    sizes = (
-        f"the products of a micro-batch take {needed / 1e9:.2f} GB, {room / 1e9:.2f} may be used"
-    )
-    return (PRODUCTS if needed <= room else LAYERS), sizes
+    model.recomputing = PRODUCTS if needed <= room else LAYERS
+    return f"the products of a micro-batch take {needed / 1e9:.2f} GB of {room / 1e9:.2f}"
 
 
 def make_optimizer(config: Config, parts: Assembled) -> tuple[AdamW, LossScaler]:
