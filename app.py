@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 
+import threads  # noqa: F401 (before torch is loaded)
+
 import config as configs
 import paths
 from api.door import KEY, add_door_flags, guarded, opened

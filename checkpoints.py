@@ -25,6 +25,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import threads  # noqa: F401 (before torch is loaded)
+
 from safetensors import SafetensorError
 from torch import Tensor
 

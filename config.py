@@ -32,6 +32,7 @@ from fields import (
     UNDER_1,
     Bounds,
     declared,
+    shown,
 )
 from presets import DEFAULT_PRESET, PRESETS
 
@@ -202,7 +203,14 @@ class Config:
     max_gradient_norm: float = declared(
         1.0, "gradients are clipped to this global norm", bounds=POSITIVE
     )
-    gradient_checkpointing: bool = declared(True, "recompute activations in the backward pass")
+    gradient_checkpointing: str = declared(
+        "auto",
+        "computed again in the backward: none; products: all but the products with frozen weights;"
+        " layers: all; auto: products where they fit in a quarter of the memory, else layers",
+        choices=("auto", "none", "products", "layers"),
+        changes_result=False,  # gradients are equal to the bit
+        formerly={True: "layers", False: "none"},
+    )
     seed: int = declared(
         0, "of the split, the order, the initial weights and the dropout", bounds=SEEDS
     )
@@ -351,7 +359,9 @@ def of_declared_type(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     numbers floats where the field is one. Raises PhiSightError naming the field."""
     clean = {}
     for name, value in values.items():
-        kind = TYPES[name]
+        kind, formerly = TYPES[name], FIELDS[name].metadata["formerly"]
+        if type(value) in map(type, formerly):
+            value = formerly[value]
         if kind is float and type(value) is int and abs(value) < 2**1023:  # else too large for one
             value = float(value)
         is_names = typing.get_origin(kind) is tuple
@@ -364,15 +374,6 @@ def of_declared_type(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             )
         clean[name] = value
     return clean
-
-
-def shown(value: Any) -> str:
-    """The value as an error names it; what a file holds may be of any length."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
-        return "a value too long to be shown"
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 # -- JSON -----------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ import json
 import time
 from pathlib import Path
 
+import threads  # noqa: F401 (before torch is loaded)
+
 import config as configs
 from assistant.flags import add_length_flag, add_model_flags, check_length, load_assistant
 from config import need_file

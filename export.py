@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 
+import threads  # noqa: F401 (before torch is loaded)
+
 from transformers.utils import logging
 
 import config as configs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ def declared(
     known_by: str = "",
     place: str = "",
     old_checkpoints: Any = dataclasses.MISSING,
+    formerly: Mapping[Any, Any] | None = None,
 ) -> Any:
     """Declare a field.
 
@@ -53,6 +54,8 @@ def declared(
         place: PATH or PATH_OR_NAME where the text says where something lies; see `paths`.
         old_checkpoints: the value that describes the checkpoints written before the field existed;
             without one, a checkpoint that lacks the field is refused.
+        formerly: values of another type that the field had in older versions, in files and on
+            command lines, each with the one that means the same now.
     """
     if choices:
         bounds = Bounds("one of " + ", ".join(choices), lambda value: value in choices)
@@ -64,5 +67,15 @@ def declared(
         "known_by": known_by,
         "place": place,
         "old_checkpoints": old_checkpoints,
+        "formerly": formerly or {},
     }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def shown(value: Any) -> str:
+    """The value as an error names it; what a file holds may be of any length."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
+        return "a value too long to be shown"
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -14,6 +14,8 @@ import argparse
 import json
 import time
 
+import threads  # noqa: F401 (before torch is loaded)
+
 import config as configs
 from assistant.flags import (
     Asker,

@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {
     "batch_size": 6,  # about 2,000 tokens a step, so that one epoch makes 900 steps
     "accumulation": 1,  # a small model learns more from many small steps than from few large ones
     "learning_rate": 3e-3,  # a narrow model takes, and needs, a higher rate than a wide one
-    "gradient_checkpointing": False,  # memory is not short; computing twice would cost a third
+    "gradient_checkpointing": "none",  # memory is not short; computing twice would cost a third
     "evaluate_steps": 200,  # an evaluation takes as long as ten steps
     "evaluation_conversations": 100,
     "save_steps": 100,  # a step takes a quarter of a second; saving every 25 would be felt

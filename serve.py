@@ -11,6 +11,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import threads  # noqa: F401 (before torch is loaded)
+
 import config as configs
 from api.api import Api
 from api.door import KEY, add_door_flags, opened

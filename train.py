@@ -18,6 +18,8 @@ import contextlib
 import sys
 import time
 
+import threads  # noqa: F401 (before torch is loaded)
+
 import checkpoints
 from config import Config
 from errors import SurvivingOutput, run_main

@@ -65,7 +65,7 @@ def mid_config(folder: Path, steps: int, picture_tokens: int) -> Config:
         row_tokens=1024,
         batch_size=2,
         accumulation=1,
-        gradient_checkpointing=False,
+        gradient_checkpointing="none",
     )
 
 

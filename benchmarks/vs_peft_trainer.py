@@ -27,6 +27,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import threads  # noqa: F401 (before torch is loaded)
+
 import torch
 from tqdm import tqdm
 

@@ -42,11 +42,22 @@ class Batch:
     targets: Tensor
     """(supervised,) int64: those tokens"""
     lengths: Sequence[int]
-    """tokens of every conversation, and of every stretch of padding, row after row"""
-    tokens: int
-    """padding not counted"""
+    """tokens of every conversation, row after row"""
+    there: Tensor
+    """(tokens,) int64: the places of all that is not padding"""
+    row_tokens: Sequence[int]
+    """of each row, padding not counted"""
     row_keys: Sequence[int] | None = None
     """for each row a number that no other row of the run has: dropout draws by it; or None"""
+
+    @property
+    def tokens(self) -> int:
+        """Padding not counted."""
+        return sum(self.row_tokens)
+
+    @property
+    def has_padding(self) -> bool:
+        return self.tokens < self.input_ids.numel()
 
     @property
     def supervised_tokens(self) -> int:
@@ -90,7 +101,8 @@ def batch_of(
         predicting=row * labels.shape[1] + column,  # the state at t predicts the token at t + 1
         targets=labels[:, 1:][learnt],
         lengths=segment_lengths(segment_ids),
-        tokens=int((segment_ids > 0).sum()),
+        there=(segment_ids.flatten() > 0).nonzero()[:, 0],
+        row_tokens=(segment_ids > 0).sum(1).tolist(),
         row_keys=row_keys,
     )
 
@@ -102,10 +114,10 @@ def places_of(input_ids: Tensor, image_id: int) -> Tensor:
 
 
 def segment_lengths(segment_ids: Tensor) -> list[int]:
-    """Tokens of every conversation, and of every stretch of padding, row after row."""
+    """Tokens of every conversation, row after row."""
     rows = torch.arange(len(segment_ids), device=segment_ids.device)[:, None]
     # Two rows may end and begin with the same number, as rows of one conversation do.
-    numbers = segment_ids + rows * (segment_ids.max() + 1)
+    numbers = (segment_ids + rows * (segment_ids.max() + 1))[segment_ids > 0]
     return torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
 
 

@@ -28,7 +28,8 @@ class RowDropout(nn.Module):
     on whichever process the row is computed, when a checkpointed activation is computed again, and
     after a resume: a run means the same on one process as on four.
 
-    Rows must be padded to one length for a whole run: a mask is drawn for the padded row.
+    It is drawn from a row's first token on, so that on a CPU padding behind the last one changes
+    none of it; elsewhere rows must always come with their padding, or always without.
 
     Attributes:
         layer_key: tells the layers apart, which would otherwise share one mask.
@@ -49,36 +50,48 @@ class RowDropout(nn.Module):
         mask, scale = self.mask(x, row_keys)
         return x if mask is None else x * (mask * scale).to(x.dtype)
 
-    def mask(self, x: Tensor, row_keys: Sequence[int] | None) -> tuple[Tensor | None, float]:
+    def mask(
+        self, x: Tensor, row_keys: Sequence[int] | None, row_tokens: Sequence[int] | None = None
+    ) -> tuple[Tensor | None, float]:
         """Where `x` is kept (uint8 of its shape: 1 or 0; None: everywhere), and its scale there.
 
-        Raises as `forward` does.
+        row_tokens: how many tokens each row has, where `x` is (1, tokens of all rows, features)
+        and the rows stand one behind the other, without padding. Raises as `forward` does.
         """
         if not self.training or self.probability == 0:
             return None, 1.0
         if row_keys is None:
             mask = nn.functional.dropout(torch.ones_like(x), self.probability) != 0
             return mask.view(torch.uint8), 1 / (1 - self.probability)
-        if len(row_keys) != len(x):
+        if row_tokens is None:
+            row_tokens = [x.shape[1]] * len(x)
+        if len(row_keys) != len(row_tokens):
             raise PhiSightError(
-                f"dropout: {len(x)} rows came with {len(row_keys)} row keys; give one a row"
+                f"dropout: {len(row_tokens)} rows came with {len(row_keys)} row keys; give one a"
+                " row"
             )
         dropped = min(round(self.probability * STEPS), STEPS - 1)
-        mask = self.draws(x, row_keys) >= dropped - STEPS // 2
+        mask = self.draws(x, row_keys, row_tokens) >= dropped - STEPS // 2
         # A CPU multiplies floats by uint8 in a third of the time that it takes for bool.
         return mask.view(torch.uint8), STEPS / (STEPS - dropped)
 
-    def draws(self, x: Tensor, row_keys: Sequence[int]) -> Tensor:
-        """A random int16 for each element of (rows, length, features).
+    def draws(self, x: Tensor, row_keys: Sequence[int], row_tokens: Sequence[int]) -> Tensor:
+        """A random int16 for each element of `x`, which has rows of `row_tokens` tokens.
 
         Four come from each number of 64 bits: three times as fast on a CPU as drawing a float for
         each. A probability is thereby rounded to a multiple of 1/65536, and the scale with it.
         """
-        words = torch.empty(len(x), -(-x[0].numel() // 4), dtype=torch.int64, device=x.device)
-        for row, key in zip(words, row_keys, strict=True):
+        counts = [tokens * x.shape[-1] for tokens in row_tokens]
+        sizes = [-(-count // 4) for count in counts]
+        words = torch.empty(sum(sizes), dtype=torch.int64, device=x.device)
+        rows = words.split(sizes)
+        for row, key in zip(rows, row_keys, strict=True):
             generator = torch.Generator(x.device).manual_seed(key ^ self.layer_key)
             row.random_(-(2**63), None, generator=generator)
-        return words.view(torch.int16)[:, : x[0].numel()].reshape(x.shape)
+        if 4 * len(words) == x.numel():  # every row is whole words
+            return words.view(torch.int16).view(x.shape)
+        cut = [row.view(torch.int16)[:count] for row, count in zip(rows, counts, strict=True)]
+        return torch.cat(cut).view(x.shape)
 
     def extra_repr(self) -> str:
         return f"probability={self.probability}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from errors import PhiSightError
 from lora.dropout import RowDropout
 from ops import operations_for
+from ops.frozen import Once, at_once
 from ops.nf4 import PanelLinear, packed_weight
 
 
@@ -92,16 +93,23 @@ class LoRALinear(nn.Module):
         self.dropout = RowDropout(dropout, dropout_key)
 
     def forward(
-        self, x: Tensor, row_keys: Sequence[int] | None = None, answering: bool = False
+        self,
+        x: Tensor,
+        row_keys: Sequence[int] | None = None,
+        row_tokens: Sequence[int] | None = None,
+        once: Once = at_once,
+        answering: bool = False,
     ) -> Tensor:
         """(…, in_features) -> (…, out_features), in the dtype that the base returns.
 
-        row_keys: what dropout draws by, one a row of (rows, length, in_features); see `RowDropout`.
+        row_keys: what dropout draws by, one a row of (rows, length, in_features).
+        row_tokens: of rows that stand one behind the other; see `RowDropout.mask`.
+        once: keeps the product with the frozen weight, or knows it already; see `ops.frozen`.
         answering: see `ops.choose`.
         """
-        mask, scale = self.dropout.mask(x, row_keys)
+        mask, scale = self.dropout.mask(x, row_keys, row_tokens)
         return operations_for(x, answering).adapted_linear(
-            x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale
+            x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale, once
         )
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ computed by more than one formula for speed lies in `ops`; transformers is the r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.layer import LoRALinear
 from model.cache import KeyValues
+from model.recompute import LAYERS, NOTHING, KeptProducts
 from ops import operations_for
+from ops.frozen import Once, at_once
 from ops.head import head_logits
 from ops.nf4 import memory_for
 from ops.plain import causal_attention
@@ -62,6 +64,22 @@ class DecoderConfig:
     """how many tokens a token sees, itself among them; None for all before it"""
     rope: Rope
 
+    @property
+    def product_values(self) -> int:
+        """Numbers for each token and layer that `model.recompute` keeps as "products"."""
+        heads = self.num_attention_heads + 2 * self.num_key_value_heads
+        return heads * self.head_dim + 2 * self.hidden_size + 2 * self.intermediate_size
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where rows have tokens: nothing is computed for the padding behind them."""
+
+    places: Tensor
+    """(tokens of all rows,) int64: row x length + column"""
+    row_tokens: Sequence[int]
+    """of each row"""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -76,14 +94,24 @@ class Layout:
     """of each conversation: tokens attend to these too, and are added to them"""
     row_keys: Sequence[int] | None
     """a key for each row, which dropout masks are drawn by; see `RowDropout`"""
+    row_tokens: Sequence[int] | None = None
+    """of each row, where the rows stand one behind the other without padding; see `RowDropout`"""
+    products: KeptProducts | None = None
+    """of the layer, where they are kept for the backward"""
 
 
-def project(linear: nn.Linear | LoRALinear, x: Tensor, layout: Layout) -> Tensor:
-    """`linear(x)`; an adapter's dropout draws by the keys of the rows."""
+def project(
+    linear: nn.Linear | LoRALinear, x: Tensor, layout: Layout, is_last: bool = False
+) -> Tensor:
+    """`linear(x)`; an adapter's dropout draws by the keys of the rows. is_last: of the layer, so
+    that its output is needed by no backward within."""
     answering = layout.caches is not None
+    once: Once = at_once
+    if layout.products:
+        once = layout.products.shape_only if is_last else layout.products.kept
     if isinstance(linear, LoRALinear):
-        return linear(x, layout.row_keys, answering)
-    return operations_for(x, answering).linear(x, linear)
+        return linear(x, layout.row_keys, layout.row_tokens, once, answering)
+    return operations_for(x, answering).linear(x, linear, once)
 
 
 class Embedding(nn.Embedding):
@@ -218,7 +246,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         both = project(self.gate_up_proj, x, layout)  # (rows, length, gate and up)
-        return project(self.down_proj, operations_for(x).gated(both), layout)
+        return project(self.down_proj, operations_for(x).gated(both), layout, is_last=True)
 
 
 class DecoderLayer(nn.Module):
@@ -248,8 +276,8 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryPositions(config.rope)
-        self.recompute_activations = False
-        """in the backward of a training, layer by layer (arXiv:1604.06174)"""
+        self.recomputing = NOTHING
+        """in the backward of a training, layer by layer; see `model.recompute`"""
         self.cache_dtype: torch.dtype | None = None
         """of keys and values that are kept, where it is another one than that of the weights"""
 
@@ -261,29 +289,48 @@ class Decoder(nn.Module):
         caches: Sequence[KeyValues] | None = None,
         row_keys: Sequence[int] | None = None,
         totals: Sequence[int] | None = None,
+        tokens: Tokens | None = None,
     ) -> Tensor:
         """(rows, length, dim) embeddings -> states of the same shape, normalised for the head.
 
         position_ids: (rows, length); lengths, caches, row_keys: see `Layout`. Tokens that were fed
         with caches have been added to them afterwards. totals: tokens of each conversation,
         where it is fed in pieces and more are still to come; LongRoPE chooses its factors by them.
+        tokens: where they stand, if `lengths` are those of conversations alone; the states of
+        padding are then zeros, and nothing is computed for it.
         """
+        padded = x.shape
+        if tokens:
+            x = x.flatten(0, 1).index_select(0, tokens.places)[None]  # (1, tokens, dim)
+            position_ids = position_ids.flatten()[tokens.places]
         if totals is None:
             before = [cache.length for cache in caches] if caches else [0] * len(lengths)
             totals = [past + new for past, new in zip(before, lengths, strict=True)]
         angles = self.rotary(position_ids.flatten(), lengths, totals)
         cosines, sines = (part.to(x.dtype) for part in angles)
-        layout = Layout(lengths, cosines, sines, caches, row_keys)
+        row_tokens = tokens.row_tokens if tokens else None
+        layout = Layout(lengths, cosines, sines, caches, row_keys, row_tokens)
         for cache, length in zip(caches or (), lengths):
             cache.reserve(length)
         for layer in self.layers:
-            if self.recompute_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, layout, use_reentrant=False)
-            else:
-                x = layer(x, layout)
+            x = self.run_layer(layer, x, layout)
         for cache, length in zip(caches or (), lengths):
             cache.length += length
-        return self.norm(x)
+        x = self.norm(x)
+        if tokens:
+            empty = x.new_zeros(padded).flatten(0, 1)
+            x = empty.index_copy(0, tokens.places, x[0]).view(padded)
+        return x
+
+    def run_layer(self, layer: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+        """`layer(x, layout)`, which keeps for its backward what `recomputing` says."""
+        if self.recomputing == NOTHING or not (self.training and torch.is_grad_enabled()):
+            return layer(x, layout)
+        if self.recomputing == LAYERS:
+            return checkpoint(layer, x, layout, use_reentrant=False)
+        products = KeptProducts()
+        layout = replace(layout, products=products)
+        return checkpoint(layer, x, layout, use_reentrant=False, context_fn=products.contexts)
 
     def empty_cache(self, most: int | None = None) -> KeyValues:
         """For a sequence to be decoded, as `forward` takes it; `most`: see `KeyValues`."""

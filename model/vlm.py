@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.collate import Batch, places_of
 from errors import PhiSightError
-from model.decoder import LanguageModel
+from model.decoder import LanguageModel, Tokens
 from model.projector import ImageProjector
 from ops.head import summed_cross_entropy
 
@@ -42,12 +42,13 @@ class VisionLanguageModel(nn.Module):
         return spliced.view_as(embeddings)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Last hidden states of packed rows, (rows, length, dim)."""
+        """Last hidden states of packed rows, (rows, length, dim); zeros on padding."""
         return self.language_model.model(
             self.embed(batch.input_ids, batch.image_features, batch.slots),
             batch.position_ids,
             batch.lengths,
             row_keys=batch.row_keys,
+            tokens=Tokens(batch.there, batch.row_tokens) if batch.has_padding else None,
         )
 
     def supervised_states(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ops import cpu, cpu_answering, cpu_inference, cuda, kernels, plain
+from ops.frozen import Once, at_once
 
 
 class Operations(Protocol):
@@ -32,10 +33,10 @@ class Operations(Protocol):
     def packed_attention(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], window: int | None
     ) -> Tensor: ...
-    def linear(self, x: Tensor, base: nn.Linear) -> Tensor: ...
+    def linear(self, x: Tensor, base: nn.Linear, once: Once = at_once) -> Tensor: ...
     def adapted_linear(
         self, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: Tensor,
-        kept: Tensor | None, scale: float,
+        kept: Tensor | None, scale: float, once: Once = at_once,
     ) -> Tensor: ...  # fmt: skip
 
 

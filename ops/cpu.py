@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ops import plain
-from ops.nf4 import frozen_product, frozen_product_backward
-from ops.plain import linear, packed_attention
+from ops.frozen import FrozenProduct, Once, at_once
+from ops.nf4 import dense_weight
+from ops.plain import packed_attention
 from ops.products import product
 
 __all__ = ["adapted_linear", "gated", "linear", "packed_attention", "rms_norm", "rotate"]
@@ -102,13 +104,24 @@ def rotated_copy(x: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tenso
     return result
 
 
+def linear(x: Tensor, base: nn.Linear, once: Once = at_once) -> Tensor:
+    if not isinstance(base, bnb.nn.Linear4bit):
+        return plain.linear(x, base, once)
+
+    def compute() -> Tensor:
+        rows = product(x.flatten(0, -2), dense_weight(base, x.dtype), base.bias)
+        return rows.unflatten(0, x.shape[:-1])
+
+    return FrozenProduct.apply(x, base, compute, once)
+
+
 def adapted_linear(
     x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: Tensor, kept: Tensor | None,
-    scale: float,
+    scale: float, once: Once = at_once,
 ) -> Tensor:  # fmt: skip
     result = AdaptedProduct.apply(
         x.flatten(0, -2), a, b, base, scaling.item() * scale,
-        None if kept is None else kept.flatten(0, -2),
+        None if kept is None else kept.flatten(0, -2), once,
     )  # fmt: skip
     return result.unflatten(0, x.shape[:-1])
 
@@ -126,17 +139,22 @@ class AdaptedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float,
-        kept: Tensor | None,
+        kept: Tensor | None, once: Once,
     ) -> Tensor:  # fmt: skip
-        result = frozen_product(x, base)
-        low = product(masked(x, kept), a)  # (rows, rank)
-        ctx.save_for_backward(x, a, b, low, kept)
+        for_a = masked(x, kept)
+        low = product(for_a, a)  # (rows, rank)
+        ctx.save_for_backward(for_a, a, b, low, kept)  # `x` itself is not needed again
         ctx.base, ctx.scaling = base, scaling
-        return result.addmm_(low, b.T, alpha=scaling)
+
+        def compute() -> Tensor:
+            result = product(x, dense_weight(base, x.dtype), base.bias)
+            return result.addmm_(low, b.T, alpha=scaling)
+
+        return once(compute)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, low, kept = ctx.saved_tensors
+        input_of_a, a, b, low, kept = ctx.saved_tensors
         (gradient,), scaling = gradients, ctx.scaling
         for_x, for_a, for_b, *_ = ctx.needs_input_grad
         low_gradient = product(gradient, b.T).mul_(scaling)  # (rows, rank)
@@ -144,12 +162,16 @@ class AdaptedProduct(torch.autograd.Function):
         if for_b:
             grad_b = (gradient.T @ low).mul_(scaling)
         if for_a:
-            grad_a = low_gradient.T @ masked(x, kept)
+            grad_a = low_gradient.T @ input_of_a
         if for_x:
-            grad_x = frozen_product_backward(gradient, ctx.base)
-            grad_x += masked(low_gradient @ a, kept)
-        return grad_x, grad_a, grad_b, None, None, None
+            grad_x = product(gradient, dense_weight(ctx.base, gradient.dtype).T)
+            if kept is None:
+                grad_x.addmm_(low_gradient, a)
+            else:
+                grad_x.addcmul_(low_gradient @ a, kept.to(grad_x.dtype))
+        return grad_x, grad_a, grad_b, None, None, None, None
 
 
 def masked(x: Tensor, kept: Tensor | None) -> Tensor:
-    return x if kept is None else x * kept
+    # Not `x * kept`: a product of two types makes a copy of each operand that it has to convert.
+    return x if kept is None else kept.to(x.dtype).mul_(x)

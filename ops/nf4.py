@@ -12,7 +12,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import bitsandbytes as bnb
 import torch
@@ -59,31 +59,12 @@ class PanelLinear(bnb.nn.Linear4bit):
         self.weight.weight_count = count  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, inputs) float32 -> (…, outputs) float32, with a gradient for x."""
-        return FrozenProduct.apply(x.flatten(0, -2), self).unflatten(0, x.shape[:-1])
-
-
-class FrozenProduct(torch.autograd.Function):
-    """Rows by a frozen layer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: nn.Linear) -> Tensor:
-        ctx.linear = linear
-        return frozen_product(x, linear)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return frozen_product_backward(gradients[0], ctx.linear), None
-
-
-def frozen_product(x: Tensor, linear: nn.Linear) -> Tensor:
-    """(rows, inputs) -> (rows, outputs) by a layer of any kind; without a gradient."""
-    return product(x, dense_weight(linear, x.dtype), linear.bias)
-
-
-def frozen_product_backward(gradient: Tensor, linear: nn.Linear) -> Tensor:
-    """(rows, outputs) -> the gradient of `frozen_product`'s input, (rows, inputs)."""
-    return product(gradient, dense_weight(linear, gradient.dtype).T)
+        """(…, inputs) float32 -> (…, outputs) float32, exact; without a gradient, for which
+        `ops.frozen.FrozenProduct` is there."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise TypeError("PanelLinear: has no gradient by itself; call ops' linear")
+        rows = product(x.flatten(0, -2), dense_weight(self, x.dtype), self.bias)
+        return rows.unflatten(0, x.shape[:-1])
 
 
 def quick_product(x: Tensor, linear: PanelLinear) -> Tensor:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ops.frozen import FrozenProduct, Once, at_once
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -78,21 +81,25 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, window: int | No
     )[0]
 
 
-def linear(x: Tensor, base: nn.Linear) -> Tensor:
-    """(…, inputs) -> (…, outputs) by a frozen layer, which may be a 4-bit one."""
-    return base(x)
+def linear(x: Tensor, base: nn.Linear, once: Once = at_once) -> Tensor:
+    """(…, inputs) -> (…, outputs) by a layer, which may be a 4-bit one. `once` keeps the output of
+    a frozen one, or knows it already."""
+    is_plain = once is at_once and not isinstance(base, bnb.nn.Linear4bit)  # its hooks see `x`
+    if is_plain or base.weight.requires_grad or not torch.is_grad_enabled():
+        return base(x)
+    return FrozenProduct.apply(x, base, lambda: base(x), once)
 
 
 def adapted_linear(
     x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: Tensor, kept: Tensor | None,
-    scale: float,
+    scale: float, once: Once = at_once,
 ) -> Tensor:  # fmt: skip
     """base(x) + scaling * ((x where kept, times scale) A^T) B^T (LoRA, arXiv:2106.09685).
 
     x: (…, inputs); a: (rank, inputs) float32; b: (outputs, rank) float32; kept: uint8 of the shape
     of x, or None for everywhere. The low-rank product is float32 whatever the dtype of x is.
     """
-    result = base(x)
+    result = linear(x, base, once)
     return result + low_rank_update(x, a, b, scaling, kept, scale).to(result.dtype)
 
 

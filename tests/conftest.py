@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import threads  # noqa: F401 (before torch is loaded)
+
 import pytest
 import torch
 from hypothesis import settings

@@ -38,7 +38,7 @@ RECIPE: dict[str, object] = {
     "epochs": 2,
     "learning_rate": 1e-3,
     "lora_dropout": 0.05,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "products",
     "evaluate_steps": 5,
     "evaluation_conversations": 4,
     "save_steps": 3,
@@ -52,7 +52,7 @@ SHORT: dict[str, object] = {  # for what needs steps, but not many
     "accumulation": 1,
     "evaluate_steps": 0,
     "max_steps": 2,
-    "gradient_checkpointing": False,
+    "gradient_checkpointing": "none",
 }
 
 

@@ -84,7 +84,30 @@ def test_an_unknown_preset_names_the_known_ones():
     ],
 )
 def test_a_boolean_flag_may_stand_alone_or_take_a_word(typed, value):
-    assert config_of("--gradient-checkpointing", *typed).gradient_checkpointing is value
+    assert config_of("--deterministic", *typed).deterministic is value
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        (["--gradient-checkpointing"], "layers"),
+        (["--gradient-checkpointing", "true"], "layers"),
+        (["--gradient-checkpointing", "no"], "none"),
+        (["--no-gradient-checkpointing"], "none"),
+        (["--gradient-checkpointing", "products"], "products"),
+    ],
+)
+def test_a_flag_that_was_a_boolean_once_takes_what_it_took(typed, value):
+    assert config_of(*typed).gradient_checkpointing == value
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "layers"), (False, "none")])
+def test_files_from_before_a_field_had_words_mean_what_they_meant(old, new, tmp_path):
+    saved = configs.to_dict(GOOD) | {"gradient_checkpointing": old}
+    assert configs.from_dict(saved, "an old checkpoint").gradient_checkpointing == new
+    file = tmp_path / "old.toml"
+    file.write_text(f"gradient_checkpointing = {str(old).lower()}\n")
+    assert config_of("--config", str(file)).gradient_checkpointing == new
 
 
 def test_a_list_is_typed_with_commas():
@@ -223,6 +246,7 @@ def test_the_fields_that_no_result_depends_on():
         "strict",
         "speech",
         "keep_best",  # how much is kept
+        "gradient_checkpointing",  # gradients are equal to the bit, see test_vlm.py
         "held_out_questions",  # evaluate.py asks them
         "novel_pair_questions",
     }
@@ -275,6 +299,7 @@ BAD: dict[str, tuple] = {
     "feature_pooling": (0, -2),
     "feature_storage": ("int4", ""),
     "picture_fit": ("stretch", ""),
+    "gradient_checkpointing": ("all", ""),
 }
 FREE = {  # any value of the right type is one; whether it is there is found out on use
     "base",
@@ -288,7 +313,6 @@ FREE = {  # any value of the right type is one; whether it is there is found out
     "novel_pair_questions",
     "strict",
     "keep_best",
-    "gradient_checkpointing",
     "features",
     "deterministic",
     "train_lora",

@@ -83,6 +83,8 @@ NOT_RUN = {
     "../llama/bin/pip install llama-cpp-python gguf": "compiles llama.cpp, which takes minutes",
     "python -m benchmarks.cold_start": "measures; tests/test_commands.py holds what is imported",
     "python -m benchmarks.clip --vision FOLDER": "FOLDER stands for a CLIP's",
+    "python -m benchmarks.train_step --layers 2": MINUTES,
+    "python -m benchmarks.decode": MINUTES,
     "python -m benchmarks.assistant": MINUTES,
     "python -m benchmarks.serve_load": MINUTES,
     "python -m benchmarks.mixed_load": MINUTES,

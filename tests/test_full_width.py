@@ -63,7 +63,7 @@ def trained(phi, tmp_path_factory):
         accumulation=1,
         evaluate_steps=0,
         log_steps=1,
-        gradient_checkpointing=True,
+        gradient_checkpointing="products",
     )
     yield folder / "run"
     for file in folder.rglob("part-*"):

@@ -28,7 +28,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_on_a_gpu(compute_type, tmp_path):
         "max_steps": 6,
         "save_steps": 2,
         "log_steps": 1,
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "products",
     }
     runs.start(tmp_path / "whole", **fields)
     runs.start(tmp_path / "stopped", "--stop-at-step=3", **fields)

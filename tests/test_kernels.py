@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from errors import PhiSightError
-from ops import kernels
+from ops import cpu, kernels
 from ops.kernels import target
-from ops.nf4 import PanelLinear, bitsandbytes_form, dense_weight, quant_state
+from ops.nf4 import PanelLinear, bitsandbytes_form, dense_weight, quant_state, quick_product
 
 if not kernels.available()[0]:
     pytest.skip(f"kernels: {kernels.available()[1]}", allow_module_level=True)
@@ -121,7 +121,7 @@ def test_a_row_has_the_same_result_in_any_company_on_any_number_of_threads(threa
 PROGRAM = """
 import torch
 from hashlib import sha256
-from ops import kernels
+from ops import cpu, kernels
 from ops.kernels.codebook import ERROR_BOUND, LEVELS, MOST_ACTIVATION, MOST_LEVEL
 from tests.test_kernels import digest_of_products
 print(kernels.available()[0], digest_of_products())
@@ -196,9 +196,13 @@ def test_a_layer_in_panels_is_the_layer_it_was_made_of(nested):
 
     x = torch.randn(3, 5, 192, requires_grad=True)
     expected = nn.functional.linear(x, reference, layer.bias)
-    torch.testing.assert_close(panels(x), expected, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(panels(x.detach()), expected)
+    torch.testing.assert_close(quick_product(x.detach(), panels), expected, rtol=1e-3, atol=2e-3)
+    with pytest.raises(TypeError, match="no gradient by itself"):
+        panels(x)
     mine, other = (
-        torch.autograd.grad((y * torch.arange(100)).sum(), x)[0] for y in (panels(x), expected)
+        torch.autograd.grad((y * torch.arange(100)).sum(), x)[0]
+        for y in (cpu.linear(x, panels), expected)
     )
     torch.testing.assert_close(mine, other)
     gradient = torch.randn(40, 100)

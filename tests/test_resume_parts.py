@@ -51,6 +51,15 @@ def test_masks_differ_by_row_and_by_layer_and_keep_the_mean():
     assert abs(a.mean().item() - 1) < 0.02 and abs((a == 0).float().mean().item() - 0.25) < 0.01
 
 
+def test_rows_without_their_padding_have_the_masks_of_padded_ones():
+    dropout, keys, lengths = RowDropout(0.3, layer_key=5), [7, 8, 9], [3, 6, 1]
+    x = torch.ones(3, 6, 5)  # 15 numbers in the first row: no whole number of words
+    padded, scale = dropout.mask(x, keys)
+    tokens = torch.cat([row[:length] for row, length in zip(padded, lengths)])
+    together, same_scale = dropout.mask(x.reshape(1, -1, 5)[:, : sum(lengths)], keys, lengths)
+    assert torch.equal(together[0], tokens) and scale == same_scale
+
+
 def test_dropout_draws_no_number_from_torchs_generator():
     dropout, before = RowDropout(0.5), torch.get_rng_state()
     dropout(torch.rand(1, 4, 4, generator=torch.Generator()), [3])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import threads
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # A room imports only itself and rooms before it. What is not listed here is in no room.
 ORDER = (
+    "threads",
     "errors",
     "paths",
     "fields",
@@ -54,8 +58,11 @@ COMMAND_LINES = dict.fromkeys(COMMANDS, 150) | {"train": 250}
 README_LINES = 170
 LORA_KNOWS = {"torch", "bitsandbytes", "errors", "tensors", "ops", "lora"}
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-# The one thing that happens on an import, and where: see the comment there.
-QUIETENING = ("lora/__init__.py", "_import_bitsandbytes")
+# The only things that happen on an import, and where: see the comments there.
+AT_IMPORT = {
+    ("lora/__init__.py", "_import_bitsandbytes"),
+    ("threads.py", "_let_waiting_threads_sleep"),
+}
 
 
 def project_files() -> list[Path]:
@@ -166,6 +173,27 @@ def test_an_arrow_that_runs_the_wrong_way_is_found(path, line):
     assert len(wrong_arrows(Path(path), ast.parse(line))) == 1
 
 
+@pytest.mark.parametrize("command", [*COMMANDS, "checkpoints"])
+def test_a_command_says_how_threads_wait_before_it_loads_torch(command):
+    first = next(
+        name
+        for name in imports_of(ast.parse((ROOT / f"{command}.py").read_text()))
+        if name.split(".")[0] not in sys.stdlib_module_names
+    )
+    assert first == "threads"
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_how_threads_wait_is_what_the_person_set(given, monkeypatch):
+    for setting in threads.SETTINGS:
+        monkeypatch.delenv(setting, raising=False)
+    for setting, value in given.items():
+        monkeypatch.setenv(setting, value)
+    threads._let_waiting_threads_sleep()
+    found = {name: os.environ[name] for name in threads.SETTINGS if name in os.environ}
+    assert found == (given or {"GOMP_SPINCOUNT": "1000"})
+
+
 def test_lora_knows_torch_bitsandbytes_tensors_and_ops_only():
     for path, tree in TREES.items():
         if room_of(path) == "lora":
@@ -247,12 +275,12 @@ def test_importing_a_module_does_nothing(path):
             and ast.unparse(node.test) == "TYPE_CHECKING"
             and all(isinstance(inner, (ast.Import, ast.ImportFrom)) for inner in node.body)
         )
-        quietening = (
+        told_there = (
             isinstance(node, ast.Expr)
             and isinstance(node.value, ast.Call)
-            and ((str(path), ast.unparse(node.value.func)) == QUIETENING)
+            and (str(path), ast.unparse(node.value.func)) in AT_IMPORT
         )
-        assert isinstance(node, allowed) or docstring or main or only_for_types or quietening, (
+        assert isinstance(node, allowed) or docstring or main or only_for_types or told_there, (
             f"{path}: line {node.lineno}"
         )
 

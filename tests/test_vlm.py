@@ -24,10 +24,13 @@ from lora.dropout import RowDropout
 from lora.layer import LoRALinear
 from lora.merge import merged_weight
 from model.build import assemble, load_model_state, model_state
+from model.recompute import KeptProducts
 from model.vision import VisionTower
 from model.vlm import owner_of
 from ops.head import summed_cross_entropy
 from training.loss_scaler import LossScaler
+from training.ranks import Ranks
+from training.run import choose_recomputing
 from training.step import train_step
 
 
@@ -84,9 +87,9 @@ def by_segment(batch, values: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_segment_lengths_of_rows_written_by_hand():
-    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 0]])) == [2, 2, 1]
+    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 0]])) == [2, 2]
     # one row ends and the next one begins with a conversation of the same number
-    assert segment_lengths(torch.tensor([[1, 1], [1, 0]])) == [2, 1, 1]
+    assert segment_lengths(torch.tensor([[1, 1], [1, 0]])) == [2, 1]
 
 
 def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batch_of):
@@ -98,6 +101,23 @@ def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batc
         torch.testing.assert_close(logits, alone, rtol=1e-6, atol=1e-5)
 
 
+def test_padding_costs_nothing_and_changes_no_bit(model, samples, parts, store, monkeypatch):
+    rows, dim = [samples[:5], samples[5:]], store.shape
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    ends = parts.chat_format.end_of_text_id
+    model.train()  # with dropout, whose masks are drawn for the tokens alone
+    seen = []
+    layer = model.language_model.model.layers[0]
+    with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2])):
+        found = [
+            gradients_of(model, [collate(rows, store.features_of, ends, dim, length, [3, 4])])
+            for length in (0, 900)
+        ]
+    assert seen == [(1, tokens)] * 2
+    for name, expected in found[0].items():
+        assert torch.equal(found[1][name], expected), name
+
+
 def test_loss_of_a_packed_batch_is_the_sum_of_its_conversations(model, samples, batch_of):
     with torch.no_grad():
         total, count = model(batch_of([samples[:5], samples[5:]]))
@@ -106,14 +126,14 @@ def test_loss_of_a_packed_batch_is_the_sum_of_its_conversations(model, samples, 
     assert total.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "products", "layers"])
 def test_a_step_by_the_fast_operations_is_one_by_the_plain_ones(
     model, samples, batch_of, recompute, monkeypatch
 ):
     batch = batch_of([samples[:5], samples[5:]])
     turn_dropout_off(model, monkeypatch)
     model.train()
-    monkeypatch.setattr(model.language_model.model, "recompute_activations", recompute)
+    monkeypatch.setattr(model.language_model.model, "recomputing", recompute)
     results = {}
     for target in (ops.cpu, ops.plain):
         monkeypatch.setattr(ops, "choose", lambda *_, target=target: (target, ""))
@@ -284,25 +304,85 @@ def test_every_parameter_has_exactly_one_owner(model):
     assert {owner_of(name) for name in trained} == {"lora", "projector"}
 
 
-def test_gradient_checkpointing_changes_no_gradient(model, samples, batch_of, monkeypatch):
-    batch = batch_of([samples[:4], samples[4:]])
+@pytest.mark.parametrize("row_keys", [None, [3, 4]])
+@pytest.mark.parametrize("target", [ops.cpu, ops.plain])
+def test_gradient_checkpointing_changes_no_bit(
+    model, samples, batch_of, monkeypatch, target, row_keys
+):
+    """By the row's key or from torch's own generator, dropout draws the same mask again."""
+    monkeypatch.setattr(ops, "choose", lambda *_: (target, ""))
+    batch = dataclasses.replace(batch_of([samples[:4], samples[4:]]), row_keys=row_keys)
     model.train()  # checkpointing works in training mode only, and then dropout is on too
-
-    def gradients() -> dict[str, torch.Tensor]:
+    decoder = model.language_model.model
+    computed: list[int] = []  # a product with a frozen weight each
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            inner = layer.base.forward
+            monkeypatch.setattr(
+                layer.base, "forward", lambda x, f=inner: computed.append(1) or f(x)
+            )
+    dense = ops.cpu.dense_weight
+    monkeypatch.setattr(ops.cpu, "dense_weight", lambda *a: computed.append(1) or dense(*a))
+    results, products = {}, {}
+    for setting in ("none", "products", "layers"):
+        monkeypatch.setattr(decoder, "recomputing", setting)
         torch.manual_seed(5)
-        return gradients_of(model, [batch])
+        computed.clear()
+        results[setting] = gradients_of(model, [batch])
+        products[setting] = len(computed)
+    for setting in ("products", "layers"):
+        for name, expected in results["none"].items():
+            assert torch.equal(results[setting][name], expected), (setting, name)
+    assert products["products"] == products["none"]
+    assert products["layers"] == products["none"] + 4 * len(decoder.layers)
 
-    kept = gradients()
-    forwards = []
-    hook = model.language_model.model.layers[0].register_forward_pre_hook(
-        lambda *_: forwards.append(1)
-    )
-    monkeypatch.setattr(model.language_model.model, "recompute_activations", True)
-    with hook:
-        recomputed = gradients()
-    assert len(forwards) == 2
-    for name, expected in kept.items():
-        assert torch.equal(recomputed[name], expected), name
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_layers_without_an_adapter_are_kept_too(tiny_config, samples, batch_of, quantization):
+    config = replace(tiny_config, lora_targets=("qkv_proj",), quantization=quantization)
+    model, batch = assemble(config).model.train(), batch_of([samples[:4], samples[4:]])
+    results = {}
+    for setting in ("none", "products", "layers"):
+        model.language_model.model.recomputing = setting
+        torch.manual_seed(5)
+        results[setting] = gradients_of(model, [batch])
+    for setting in ("products", "layers"):
+        for name, expected in results["none"].items():
+            assert torch.equal(results[setting][name], expected), (setting, name)
+
+
+@pytest.mark.parametrize(("spare", "chosen"), [(0, "products"), (-1, "layers")])
+def test_by_itself_it_keeps_products_where_they_fit(tiny_config, parts, monkeypatch, spare, chosen):
+    config = replace(tiny_config, gradient_checkpointing="auto", batch_size=2)
+    decoder = parts.base.model.model
+    monkeypatch.setattr(decoder, "recomputing", "none")
+    needed = 4 * 2 * 100 * decoder.config.num_hidden_layers * decoder.config.product_values
+    monkeypatch.setattr("training.run.default_kv_bytes", lambda _: needed + spare)
+    assert "GB" in choose_recomputing(config, parts, 100, Ranks())
+    assert decoder.recomputing == chosen
+    given = replace(config, gradient_checkpointing="none")
+    choose_recomputing(given, parts, 100, Ranks())
+    assert decoder.recomputing == "none"
+
+
+def test_of_the_products_is_kept_what_the_config_counts(model, samples, batch_of, monkeypatch):
+    batch = batch_of([samples[:4], samples[4:]])
+    decoder, layers = model.train().language_model.model, []
+
+    class Seen(KeptProducts):
+        def __init__(self) -> None:
+            super().__init__()
+            layers.append(self)
+
+    monkeypatch.setattr("model.decoder.KeptProducts", Seen)
+    monkeypatch.setattr(decoder, "recomputing", "products")
+    loss, _ = model(batch)
+    kept = [sum(t.untyped_storage().nbytes() for t in layer._outputs) for layer in layers]
+    values = decoder.config.product_values - decoder.config.hidden_size  # that one is the input
+    # The last product of a layer is kept as one number.
+    assert kept == [4 * batch.tokens * values + 4] * len(decoder.layers)
+    loss.backward()
+    assert not any(layer._outputs for layer in layers)
 
 
 # -- the state of a checkpoint --------------------------------------------------------------------

@@ -15,6 +15,7 @@ import train
 from data.collate import IGNORED, batch_of, collate
 from data.features import FeatureStore
 from errors import PhiSightError
+from model.recompute import LAYERS, NOTHING, PRODUCTS
 from training import batches
 from training.batches import BatchesAhead, make_batches
 from training.loss_scaler import LossScaler
@@ -43,15 +44,16 @@ def test_the_window_asks_no_tensor_for_its_value(parts, model, prepared, store, 
     monkeypatch.setattr(ops, "choose", lambda *_: (ops.plain, ""))
     model.train()
     found = []
-    for recompute in (False, True):
-        monkeypatch.setattr(model.language_model.model, "recompute_activations", recompute)
+    for recomputing in (NOTHING, PRODUCTS, LAYERS):
+        monkeypatch.setattr(model.language_model.model, "recomputing", recomputing)
         with nobody_asks():
             loss_sum = add_gradients(model, LossScaler(enabled=True), window, supervised)
         assert loss_sum.dtype == torch.float64 and loss_sum > 0
         found.append({name: p.grad.clone() for name, p in model.trainable()})
         assert all(gradient.any() for gradient in found[-1].values())
         model.zero_grad(set_to_none=True)
-    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+    for other in found[1:]:
+        assert all(torch.equal(other[name], gradient) for name, gradient in found[0].items())
 
 
 def test_nor_does_longrope_which_chooses_by_conversation():

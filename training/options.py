@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,12 +96,24 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 # -- the config's own flags -----------------------------------------------------------------------
 
 
+SWITCHES = dict.fromkeys(("true", "yes", "1", "on"), True) | dict.fromkeys(
+    ("false", "no", "0", "off"), False
+)
+
+
 def _boolean(text: str) -> bool:
-    if text.lower() in ("true", "yes", "1", "on"):
-        return True
-    if text.lower() in ("false", "no", "0", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    if text.lower() not in SWITCHES:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return SWITCHES[text.lower()]
+
+
+def _word_or_boolean(formerly: Mapping[bool, str]) -> Callable[[str], str]:
+    """What reads the flag of a field that was a boolean once, and is one of some words now."""
+
+    def read(text: str) -> str:
+        return formerly[_boolean(text)] if text.lower() in SWITCHES else text
+
+    return read
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -121,24 +134,26 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     for name, spec in FIELDS.items():
         flag, kind = flag_of(name), TYPES[name]
         text = f"{spec.metadata['help']} (default: {spec.default!r})".replace("%", "%%")
-        if kind is bool:
+        formerly = spec.metadata["formerly"]
+        if kind is bool or formerly:
+            const = {True: True, False: False} | formerly
             parser.add_argument(
                 flag,
                 dest=name,
-                type=_boolean,
+                type=_word_or_boolean(formerly) if formerly else _boolean,
                 nargs="?",
-                const=True,
+                const=const[True],
                 default=argparse.SUPPRESS,
-                metavar="BOOL",
+                metavar=name.upper() if formerly else "BOOL",
                 help=text,
             )
             parser.add_argument(
                 "--no-" + flag.removeprefix("--"),
                 dest=name,
                 action="store_const",
-                const=False,
+                const=const[False],
                 default=argparse.SUPPRESS,
-                help=f"the same as {flag} false",
+                help=f"the same as {flag} {str(const[False]).lower()}",
             )
             continue
         parser.add_argument(

@@ -38,6 +38,8 @@ def announce(run: Run) -> None:
     )
     _, reason = choose_operations(parts.device, parts.base.compute_dtype, training=True)
     print(f"operations: {reason}")
+    recomputing = parts.model.language_model.model.recomputing
+    print(f"computed again in the backward: {recomputing} ({run.recomputing_reason})")
     if not config.deterministic:
         print("warning: without deterministic algorithms a resumed run can differ in the last bits")
     print(

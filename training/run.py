@@ -19,6 +19,8 @@ from data.features import FeatureStore
 from data.prepare import TrainingData, prepare
 from errors import PhiSightError
 from model.build import Assembled, assemble, load_model_state
+from model.cache import default_kv_bytes
+from model.recompute import LAYERS, PRODUCTS
 from model.vision import VisionTower
 from reports.log import MetricsLog
 from training.exactness import check_place, check_same_run, choose_algorithms, describe_run
@@ -52,6 +54,8 @@ class Run:
     log: MetricsLog | None
     """None on every process but the first"""
     progress: Progress
+    recomputing_reason: str
+    """why the backward computes again what it does"""
     last_save: checkpoints.Checkpoint | checkpoints.Snapshot | None
     unmoved: dict[str, str] = field(default_factory=dict)
     """owner of trained weights -> their digest when this process began; without those that the
@@ -138,6 +142,7 @@ def prepare_run(
         facts=describe_run(config, parts, data, total_steps, ranks, started_from),
         log=MetricsLog(Path(config.run) / checkpoints.METRICS) if ranks.is_first else None,
         progress=progress,
+        recomputing_reason=choose_recomputing(config, parts, rows.row_tokens, ranks),
         last_save=checkpoint,
     )
     if checkpoint is None:
@@ -170,11 +175,25 @@ def place_of(
     return progress
 
 
+def choose_recomputing(config: Config, parts: Assembled, row_tokens: int, ranks: Ranks) -> str:
+    """Tell the decoder what its backward computes again (see `model.recompute`); the reason."""
+    model, decoder = parts.base.model.model, parts.base.model.config
+    if config.gradient_checkpointing != "auto":
+        model.recomputing = config.gradient_checkpointing
+        return "as the config says"
+    values = config.batch_size * row_tokens * decoder.num_hidden_layers * decoder.product_values
+    needed = values * parts.base.compute_dtype.itemsize
+    # As much as answering would take for its keys and values.
+    room = default_kv_bytes(parts.device)
+    if parts.device.type == "cpu":
+        room //= ranks.size
+    model.recomputing = PRODUCTS if needed <= room else LAYERS
+    return f"the products of a micro-batch take {needed / 1e9:.2f} GB of {room / 1e9:.2f}"
+
+
 def make_optimizer(config: Config, parts: Assembled) -> tuple[AdamW, LossScaler]:
     """The model in training mode, with what updates it."""
     model = parts.model.train()
-    if config.gradient_checkpointing:
-        model.language_model.model.recompute_activations = True
     optimizer = AdamW(
         model.trainable(),
         (config.adam_beta1, config.adam_beta2),

@@ -128,7 +128,7 @@ ROWS, OUTPUTS = 2, 4  # at a time: more rows would not stay in the first cache
 _float32_1, _float32_8 = _dots("float32", 1, 1), _dots("float32", ROWS, OUTPUTS)
 _bfloat16_1, _bfloat16_8 = _dots("bfloat16", 1, 1), _dots("bfloat16", ROWS, OUTPUTS)
 _float16_1, _float16_8 = _dots("float16", 1, 1), _dots("float16", ROWS, OUTPUTS)
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OUTPUTS_AT_ONCE = 64
 
 
