@@ -104,13 +104,15 @@ def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batc
 def test_padding_costs_nothing_and_changes_no_bit(model, samples, parts, store, monkeypatch):
     rows, dim = [samples[:5], samples[5:]], store.shape
     tokens = sum(len(sample.input_ids) for sample in samples)
-    ends = parts.chat_format.end_of_text_id
+    ends, image = parts.chat_format.end_of_text_id, parts.chat_format.image_id
     model.train()  # with dropout, whose masks are drawn for the tokens alone
     seen = []
     layer = model.language_model.model.layers[0]
     with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2])):
         found = [
-            gradients_of(model, [collate(rows, store.features_of, ends, dim, length, [3, 4])])
+            gradients_of(
+                model, [collate(rows, store.features_of, ends, image, dim, length, [3, 4])]
+            )
             for length in (0, 900)
         ]
     assert seen == [(1, tokens)] * 2
