@@ -40,6 +40,8 @@ LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 QUANTIZATIONS = ("nf4", "nf4-nested", "none")
 FEATURE_STORAGES = ("float16", "int8")
 PICTURE_FITS = ("pad", "crop")
+COMPUTE_TYPES = ("auto", "float32", "bfloat16", "float16", "int16")
+COMPUTE_TYPE_HELP = "of the forward; int16: float32, but 4-bit weights times integers, on a CPU"
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -260,9 +262,7 @@ class Config:
         "cache/features", "folder of the picture feature store", changes_result=False, place=PATH
     )
     device: str = declared("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    compute_type: str = declared(
-        "auto", "type of the forward pass", choices=("auto", "float32", "bfloat16", "float16")
-    )
+    compute_type: str = declared("auto", COMPUTE_TYPE_HELP, choices=COMPUTE_TYPES)
     threads: int = declared(
         0, "CPU threads; 0 for all cores, shared among the processes", bounds=THREADS
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Config
 from data.chat import ChatFormat
@@ -17,9 +17,16 @@ from model.base import BaseModel, choose_compute_dtype, load_base
 from model.projector import ImageProjector
 from model.vision import VisionSpec, read_vision_spec
 from model.vlm import VisionLanguageModel
+from ops import kernels
+from ops.nf4 import PanelLinear
 from tensors import check_fit, copy_into
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int16": torch.float32,  # but for the products of a training's forward with 4-bit weights
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ def assemble(config: Config) -> Assembled:
         config.quantization,
         config.base_cache,
     )
+    if config.compute_type == "int16":
+        multiply_by_integers(base.model)
     vision = read_vision_spec(
         config.vision,
         config.vision_revision,
@@ -82,6 +91,23 @@ def assemble(config: Config) -> Assembled:
     for _, parameter in model.owners()["lora"]:
         parameter.requires_grad_(config.train_lora)
     return Assembled(model, base, vision, chat_format, device, reason)
+
+
+def multiply_by_integers(model: nn.Module) -> None:
+    """Have the forward of a training multiply by 4-bit weights as answering does, about twice as
+    fast as by dequantised ones and rounded as `ops.kernels.codebook` says. The backward is exact.
+
+    Raises `PhiSightError` where there are no such weights, or no kernels for them.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, PanelLinear)]
+    if not layers:
+        reason = kernels.available()[1] if kernels.available()[0] == "" else "no 4-bit layer"
+        raise PhiSightError(
+            f"--compute-type int16: needs 4-bit weights on a CPU with kernels ({reason});"
+            " use float32"
+        )
+    for layer in layers:
+        layer.by_integers = True
 
 
 def model_state(model: VisionLanguageModel) -> dict[str, dict[str, Tensor]]:

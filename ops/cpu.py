@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ops import plain
 from ops.frozen import FrozenProduct, Once, at_once
-from ops.nf4 import dense_weight
+from ops.nf4 import dense_weight, trained_product
 from ops.plain import packed_attention
 from ops.products import product
 
@@ -109,7 +109,7 @@ def linear(x: Tensor, base: nn.Linear, once: Once = at_once) -> Tensor:
         return plain.linear(x, base, once)
 
     def compute() -> Tensor:
-        rows = product(x.flatten(0, -2), dense_weight(base, x.dtype), base.bias)
+        rows = trained_product(x.flatten(0, -2), base)
         return rows.unflatten(0, x.shape[:-1])
 
     return FrozenProduct.apply(x, base, compute, once)
@@ -147,7 +147,7 @@ class AdaptedProduct(torch.autograd.Function):
         ctx.base, ctx.scaling = base, scaling
 
         def compute() -> Tensor:
-            result = product(x, dense_weight(base, x.dtype), base.bias)
+            result = trained_product(x, base)
             return result.addmm_(low, b.T, alpha=scaling)
 
         return once(compute)

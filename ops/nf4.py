@@ -32,6 +32,8 @@ class PanelLinear(bnb.nn.Linear4bit):
     """
 
     panels: kernels.PanelWeight
+    by_integers = False
+    """whether the forward of a training is that of answering; see `trained_product`"""
 
     @classmethod
     def of(cls, linear: bnb.nn.Linear4bit) -> PanelLinear:
@@ -65,6 +67,14 @@ class PanelLinear(bnb.nn.Linear4bit):
             raise TypeError("PanelLinear: has no gradient by itself; call ops' linear")
         rows = product(x.flatten(0, -2), dense_weight(self, x.dtype), self.bias)
         return rows.unflatten(0, x.shape[:-1])
+
+
+def trained_product(x: Tensor, linear: nn.Linear) -> Tensor:
+    """(rows, inputs) -> (rows, outputs) by a frozen layer in a training: exact to float32, unless
+    the layer is to multiply by integers; without a gradient."""
+    if isinstance(linear, PanelLinear) and linear.by_integers:
+        return quick_product(x, linear)
+    return product(x, dense_weight(linear, x.dtype), linear.bias)
 
 
 def quick_product(x: Tensor, linear: PanelLinear) -> Tensor:

@@ -23,11 +23,13 @@ from errors import PhiSightError
 from lora.dropout import RowDropout
 from lora.layer import LoRALinear
 from lora.merge import merged_weight
-from model.build import assemble, load_model_state, model_state
+from model.build import assemble, load_model_state, model_state, multiply_by_integers
 from model.recompute import KeptProducts
 from model.vision import VisionTower
 from model.vlm import owner_of
+from ops import kernels
 from ops.head import summed_cross_entropy
+from ops.nf4 import PanelLinear
 from training.loss_scaler import LossScaler
 from training.ranks import Ranks
 from training.run import choose_recomputing
@@ -500,3 +502,27 @@ def test_a_pooled_picture_takes_one_token(tiny_config, world):
     )
     loss, count = pooled.model(batch)
     assert loss.isfinite() and count == sum(sample.supervised)
+
+
+def test_a_forward_by_integers_is_near_the_exact_one_and_learns_as_it_does(
+    model, samples, batch_of, monkeypatch
+):
+    """--compute-type int16: another rounding of the forward, the backward as it was."""
+    if not kernels.available()[0]:
+        pytest.skip(kernels.available()[1])
+    batch = batch_of([samples[:5], samples[5:]])
+    turn_dropout_off(model, monkeypatch)
+    model.train()
+    exact_loss, exact = model(batch)[0].item(), gradients_of(model, [batch])
+    layers = [m for m in model.modules() if isinstance(m, PanelLinear)]
+    for layer in layers:
+        monkeypatch.setattr(layer, "by_integers", True)
+    loss, found = model(batch)[0].item(), gradients_of(model, [batch])
+    assert loss != exact_loss and loss == pytest.approx(exact_loss, rel=1e-3)
+    for name, expected in exact.items():
+        assert (found[name] - expected).norm() < 0.02 * expected.norm(), name
+
+
+def test_integers_are_refused_where_there_are_none_to_multiply_by(monkeypatch):
+    with pytest.raises(PhiSightError, match="int16: needs 4-bit weights .* use float32"):
+        multiply_by_integers(torch.nn.Linear(2, 2))
