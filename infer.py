@@ -134,6 +134,7 @@ def answer_one(options: argparse.Namespace) -> int:
             "checkpoint": assistant.source,
             "finish_reason": reply.finish_reason,
             "tokens": {"prompt": reply.prompt_tokens, "answer": reply.completion_tokens},
+            "decoding": assistant.engine.decoding,
             "seconds": dict(zip(("load", "first_token", "total"), seconds, strict=True)),
         }
         print(json.dumps(record), end="")

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             address = address_of(door.bound)
             announcement = (
-                f"{api.name} ({assistant.source}): {address}/v1"
+                f"{api.name} ({assistant.source}, {assistant.engine.decoding}): {address}/v1"
                 + (f", the app at {address}/" if options.app else "")
                 + (f"; requests need {KEY}" if door.key else "")
             )

@@ -98,6 +98,11 @@ class Engine:
                 self._thread.start()
             self._changed.notify()
 
+    @property
+    def decoding(self) -> str:
+        """By what a token is computed, and why, in words."""
+        return self._decoding.reason
+
     def statistics(self) -> dict[str, float]:
         with self._changed:
             return {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora.layer import LoRALinear
 from model.cache import KeyValues
 from model.decoder import DecoderLayer, LanguageModel
-from ops.kernels import PANEL
+from ops.kernels import PANEL, available
 from ops.nf4 import PanelLinear
 
 if TYPE_CHECKING:
@@ -96,11 +96,17 @@ def compiled_for(model: LanguageModel) -> tuple[CompiledDecoder | None, str]:
     if not isinstance(model.compiled, CompiledDecoder) or not model.compiled.is_current:
         model.compiled = CompiledDecoder(model)
     model.model.cache_dtype = CACHE_DTYPE
-    return model.compiled, "a token in one compiled call: 4-bit weights on a CPU"
+    return (
+        model.compiled,
+        f"a token in one compiled call: 4-bit weights on a CPU by {available()[1]}",
+    )
 
 
 def obstacle(model: LanguageModel) -> str:
     """Why compiled code cannot decode this model; empty if it can."""
+    target, why = available()
+    if not target:
+        return why
     weight, config = model.model.norm.weight, model.config
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"computes in {weight.dtype} on {weight.device.type}, not in float32 on a CPU"

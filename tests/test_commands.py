@@ -29,6 +29,7 @@ from data.images import load_image
 from data.world import __main__ as world
 from errors import PhiSightError, run_main
 from evaluation.questions import REPORTED_ONLY
+from ops import kernels
 from training.reporting import resume_command
 
 
@@ -64,8 +65,11 @@ def test_infer_streams_the_answer_that_json_gives_whole(capsys):
         "checkpoint",
         "finish_reason",
         "tokens",
+        "decoding",
         "seconds",
     }
+    by_kernels = said["decoding"].startswith("a token in one compiled call")
+    assert by_kernels == bool(kernels.available()[0])
     assert said["seconds"].keys() == {"load", "first_token", "total"}
     assert (said["prompt"], said["images"]) == ("What shape is it?", [picture()])
     assert said["checkpoint"] == str(checkpoints.checkpoints_in(runs.finished_run())[-1])

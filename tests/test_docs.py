@@ -84,7 +84,7 @@ NOT_RUN = {
     "python -m benchmarks.cold_start": "measures; tests/test_commands.py holds what is imported",
     "python -m benchmarks.clip --vision FOLDER": "FOLDER stands for a CLIP's",
     "python -m benchmarks.train_step --layers 2": MINUTES,
-    "python -m benchmarks.decode": MINUTES,
+    "python -m tools.same_answers": MINUTES,
     "python -m benchmarks.assistant": MINUTES,
     "python -m benchmarks.serve_load": MINUTES,
     "python -m benchmarks.mixed_load": MINUTES,
