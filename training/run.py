@@ -111,14 +111,13 @@ def prepare_run(
     started_from = (
         checkpoint.config.get("started_from") if checkpoint else load_start_weights(config, parts)
     )
-    store = FeatureStore(
-        config.features, parts.vision.key, parts.vision.shape, config.feature_storage
-    )
+    vision = parts.vision
+    store = FeatureStore(config.features, vision.key, vision.shape, config.feature_storage)
     data = prepare(
         config,
         parts.chat_format,
         store,
-        lambda: VisionTower(parts.vision, parts.device),
+        lambda: VisionTower(vision, parts.device),
         positions=parts.base.model.config.max_position_embeddings,
         team=ranks,
     )
