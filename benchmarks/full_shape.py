@@ -1,6 +1,6 @@
 """Phi-3.5-mini and CLIP ViT-L/14-336 at full shape, with random weights, through the real path.
 
-    python -m benchmarks.full_shape [--folder DIR] [--layers 32] [--tokens 8] [--starts-only]
+    python -m benchmarks.full_shape [--folder DIR] [--layers 32] [--tokens 8] [--starts-only|--commands-only]
 
 Writes a base (32 layers, 3072 wide, fused projections, LongRoPE factors, sharded bfloat16
 safetensors) and a CLIP in the hub's layout to a temporary folder, and then types what a person
@@ -230,7 +230,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of the answer")
-    parser.add_argument("--starts-only", action="store_true", help="load the base, no more")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--starts-only", action="store_true", help="load the base, no more")
+    only.add_argument("--commands-only", action="store_true", help="train and answer, no more")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -243,8 +245,9 @@ def main() -> None:
             "layers": options.layers,
             "largest_shard_gb": round(largest / 1e9, 2),
             "memory_limit_gb": round((1.5 * largest + four_bit) / 1e9, 2),
-            "starts": measure_starts(folder / "phi", folder / "cache"),
         }
+        if not options.commands_only:
+            facts["starts"] = measure_starts(folder / "phi", folder / "cache")
         print(json.dumps(facts, indent=1), flush=True)
         if not options.starts_only:
             measure_commands(folder, options.tokens)
