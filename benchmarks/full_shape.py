@@ -1,6 +1,6 @@
 """Phi-3.5-mini and CLIP ViT-L/14-336 at full shape, with random weights, through the real path.
 
-    python -m benchmarks.full_shape [--folder DIR] [--layers 32] [--tokens 8] [--starts-only|--commands-only]
+    python -m benchmarks.full_shape [--layers 32] [--starts-only | --commands-only]
 
 Writes a base (32 layers, 3072 wide, fused projections, LongRoPE factors, sharded bfloat16
 safetensors) and a CLIP in the hub's layout to a temporary folder, and then types what a person
