@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import httpx
@@ -57,8 +58,17 @@ def user(browser, site) -> User:
 
 @pytest.fixture
 def endless(site, monkeypatch):
-    """A model that never says that it has finished."""
-    monkeypatch.setattr(site.assistant.engine, "stop_ids", frozenset())
+    """A model that never says that it has finished, and takes its time: a token of the tiny one
+    takes a fraction of a millisecond."""
+    engine = site.assistant.engine
+    step = engine._step
+
+    def unhurried() -> None:
+        time.sleep(0.01)
+        step()
+
+    monkeypatch.setattr(engine, "stop_ids", frozenset())
+    monkeypatch.setattr(engine, "_step", unhurried)
 
 
 def answer_to(site: Site, question: str, *images: Path) -> str:

@@ -22,6 +22,7 @@ from benchmarks.turns import Measurement, Shape
 from errors import PhiSightError
 from model.decoder import LanguageModel
 from model.phi3 import decoder_config
+from ops.nf4 import bitsandbytes_form
 
 SMALL = phi_config(2) | {
     "vocab_size": 96,
@@ -112,13 +113,13 @@ def test_reading_reads_everything(threads):
 def test_the_random_base_is_of_its_shape():
     base = random_base(SMALL, torch.float32)
     layer = base.model.model.layers[1].mlp.gate_up_proj
-    assert tuple(layer.weight.quant_state.shape) == (256, 192)
+    assert tuple(bitsandbytes_form(layer)[1].shape) == (256, 192)
     with torch.no_grad():
         weight = layer(torch.eye(192)).T
     assert weight.shape == (256, 192)
     assert 0.01 < weight.std() < 0.05 and not torch.equal(weight[0], weight[1])
     four_bit = 2 * (4 * 192 * 192 + 3 * 192 * 128)
-    norms, head = 5 * 192 * 4, 96 * 192 * 4
+    norms, head = 5 * 192 * 4, 96 * 192 * 2  # the head as it is stored, in bfloat16
     expected = {"weights": four_bit // 2 + four_bit // 64 * 4 + norms + head,
                 "a_token": 2 * 2 * 192 * 4}  # fmt: skip
     assert torch_sides.step_bytes(base) == expected
