@@ -208,7 +208,7 @@ class Config:
     gradient_checkpointing: str = declared(
         "auto",
         "computed again in the backward: none; products: all but the products with frozen weights;"
-        " layers: all; auto: products where they fit in a quarter of the memory, else layers",
+        " layers: all; auto: products where there is memory for them, else layers",
         choices=("auto", "none", "products", "layers"),
         changes_result=False,  # gradients are equal to the bit
         formerly={True: "layers", False: "none"},

@@ -40,6 +40,7 @@ from data.team import ALONE, Team
 from documents import COUNT, TEXT, problems
 from errors import PhiSightError
 from files import RememberedHashes, open_regular, sweep_stale, sync, writer
+from stored import NotStored, Place, opened, read_at
 from workers.fitting import Fitted
 
 SHARD_PICTURES = 1024
@@ -70,10 +71,10 @@ def file_hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _Shard:
-    """An open shard: its file, its tensors and the check sums of its pictures in order."""
+    """A shard: its file, where its tensors stand, the check sums of its pictures in order."""
 
     path: Path
-    tensors: safe_open
+    places: dict[str, Place]
     checks: list[int]
 
 
@@ -120,7 +121,8 @@ class FeatureStore:
 
     def _open(self, path: Path) -> None:
         try:
-            open_regular(path).close()
+            with opened(path) as file:
+                places = file.places
             shard = safe_open(path, framework="pt")
             header = shard.metadata() or {}
             hashes, checks = json.loads(header["hashes"]), json.loads(header["checks"])
@@ -134,7 +136,9 @@ class FeatureStore:
             count = len(hashes)
             if len(checks) != count:
                 raise ValueError("its check sums do not fit its pictures")
-        except (SafetensorError, LookupError, ValueError, RecursionError, OSError) as error:
+        except (
+            NotStored, SafetensorError, LookupError, ValueError, RecursionError, OSError
+        ) as error:  # fmt: skip
             raise PhiSightError(
                 f"{path}: not a readable feature shard ({error}); delete it, it is computed again"
             ) from None
@@ -144,24 +148,30 @@ class FeatureStore:
             raise PhiSightError(f"{path}: holds {held}, expected {expected}; delete it")
         for row, picture in enumerate(hashes):
             self._where.setdefault(picture, (len(self._shards), row))
-        self._shards.append(_Shard(path, shard, checks))
+        self._shards.append(_Shard(path, places, checks))
 
     def __contains__(self, picture_hash: str) -> bool:
         return picture_hash in self._where
 
     def by_hash(self, picture_hash: str) -> Tensor:
-        """(tokens, dim) float32. Raises PhiSightError if the stored bytes were damaged."""
+        """(tokens, dim) float32. Raises PhiSightError if the stored bytes were damaged, cut off or
+        removed, whenever that was."""
         number, row = self._where[picture_hash]
         shard = self._shards[number]
-        stored = {
-            name: shard.tensors.get_slice(name)[row : row + 1] for name in DTYPES[self.storage]
-        }
-        if check_sums(stored) != [shard.checks[row]]:
+        try:
+            read = read_at(shard.path, {n: p.row(row) for n, p in shard.places.items()})
+        except (OSError, NotStored) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PhiSightError(
+                f"{shard.path}: the features of picture {row} cannot be read ({reason}); delete the"
+                " file if it is there, it is computed again"
+            ) from None
+        if check_sums(read) != [shard.checks[row]]:
             raise PhiSightError(
                 f"{shard.path}: the features of picture {row} do not have their check sum, the file"
                 " was damaged; delete it, it is computed again"
             )
-        return decode(stored)[0]
+        return decode(read)[0]
 
     def features_of(self, name: str) -> Tensor:
         """(tokens, dim) float32 of the picture that was registered under `name`."""

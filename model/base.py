@@ -27,8 +27,8 @@ from lora.layer import secure_four_bit
 from model import base_cache
 from model.decoder import DecoderConfig, LanguageModel
 from model.phi3 import decoder_config
-from model.stored import NotStored, new_tensor, opened
 from ops.nf4 import PanelLinear, packed_weight, quantised_on_cpu, uses_panels
+from stored import NotStored, new_tensor, opened
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
 """model_type of a config.json -> how it is read"""

@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from documents import COUNT, TEXT, Kind, read_json, require
 from errors import PhiSightError
 from files import byte_bar, put_in_place, sweep_stale, sync_tree, writer
-from model.stored import NotStored, StoredTensors, opened
 from ops.kernels import CHUNK, PANEL, PanelWeight
 from ops.nf4 import PanelLinear
+from stored import NotStored, StoredTensors, opened
 from tensors import dtype_name, sha256_of
 
 FORMAT = 2

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 import hub
+import stored
 from config import Config, Parser
 from errors import PhiSightError, run_main
 from files import hash_files
-from model import stored
 from model.base import DOWNLOADED, find_weight_files, read_json
 from model.clip import ClipConfig, ClipVision, Preparation
 from torch_files import NotRead, load_torch_file

@@ -232,6 +232,19 @@ def test_a_damaged_byte_is_found_on_reading(tmp_path, pictures, form):
         store.features_of(pictures[-1].name)
 
 
+@pytest.mark.parametrize("form", FEATURE_STORAGES)
+@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 2000), Path.unlink])
+def test_a_shard_that_is_cut_off_or_removed_while_it_is_used_is_named(
+    tmp_path, pictures, form, harm
+):
+    """A mapped file that became shorter would end the whole program, without a word."""
+    store = tower_store(tmp_path, form)
+    add(store, pictures)
+    harm(store.folder / "shard-00000.safetensors")
+    with pytest.raises(PhiSightError, match=r"shard-00000\.safetensors: .*cannot be read.*again"):
+        store.features_of(pictures[-1].name)
+
+
 def test_check_sums_cover_every_tensor():
     stored = encode(torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), "int8")
     before = check_sums(stored)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.stored import DTYPES, LARGE_PAGES, NotStored, new_tensor, opened
+from stored import DTYPES, LARGE_PAGES, NotStored, new_tensor, opened
 
 
 def tensors() -> dict[str, torch.Tensor]:

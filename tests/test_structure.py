@@ -27,6 +27,7 @@ ORDER = (
     "documents",
     "workers",
     "tensors",
+    "stored",
     "torch_files",
     "manifest",
     "data",

@@ -612,6 +612,7 @@ def test_other_data_is_refused(tmp_path):
         "threads",
         "total_steps",
         "versions.torch",
+        "versions.phisight_arithmetic",
         "config.seed",
         "config.epochs",
     ],
@@ -629,6 +630,17 @@ def test_every_fact_that_exactness_rests_on_is_compared(field, capsys):
     assert f"warning: the resumed run is not exact, these differ: {field}: " in (
         capsys.readouterr().out
     )
+
+
+def test_a_checkpoint_of_code_that_rounded_otherwise_is_not_gone_on_with_in_silence(capsys):
+    """What was written before the code said how it rounds."""
+    current = checkpoints.resolve(runs.stopped_run()).config
+    saved = json.loads(json.dumps(current))
+    del saved["versions"]["phisight_arithmetic"]
+    with pytest.raises(PhiSightError, match='phisight_arithmetic: "before .*--allow-changes'):
+        check_same_run(saved, current, allow_changes=False)
+    check_same_run(saved, current, allow_changes=True)
+    assert 'phisight_arithmetic: "before' in capsys.readouterr().out
 
 
 def test_a_run_that_has_a_checkpoint_is_not_started_anew_by_accident(tmp_path):

@@ -23,6 +23,11 @@ from reports.compare import compare_configs
 from training.progress import Progress
 from training.ranks import Ranks
 
+ARITHMETIC = "2026-11-28"
+"""Since when this code computes the bits of a step as it does: set it anew with every change that
+rounds otherwise, and a run that was begun before is not gone on with as if nothing had changed."""
+FORMER_ARITHMETIC = "before 2026-11-28"  # of checkpoints that do not say
+
 
 def choose_algorithms(deterministic: bool) -> None:
     """The same bits every time, or whatever is fastest on a GPU."""
@@ -61,6 +66,7 @@ def describe_run(
         "total_steps": total_steps,
         "world_size": ranks.size,
         "versions": {
+            "phisight_arithmetic": ARITHMETIC,
             "python": ".".join(map(str, sys.version_info[:3])),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -113,7 +119,8 @@ def check_same_run(
             " same samples, order and global batch; sums are taken in another order, so losses"
             " agree to rounding and not to the bit"
         )
-    changes = changed_fields(saved, current, *free)
+    versions = {"phisight_arithmetic": FORMER_ARITHMETIC} | saved.get("versions", {})
+    changes = changed_fields({**saved, "versions": versions}, current, *free)
     if not changes:
         return []
     listed = "; ".join(changes)

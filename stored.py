@@ -12,7 +12,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,12 @@ class Place:
     shape: tuple[int, ...]
     start: int
 
+    def row(self, number: int) -> Place:
+        """Of that one along the first dimension: (1, ...)."""
+        shape = (1, *self.shape[1:])
+        start = self.start + number * math.prod(shape) * self.dtype.itemsize
+        return Place(self.dtype, shape, start)
+
 
 class StoredTensors:
     """An open file; for many threads."""
@@ -72,15 +78,7 @@ class StoredTensors:
         place = self.places.get(name)
         if place is None:
             raise NotStored(f"{name} is missing")
-        tensor = new_tensor(place.shape, place.dtype)
-        memory = memoryview(raw_bytes(tensor).data)
-        done = 0
-        while done < len(memory):
-            count = os.preadv(self._file.fileno(), [memory[done:]], place.start + done)
-            if not count:
-                raise NotStored(f"{name} is cut off")
-            done += count
-        return tensor
+        return _read(self._file.fileno(), name, place)
 
 
 @contextlib.contextmanager
@@ -90,6 +88,13 @@ def opened(path: Path) -> Iterator[StoredTensors]:
         yield file
     finally:
         file.close()
+
+
+def read_at(path: Path, places: Mapping[str, Place]) -> dict[str, Tensor]:
+    """The tensors at these places of a file whose header was read before. Raises as `read` does,
+    also where the file was cut off or removed since: a mapped one would end the program then."""
+    with open_regular(path) as file:
+        return {name: _read(file.fileno(), name, place) for name, place in places.items()}
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -102,6 +107,18 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
         # What it returns is of no interest: a system without large pages takes small ones.
         advise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
+    return tensor
+
+
+def _read(descriptor: int, name: str, place: Place) -> Tensor:
+    tensor = new_tensor(place.shape, place.dtype)
+    memory = memoryview(raw_bytes(tensor).data)
+    done = 0
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done:]], place.start + done)
+        if not count:
+            raise NotStored(f"{name} is cut off")
+        done += count
     return tensor
 
 
