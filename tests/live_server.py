@@ -80,9 +80,17 @@ def assistant_of(**settings: object) -> Assistant:
 
 
 def endless(**settings: object) -> Assistant:
-    """One whose answers never stop by themselves."""
+    """One whose answers never stop by themselves, and take their time: a token of the tiny model
+    takes a fraction of a millisecond."""
     assistant = assistant_of(**settings)
-    assistant.engine.stop_ids = frozenset()
+    engine = assistant.engine
+    step = engine._step
+
+    def unhurried() -> None:
+        time.sleep(0.003)
+        step()
+
+    engine.stop_ids, engine._step = frozenset(), unhurried  # type: ignore[method-assign]
     return assistant
 
 
