@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from errors import PhiSightError
 from ops import cpu, kernels
-from ops.kernels import target
+from ops.kernels import compiling, target
 from ops.nf4 import PanelLinear, bitsandbytes_form, dense_weight, quant_state, quick_product
 
 if not kernels.available()[0]:
@@ -268,6 +268,48 @@ def test_compiled_code_is_kept_by_what_it_was_compiled_from(monkeypatch, tmp_pat
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert find() is None
+
+
+def three_times(number: int) -> int:
+    return 3 * number
+
+
+def use_kept() -> int:
+    """How often what was kept on the disk was of use."""
+    function = compiled(three_times)
+    assert function(14) == 42
+    return sum(function.stats.cache_hits.values())
+
+
+@pytest.mark.parametrize("pattern", ["*.nbc", "*.nbi"])
+@pytest.mark.parametrize("damage", [lambda old: b"", lambda old: old[:9] + b"?" + old[10:]])
+def test_compiled_code_that_was_damaged_is_compiled_anew(
+    damage, pattern, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path)
+    compiling.warn.cache_clear()
+    assert (use_kept(), use_kept()) == (0, 1)
+    (file,) = tmp_path.rglob(pattern)
+    file.write_bytes(damage(file.read_bytes()))
+    assert (use_kept(), use_kept()) == (0, 1)
+    assert capsys.readouterr().err.count("damaged; compiling it anew") == 1
+
+
+def test_a_full_disk_keeps_no_compiled_code_and_it_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiling, "_not_kept", set())
+    compiling.warn.cache_clear()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        compiling.prepare("numbers", use_kept)
+    compiling.prepare("numbers", use_kept)
+    said = capsys.readouterr().err
+    assert "is not kept (No space left on device)" in said
+    assert said.count("compiling numbers") == 2  # what was not kept was not done
 
 
 def test_the_sum_of_a_block_cannot_overflow():
