@@ -8,6 +8,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from typing import Any
 
 import bitsandbytes as bnb
 import numpy
@@ -236,6 +238,49 @@ def test_a_crew_keeps_step_and_survives_a_fault():
             with pytest.raises(ValueError, match=f"thread {only}"):
                 crew.run(fail, only)
         crew.run(add_in_turns, numbers.ctypes.data, 300)
+
+
+def test_nobody_waits_for_a_thread_that_failed():
+    for threads in (2, 3):
+        crew, numbers = Crew(threads), numpy.zeros(31, numpy.int64)
+
+        def fail_or_wait(thread: int, threads: int, board: int, only: int) -> None:
+            if thread == only:
+                raise ValueError(f"thread {thread}")
+            barrier(board, threads)
+
+        for only in range(threads):
+            with pytest.raises(ValueError, match=f"thread {only}"):
+                crew.run(fail_or_wait, only)
+            numbers[:] = 0
+            crew.run(add_in_turns, numbers.ctypes.data, 30)
+            assert numbers.tolist() == list(range(31))
+
+
+@pytest.mark.parametrize(("place", "worked"), [("_begin", [1]), ("_wait", [0, 1, 2])])
+def test_a_call_that_is_stopped_returns_after_all_threads_have_ended(place, worked, monkeypatch):
+    """Ctrl-C after one of the others was called, or while they are waited for: they write to memory
+    of the caller's."""
+    crew, ended = Crew(3), []
+
+    def work(thread: int, threads: int, board: int) -> None:
+        barrier(board, threads)
+        time.sleep(0.02 * thread)
+        ended.append(thread)
+
+    def stopped(*given: Any) -> None:
+        patch.undo()
+        if given:
+            crew._calls[0].put((crew._number, *given))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crew, place, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            crew.run(work)
+        assert ended == worked
+    crew.run(work)
+    assert ended == [*worked, 0, 1, 2]
 
 
 def test_the_target_is_chosen_by_the_processor_or_by_name(monkeypatch):

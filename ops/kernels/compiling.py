@@ -112,7 +112,7 @@ class _KeptCode(FunctionCache):
             )
 
 
-def prepare(what: str, compile_all: Callable[[], None]) -> None:
+def prepare(what: str, compile_all: Callable[[], object]) -> None:
     """Where it was not done before on this machine: compile `what` by `compile_all`, and say how
     long it took."""
     folder = cache_folder()
