@@ -16,7 +16,6 @@ import functools
 import hashlib
 import io
 import os
-import pickle
 import platform
 import sys
 import time
@@ -67,15 +66,14 @@ class _CheckedFiles(IndexDataCacheFile):
     with it."""
 
     def _load_index(self) -> Any:
-        if Path(self._index_path).exists() and _whole(self._index_path) is None:
+        if Path(self._index_path).exists() and not _is_whole(self._index_path):
             return {}
         return super()._load_index()
 
     def _load_data(self, name: str) -> Any:
-        content = _whole(self._data_path(name))
-        if content is None:
+        if not _is_whole(self._data_path(name)):
             raise FileNotFoundError(name)  # which has it compiled
-        return pickle.loads(content)
+        return super()._load_data(name)
 
     @contextlib.contextmanager
     def _open_for_write(self, path: str) -> Iterator[Any]:
@@ -84,13 +82,13 @@ class _CheckedFiles(IndexDataCacheFile):
             file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
 
 
-def _whole(path: str) -> bytes | None:
-    """What a file of `_CheckedFiles` holds, or None, with a warning, where it was damaged."""
+def _is_whole(path: str) -> bool:
+    """Whether a file of `_CheckedFiles` is as it was written; with a warning where it is not."""
     content = Path(path).read_bytes()
     if hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]:
-        return content
+        return True
     warn(f"{Path(path).parent}: compiled code that was kept is damaged; compiling it anew")
-    return None
+    return False
 
 
 class _KeptCode(FunctionCache):
