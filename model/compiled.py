@@ -55,6 +55,9 @@ class CompiledDecoder:
             threads_for(self._work),
         )  # fmt: skip
 
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of a model makes its own: this one has the addresses of the weights."""
+
     @property
     def is_current(self) -> bool:
         """Whether adapters and the number of threads are those that it was made with."""

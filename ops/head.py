@@ -70,6 +70,8 @@ def times_head(states: Tensor, weight: Tensor) -> Tensor:
     if states.dtype == weight.dtype:
         return product(states, weight)
     result = states.new_empty(len(states), len(weight))
+    if not len(states):  # a piece of a prompt that ends nowhere: the head is not read for it
+        return result
     for here, wide in widened(weight, states.dtype):
         result[:, here] = product(states, wide)
     return result

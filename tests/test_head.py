@@ -60,6 +60,13 @@ def test_memory_for_slices_is_used_again():
     assert head._memory.tensor.data_ptr() == before
 
 
+def test_a_head_is_not_read_for_no_states(monkeypatch):
+    monkeypatch.setattr(head, "widened", None)
+    _, weight = drawn(3, torch.bfloat16)
+    none = head_logits(torch.empty(0, weight.shape[1]), weight)
+    assert none.shape == (0, len(weight))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_states_are_wide_where_the_table_is_narrow(tied):
     rope = Rope(10_000.0, 8)

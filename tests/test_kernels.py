@@ -8,6 +8,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from typing import Any
 
 import bitsandbytes as bnb
 import numpy
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from errors import PhiSightError
 from ops import cpu, kernels
-from ops.kernels import target
+from ops.kernels import compiling, target
 from ops.nf4 import PanelLinear, bitsandbytes_form, dense_weight, quant_state, quick_product
 
 if not kernels.available()[0]:
@@ -238,6 +240,49 @@ def test_a_crew_keeps_step_and_survives_a_fault():
         crew.run(add_in_turns, numbers.ctypes.data, 300)
 
 
+def test_nobody_waits_for_a_thread_that_failed():
+    for threads in (2, 3):
+        crew, numbers = Crew(threads), numpy.zeros(31, numpy.int64)
+
+        def fail_or_wait(thread: int, threads: int, board: int, only: int) -> None:
+            if thread == only:
+                raise ValueError(f"thread {thread}")
+            barrier(board, threads)
+
+        for only in range(threads):
+            with pytest.raises(ValueError, match=f"thread {only}"):
+                crew.run(fail_or_wait, only)
+            numbers[:] = 0
+            crew.run(add_in_turns, numbers.ctypes.data, 30)
+            assert numbers.tolist() == list(range(31))
+
+
+@pytest.mark.parametrize(("place", "worked"), [("_begin", [1]), ("_wait", [0, 1, 2])])
+def test_a_call_that_is_stopped_returns_after_all_threads_have_ended(place, worked, monkeypatch):
+    """Ctrl-C after one of the others was called, or while they are waited for: they write to memory
+    of the caller's."""
+    crew, ended = Crew(3), []
+
+    def work(thread: int, threads: int, board: int) -> None:
+        barrier(board, threads)
+        time.sleep(0.02 * thread)
+        ended.append(thread)
+
+    def stopped(*given: Any) -> None:
+        patch.undo()
+        if given:
+            crew._calls[0].put((crew._number, *given))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crew, place, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            crew.run(work)
+        assert ended == worked
+    crew.run(work)
+    assert ended == [*worked, 0, 1, 2]
+
+
 def test_the_target_is_chosen_by_the_processor_or_by_name(monkeypatch):
     choose = target.choose.__wrapped__
     monkeypatch.setattr(target, "processor_features", lambda: frozenset({"avx2", "fma", "f16c"}))
@@ -268,6 +313,48 @@ def test_compiled_code_is_kept_by_what_it_was_compiled_from(monkeypatch, tmp_pat
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert find() is None
+
+
+def three_times(number: int) -> int:
+    return 3 * number
+
+
+def use_kept() -> int:
+    """How often what was kept on the disk was of use."""
+    function = compiled(three_times)
+    assert function(14) == 42
+    return sum(function.stats.cache_hits.values())
+
+
+@pytest.mark.parametrize("pattern", ["*.nbc", "*.nbi"])
+@pytest.mark.parametrize("damage", [lambda old: b"", lambda old: old[:9] + b"?" + old[10:]])
+def test_compiled_code_that_was_damaged_is_compiled_anew(
+    damage, pattern, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path)
+    compiling.warn.cache_clear()
+    assert (use_kept(), use_kept()) == (0, 1)
+    (file,) = tmp_path.rglob(pattern)
+    file.write_bytes(damage(file.read_bytes()))
+    assert (use_kept(), use_kept()) == (0, 1)
+    assert capsys.readouterr().err.count("damaged; compiling it anew") == 1
+
+
+def test_a_full_disk_keeps_no_compiled_code_and_it_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiling, "_not_kept", set())
+    compiling.warn.cache_clear()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        compiling.prepare("numbers", use_kept)
+    compiling.prepare("numbers", use_kept)
+    said = capsys.readouterr().err
+    assert "is not kept (No space left on device)" in said
+    assert said.count("compiling numbers") == 2  # what was not kept was not done
 
 
 def test_the_sum_of_a_block_cannot_overflow():

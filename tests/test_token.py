@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 
@@ -210,6 +211,16 @@ def test_a_changed_adapter_is_the_one_that_counts():
     after = logits()
     assert_near(after, logits_of(plain_model(language), torch.tensor(row))[-1, :-1])
     assert (before - after).abs().max() > 0.1
+
+
+def test_a_copy_of_a_model_that_answered_decodes_by_its_own_weights():
+    model, row = four_bit_model(small_config(), targets=LINEAR), conversation(STEPS)
+    compiled(model)
+    copied = copy.deepcopy(model)
+    torch.nn.init.normal_(copied.model.layers[1].mlp.down_proj.lora_B)
+    for one in (model, copied):
+        found = advance(one, [one.model.empty_cache()], [row], STEPS)[:, 0]
+        assert_near(found, logits_of(plain_model(one), row))
 
 
 class Row:

@@ -3,27 +3,38 @@
 numba notices that a function's own file has changed, and not that of a function that it calls. So
 the folder's name has a hash of all files of this room, the versions of numba and llvmlite, and
 the target.
+
+numba neither syncs nor checks what it keeps: after a loss of power a file may be empty, and machine
+code with a wrong byte does anything. So each file here ends with its sha256. One that was damaged
+is compiled anew, and where nothing can be kept, a start compiles for itself; both are said.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import io
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 from ops.kernels.target import choose
 
 ROOM = Path(__file__).parent
+DIGEST = hashlib.sha256().digest_size
 COMPLETE = "complete-"  # begins the name of an empty file: what follows was compiled once
+
+
+_not_kept: set[str] = set()  # functions that could not be written
 
 
 @functools.cache
@@ -44,7 +55,62 @@ def cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def prepare(what: str, compile_all: Callable[[], None]) -> None:
+@functools.cache
+def warn(text: str) -> None:
+    """Each warning once: what befalls one function befalls the others too."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class _CheckedFiles(IndexDataCacheFile):
+    """numba's files of one function. A pickle ends by itself: the sha256 behind it is not read
+    with it."""
+
+    def _load_index(self) -> Any:
+        if Path(self._index_path).exists() and not _is_whole(self._index_path):
+            return {}
+        return super()._load_index()
+
+    def _load_data(self, name: str) -> Any:
+        if not _is_whole(self._data_path(name)):
+            raise FileNotFoundError(name)  # which has it compiled
+        return super()._load_data(name)
+
+    @contextlib.contextmanager
+    def _open_for_write(self, path: str) -> Iterator[Any]:
+        with super()._open_for_write(path) as file, io.BytesIO() as content:
+            yield content
+            file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file of `_CheckedFiles` is as it was written; with a warning where it is not."""
+    content = Path(path).read_bytes()
+    if hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]:
+        return True
+    warn(f"{Path(path).parent}: compiled code that was kept is damaged; compiling it anew")
+    return False
+
+
+class _KeptCode(FunctionCache):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        given = self._cache_file
+        self._cache_file = _CheckedFiles(
+            given._cache_path, self._impl.filename_base, given._source_stamp
+        )
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        try:
+            super().save_overload(signature, data)
+        except OSError as error:
+            _not_kept.add(self._name)
+            warn(
+                f"{self.cache_path}: compiled code is not kept ({error.strerror}); make room,"
+                " or give another folder by XDG_CACHE_HOME"
+            )
+
+
+def prepare(what: str, compile_all: Callable[[], object]) -> None:
     """Where it was not done before on this machine: compile `what` by `compile_all`, and say how
     long it took."""
     folder = cache_folder()
@@ -60,7 +126,7 @@ def prepare(what: str, compile_all: Callable[[], None]) -> None:
     started = time.perf_counter()
     compile_all()
     print(f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    if done:
+    if done and not _not_kept:
         done.touch()
 
 
@@ -71,8 +137,11 @@ def compiled(function: Callable[..., Any]) -> Any:
     """
     settings: Any = numba.config
     folder, before = cache_folder(), settings.CACHE_DIR
-    settings.CACHE_DIR = str(folder or "")  # read while a function is decorated
+    result: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    settings.CACHE_DIR = str(folder or "")  # read while a cache is made
     try:
-        return numba.njit(nogil=True, cache=folder is not None, error_model="numpy")(function)
+        if folder is not None:
+            result._cache = _KeptCode(function)  # as `cache=True` does with numba's own
     finally:
         settings.CACHE_DIR = before
+    return result
