@@ -12,6 +12,9 @@ from torch import Tensor
 from data.chat import RenderedSample
 from tensors import pinned
 
+ROUND = 64
+"""Tokens: what is computed comes in multiples of it. A library that has compiled its products for a
+shape keeps them, so that a new shape in each step would take time and memory without an end."""
 IGNORED = -100  # label of a position that is not trained on
 
 
@@ -41,23 +44,22 @@ class Batch:
     """(supervised,) int64: the places whose states predict a token that is learnt"""
     targets: Tensor
     """(supervised,) int64: those tokens"""
-    lengths: Sequence[int]
-    """tokens of every conversation, row after row"""
-    there: Tensor
-    """(tokens,) int64: the places of all that is not padding"""
+    computed: Tensor
+    """(tokens,) int64: the places for which states are computed, row by row: all that is not
+    padding, and as much of that as makes a multiple of `ROUND`"""
     row_tokens: Sequence[int]
-    """of each row, padding not counted"""
+    """of each row, how many places those are, from its first one on"""
+    lengths: Sequence[int]
+    """tokens of every conversation, and of the padding that is computed, row after row"""
+    tokens: int
+    """padding not counted"""
     row_keys: Sequence[int] | None = None
     """for each row a number that no other row of the run has: dropout draws by it; or None"""
 
     @property
-    def tokens(self) -> int:
-        """Padding not counted."""
-        return sum(self.row_tokens)
-
-    @property
-    def has_padding(self) -> bool:
-        return self.tokens < self.input_ids.numel()
+    def leaves_out(self) -> bool:
+        """Whether there is padding for which nothing is computed."""
+        return len(self.computed) < self.input_ids.numel()
 
     @property
     def supervised_tokens(self) -> int:
@@ -91,6 +93,8 @@ def batch_of(
     pictures. A token in the first column is never learnt: nothing stands before it."""
     learnt = labels[:, 1:] != IGNORED  # (rows, length - 1)
     row, column = learnt.nonzero(as_tuple=True)
+    row_tokens = rows_to_compute(segment_ids)
+    length = labels.shape[1]
     return Batch(
         input_ids,
         labels,
@@ -98,11 +102,17 @@ def batch_of(
         segment_ids,
         image_features,
         slots=places_of(input_ids, image_id),
-        predicting=row * labels.shape[1] + column,  # the state at t predicts the token at t + 1
+        predicting=row * length + column,  # the state at t predicts the token at t + 1
         targets=labels[:, 1:][learnt],
-        lengths=segment_lengths(segment_ids),
-        there=(segment_ids.flatten() > 0).nonzero()[:, 0],
-        row_tokens=(segment_ids > 0).sum(1).tolist(),
+        computed=torch.cat(
+            [
+                torch.arange(length * number, length * number + count)
+                for number, count in enumerate(row_tokens)
+            ]
+        ),
+        row_tokens=row_tokens,
+        lengths=segment_lengths(segment_ids, row_tokens),
+        tokens=int((segment_ids > 0).sum()),
         row_keys=row_keys,
     )
 
@@ -113,12 +123,24 @@ def places_of(input_ids: Tensor, image_id: int) -> Tensor:
     return (input_ids.flatten() == image_id).nonzero()[:, 0]
 
 
-def segment_lengths(segment_ids: Tensor) -> list[int]:
-    """Tokens of every conversation, row after row."""
-    rows = torch.arange(len(segment_ids), device=segment_ids.device)[:, None]
-    # Two rows may end and begin with the same number, as rows of one conversation do.
-    numbers = (segment_ids + rows * (segment_ids.max() + 1))[segment_ids > 0]
-    return torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+def rows_to_compute(segment_ids: Tensor) -> list[int]:
+    """How many places of each row of (rows, length) are computed: its tokens, and padding behind
+    them until all together are a multiple of `ROUND`, as far as there is any."""
+    rows = (segment_ids > 0).sum(1).tolist()
+    missing = -sum(rows) % ROUND
+    for number, tokens in enumerate(rows):
+        more = min(missing, segment_ids.shape[1] - tokens)
+        rows[number], missing = tokens + more, missing - more
+    return rows
+
+
+def segment_lengths(segment_ids: Tensor, row_tokens: Sequence[int]) -> list[int]:
+    """Tokens of every conversation, and of the padding behind the last one, in the first
+    `row_tokens` places of each row."""
+    lengths: list[int] = []
+    for row, count in zip(segment_ids, row_tokens, strict=True):
+        lengths += torch.unique_consecutive(row[:count], return_counts=True)[1].tolist()
+    return lengths
 
 
 def collate(

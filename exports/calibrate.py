@@ -70,13 +70,14 @@ def input_moments(
     depth: int | None = None,
 ) -> dict[str, Tensor]:
     """Sum of x x^T over every token of the batches, for the input x of each named layer of the
-    language model: (inputs, inputs) float32 by name. No layer sees padding. The decoder layers from
-    `depth` on, which the named ones do not depend on, are left out."""
+    language model: (inputs, inputs) float32 by name. Padding is left out, and so are the decoder
+    layers from `depth` on, which the named ones do not depend on."""
     moments: dict[str, Tensor] = {}
+    real = torch.empty(0)  # of the batch under way: which of the computed places are not padding
 
     def hook_for(name: str):
         def hook(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            seen = inputs[0].flatten(0, 1).float()  # (tokens, inputs)
+            seen = inputs[0].flatten(0, 1)[real].float()  # (tokens, inputs)
             moments[name] = moments.get(name, 0) + seen.T @ seen
 
         return hook
@@ -90,6 +91,7 @@ def input_moments(
     decoder.layers = layers[:depth]
     try:
         for batch in batches:
+            real = batch.segment_ids.flatten()[batch.computed] > 0
             model.hidden_states(batch)
     finally:
         decoder.layers = layers

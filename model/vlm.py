@@ -48,7 +48,7 @@ class VisionLanguageModel(nn.Module):
             batch.position_ids,
             batch.lengths,
             row_keys=batch.row_keys,
-            tokens=Tokens(batch.there, batch.row_tokens) if batch.has_padding else None,
+            tokens=Tokens(batch.computed, batch.row_tokens) if batch.leaves_out else None,
         )
 
     def supervised_states(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from transformers import (
 import ops
 from config import replace
 from data.chat import RenderedSample, render
-from data.collate import IGNORED, collate, segment_lengths
+from data.collate import IGNORED, ROUND, collate, rows_to_compute, segment_lengths
 from data.dataset import Message, Part
 from errors import PhiSightError
 from lora.dropout import RowDropout
@@ -89,9 +89,19 @@ def by_segment(batch, values: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_segment_lengths_of_rows_written_by_hand():
-    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 0]])) == [2, 2]
+    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 0]]), [4]) == [2, 2]
+    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 0]]), [5]) == [2, 2, 1]
     # one row ends and the next one begins with a conversation of the same number
-    assert segment_lengths(torch.tensor([[1, 1], [1, 0]])) == [2, 1]
+    assert segment_lengths(torch.tensor([[1, 1], [1, 0]]), [2, 1]) == [2, 1]
+
+
+def test_what_is_computed_comes_in_round_numbers():
+    segments = torch.zeros(3, 50, dtype=torch.long)
+    segments[0, :40], segments[1, :50], segments[2, :3] = 1, 1, 1
+    assert rows_to_compute(segments) == [50, 50, 28]  # 93 tokens: 128, as 64 are too few
+    segments[2] = 1
+    assert rows_to_compute(segments) == [50, 50, 50]  # there is not so much padding
+    assert rows_to_compute(torch.ones(2, 64, dtype=torch.long)) == [64, 64]
 
 
 def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batch_of):
@@ -106,6 +116,8 @@ def test_packed_logits_are_those_of_each_conversation_alone(model, samples, batc
 def test_padding_costs_nothing_and_changes_no_bit(model, samples, parts, store, monkeypatch):
     rows, dim = [samples[:5], samples[5:]], store.shape
     tokens = sum(len(sample.input_ids) for sample in samples)
+    tokens += -tokens % ROUND  # rows longer than the longest have that much padding
+    longest = max(sum(len(sample.input_ids) for sample in row) for row in rows)
     ends, image = parts.chat_format.end_of_text_id, parts.chat_format.image_id
     model.train()  # with dropout, whose masks are drawn for the tokens alone
     seen = []
@@ -115,7 +127,7 @@ def test_padding_costs_nothing_and_changes_no_bit(model, samples, parts, store, 
             gradients_of(
                 model, [collate(rows, store.features_of, ends, image, dim, length, [3, 4])]
             )
-            for length in (0, 900)
+            for length in (longest + ROUND, longest + 300)
         ]
     assert seen == [(1, tokens)] * 2
     for name, expected in found[0].items():
@@ -385,7 +397,7 @@ def test_of_the_products_is_kept_what_the_config_counts(model, samples, batch_of
     kept = [sum(t.untyped_storage().nbytes() for t in layer._outputs) for layer in layers]
     values = decoder.config.product_values - decoder.config.hidden_size  # that one is the input
     # The last product of a layer is kept as one number.
-    assert kept == [4 * batch.tokens * values + 4] * len(decoder.layers)
+    assert kept == [4 * len(batch.computed) * values + 4] * len(decoder.layers)
     loss.backward()
     assert not any(layer._outputs for layer in layers)
 
