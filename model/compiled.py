@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +43,7 @@ class CompiledDecoder:
             qkv, out, gate_up, down = (product_of(linear) for linear in linears_of(layer))
             first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
             layers.append(LayerWeights(first.detach(), qkv, out, second.detach(), gate_up, down))
-        self._work = 2 * config.hidden_size * config.intermediate_size  # of the largest product
+        self._work = sum(m.in_features * m.out_features for m in linear_layers(model))  # of a token
         sizes = Sizes(
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
             config.intermediate_size, config.sliding_window, config.rms_norm_eps,
@@ -147,6 +147,10 @@ def product_of(module: nn.Module) -> Product:
     if not isinstance(module, LoRALinear):
         return Product(linear.panels)
     return Product(linear.panels, module.lora_A, module.lora_B, module.scaling.item())
+
+
+def linear_layers(model: nn.Module) -> Iterator[nn.Linear]:
+    return (module for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def adapters_of(model: nn.Module) -> list[LoRALinear]:
