@@ -31,6 +31,7 @@ from config import LORA_TARGETS, Parser
 from data.collate import IGNORED, Batch, batch_of
 from errors import PhiSightError, run_main
 from lora.inject import inject
+from model.build import multiply_by_integers
 from model.projector import ImageProjector
 from model.recompute import LAYERS, NOTHING, PRODUCTS
 from model.vlm import VisionLanguageModel
@@ -86,6 +87,8 @@ def row_of(tokens: int) -> Batch:
 def measure(setting: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     model, batch = model_of(options.layers), row_of(options.tokens)
+    if options.compute_type == "int16":
+        multiply_by_integers(model.language_model)
     model.language_model.model.recomputing = setting
     optimizer = Watched(model.trainable())
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
@@ -115,6 +118,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1, help="steps that count, after one")
     parser.add_argument("--settings", default=",".join((NOTHING, PRODUCTS, LAYERS)))
+    parser.add_argument(
+        "--compute-type", choices=("float32", "int16"), default="float32", help="of the forward"
+    )
     parser.add_argument("--here", action="store_true", help="in this process; for this program")
     options = parser.parse_args()
     if options.tokens < PICTURE[0] + 3:
@@ -124,7 +130,9 @@ def main() -> None:
         return
     for setting in options.settings.split(","):
         words = {**vars(options), "settings": setting}
-        flags = [f"--{name}={value}" for name, value in words.items() if name != "here"]
+        flags = [
+            f"--{name.replace('_', '-')}={value}" for name, value in words.items() if name != "here"
+        ]
         command = [sys.executable, "-m", "benchmarks.train_step", "--here", *flags]
         subprocess.run(command, cwd=ROOT, check=True)
 
