@@ -310,6 +310,8 @@ def test_compiled_code_is_kept_by_what_it_was_compiled_from(monkeypatch, tmp_pat
     assert first is not None and first.is_relative_to(tmp_path) and first == find()
     monkeypatch.setattr("ops.kernels.compiling.choose", lambda: ("other", ""))
     assert find() != first
+    find().chmod(0o777)  # numba's pickles could be anybody's
+    assert find() is None
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert find() is None

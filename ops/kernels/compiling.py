@@ -40,7 +40,8 @@ _not_kept: set[str] = set()  # functions that could not be written
 @functools.cache
 def cache_folder() -> Path | None:
     """Where code for the chosen target is kept: under XDG_CACHE_HOME, by default
-    ~/.cache/phisight; None where nothing can be written."""
+    ~/.cache/phisight; None where nothing can be written, or where others could write: numba keeps
+    code in pickles."""
     digest = hashlib.sha256()
     for path in sorted(ROOM.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -49,10 +50,12 @@ def cache_folder() -> Path | None:
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = home / "phisight" / "kernels" / digest.hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    own = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+    return folder if own and os.access(folder, os.W_OK) else None
 
 
 @functools.cache
