@@ -291,7 +291,7 @@ def test_a_conversation_survives_a_reload(user):
     assert user.conversations() == ["Is there a red star?", "What is it?"]
     user.page.locator("#conversations label").nth(1).click()
     wait_with(user.page, lambda: user.said() == first)
-    assert user.pictures() == 1
+    wait_with(user.page, lambda: user.pictures() == 1)  # it comes after the words
     source = user.page.locator("#chat .user-row img").get_attribute("src")
     assert user.page.request.get(source).body() == pictures(1)[0].read_bytes()
     user.page.locator("#delete-conversation").click()
