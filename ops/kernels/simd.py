@@ -153,13 +153,3 @@ def float_at(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 @compiled_in_place((types.intp, types.float32), types.int64)
 def put_float(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
     store(builder, address, value, 4)
-
-
-@compiled_in_place((types.intp,), types.int32)
-def int32_at(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return load(builder, address, I32, 4)
-
-
-@compiled_in_place((types.intp, types.int16), types.int64)
-def put_int16(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
-    store(builder, address, value, 2)
