@@ -36,6 +36,7 @@ from model.vlm import VisionLanguageModel
 LONGEST_ANSWER = 96
 LOSS_DIFFERENCE, GREEDY_EQUAL = 0.01, 99.0  # nats an answer token, percent
 CERTIFICATE = "merge_certificate.json"
+BY_TRANSFORMERS = "transformers' generate, by the folder's own defaults"
 MERGE_METHOD = "dequantised NF4 + scaling * B A in float32, rounded once (arXiv:2305.14314)"
 
 
@@ -176,6 +177,7 @@ def certificate_of(
     before: Measured,
     after: Measured,
     tolerance: Tolerance | None,
+    answers_after_by: str = BY_TRANSFORMERS,
     **more: Any,
 ) -> dict[str, Any]:
     """What was done, measured on what, with which result; `tolerance` None refuses nothing."""
@@ -198,7 +200,7 @@ def certificate_of(
         "loss_after": after.loss,
         "loss_difference": difference,
         "greedy_equal": equal,
-        "answers_after_by": "transformers' generate, by the folder's own defaults",
+        "answers_after_by": answers_after_by,
         "tolerance": dataclasses.asdict(tolerance) if tolerance else None,
         "within_tolerance": within,  # NaN is within none
         "measured_on": probe.facts,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from exports import llava, merge, peft_adapter, prune, requantize, seed
 from exports.form import Form
+from exports.llama_cpp import export as gguf
 
 EXPORTS: dict[str, Form] = {
     "--merge": merge.FORM,
     "--llava": llava.FORM,
     "--requantize": requantize.FORM,
     "--prune": prune.FORM,
+    "--gguf": gguf.FORM,
     "--peft": peft_adapter.EXPORT,
 }
 IMPORTS: dict[str, Form] = {

@@ -1,0 +1,165 @@
+"""What llama.cpp is asked about an exported model, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy
+
+from errors import PhiSightError, printable
+from paths import PROJECT
+
+PYTHON = "PHISIGHT_LLAMA_PYTHON"  # in the environment: the interpreter that has llama-cpp-python
+INSTALL = (
+    "python -m venv ../llama && ../llama/bin/pip install llama-cpp-python (it compiles for 10 to 40"
+    f" minutes), then name ../llama/bin/python with --llama-python or {PYTHON}"
+)
+ROUND_TO = 256  # llama.cpp rounds contexts up to it
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Token ids, with a run of the picture's id for every picture."""
+
+    ids: Sequence[int]
+    learnt: Sequence[bool]
+    """whose log-probabilities are asked for"""
+    pictures: Sequence[str] = ()
+    """names, in the order of their runs"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that one process is asked. Pictures are (height, width, 3) bytes by name."""
+
+    model: Path
+    mmproj: Path | None
+    image_id: int
+    pictures: Mapping[str, numpy.ndarray] = field(default_factory=dict)
+    texts: Sequence[tuple[str, Sequence[int]]] = ()
+    """texts with their marks, and the ids that they should have"""
+    conversations: Sequence[Conversation] = ()
+    questions: Sequence[Conversation] = ()
+    """answered greedily"""
+    longest: int = 96
+    """tokens of an answer"""
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Told:
+    """What llama.cpp said."""
+
+    wrong_texts: list[int]
+    """places of the texts that have other ids there"""
+    log_probabilities: list[numpy.ndarray]
+    """of every learnt token of each conversation, in nats"""
+    answers: list[list[int]]
+    """token ids, without the one that ended each"""
+    embeddings: dict[str, numpy.ndarray]
+    """(tokens, width) float32 of every picture"""
+    version: str
+    """of llama-cpp-python"""
+    system: str
+    """what llama.cpp says of the processor"""
+
+
+def find_llama(python: str | None = None, modules: str = "llama_cpp") -> str | None:
+    """The interpreter that has llama.cpp's bindings: `python`, or that of the environment, or this
+    one if it has them; None if not. Raises `PhiSightError` when one was named and lacks them."""
+    named = python or os.environ.get(PYTHON)
+    what = f"--llama-python {python}" if python else f"{PYTHON}={named}"
+    try:
+        found = subprocess.run(
+            [named or sys.executable, "-c", f"import {modules}"],
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+    except OSError as error:
+        raise PhiSightError(
+            f"{what}: {error.strerror}; give the file of an interpreter"
+        ) from error
+    if found.returncode == 0:
+        return named or sys.executable
+    if named is None:
+        return None
+    said = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
+    raise PhiSightError(f"{what}: {said}; install {modules.replace('_cpp', '-cpp-python')} there")
+
+
+def ask(python: str, asked: Asked) -> Told:
+    """Start llama.cpp, ask everything, and read what it said. Raises `PhiSightError` where it does
+    not load a file, or ends."""
+    every = [*asked.conversations, *asked.questions]
+    longest = max((len(one.ids) for one in every), default=1) + asked.longest
+    names = {name: str(number) for number, name in enumerate(asked.pictures)}
+    with tempfile.TemporaryDirectory(prefix="phisight-") as folder:
+        pixels, questions, answers = (
+            Path(folder, name) for name in ("pixels.npz", "questions.json", "answers.npz")
+        )
+        numpy.savez(pixels, **{names[name]: data for name, data in asked.pictures.items()})
+        content = {
+            "model": str(asked.model),
+            "mmproj": None if asked.mmproj is None else str(asked.mmproj),
+            "pixels": str(pixels),
+            "image_id": asked.image_id,
+            "context": -(-longest // ROUND_TO) * ROUND_TO,
+            "threads": asked.threads,
+            "longest": asked.longest,
+            "texts": [[text, [*ids]] for text, ids in asked.texts],
+            "conversations": [
+                [[*one.ids], [*one.learnt], [names[name] for name in one.pictures]]
+                for one in asked.conversations
+            ],
+            "questions": [
+                [[*one.ids], [names[name] for name in one.pictures]] for one in asked.questions
+            ],
+        }
+        questions.write_text(json.dumps(content), encoding="utf-8")
+        run_llama(python, str(questions), str(answers))
+        try:
+            with numpy.load(answers, allow_pickle=False) as file:
+                made = dict(file)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise PhiSightError(f"llama.cpp: what it said cannot be read ({error})") from None
+    return Told(
+        made["wrong_texts"].tolist(),
+        [made[f"conversation/{n}"] for n in range(len(asked.conversations))],
+        [made[f"answer/{n}"].tolist() for n in range(len(asked.questions))],
+        {name: made[f"embeddings/{key}"] for name, key in names.items() if asked.mmproj},
+        str(made["version"]),
+        str(made["system"]),
+    )
+
+
+def round_by_llama(python: str, source: Path, target: Path, kind: str) -> None:
+    """A GGUF of float16 in one of llama.cpp's own forms, such as "Q4_K_M"."""
+    run_llama(python, json.dumps({"quantise": str(source), "to": str(target), "as": kind}))
+
+
+def run_llama(python: str, *arguments: str) -> None:
+    """Run `reference.py` under `python`. Raises `PhiSightError` with what it said last."""
+    done = subprocess.run(
+        [python, "-m", "exports.llama_cpp.reference", *arguments],
+        cwd=PROJECT,
+        text=True,
+        errors="replace",
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = printable(said[-1], 300) if said else f"exit code {done.returncode}"
+        raise PhiSightError(
+            f"llama.cpp: {reason}; if its version is older than 0.3.36, install a newer"
+            " llama-cpp-python"
+        )

@@ -1,0 +1,228 @@
+"""`export.py --gguf DIR`: the merged model, its eyes, and what llama.cpp and Ollama need of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assistant.assistant import Assistant
+from errors import PhiSightError
+from exports import measure
+from exports.folder import MAX_NEW_TOKENS, chat_template, new_folder
+from exports.form import Form, folder_to_write
+from exports.llama_cpp import certificate, eyes, language, weights
+from exports.llama_cpp.asked import INSTALL, find_llama, round_by_llama
+from exports.llama_cpp.vocabulary import vocabulary_of, write_vocabulary
+from exports.measure import MERGE_METHOD, Probe, Tolerance
+from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
+from lora.merge import merged_state
+from model.base import find_folder
+
+CERTIFICATE = "gguf_certificate.json"
+MMPROJ, MODELFILE = "mmproj-f16.gguf", "Modelfile"
+IN_16_BITS = "model-f16.gguf"
+TEMPLATE = chat_template("media_marker", "part['text']")
+LOSS_IN_4_BITS = 0.05  # nats an answer token: llama.cpp's forms of 4 bits are no corrected ones
+"""what Ollama makes of a turn, in the language of its templates; it puts pictures before the text"""
+OLLAMA_TEMPLATE = """\
+{{- range .Messages }}<|{{ .Role }}|>
+{{ .Content }}<|end|>
+{{ end }}<|assistant|>
+"""
+
+
+def export_gguf(
+    assistant: Assistant,
+    out: str | Path,
+    dtype: torch.dtype,
+    probe: Probe,
+    tolerance: Tolerance | None,
+    quantise: str,
+    python: str,
+) -> dict[str, Any]:
+    """Write model, eyes and Modelfile, ask llama.cpp under `python`, and keep them if it agrees.
+
+    Returns the certificate. `dtype` is not looked at: `quantise` says how weights are stored.
+
+    Raises:
+        PhiSightError: a part cannot be held, llama.cpp does not load it or gives other token ids,
+            the result is past the tolerance, or the disk refuses. Nothing is left then.
+    """
+    language.need_shape(assistant.parts.base.model.config)
+    with new_folder(out) as folder:
+        ours = certificate.our_side(assistant, probe)
+        model = write_language_model(assistant, folder, quantise, python)
+        write_eyes(assistant, folder)
+        write_modelfile(assistant, folder, model)
+        theirs, told, texts = certificate.ask_llama(
+            assistant, probe, python, model, folder / MMPROJ, TEMPLATE
+        )
+        return measure.certify(
+            folder / CERTIFICATE,
+            "gguf",
+            assistant,
+            probe,
+            ours["with_picture"].measured,
+            theirs["with_picture"].measured,
+            tolerance,
+            answers_after_by=f"llama.cpp by llama-cpp-python {told.version}, greedily",
+            dtype=quantise,
+            method=MERGE_METHOD,
+            texts_of_equal_ids=texts,
+            with_picture=certificate.compared(ours["with_picture"], theirs["with_picture"]),
+            without_picture=certificate.compared(
+                ours["without_picture"], theirs["without_picture"]
+            ),
+            pictures=certificate.picture_differences(assistant, probe, told),
+            processor_by_llama_cpp=told.system,
+        )
+
+
+def write_language_model(
+    assistant: Assistant, folder: Path, quantise: str, python: str
+) -> Path:
+    """The merged language model with its tokenizer and chat template. Returns its file."""
+    parts = assistant.parts
+    config = parts.base.model.config
+    base_folder = find_folder(assistant.config.base, assistant.config.base_revision or None)
+    path = base_folder / "tokenizer.json"
+    vocabulary = vocabulary_of(
+        json.loads(path.read_text(encoding="utf-8")), config.vocab_size
+    )
+    marks = parts.chat_format
+    beginning = parts.base.hub_config.get("bos_token_id")
+
+    def describe(writer: Any) -> None:
+        writer.add_type("model")
+        writer.add_name(name_of(assistant))
+        writer.add_string("phisight.checkpoint", Path(assistant.source).name)
+        writer.add_file_type(getattr(weights.need_gguf().LlamaFileType, file_type))
+        writer.add_quantization_version(2)
+        language.describe(writer, config)
+        known = {
+            "bos": beginning if isinstance(beginning, int) else None,
+            "eos": marks.end_of_text_id,
+            "eot": marks.end_id,
+            "pad": marks.end_of_text_id,
+        }
+        write_vocabulary(writer, vocabulary, known)
+        writer.add_chat_template(TEMPLATE)
+
+    _, _, file_type = weights.QUANTISATIONS[quantise]
+    by_llama = quantise == "q4_k_m"
+    written = folder / (IN_16_BITS if by_llama else f"model-{quantise}.gguf")
+    shapes = language.shapes_of(config)
+    values = [*merged_names(parts.base.model), *language.factors_of(config)]
+    kinds = {
+        name: (shapes[name], weights.kind_of(name, shapes[name], quantise)) for name in values
+    }
+    weights.write(written, language.ARCHITECTURE, describe, kinds, language_weights(assistant))
+    if not by_llama:
+        return written
+    rounded = folder / f"model-{quantise}.gguf"
+    round_by_llama(python, written, rounded, quantise.upper())
+    written.unlink()
+    return rounded
+
+
+def merged_names(model: torch.nn.Module) -> list[str]:
+    """The GGUF names of what `language_weights` yields, in its order; nothing is computed."""
+    names = dict.fromkeys(
+        name.replace(".base.", ".").removesuffix(".weight")
+        for name, _ in model.named_parameters()
+        if ".lora_" not in name
+    )
+    return [language.gguf_name(f"{name}.weight") for name in names]
+
+
+def language_weights(assistant: Assistant) -> Iterator[tuple[str, Tensor]]:
+    """(GGUF name, tensor) of the merged model; a head that is the embedding stands there once."""
+    model = assistant.parts.base.model
+    for name, tensor in merged_state(model):
+        if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            yield language.gguf_name(name), tensor
+    for name, factors in language.factors_of(model.config).items():
+        yield name, torch.tensor(factors)
+
+
+def write_eyes(assistant: Assistant, folder: Path) -> None:
+    """CLIP and projector as `mmproj`, in float16."""
+    spec, model = assistant.parts.vision, assistant.model
+    width = assistant.parts.base.model.config.hidden_size
+    named = dict(eyes.weights(spec, model.projector))
+
+    def describe(writer: Any) -> None:
+        writer.add_name(name_of(assistant))
+        writer.add_file_type(weights.need_gguf().LlamaFileType.MOSTLY_F16)
+        eyes.describe(writer, spec, width)
+
+    kinds = {
+        name: (tuple(tensor.shape), "F32" if eyes.is_added(name) else weights.kind_of(
+            name, tuple(tensor.shape), "f16"
+        ))
+        for name, tensor in named.items()
+    }
+    weights.write(folder / MMPROJ, eyes.ARCHITECTURE, describe, kinds, named.items())
+
+
+def name_of(assistant: Assistant) -> str:
+    """What programs show as the model's name; see `language.NAMED`."""
+    return f"{Path(assistant.config.run).name} ({language.NAMED})"
+
+
+def write_modelfile(assistant: Assistant, folder: Path, model: Path) -> None:
+    """What `ollama create NAME -f Modelfile` reads."""
+    context = language.usual_context(assistant.parts.base.model.config)
+    ends = [assistant.parts.base.tokenizer.decode([i], skip_special_tokens=False) for i in sorted(assistant.stop_ids)]
+    lines = [
+        f"FROM ./{model.name}",
+        f"FROM ./{MMPROJ}",
+        f'TEMPLATE """{OLLAMA_TEMPLATE}"""',
+        "PARAMETER temperature 0",
+        f"PARAMETER num_ctx {context}",
+        f"PARAMETER num_predict {MAX_NEW_TOKENS}",
+        *(f'PARAMETER stop "{end}"' for end in ends),
+    ]
+    (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run(options: argparse.Namespace) -> str:
+    """`export.py --gguf DIR`."""
+    out = folder_to_write(options, "--gguf")
+    weights.need_gguf()
+    python = find_llama(options.llama_python)
+    if python is None:
+        raise PhiSightError(
+            "--gguf: llama-cpp-python is not installed, which measures the files before they get"
+            f" their name: {INSTALL}"
+        )
+    quantise = options.quantize
+    write = partial(export_gguf, quantise=quantise, python=python)
+    usual = Tolerance()
+    if quantise.startswith("q4"):
+        usual = Tolerance(LOSS_IN_4_BITS, GREEDY_EQUAL_IN_4_BITS)
+    return export_measured(options, out, write, usual)
+
+
+FORM = Form(
+    run,
+    {"metavar": "DIR", "help": "for llama.cpp and Ollama: GGUF, mmproj with CLIP, Modelfile"},
+    {
+        "--quantize": {
+            "choices": tuple(weights.QUANTISATIONS),
+            "default": "q8_0",
+            "help": "with --gguf: how weights are stored (%(default)s)",
+        },
+        "--llama-python": {
+            "metavar": "FILE",
+            "help": "with --gguf: the interpreter that has llama-cpp-python, if not this one",
+        },
+    },
+)
