@@ -7,8 +7,7 @@ ask again whether a step is a number.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +30,8 @@ from documents import (
     problems,
 )
 from errors import PhiSightError
-from tensors import distance, sha256_of
+from manifest import WEIGHTS
+from tensors import distance
 
 OWNERS = {
     "lora_weights": "lora",
@@ -39,7 +39,6 @@ OWNERS = {
     "optimizer": "optimizer",
     "rng": "rng",
 }  # file stem -> owner
-WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 
 
@@ -120,19 +119,6 @@ def _change(
         return None
     moved = {OWNERS[stem]: distance(previous.state[stem], now[stem]) for stem in WEIGHTS}
     return {"since_step": previous.step, **moved}
-
-
-def weights_digest(state: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """sha256 over names and bytes of all trained weights: the same number means the same model."""
-    return digest_of_rows(
-        (stem, name, sha256_of(tensor.detach().cpu()))
-        for stem in WEIGHTS
-        for name, tensor in state[stem].items()
-    )
-
-
-def digest_of_rows(rows: Iterable[tuple[str, str, str]]) -> str:
-    return hashlib.sha256("\n".join(map(" ".join, sorted(rows))).encode()).hexdigest()
 
 
 # -- what its files must say ----------------------------------------------------------------------
