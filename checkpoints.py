@@ -307,6 +307,14 @@ def resolve(path: str | Path) -> Checkpoint:
 # ---- runs and their logs -------------------------------------------------------------------------
 
 
+def records_of(checkpoint: Checkpoint) -> list[dict]:
+    """What the log beside a checkpoint had when it was saved; nothing where no log is there. Raises
+    PhiSightError for one that cannot be read."""
+    log = checkpoint.path.parent / METRICS
+    until = checkpoint.trainer_state.get("metrics_offset", 0)
+    return read_metrics(log, until) if log.exists() else []
+
+
 def log_problems(checkpoint: Checkpoint, log: Path) -> list[str]:
     """Where a checkpoint and the log of its run contradict each other, or the log itself: was any
     record edited that had been written when the checkpoint was saved? Of what comes after, only the
