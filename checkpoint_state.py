@@ -8,7 +8,8 @@ ask again whether a step is a number.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,8 @@ from documents import (
     problems,
 )
 from errors import PhiSightError
+from manifest import MANIFEST
+from reports.log import METRICS
 from tensors import distance, sha256_of
 
 OWNERS = {
@@ -50,6 +53,29 @@ TOKENIZER_FILES = (
 )  # what of `tokenizer/` is published, and fetched
 
 
+_PUBLISHED = re.compile(r"(checkpoint-\d{6,12})/(.+)")
+
+
+def published_files(names: Sequence[str]) -> list[str]:
+    """Of all names in a repository those of a run, its newest checkpoint and its log: nothing else
+    is fetched, whatever it is. Empty if there is no checkpoint."""
+    known = {
+        *(MANIFEST, CONFIG, TRAINER_STATE),
+        *(f"{stem}.safetensors" for stem in OWNERS),
+        *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    }
+    found = {
+        name: match[1]
+        for name in names
+        if (match := _PUBLISHED.fullmatch(name)) and match[2] in known
+    }
+    folders = {folder for name, folder in found.items() if name == f"{folder}/{MANIFEST}"}
+    if not folders:
+        return []
+    newest = max(folders, key=lambda folder: int(folder.removeprefix("checkpoint-")))
+    return [name for name in names if name == METRICS or found.get(name) == newest]
+
+
 class Tokenizer(Protocol):
     """What a checkpoint needs of a tokenizer."""
 
@@ -66,6 +92,13 @@ class Checkpoint:
     trainer_state: dict
     state: dict[str, dict[str, Tensor]]
     manifest: dict
+    published_as: str = ""
+    """hf:owner/name@commit, of a run that was fetched from the hub"""
+
+    @property
+    def name(self) -> str:
+        """What people know it by: where it lies, here or on the hub."""
+        return self.published_as or str(self.path)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ bears a checkpoint's name has been verified, and one is there at every instant.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -32,6 +33,7 @@ from torch import Tensor
 
 import config as configs
 import files
+import hub
 import manifest as manifests
 from checkpoint_state import (
     CONFIG,
@@ -43,6 +45,7 @@ from checkpoint_state import (
     Tokenizer,
     digest_of_rows,
     document_problems,
+    published_files,
     take_snapshot,
     tensor_problem,
 )
@@ -296,14 +299,26 @@ def load_best(run_dir: str | Path) -> Checkpoint:
 
 def resolve(path: str | Path) -> Checkpoint:
     """Load a checkpoint folder, the newest intact one of a run folder (with a warning on stderr
-    for each newer one that is damaged), or the best one, as RUN/best."""
-    path = Path(path)
+    for each newer one that is damaged), the best one, as RUN/best, or that of a run on the hub, as
+    hf:owner/name[@revision]."""
+    run = fetched(path)
+    if run.name:
+        return dataclasses.replace(load_newest(run.folder), published_as=run.name)
+    path = run.folder
     if path.name == BEST and not path.exists():
         return load_best(path.parent)
     if path.is_symlink() and _step_of(path) is None:  # a person's own link to a checkpoint or run
         path = path.resolve()
     is_checkpoint = (path / MANIFEST).exists() or _step_of(path) is not None
     return load(path) if is_checkpoint else load_newest(path)
+
+
+def fetched(run: str | Path) -> hub.Fetched:
+    """The folder of a run: the one given, or that of hf:owner/name[@revision], which is fetched if
+    it is not on this machine yet. Raises `PhiSightError`."""
+    if hub.is_reference(run):
+        return hub.fetch_run(hub.parse(run), published_files, verify_run)
+    return hub.Fetched(Path(run))
 
 
 # ---- runs and their logs -------------------------------------------------------------------------
@@ -356,8 +371,9 @@ def diff(first: str | Path, second: str | Path) -> compare.Diff:
     """Compare two checkpoints, or the newest intact ones of two runs, to the bit; see
     `reports.compare`. Where both are runs, their logs tell when they parted. Raises PhiSightError
     when one cannot be loaded."""
-    logs = [Path(side) / METRICS for side in (first, second)]
-    a, b = resolve(first), resolve(second)
+    sides = [fetched(side).folder for side in (first, second)]
+    logs = [side / METRICS for side in sides]
+    a, b = map(resolve, sides)
     records = None
     if all(log.exists() for log in logs):
         records = (read_metrics(logs[0]), read_metrics(logs[1]))
@@ -377,6 +393,7 @@ def _newest_run() -> Path:
 
 
 def _verify_command(target: Path, as_json: bool) -> int:
+    target = fetched(target).folder
     if target.name == BEST and not target.exists():
         target = load_best(target.parent).path
     if not target.is_dir():
@@ -405,7 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
                 target,
                 type=Path,
                 nargs="?" if name == "show" else None,
-                help="a run folder or a checkpoint folder",
+                help="a run folder, a checkpoint folder, or hf:owner/name[@revision]",
             )
         command.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)

@@ -125,7 +125,7 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
         store.shape,
         parts.device,
     )
-    saved = checkpoints.load(assistant.source).config.get("data_fingerprint")
+    saved = checkpoints.resolve(assistant.source).config.get("data_fingerprint")
     facts = {
         "data": config.data,
         "data_fingerprint": data.fingerprint,
