@@ -7,9 +7,8 @@ ask again whether a step is a number.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,9 +31,9 @@ from documents import (
     problems,
 )
 from errors import PhiSightError
-from manifest import MANIFEST
+from manifest import MANIFEST, WEIGHTS
 from reports.log import METRICS
-from tensors import distance, sha256_of
+from tensors import distance
 
 OWNERS = {
     "lora_weights": "lora",
@@ -42,7 +41,6 @@ OWNERS = {
     "optimizer": "optimizer",
     "rng": "rng",
 }  # file stem -> owner
-WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -160,19 +158,6 @@ def _change(
         return None
     moved = {OWNERS[stem]: distance(previous.state[stem], now[stem]) for stem in WEIGHTS}
     return {"since_step": previous.step, **moved}
-
-
-def weights_digest(state: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """sha256 over names and bytes of all trained weights: the same number means the same model."""
-    return digest_of_rows(
-        (stem, name, sha256_of(tensor.detach().cpu()))
-        for stem in WEIGHTS
-        for name, tensor in state[stem].items()
-    )
-
-
-def digest_of_rows(rows: Iterable[tuple[str, str, str]]) -> str:
-    return hashlib.sha256("\n".join(map(" ".join, sorted(rows))).encode()).hexdigest()
 
 
 # -- what its files must say ----------------------------------------------------------------------

@@ -39,20 +39,18 @@ from checkpoint_state import (
     CONFIG,
     OWNERS,
     TRAINER_STATE,
-    WEIGHTS,
     Checkpoint,
     Snapshot,
     Tokenizer,
-    digest_of_rows,
     document_problems,
     published_files,
     take_snapshot,
     tensor_problem,
 )
-from checkpoint_state import weights_digest as weights_digest  # others call it by this module
 from documents import read_json
 from errors import PhiSightError, run_main
-from manifest import MANIFEST, DamagedFolder
+from manifest import MANIFEST, DamagedFolder, digest_in
+from manifest import weights_digest as weights_digest  # others call it by this module
 from paths import command, located
 from reports import compare, show
 from reports.log import CHAIN, METRICS, chain_problems, contradictions, read_metrics
@@ -340,11 +338,7 @@ def log_problems(checkpoint: Checkpoint, log: Path) -> list[str]:
                 f"{TRAINER_STATE}: knows nothing of line {len(records) + 1} of the log, which is of"
                 f" step {step}; one of them belongs to another run, or was edited"
             ]
-    own = digest_of_rows(
-        (Path(row["file"]).stem, row["name"], row["sha256"])
-        for row in checkpoint.manifest["tensors"]
-        if Path(row["file"]).stem in WEIGHTS
-    )
+    own = digest_in(checkpoint.manifest)
     return contradictions(records, checkpoint.step, checkpoint.trainer_state.get(CHAIN, ""), own)
 
 
