@@ -7,7 +7,8 @@ ask again whether a step is a number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +31,8 @@ from documents import (
     problems,
 )
 from errors import PhiSightError
-from manifest import WEIGHTS
+from manifest import MANIFEST, WEIGHTS
+from reports.log import METRICS
 from tensors import distance
 
 OWNERS = {
@@ -40,6 +42,36 @@ OWNERS = {
     "rng": "rng",
 }  # file stem -> owner
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)  # what of `tokenizer/` is published, and fetched
+
+
+_PUBLISHED = re.compile(r"(checkpoint-\d{6,12})/(.+)")
+
+
+def published_files(names: Sequence[str]) -> list[str]:
+    """Of all names in a repository those of a run, its newest checkpoint and its log: nothing else
+    is fetched, whatever it is. Empty if there is no checkpoint."""
+    known = {
+        *(MANIFEST, CONFIG, TRAINER_STATE),
+        *(f"{stem}.safetensors" for stem in OWNERS),
+        *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    }
+    found = {
+        name: match[1]
+        for name in names
+        if (match := _PUBLISHED.fullmatch(name)) and match[2] in known
+    }
+    folders = {folder for name, folder in found.items() if name == f"{folder}/{MANIFEST}"}
+    if not folders:
+        return []
+    newest = max(folders, key=lambda folder: int(folder.removeprefix("checkpoint-")))
+    return [name for name in names if name == METRICS or found.get(name) == newest]
 
 
 class Tokenizer(Protocol):
@@ -58,6 +90,13 @@ class Checkpoint:
     trainer_state: dict
     state: dict[str, dict[str, Tensor]]
     manifest: dict
+    published_as: str = ""
+    """hf:owner/name@commit, of a run that was fetched from the hub"""
+
+    @property
+    def name(self) -> str:
+        """What people know it by: where it lies, here or on the hub."""
+        return self.published_as or str(self.path)
 
 
 @dataclass(frozen=True)

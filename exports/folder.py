@@ -101,7 +101,7 @@ def write_card(
 
     Raises `PhiSightError` where the run's log and its checkpoint contradict each other.
     """
-    checkpoint = checkpoints.load(assistant.source)
+    checkpoint = checkpoints.resolve(assistant.source)
     card = model_card(
         checkpoint,
         checkpoints.records_of(checkpoint),

@@ -17,12 +17,12 @@ import config as configs
 from config import Config
 from errors import PhiSightError, printable
 from files import read_regular
-from manifest import digest_in
 from reports import card_sections as sections
 from reports.card_forms import FORMS
 from reports.card_sections import HUB_ID, Facts, hub_id
+from reports.chain import provenance as provenance  # others call it by this module
+from reports.chain import records_to
 from reports.compare import Saved
-from reports.log import CHAIN, chain_problems, contradictions
 from reports.markdown import LONGEST, name
 
 CARD = "README.md"
@@ -31,56 +31,6 @@ LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 # As the head of the base's own card has it. A name alone: a list or a text is not one to take over.
 _LICENSE_LINE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9.+-]+)[\"']?[ \t]*$", re.MULTILINE)
 CARD_BYTES = 2**20  # of a base's card
-
-
-# -- the chain ------------------------------------------------------------------------------------
-
-
-def provenance(saved: Saved, records: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """One chain from the data to the weights, as JSON holds it: sha256 digests, and the step.
-
-    Args:
-        saved: a checkpoint of a run.
-        records: its log, which may go on after the checkpoint; without it the checkpoint alone is
-            asked, which was verified when it was read.
-
-    Returns:
-        "data_fingerprint", "base_fingerprint", "vision_fingerprint", "step", "steps_digest" (over
-        every step's loss, gradient norm and place), "chain" (of the last record of the log up to
-        the checkpoint), "weights_digest", and "started_from", the weights digest of the run whose
-        weights this one began with. None for what the checkpoint does not say, as an imported one.
-
-    Raises:
-        PhiSightError: the log and the checkpoint contradict each other.
-    """
-    records_to(saved, records)
-    config, state = saved.config, saved.trainer_state
-    return {
-        "data_fingerprint": config.get("data_fingerprint"),
-        "base_fingerprint": config.get("base_fingerprint"),
-        "vision_fingerprint": config.get("vision_fingerprint"),
-        "step": saved.step,
-        "steps_digest": state.get("steps_digest") or None,
-        CHAIN: state.get(CHAIN) or None,
-        "weights_digest": digest_in(saved.manifest),
-        "started_from": (config.get("started_from") or {}).get("weights_digest"),
-    }
-
-
-def records_to(saved: Saved, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records of the log up to the checkpoint. Raises `PhiSightError` where it is the log of
-    another run, or was edited."""
-    chain = saved.trainer_state.get(CHAIN, "")
-    links = [record.get(CHAIN) for record in records]
-    known = list(records[: links.index(chain) + 1]) if chain in links else []
-    wrong = chain_problems(known)
-    if not wrong and records and chain:
-        wrong = contradictions(known, saved.step, chain, digest_in(saved.manifest))
-    if wrong:
-        raise PhiSightError(
-            f"{saved.path}: {wrong[0]}; put back the log that belongs to this run, or move it away"
-        )
-    return known
 
 
 # -- the license ----------------------------------------------------------------------------------

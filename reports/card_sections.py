@@ -177,6 +177,7 @@ def _limits(facts: Facts) -> Iterator[str]:
 
 def _measured_limits(facts: Facts, alignment: Mapping[str, Any]) -> Iterator[str]:
     gap = _gap(alignment)
+    yield from _warnings(facts)
     asked = (facts.saved.config.get("data_counts") or {}).get("alignment_questions")
     if not facts.last_evaluation:
         yield "It was not evaluated: no figure says how well it answers."
@@ -191,6 +192,14 @@ def _measured_limits(facts: Facts, alignment: Mapping[str, Any]) -> Iterator[str
         yield f"That was measured on {asked} questions, which is few."
     if facts.last_evaluation:
         yield "It was measured on conversations like those of its training, and on no others."
+
+
+def _warnings(facts: Facts) -> Iterator[str]:
+    """What certificates say of exports that hardly see, or of which nobody knows."""
+    for certificate in facts.certificates:
+        alignment = certificate.get("alignment")
+        if isinstance(alignment, Mapping) and alignment.get("warning"):
+            yield f"**Warning:** {escaped(alignment['warning'])}"
 
 
 def _gap(alignment: Mapping[str, Any]) -> float | None:
@@ -212,7 +221,7 @@ def evaluation(facts: Facts) -> str:
         for record in _some(facts.of_kind("evaluation"))
     ]
     own = [
-        (name(certificate.get("what", "export")), "-", *_alignment_cells(found))
+        (f"{name(certificate.get('what', 'export'))} (certificate)", "-", *_alignment_cells(found))
         for certificate in facts.certificates
         if isinstance(found := certificate.get("alignment"), Mapping)
     ]
@@ -359,18 +368,14 @@ def certificates(facts: Facts) -> str:
             "yes" if found.get("within_tolerance") is True else "no",
         )
         for found in facts.certificates
+        if "loss_after" in found  # a run that is published as it is has nothing to compare
     ]
     if not rows:
         return ""
-    warnings = "".join(
-        f"\n\n**Warning:** {escaped(found['alignment']['warning'])}"
-        for found in facts.certificates
-        if isinstance(found.get("alignment"), Mapping) and found["alignment"].get("warning")
-    )
     heads = ("export", "loss", "conversations", "equal greedy answers, %", "within tolerance")
     return (
         "## Certificates\n\nWhat the export did to the model, measured on the files as they were"
-        f" read back.\n\n{table(heads, rows)}{warnings}"
+        f" read back.\n\n{table(heads, rows)}"
     )
 
 
