@@ -5,6 +5,7 @@
     python export.py --requantize --out DIR        # merged and in 4 bits again: text only
     python export.py --prune 0.1 --out DIR         # merged, a tenth of the MLP channels cut out
     python export.py --peft DIR [--split]          # the adapter alone, for PEFT
+    python export.py --push OWNER/NAME [--yes]     # the run onto the Hugging Face hub
     python export.py --import-peft DIR --out RUN   # and back, over --base and --vision
     python export.py --import-seed DIR --out RUN   # a checkpoint of the seed project
 
@@ -24,8 +25,10 @@ import config as configs
 from assistant.flags import add_model_flags
 from errors import PhiSightError, run_main
 from exports import imported, measured
+from exports.alignment import check_flags
 from exports.form import Form, attribute
 from exports.table import FORMS
+from reports.card import license_id
 
 
 def parser() -> configs.Parser:
@@ -34,6 +37,13 @@ def parser() -> configs.Parser:
     for flag, form in FORMS.items():
         what.add_argument(flag, **form.flag)
     made.add_argument("--out", help="folder to write, which must not be there yet")
+    made.add_argument(
+        "--license",
+        metavar="ID",
+        type=license_id,
+        help="what the model card says, in the hub's words, such as mit (default: what the base's"
+        " own card says, if it lies in its folder)",
+    )
     for form in FORMS.values():
         for own, settings in form.own_flags.items():
             made.add_argument(own, **settings)
@@ -53,6 +63,7 @@ def chosen_form(options: argparse.Namespace, made: configs.Parser) -> Form:
             name = attribute(own)
             if flag != chosen and getattr(options, name) != made.get_default(name):
                 raise PhiSightError(f"{own}: goes with {flag} only")
+    check_flags(options.require_alignment, FORMS[chosen].carries_pictures, chosen)
     return FORMS[chosen]
 
 

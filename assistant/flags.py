@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # torch takes a second to import: not for --help
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which trained model, and where its parts lie."""
     default = configs.default_config().run
-    help_of_run = "run or checkpoint folder, or RUN/best for the best that was kept (%(default)s)"
+    help_of_run = (
+        "run or checkpoint folder, RUN/best for the best that was kept, or hf:owner/name[@revision]"
+        " for one on the hub (%(default)s)"
+    )
     parser.add_argument("--run", default=default, help=help_of_run)
     parser.add_argument("--base", help="where the base lies now, if not where it was trained")
     parser.add_argument("--vision", help="where the CLIP lies now, if not where it was trained")
@@ -95,7 +98,7 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
         raise PhiSightError("--kv-memory: must be at least 1")
     words = given.get("content_filter")
     own = {name: given[name] for name in ("cache", "max_rows", "queue_limit") if name in given}
-    return import_assistant().load(
+    assistant = import_assistant().load(
         options.run,
         base=options.base,
         vision=options.vision,
@@ -105,6 +108,8 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
         kv_bytes=None if kv_memory is None else kv_memory * 2**20,
         **own,
     )
+    assistant.license = given.get("license") or ""
+    return assistant
 
 
 def check_length(options: argparse.Namespace) -> None:

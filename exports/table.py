@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exports import llava, merge, peft_adapter, prune, requantize, seed
+from exports import llava, merge, peft_adapter, prune, push, requantize, seed
 from exports.form import Form
 from exports.llama_cpp import export as gguf
 
@@ -13,6 +13,7 @@ EXPORTS: dict[str, Form] = {
     "--prune": prune.FORM,
     "--gguf": gguf.FORM,
     "--peft": peft_adapter.EXPORT,
+    "--push": push.FORM,
 }
 IMPORTS: dict[str, Form] = {
     "--import-peft": peft_adapter.IMPORT,
