@@ -134,7 +134,8 @@ def with_language_model(
 
 
 def equal_percent(first: Sequence[str], second: Sequence[str]) -> float:
-    same = sum(a == b for a, b in zip(first, second, strict=True))
+    """Answers that are equal but for the white space around them, in percent."""
+    same = sum(a.strip() == b.strip() for a, b in zip(first, second, strict=True))
     return round(100 * same / len(first), 2)
 
 
@@ -171,8 +172,8 @@ def certificate_of(
         "tolerance": tolerance_entry(tolerance),
         "within_tolerance": within,  # NaN is within none
         "measured_on": probe.facts,
-        **more,
         "versions": versions(),
+        **more,
     }
 
 
@@ -233,12 +234,12 @@ def certify(
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder, by name."""
+    """sha256 of every file in a folder, by its path there."""
     hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in sorted(found for found in folder.rglob("*") if found.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        hashes[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return hashes
 
 
