@@ -103,8 +103,8 @@ def _said(
     messages: Sequence[Message],
     picture_of: Callable[[str], Image.Image],
 ) -> str:
-    """The answer of a pipeline, without the white space around it: of a text that is decoded together with its
-    question, the first word has its space."""
+    """The answer of a pipeline, without the white space around it: the text is decoded together
+    with its question, and then the first word has its space."""
     given = [
         {
             "role": message.role,
