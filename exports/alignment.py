@@ -216,8 +216,9 @@ def alignment_line(alignment: Mapping[str, Any]) -> str:
         return f"warning: {alignment['warning']}"
     line = (
         f"alignment: {alignment['gap']:.1f} points between the right picture"
-        f" ({alignment['right']:.1f} % exact) and a swapped one ({alignment['swapped']:.1f} %),"
-        f" certainly {alignment['gap_at_least']:.1f}, on {alignment['questions']} questions"
+        f" ({alignment['right']:.1f} % exact) and a swapped one ({alignment['swapped']:.1f} %), at"
+        f" least {alignment['gap_at_least']:.1f} with 95 % confidence, on"
+        f" {alignment['questions']} questions"
     )
     if run := alignment.get("of_the_run"):
         line += f"; the run itself has {run['gap']:.1f}"

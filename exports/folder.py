@@ -93,12 +93,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder, by name."""
+    """sha256 of every file in a folder, by its path there."""
     hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in sorted(found for found in folder.rglob("*") if found.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        hashes[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return hashes
 
 

@@ -4,16 +4,18 @@ Our decoder knows where an answer ends without reading a folder. Another program
 the ids that end one, the length and the way of choosing from generation_config.json, the prompt
 from the chat template, the type to compute in from config.json. So the greedy answers of a
 certificate are made here, with nothing given but what a certificate has to bound: their length.
+A LLaVA folder is asked as a user asks it, by `pipeline("image-text-to-text")` with messages and
+pictures; a text model is given the pictures' embeddings, for which no pipeline has a place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -21,37 +23,45 @@ from transformers import (
     AutoTokenizer,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerBase,
+    pipeline,
 )
 
 from assistant.assistant import Assistant
 from assistant.text_stream import decode
 from data.chat import render
 from data.dataset import Message, Part
-from data.images import load_image
 from errors import PhiSightError
-from evaluation.meter import validation_loss
-from exports.measure import LONGEST_ANSWER, Measured, Probe, with_language_model
+from evaluation.meter import CONDITIONS, validation_loss
+from exports.alignment import LONGEST_ANSWER, pictures_under
+from exports.asked import Questions
+from exports.measure import Measured, Probe, with_language_model
+from exports.peft_adapter import add_adapter
 from model.base import BaseModel
 
-Inputs = Callable[[int], dict[str, Tensor]]
-"""Number of a prompt -> what `generate` is given for it, one row."""
 
-
+@torch.no_grad()
 def answers_as_text_model(assistant: Assistant, probe: Probe, folder: Path) -> list[str]:
     """Of a `Phi3ForCausalLM` folder. It reads no pictures, so the projector of `assistant` puts
     them in, as a program would that has it beside the folder."""
     check_prompts(assistant, AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-
-    def inputs(number: int) -> dict[str, Tensor]:
-        prompt = probe.prompts[number]
-        ids = torch.tensor([prompt.input_ids], device=assistant.parts.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    device = assistant.parts.device
+    if not getattr(model, "is_quantized", False):  # such a model is where it was loaded to
+        model.to(device)
+    answers = []
+    # One prompt after the other, as `generate` pads rows of different lengths on a side.
+    for prompt in tqdm(probe.prompts, desc="generate", leave=False, disable=None):
+        ids = torch.tensor([prompt.input_ids], device=device)
         features = [probe.store.features_of(name) for name in prompt.images]
         stacked = torch.stack(features) if features else assistant.features([])
-        embedded = assistant.model.embed(ids, stacked.to(ids.device))  # (1, tokens, dim)
-        return {"inputs_embeds": embedded.to(model.dtype)}
-
-    return _generated(assistant, probe, model, inputs)
+        embedded = assistant.model.embed(ids, stacked.to(device))  # (1, tokens, dim)
+        made = model.generate(
+            inputs_embeds=embedded.to(model.dtype),
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=LONGEST_ANSWER,
+        )
+        answers.append(decode(assistant.parts.base.tokenizer, made[0].tolist()))
+    return answers
 
 
 def measured_folder(
@@ -64,41 +74,51 @@ def measured_folder(
     return Measured(loss, answers_as_text_model(again, probe, folder))
 
 
-def answers_as_llava(assistant: Assistant, probe: Probe, folder: Path) -> list[str]:
-    """Of a `LlavaForConditionalGeneration` folder, with the pictures' files through its own
-    processor and its own CLIP."""
+def answers_as_llava(
+    assistant: Assistant, questions: Questions, folder: Path, adapter: Path | None = None
+) -> dict[str, list[str]]:
+    """Of a `LlavaForConditionalGeneration` folder, {condition of the meter: answers}: by its own
+    processor and its own CLIP, from messages and pictures alone, as a user asks it.
+
+    Args: `adapter`: a PEFT folder that is put over its weights, as PEFT merges it.
+    """
+    model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+    if adapter is not None:
+        add_adapter(model, adapter)
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     check_prompts(assistant, processor.tokenizer)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-    images = Path(assistant.config.images)
-
-    def inputs(number: int) -> dict[str, Tensor]:
-        prompt = probe.prompts[number]
-        given = {"input_ids": torch.tensor([prompt.input_ids])}
-        if prompt.images:
-            pictures = [load_image(images / name) for name in prompt.images]
-            made = processor.image_processor(images=pictures, return_tensors="pt")
-            given["pixel_values"] = made["pixel_values"].to(model.dtype)
-        return given
-
-    return _generated(assistant, probe, model, inputs)
-
-
-@torch.no_grad()
-def _generated(assistant: Assistant, probe: Probe, model: Any, inputs: Inputs) -> list[str]:
-    """One prompt after the other, as `generate` pads rows of different lengths on a side."""
-    device = assistant.parts.device
-    if not getattr(model, "is_quantized", False):  # such a model is where it was loaded to
-        model.to(device)
-    answers = []
-    for number in tqdm(range(len(probe.prompts)), desc="generate", leave=False, disable=None):
-        given = {name: tensor.to(device) for name, tensor in inputs(number).items()}
-        length = len(probe.prompts[number].input_ids)
-        mask = torch.ones(1, length, dtype=torch.int64, device=device)
-        made = model.generate(**given, attention_mask=mask, max_new_tokens=LONGEST_ANSWER)
-        ids = made[0, length if "input_ids" in given else 0 :].tolist()
-        answers.append(decode(assistant.parts.base.tokenizer, ids))
+    chat = pipeline(
+        "image-text-to-text", model=model, processor=processor, device=assistant.parts.device
+    )
+    answers: dict[str, list[str]] = {}
+    for condition in CONDITIONS:
+        picture_of = pictures_under(condition, questions, Path(assistant.config.images))
+        asked = tqdm(questions.asked, desc=f"{condition} picture", leave=False, disable=None)
+        answers[condition] = [_said(chat, one.messages, picture_of) for one in asked]
     return answers
+
+
+def _said(
+    chat: Any,
+    messages: Sequence[Message],
+    picture_of: Callable[[str], Image.Image],
+) -> str:
+    """The answer of a pipeline, without the white space around it: the text is decoded together
+    with its question, and then the first word has its space."""
+    given = [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "image", "image": picture_of(part.value)}
+                if part.kind == "image"
+                else {"type": "text", "text": part.value}
+                for part in message.parts
+            ],
+        }
+        for message in messages
+    ]
+    made = chat(text=given, return_full_text=False, max_new_tokens=LONGEST_ANSWER)
+    return str(made[0]["generated_text"]).strip()
 
 
 def check_prompts(assistant: Assistant, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from data.chat import IMAGE_TOKEN
 from errors import PhiSightError
 from evaluation.meter import validation_loss
 from exports import measure
+from exports.alignment import alignment_of, scored
 from exports.folder import (
     CHAT_TEMPLATE,
     copy_tokenizer,
@@ -41,10 +43,19 @@ from exports.form import Form, folder_to_write
 from exports.generated import answers_as_llava
 from exports.measure import CERTIFICATE, MERGE_METHOD, Measured, Probe, Tolerance
 from exports.measured import export_measured
+from exports.peft_adapter import add_adapter, part_sizes, write_peft
 from lora.merge import merged_state
+from lora.state import lora_state
 from model.base import find_folder, language_model
 from model.projector import ImageProjector
 from model.vision import load_clip
+
+ANSWERED_BY = "transformers' image-text-to-text pipeline, by the folder's own files"
+UNMERGED_METHOD = "dequantised NF4 in float32, rounded once; A and B as they were trained"
+# Folders within. transformers' Phi-3 has one layer for queries, keys and values, and PEFT adapts
+# the layers that are there. vLLM has one too, but takes the adapter of a LLaVA under the names of
+# Llama's (`packed_modules_mapping` of its LlavaForConditionalGeneration).
+ADAPTERS = {"PEFT": "adapter", "vLLM": "adapter-vllm"}
 
 
 def export_llava(
@@ -53,16 +64,54 @@ def export_llava(
     dtype: torch.dtype,
     probe: Probe,
     tolerance: Tolerance | None,
+    unmerged: bool = False,
 ) -> dict[str, Any]:
     """Merge, write, read back with transformers, measure both sides, keep it if they agree.
 
-    Returns the certificate. The measurement takes language model and projector from the folder;
-    features come from the run's own store on both sides.
+    Returns the certificate. The loss takes language model and projector from the folder, and
+    features from the run's own store on both sides. The answers, and what they owe to the picture,
+    are those of the folder alone: its CLIP, its processor.
+
+    Args: `unmerged`: write the base without the adapter, and the adapter beside it in `ADAPTERS`;
+        what is measured is both together.
 
     Raises:
         PhiSightError: the run pools its pictures' patches, a weight does not fit into `dtype`, the
             folder cannot be written, or the result is past the tolerance. Nothing is left then.
     """
+    check_pictures(assistant)
+    config = assistant.config
+    base_folder = find_folder(config.base, config.base_revision or None)
+    with new_folder(out) as folder:
+        before = measure.measure(assistant, probe, "before exporting")
+        llava = llava_of(assistant, dtype, adapter=not unmerged)
+        llava.save_pretrained(folder)
+        del llava
+        write_processor(assistant, folder, base_folder)
+        write_generation_config(assistant, folder)
+        if unmerged:
+            write_adapters(assistant, folder, str(out))
+        adapter = folder / ADAPTERS["PEFT"] if unmerged else None
+        loss = validation_loss(read_back(assistant, folder, adapter).model, probe.batches)
+        answers = answers_as_llava(assistant, probe, folder, adapter)
+        run_sees = alignment_of(assistant, probe, before.answers)
+        return measure.certify(
+            folder / CERTIFICATE,
+            "llava, adapter apart" if unmerged else "llava",
+            assistant,
+            probe,
+            before,
+            Measured(loss, answers["right"]),
+            tolerance,
+            dtype=str(dtype).removeprefix("torch."),
+            method=UNMERGED_METHOD if unmerged else MERGE_METHOD,
+            answers_after_by=ANSWERED_BY,
+            alignment=scored(probe, answers, ANSWERED_BY, run_sees),
+        )
+
+
+def check_pictures(assistant: Assistant) -> None:
+    """Raise `PhiSightError` for a run that reads pictures otherwise than LLaVA does."""
     config = assistant.config
     if config.vision_features != "patches":
         raise PhiSightError(
@@ -75,33 +124,13 @@ def export_llava(
             f" {config.feature_pooling} patches into one token, LLaVA reads every patch; export a"
             " run that was trained with --feature-pooling 1"
         )
-    base_folder = find_folder(config.base, config.base_revision or None)
-    with new_folder(out) as folder:
-        before = measure.measure(assistant, probe, "before exporting")
-        llava = llava_of(assistant, dtype)
-        llava.save_pretrained(folder)
-        del llava
-        write_processor(assistant, folder, base_folder)
-        write_generation_config(assistant, folder)
-        after = Measured(
-            validation_loss(read_back(assistant, folder).model, probe.batches),
-            answers_as_llava(assistant, probe, folder),
-        )
-        return measure.certify(
-            folder / CERTIFICATE,
-            "llava",
-            assistant,
-            probe,
-            before,
-            after,
-            tolerance,
-            dtype=str(dtype).removeprefix("torch."),
-            method=MERGE_METHOD,
-        )
 
 
-def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """The merged language model, the projector and the CLIP as one model, on the CPU."""
+def llava_of(
+    assistant: Assistant, dtype: torch.dtype, adapter: bool
+) -> LlavaForConditionalGeneration:
+    """Language model, projector and CLIP as one model, on the CPU: with the `adapter` merged, or
+    the base alone, dequantised."""
     parts, spec = assistant.parts, assistant.parts.vision
     vision_config = CLIPVisionConfig.from_pretrained(spec.folder)
     vision_config.dtype = dtype
@@ -117,7 +146,7 @@ def llava_of(assistant: Assistant, dtype: torch.dtype) -> LlavaForConditionalGen
     config.dtype = dtype
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
-    language = dict(merged_state(parts.base.model))
+    language = dict(merged_state(parts.base.model, adapter))
     head = {"weight": language.pop("lm_head.weight")}
     decoder = {name.removeprefix("model."): tensor for name, tensor in language.items()}
     for module, state in (
@@ -152,12 +181,28 @@ def write_processor(assistant: Assistant, folder: Path, base_folder: Path) -> No
     copy_tokenizer(base_folder, folder)
 
 
-def read_back(assistant: Assistant, folder: Path) -> Assistant:
-    """The assistant over the language model and projector that stand in the folder."""
+def write_adapters(assistant: Assistant, folder: Path, base: str) -> None:
+    """The adapter over the language model of the folder, in both of `ADAPTERS`; `base`: the name
+    that the folder gets."""
+    model = assistant.parts.base.model
+    state = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in lora_state(model).items()
+    }
+    for program, rows in (("PEFT", {}), ("vLLM", part_sizes(model.config))):
+        (folder / ADAPTERS[program]).mkdir()
+        write_peft(folder / ADAPTERS[program], state, rows, assistant.config, base)
+
+
+def read_back(assistant: Assistant, folder: Path, adapter: Path | None) -> Assistant:
+    """The assistant over the language model and projector that stand in the folder, with the
+    `adapter` merged where it lies apart."""
     base = assistant.parts.base
     llava = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=base.compute_dtype, local_files_only=True
     )
+    if adapter is not None:
+        add_adapter(llava, adapter)
     weights = {f"model.{n}": t for n, t in llava.model.language_model.state_dict().items()}
     weights["lm_head.weight"] = llava.lm_head.weight
     model = language_model(base.model.config, weights.items())
@@ -169,8 +214,9 @@ def read_back(assistant: Assistant, folder: Path) -> Assistant:
 
 
 def run(options: argparse.Namespace) -> str:
-    """`export.py --llava DIR`."""
-    return export_measured(options, folder_to_write(options, "--llava"), export_llava)
+    """`export.py --llava DIR [--unmerged]`."""
+    write = partial(export_llava, unmerged=options.unmerged)
+    return export_measured(options, folder_to_write(options, "--llava"), write)
 
 
 FORM = Form(
@@ -179,4 +225,11 @@ FORM = Form(
         "metavar": "DIR",
         "help": "the whole model as LlavaForConditionalGeneration, with its processor",
     },
+    {
+        "--unmerged": {
+            "action": "store_true",
+            "help": "with --llava: the base alone, and the adapter beside it for PEFT and for vLLM",
+        }
+    },
+    carries_pictures=True,
 )

@@ -132,7 +132,8 @@ def with_language_model(
 
 
 def equal_percent(first: Sequence[str], second: Sequence[str]) -> float:
-    same = sum(a == b for a, b in zip(first, second, strict=True))
+    """Answers that are equal but for the white space around them, in percent."""
+    same = sum(a.strip() == b.strip() for a, b in zip(first, second, strict=True))
     return round(100 * same / len(first), 2)
 
 
@@ -168,8 +169,8 @@ def certificate_of(
         "tolerance": tolerance_entry(tolerance),
         "within_tolerance": within,  # NaN is within none
         "measured_on": probe.facts,
-        **more,
         "versions": versions(),
+        **more,
     }
 
 

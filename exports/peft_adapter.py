@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from assistant.assistant import Assistant
 from assistant.flags import load_assistant
 from config import Config
 from errors import PhiSightError
+from exports.alignment import alignment_of_run, check_alignment
 from exports.folder import (
     files_of,
     new_folder,
@@ -141,9 +142,16 @@ def export_peft(assistant: Assistant, out: str | Path, split: bool) -> str:
 
 
 def write_peft(
-    folder: Path, state: Mapping[str, Tensor], rows: Mapping[str, int], config: Config
+    folder: Path,
+    state: Mapping[str, Tensor],
+    rows: Mapping[str, int],
+    config: Config,
+    base: str = "",
 ) -> tuple[int, int]:
-    """Write `lora.state`'s tensors, split where `rows` says how. Returns their number and rank."""
+    """Write `lora.state`'s tensors, split where `rows` says how. Returns their number and rank.
+
+    Args: `base`: what the adapter belongs to, if not the run's own base.
+    """
     rank, scaling = the_scale(state)
     tensors = peft_tensors(state, rows)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -153,8 +161,8 @@ def write_peft(
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
-            "base_model_name_or_path": config.base,
-            "revision": config.base_revision or None,
+            "base_model_name_or_path": base or config.base,
+            "revision": None if base else config.base_revision or None,
             "r": rank,
             "lora_alpha": scaling * rank,
             "lora_dropout": config.lora_dropout,
@@ -197,10 +205,34 @@ def peft_tensors(state: Mapping[str, Tensor], rows: Mapping[str, int]) -> dict[s
     return tensors
 
 
+@torch.no_grad()
+def add_adapter(model: nn.Module, folder: Path) -> None:
+    """Put a PEFT folder of ours over the weights of a model that it belongs to, as PEFT's own
+    `merge_and_unload` does: W + alpha / r * B A, in float32, rounded to the type of W.
+
+    Raises `PhiSightError` for an adapter of another model.
+    """
+    settings = read_peft_config(folder)
+    tensors = read_tensors(folder / WEIGHTS, REMEDY)
+    scaling = settings["lora_alpha"] / settings["r"]
+    for key in (key for key in tensors if key.endswith(".lora_A.weight")):
+        name = key.removesuffix(".lora_A.weight")
+        change = scaling * (tensors[f"{name}.lora_B.weight"] @ tensors[key])
+        try:
+            weight = model.get_parameter(f"{name.removeprefix(PREFIX)}.weight")
+        except AttributeError:
+            raise PhiSightError(f"{folder}: {name} is no layer of the model; {REMEDY}") from None
+        weight.copy_(weight.float() + change.to(weight.device))
+
+
 def run_export(options: argparse.Namespace) -> str:
     """`export.py --peft DIR`."""
     out = folder_to_write(options, "--peft")
-    return export_peft(load_assistant(options), out, options.split)
+    assistant = load_assistant(options)
+    if options.require_alignment is not None:
+        found = alignment_of_run(assistant, options.greedy_answers)
+        check_alignment(found, options.require_alignment, "peft")
+    return export_peft(assistant, out, options.split)
 
 
 EXPORT = Form(
@@ -212,6 +244,7 @@ EXPORT = Form(
             "help": "with --peft: q, k, v, gate and up apart, as Llama names them",
         }
     },
+    carries_pictures=True,
 )
 
 # -- in --------------------------------------------------------------------------------------------

@@ -36,10 +36,11 @@ def base_weight(linear: nn.Linear) -> Tensor:
     return bnb.functional.dequantize_4bit(packed, state)
 
 
-def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_state(model: nn.Module, adapter: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 tensor) of every weight of `model`, as if it had never been quantised or
     wrapped: `layers.0.o_proj.weight` in place of a base, A and B. One at a time, as each is as
-    large as its layer in full precision.
+    large as its layer in full precision. Without `adapter`, the base alone: what A and B were
+    trained over.
     """
     wrapped = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for name, module in model.named_modules():
@@ -47,7 +48,8 @@ def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue  # the base and the dropout of a layer that came before it
         linear = module.base if name in wrapped else module
         if isinstance(linear, nn.Linear):
-            weight = merged_weight(module) if name in wrapped else base_weight(linear)
+            merged = adapter and name in wrapped
+            weight = merged_weight(module) if merged else base_weight(linear)
             yield f"{name}.weight", weight
             if linear.bias is not None:
                 yield f"{name}.bias", linear.bias.detach().float()

@@ -140,7 +140,7 @@ def original_weights(model: nn.Module):
         yield name, tensor
 
 
-def without_scaling(model: nn.Module):
+def without_scaling(model: nn.Module, adapter: bool = True):
     for name, tensor in merged_state(model):
         layer = model.get_submodule(name.removesuffix(".weight"))
         if isinstance(layer, LoRALinear):
