@@ -38,9 +38,10 @@ MAX_NEW_TOKENS = 256  # as infer.py, where nothing else is said
 
 
 def chat_template(picture: str, shown: str) -> str:
-    """A chat template in Jinja, which gives what `data.chat.render` does, from messages of roles and
-    parts of "text" and pictures: text is stripped, and text next to text is joined by a newline.
-    The newlines after the marks are swallowed by the tokenizer, as they are in Phi-3's own template.
+    """A chat template in Jinja, which gives what `data.chat.render` does, from messages of roles
+    and parts of "text" and pictures: text is stripped, and text next to text is joined by a
+    newline. The newlines after the marks are swallowed by the tokenizer, as they are in Phi-3's own
+    template.
 
     `picture`: the type of a part that is a picture; `shown`: the expression that stands for it.
     """

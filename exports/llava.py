@@ -79,7 +79,7 @@ def export_llava(
         PhiSightError: the run pools its pictures' patches, a weight does not fit into `dtype`, the
             folder cannot be written, or the result is past the tolerance. Nothing is left then.
     """
-    check_pictures(assistant)
+    check_pictures(assistant, "--llava", "LLaVA")
     config = assistant.config
     base_folder = find_folder(config.base, config.base_revision or None)
     with new_folder(out) as folder:
@@ -110,19 +110,20 @@ def export_llava(
         )
 
 
-def check_pictures(assistant: Assistant) -> None:
-    """Raise `PhiSightError` for a run that reads pictures otherwise than LLaVA does."""
+def check_pictures(assistant: Assistant, flag: str, program: str) -> None:
+    """Raise `PhiSightError` for a run that reads pictures otherwise than LLaVA does, and `program`,
+    which `flag` writes for."""
     config = assistant.config
     if config.vision_features != "patches":
         raise PhiSightError(
-            f"--llava: {assistant.source} sees one pooled vector, LLaVA reads patches; export a run"
-            " that was trained with --vision-features patches"
+            f"{flag}: {assistant.source} sees one pooled vector, {program} reads patches; export a"
+            " run that was trained with --vision-features patches"
         )
     if config.feature_pooling > 1:
         raise PhiSightError(
-            f"--llava: {assistant.source} averages {config.feature_pooling} x"
-            f" {config.feature_pooling} patches into one token, LLaVA reads every patch; export a"
-            " run that was trained with --feature-pooling 1"
+            f"{flag}: {assistant.source} averages {config.feature_pooling} x"
+            f" {config.feature_pooling} patches into one token, {program} reads every patch; export"
+            " a run that was trained with --feature-pooling 1"
         )
 
 

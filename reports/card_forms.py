@@ -43,6 +43,11 @@ model = PeftModel.from_pretrained(base, "{where}")  # base: the model it was tra
 _RUN = """```sh
 python infer.py --run {where} --image picture.png --prompt "What is there?"
 ```"""
+_LLAMA_CPP = """```sh
+llama-mtmd-cli -m {where}/model-q8_0.gguf --mmproj {where}/mmproj-f16.gguf --jinja --temp 0 \\
+    --image picture.png -p "What is there?"
+ollama create mine -f {where}/Modelfile
+```"""
 FORMS = {
     "run": Form(
         "a run of PhiSight: the adapter and the projector, with the log of their training",
@@ -81,6 +86,13 @@ FORMS = {
         "image-text-to-text",
         "finetune",
         _PIPELINE,
+    ),
+    "gguf": Form(
+        "the merged language model for llama.cpp and Ollama, with CLIP and projector as `mmproj`",
+        "gguf",
+        "image-text-to-text",
+        "quantized",
+        _LLAMA_CPP,
     ),
 }
 """by what a certificate calls it"""

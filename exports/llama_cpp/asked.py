@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -85,9 +86,7 @@ def find_llama(python: str | None = None, modules: str = "llama_cpp") -> str | N
             check=False,
         )
     except OSError as error:
-        raise PhiSightError(
-            f"{what}: {error.strerror}; give the file of an interpreter"
-        ) from error
+        raise PhiSightError(f"{what}: {error.strerror}; give the file of an interpreter") from error
     if found.returncode == 0:
         return named or sys.executable
     if named is None:
@@ -106,7 +105,8 @@ def ask(python: str, asked: Asked) -> Told:
         pixels, questions, answers = (
             Path(folder, name) for name in ("pixels.npz", "questions.json", "answers.npz")
         )
-        numpy.savez(pixels, **{names[name]: data for name, data in asked.pictures.items()})
+        shown: dict[str, Any] = {names[name]: data for name, data in asked.pictures.items()}
+        numpy.savez(pixels, allow_pickle=False, **shown)
         content = {
             "model": str(asked.model),
             "mmproj": None if asked.mmproj is None else str(asked.mmproj),

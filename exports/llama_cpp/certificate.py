@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,20 @@ from data.chat_tokenizer import FolderTokenizer
 from data.dataset import Message, Part
 from data.images import load_image
 from errors import PhiSightError
-from evaluation.meter import packed_batches
+from evaluation.meter import CONDITIONS, packed_batches
 from evaluation.questions import answer_prompts
+from exports.alignment import LONGEST_ANSWER, pictures_under
+from exports.llama_cpp import eyes
 from exports.llama_cpp.asked import Asked, Conversation, Told, ask
-from exports.measure import LONGEST_ANSWER, Measured, Probe, equal_percent
+from exports.measure import Measured, Probe, equal_percent
 from model.vlm import VisionLanguageModel
 
-PREPARED = "prepared/"  # before the name of a picture that our own preparation has made
+RIGHT = "right/"  # before the name of a picture, as the condition of the alignment meter
+PREPARED = "prepared/"  # before that of one that our own preparation has made
 COMPARED = 20  # pictures whose embeddings are compared under both preparations
-MARKER = "<__media__>"
+# The relative difference of embeddings past which something else is computed: rounding to float16
+# gives 0.0004.
+ANOTHER_FORMULA = 0.05
 
 
 @dataclass(frozen=True)
@@ -66,58 +71,74 @@ def log_probabilities(model: VisionLanguageModel, batches: Sequence) -> list[num
 
 def our_side(assistant: Assistant, probe: Probe) -> dict[str, Side]:
     """What the run itself says: "with_picture" and "without_picture"."""
-    parts = assistant.parts
-    samples = [sample for _, samples in probe.batches for sample in samples]
-    bare = [without_pictures(sample, parts.chat_format.image_id) for sample in samples]
-    bare_batches = packed_batches(
-        bare,
-        max(assistant.config.row_tokens, *(len(sample.input_ids) for sample in bare)),
-        probe.store.features_of,
-        parts.chat_format.end_of_text_id,
-        parts.chat_format.image_id,
-        probe.store.shape,
-        parts.device,
-    )
-    # Packing may reorder them.
-    order = {id(sample): place for place, sample in enumerate(bare)}
-    bare_values = [numpy.empty(0)] * len(bare)
-    packed = [sample for _, samples in bare_batches for sample in samples]
-    for sample, values in zip(
-        packed, log_probabilities(assistant.model, bare_batches), strict=True
-    ):
-        bare_values[order[id(sample)]] = values
-    blind = [without_pictures(prompt, parts.chat_format.image_id) for prompt in probe.prompts]
-    features_of = probe.store.features_of
+    chat_format, features_of = assistant.parts.chat_format, probe.store.features_of
+    bare = [without_pictures(sample, chat_format.image_id) for sample in samples_of(probe)]
+    # A batch for each: packed together, they would come back in another order.
+    bare_batches = [
+        packed_batches(
+            [sample],
+            len(sample.input_ids),
+            features_of,
+            chat_format.end_of_text_id,
+            chat_format.image_id,
+            probe.store.shape,
+            assistant.parts.device,
+        )[0]
+        for sample in bare
+    ]
+    blind = [without_pictures(prompt, chat_format.image_id) for prompt in probe.prompts]
     return {
         "with_picture": Side(
             log_probabilities(assistant.model, probe.batches),
             answer_prompts(assistant, probe.prompts, features_of, LONGEST_ANSWER, "before"),
         ),
         "without_picture": Side(
-            bare_values, answer_prompts(assistant, blind, features_of, LONGEST_ANSWER, "blind")
+            log_probabilities(assistant.model, bare_batches),
+            answer_prompts(assistant, blind, features_of, LONGEST_ANSWER, "without pictures"),
         ),
     }
 
 
+def samples_of(probe: Probe) -> list[RenderedSample]:
+    """The conversations of a probe, in the order of its batches."""
+    return [sample for _, samples in probe.batches for sample in samples]
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """What llama.cpp says."""
+
+    sides: dict[str, Side]
+    """as `our_side` has them"""
+    answers: dict[str, list[str]]
+    """{condition of the alignment meter: answers}"""
+    told: Told
+    texts: int
+    """how many had the ids that they should have"""
+
+
 def ask_llama(
     assistant: Assistant, probe: Probe, python: str, model: Path, mmproj: Path, template: str
-) -> tuple[dict[str, Side], Told, int]:
-    """The same of llama.cpp, all that it said, and how many texts it tokenised.
+) -> Theirs:
+    """Ask llama.cpp all that we were asked, and about other pictures and a blank one.
 
     Raises `PhiSightError` where it does not load the files, or has other ids for a text.
     """
     parts = assistant.parts
     image_id = parts.chat_format.image_id
-    samples = [sample for _, samples in probe.batches for sample in samples]
+    samples = samples_of(probe)
+    bare = [without_pictures(sample, image_id) for sample in samples]
     conversations = [
-        Conversation(sample.input_ids, sample.supervised, sample.images)
-        for seen in (samples, [without_pictures(sample, image_id) for sample in samples])
-        for sample in seen
+        Conversation(sample.input_ids, sample.supervised, [RIGHT + name for name in sample.images])
+        for sample in (*samples, *bare)
     ]
     questions = [
-        Conversation(prompt.input_ids, prompt.supervised, prompt.images)
-        for seen in (probe.prompts, [without_pictures(p, image_id) for p in probe.prompts])
-        for prompt in seen
+        Conversation(prompt.input_ids, (), [f"{condition}/{name}" for name in prompt.images])
+        for condition in CONDITIONS
+        for prompt in probe.prompts
+    ]
+    questions += [
+        Conversation(without_pictures(prompt, image_id).input_ids, ()) for prompt in probe.prompts
     ]
     texts = chat_texts([*samples, *probe.prompts], parts.base.tokenizer, parts.chat_format)
     texts += template_texts(template, parts.chat_format)
@@ -142,27 +163,30 @@ def ask_llama(
             f" {len(texts)} texts other token ids than {assistant.config.base}, the first is"
             f" {text[:80]!r}; export it with --merge or --llava"
         )
-    half, answered = len(samples), len(probe.prompts)
     said = [decode(parts.base.tokenizer, ids) for ids in told.answers]
+    count = len(probe.prompts)
+    pieces = [said[start : start + count] for start in range(0, len(said), count)]
+    answers = dict(zip(CONDITIONS, pieces))
     sides = {
-        "with_picture": Side(told.log_probabilities[:half], said[:answered]),
-        "without_picture": Side(told.log_probabilities[half:], said[answered:]),
+        "with_picture": Side(told.log_probabilities[: len(samples)], answers["right"]),
+        "without_picture": Side(told.log_probabilities[len(samples) :], pieces[-1]),
     }
-    return sides, told, len(texts)
+    return Theirs(sides, answers, told, len(texts))
 
 
 def pictures_of(assistant: Assistant, probe: Probe) -> dict[str, numpy.ndarray]:
-    """Every picture of the probe as it was decoded, and some as our own preparation makes them:
-    (height, width, 3) bytes by name."""
-    samples = [*probe.prompts, *(sample for _, samples in probe.batches for sample in samples)]
-    names = dict.fromkeys(name for sample in samples for name in sample.images)
+    """What llama.cpp is shown: (height, width, 3) bytes as they were decoded, by condition and
+    name, and some right ones as our own preparation makes them."""
     folder, fit = Path(assistant.config.images), assistant.parts.vision.preparation.fit
+    asked = dict.fromkeys(name for prompt in probe.prompts for name in prompt.images)
+    names = asked | dict.fromkeys(name for one in samples_of(probe) for name in one.images)
     pictures = {}
-    for number, name in enumerate(names):
-        picture = load_image(folder / name)
-        pictures[name] = numpy.array(picture)
-        if number < COMPARED:
-            pictures[PREPARED + name] = fit(picture).pixels
+    for condition in CONDITIONS:
+        picture_of = pictures_under(condition, probe, folder)
+        for name in names if condition == "right" else asked:
+            pictures[f"{condition}/{name}"] = numpy.array(picture_of(name))
+    for name in [*names][:COMPARED]:
+        pictures[PREPARED + name] = fit(load_image(folder / name)).pixels
     return pictures
 
 
@@ -251,30 +275,39 @@ def compared(ours: Side, theirs: Side) -> dict[str, Any]:
 @torch.no_grad()
 def picture_differences(assistant: Assistant, probe: Probe, told: Told) -> dict[str, Any]:
     """How far llama.cpp's embeddings of pictures are from ours, relative to their size: of pictures
-    as our own preparation made them, which is arithmetic alone, and as llama.cpp prepares them."""
-    names = [name for name in told.embeddings if PREPARED + name in told.embeddings]
-    pictures = pictures_of(assistant, probe)
-    ours: Mapping[str, Tensor] = {
-        name: assistant.model.projector(
-            probe.store.features_of(name)[None].to(assistant.parts.device)
-        )[0].cpu()
-        for name in names
-    }
+    as our own preparation made them, which is arithmetic alone, and as llama.cpp prepares them.
 
-    def apart(prefix: str) -> dict[str, float]:
-        values = []
-        for name in names:
-            theirs = torch.from_numpy(told.embeddings[prefix + name])
-            values.append(float((theirs - ours[name]).norm() / ours[name].norm()))
-        return {"mean": float(numpy.mean(values)), "largest": max(values)}
+    Raises `PhiSightError` for a llama.cpp that is known to read pictures wrongly.
+    """
+    compared = [name.removeprefix(PREPARED) for name in told.embeddings if PREPARED in name]
+    folder = Path(assistant.config.images)
+    device = assistant.parts.device
+    features = torch.stack([probe.store.features_of(name) for name in compared]).to(device)
+    ours = assistant.model.projector(features).cpu()  # (pictures, tokens, dim)
 
-    shapes = {name: pictures[name].shape[:2] for name in pictures if not name.startswith(PREPARED)}
+    def apart(prefix: str, wanted: Tensor) -> dict[str, float]:
+        theirs = torch.from_numpy(numpy.stack([told.embeddings[prefix + n] for n in compared]))
+        relative = (theirs - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+        return {"mean": relative.mean().item(), "largest": relative.max().item()}
+
+    by_us = apart(PREPARED, ours)
+    if by_us["mean"] > ANOTHER_FORMULA:
+        pictures = [load_image(folder / name) for name in compared]
+        shifted = eyes.embeddings_behind_class(assistant.parts.vision, assistant.model, pictures)
+        if apart(PREPARED, shifted)["mean"] < ANOTHER_FORMULA:
+            raise PhiSightError(
+                "gguf: refused, nothing was written: this llama.cpp (llama-cpp-python"
+                f" {told.version}) puts CLIP's class token behind the patches and reads pictures"
+                " one place off, its issue 25814; take one where that is mended, as python -m"
+                " tools.llama_cpp ../llama builds it"
+            )
+    shapes = [load_image(folder / name).size for name in compared]
     return {
-        "pictures": len(names),
-        "not_square": sum(height != width for height, width in shapes.values()),
+        "pictures": len(compared),
+        "not_square": sum(height != width for height, width in shapes),
         "relative_difference": {
-            "prepared_by_us": apart(PREPARED),
-            "prepared_by_llama_cpp": apart(""),
+            "prepared_by_us": by_us,
+            "prepared_by_llama_cpp": apart(RIGHT, ours),
         },
         "picture_fit": assistant.config.picture_fit,
     }

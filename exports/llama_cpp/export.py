@@ -1,4 +1,4 @@
-"""`export.py --gguf DIR`: the merged model, its eyes, and what llama.cpp and Ollama need of them."""
+"""`export.py --gguf DIR`: the merged model and its eyes, as llama.cpp and Ollama read them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from torch import Tensor
 from assistant.assistant import Assistant
 from errors import PhiSightError
 from exports import measure
+from exports.alignment import alignment_of, scored
 from exports.folder import MAX_NEW_TOKENS, chat_template, new_folder
 from exports.form import Form, folder_to_write
 from exports.llama_cpp import certificate, eyes, language, weights
 from exports.llama_cpp.asked import INSTALL, find_llama, round_by_llama
 from exports.llama_cpp.vocabulary import vocabulary_of, write_vocabulary
+from exports.llava import check_pictures
 from exports.measure import MERGE_METHOD, Probe, Tolerance
 from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
 from lora.merge import merged_state
@@ -30,7 +32,7 @@ MMPROJ, MODELFILE = "mmproj-f16.gguf", "Modelfile"
 IN_16_BITS = "model-f16.gguf"
 TEMPLATE = chat_template("media_marker", "part['text']")
 LOSS_IN_4_BITS = 0.05  # nats an answer token: llama.cpp's forms of 4 bits are no corrected ones
-"""what Ollama makes of a turn, in the language of its templates; it puts pictures before the text"""
+# What Ollama makes of a chat, in the language of its templates; it puts pictures before the text.
 OLLAMA_TEMPLATE = """\
 {{- range .Messages }}<|{{ .Role }}|>
 {{ .Content }}<|end|>
@@ -55,54 +57,49 @@ def export_gguf(
         PhiSightError: a part cannot be held, llama.cpp does not load it or gives other token ids,
             the result is past the tolerance, or the disk refuses. Nothing is left then.
     """
+    check_pictures(assistant, "--gguf", "llama.cpp")
     language.need_shape(assistant.parts.base.model.config)
     with new_folder(out) as folder:
         ours = certificate.our_side(assistant, probe)
         model = write_language_model(assistant, folder, quantise, python)
         write_eyes(assistant, folder)
         write_modelfile(assistant, folder, model)
-        theirs, told, texts = certificate.ask_llama(
-            assistant, probe, python, model, folder / MMPROJ, TEMPLATE
-        )
+        theirs = certificate.ask_llama(assistant, probe, python, model, folder / MMPROJ, TEMPLATE)
+        version = f"llama.cpp by llama-cpp-python {theirs.told.version}"
+        run_sees = alignment_of(assistant, probe, ours["with_picture"].answers)
         return measure.certify(
             folder / CERTIFICATE,
             "gguf",
             assistant,
             probe,
             ours["with_picture"].measured,
-            theirs["with_picture"].measured,
+            theirs.sides["with_picture"].measured,
             tolerance,
-            answers_after_by=f"llama.cpp by llama-cpp-python {told.version}, greedily",
+            answers_after_by=f"{version}, greedily",
             dtype=quantise,
             method=MERGE_METHOD,
-            texts_of_equal_ids=texts,
-            with_picture=certificate.compared(ours["with_picture"], theirs["with_picture"]),
-            without_picture=certificate.compared(
-                ours["without_picture"], theirs["without_picture"]
-            ),
-            pictures=certificate.picture_differences(assistant, probe, told),
-            processor_by_llama_cpp=told.system,
+            texts_of_equal_ids=theirs.texts,
+            **{seen: certificate.compared(side, theirs.sides[seen]) for seen, side in ours.items()},
+            pictures=certificate.picture_differences(assistant, probe, theirs.told),
+            alignment=scored(probe, theirs.answers, version, run_sees),
+            processor_by_llama_cpp=theirs.told.system,
         )
 
 
-def write_language_model(
-    assistant: Assistant, folder: Path, quantise: str, python: str
-) -> Path:
+def write_language_model(assistant: Assistant, folder: Path, quantise: str, python: str) -> Path:
     """The merged language model with its tokenizer and chat template. Returns its file."""
     parts = assistant.parts
     config = parts.base.model.config
     base_folder = find_folder(assistant.config.base, assistant.config.base_revision or None)
     path = base_folder / "tokenizer.json"
-    vocabulary = vocabulary_of(
-        json.loads(path.read_text(encoding="utf-8")), config.vocab_size
-    )
+    vocabulary = vocabulary_of(json.loads(path.read_text(encoding="utf-8")), config.vocab_size)
     marks = parts.chat_format
     beginning = parts.base.hub_config.get("bos_token_id")
 
     def describe(writer: Any) -> None:
         writer.add_type("model")
         writer.add_name(name_of(assistant))
-        writer.add_string("phisight.checkpoint", Path(assistant.source).name)
+        write_provenance(writer, assistant)
         writer.add_file_type(getattr(weights.need_gguf().LlamaFileType, file_type))
         writer.add_quantization_version(2)
         language.describe(writer, config)
@@ -120,9 +117,7 @@ def write_language_model(
     written = folder / (IN_16_BITS if by_llama else f"model-{quantise}.gguf")
     shapes = language.shapes_of(config)
     values = [*merged_names(parts.base.model), *language.factors_of(config)]
-    kinds = {
-        name: (shapes[name], weights.kind_of(name, shapes[name], quantise)) for name in values
-    }
+    kinds = {name: (shapes[name], weights.kind_of(name, shapes[name], quantise)) for name in values}
     weights.write(written, language.ARCHITECTURE, describe, kinds, language_weights(assistant))
     if not by_llama:
         return written
@@ -160,16 +155,25 @@ def write_eyes(assistant: Assistant, folder: Path) -> None:
 
     def describe(writer: Any) -> None:
         writer.add_name(name_of(assistant))
+        write_provenance(writer, assistant)
         writer.add_file_type(weights.need_gguf().LlamaFileType.MOSTLY_F16)
         eyes.describe(writer, spec, width)
 
     kinds = {
-        name: (tuple(tensor.shape), "F32" if eyes.is_added(name) else weights.kind_of(
-            name, tuple(tensor.shape), "f16"
-        ))
+        name: (
+            tuple(tensor.shape),
+            "F32" if eyes.is_added(name) else weights.kind_of(name, tuple(tensor.shape), "f16"),
+        )
         for name, tensor in named.items()
     }
     weights.write(folder / MMPROJ, eyes.ARCHITECTURE, describe, kinds, named.items())
+
+
+def write_provenance(writer: Any, assistant: Assistant) -> None:
+    """The chain from the data to these weights, which the certificate and the card name too."""
+    for name, value in assistant.provenance.items():
+        if value is not None:
+            writer.add_string(f"phisight.{name}", str(value))
 
 
 def name_of(assistant: Assistant) -> str:
@@ -180,7 +184,8 @@ def name_of(assistant: Assistant) -> str:
 def write_modelfile(assistant: Assistant, folder: Path, model: Path) -> None:
     """What `ollama create NAME -f Modelfile` reads."""
     context = language.usual_context(assistant.parts.base.model.config)
-    ends = [assistant.parts.base.tokenizer.decode([i], skip_special_tokens=False) for i in sorted(assistant.stop_ids)]
+    tokenizer = assistant.parts.base.tokenizer
+    ends = [tokenizer.decode([end], skip_special_tokens=False) for end in assistant.stop_ids]
     lines = [
         f"FROM ./{model.name}",
         f"FROM ./{MMPROJ}",
@@ -225,4 +230,5 @@ FORM = Form(
             "help": "with --gguf: the interpreter that has llama-cpp-python, if not this one",
         },
     },
+    carries_pictures=True,
 )

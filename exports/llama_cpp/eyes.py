@@ -7,15 +7,19 @@ every picture square by padding it with the mean colour, which is our `--picture
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor
 
 from errors import PhiSightError
 from model.clip import ClipConfig, ClipVision
 from model.projector import ImageProjector
 from model.vision import VisionSpec, load_clip, read_clip_config
+from model.vlm import VisionLanguageModel
 
 ARCHITECTURE, PROJECTOR = "clip", "mlp"
 _OF_LAYER = {
@@ -85,6 +89,24 @@ def weights(spec: VisionSpec, projector: ImageProjector) -> Iterator[tuple[str, 
         yield f"{_OF_PROJECTOR[module]}.{kind}", tensor
 
 
+@torch.no_grad()
+def embeddings_behind_class(
+    spec: VisionSpec, model: VisionLanguageModel, pictures: Sequence[Image.Image]
+) -> Tensor:
+    """(pictures, tokens, dim) as a llama.cpp with issue 25814 of its repository computes them: the
+    class token stands behind the patches, which have one another's positions, and the first patch
+    is left out for it. To tell that fault from others; nothing is exported so."""
+    clip = load_clip(spec)
+    embeddings = clip.embeddings
+    patches = embeddings.patch_embedding(spec.preparation(pictures)).flatten(2).transpose(1, 2)
+    last = embeddings.class_embedding.expand(len(patches), 1, -1)
+    states = torch.cat([patches, last], dim=1) + embeddings.position_embedding.weight
+    states = clip.pre_layrnorm(states)
+    for layer in clip.encoder.layers[: layers_read(spec)]:
+        states = layer(states)
+    return copy.deepcopy(model.projector).cpu()(states[:, 1:])
+
+
 def is_added(name: str) -> bool:
     """Whether a weight is added to states, and not multiplied with: it is kept in float32."""
     return name in ("v.class_embd", "v.position_embd.weight")
@@ -102,5 +124,6 @@ def _clip_weights(clip: ClipVision, config: ClipConfig, kept: int) -> Iterator[t
             number, rest = name.removeprefix("encoder.layers.").split(".", 1)
             module, _, kind = rest.rpartition(".")
             called = _OF_LAYER[module]
+            called = swapped.get(called, called) if square else called
             if int(number) < kept:
-                yield f"v.blk.{number}.{swapped.get(called, called) if square else called}.{kind}", tensor
+                yield f"v.blk.{number}.{called}.{kind}", tensor

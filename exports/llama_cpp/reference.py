@@ -61,9 +61,7 @@ class Model:
         data = text.encode()
         room = len(data) + 8
         ids = (self.lib.llama_token * room)()
-        count = self.lib.llama_tokenize(
-            self.vocabulary, data, len(data), ids, room, False, True
-        )
+        count = self.lib.llama_tokenize(self.vocabulary, data, len(data), ids, room, False, True)
         return list(ids[:count])
 
     def restart(self) -> None:
@@ -106,7 +104,11 @@ class Model:
             raise SystemExit(f"llama_decode ended with {status}")
 
     def read(
-        self, ids: Sequence[int], pictures: Sequence[np.ndarray], image_id: int, wanted: Sequence[bool]
+        self,
+        ids: Sequence[int],
+        pictures: Sequence[np.ndarray],
+        image_id: int,
+        wanted: Sequence[bool],
     ) -> list[np.ndarray]:
         """Feed a conversation from its beginning: token ids, and in place of each run of
         `image_id` of a picture's length its (tokens, width) embeddings."""
@@ -198,7 +200,11 @@ def log_probability(logits: np.ndarray, token: int) -> float:
 
 
 def of_supervised(
-    model: Model, ids: Sequence[int], pictures: Sequence[np.ndarray], image_id: int, learnt: Sequence[bool]
+    model: Model,
+    ids: Sequence[int],
+    pictures: Sequence[np.ndarray],
+    image_id: int,
+    learnt: Sequence[bool],
 ) -> Iterator[float]:
     """The log-probability of every token of a conversation that is an answer's."""
     targets = [ids[place + 1] for place in range(len(ids) - 1) if learnt[place + 1]]
@@ -248,7 +254,7 @@ def main() -> None:
     asked = json.loads(questions.read_text(encoding="utf-8"))
     with np.load(asked["pixels"], allow_pickle=False) as pixels:
         made = run(asked, dict(pixels))
-    np.savez(answers, allow_pickle=False, **made)  # type: ignore[arg-type]
+    np.savez(answers, allow_pickle=False, **made)
 
 
 if __name__ == "__main__":
