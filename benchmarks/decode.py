@@ -38,6 +38,7 @@ from benchmarks.turns import LLAMA, LLAMA_OF_FILE, Shape
 from config import Parser
 from documents import read_json
 from errors import PhiSightError, run_main
+from exports.llama_cpp.asked import find_llama
 
 NAMES = ("full", "smollm2", "tiny")
 SIDES = ("ours", "transformers", "bitsandbytes_bf16", LLAMA, LLAMA_OF_FILE)
@@ -213,7 +214,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    llama = turns.find_llama(options.llama_python)
+    llama = find_llama(options.llama_python, "llama_cpp, gguf")
     with tempfile.TemporaryDirectory() as name:
         if options.quick:
             threads = (options.threads or [len(os.sched_getaffinity(0))])[0]

@@ -12,40 +12,27 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from benchmarks import measuring
+from exports.llama_cpp import language
 
 BLOCK = 1 << 16  # blocks of weights that are drawn, and then used over and over
 
 
-def shapes_of(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, type) of every tensor of a Phi-3 as `llama-quantize … Q4_0` leaves them: the
-    head in Q6_K, norms and factors in float32, all else in Q4_0."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"]
-    key_values = config.get("num_key_value_heads") or heads
-    head = width // heads
-    head_type = "Q6_K" if width % 256 == 0 else "Q8_0"  # Q6_K's blocks are of 256
-    yield "token_embd.weight", (config["vocab_size"], width), "Q4_0"
-    yield "output_norm.weight", (width,), "F32"
-    if not config.get("tie_word_embeddings"):
-        yield "output.weight", (config["vocab_size"], width), head_type
-    for layer in range(config["num_hidden_layers"]):
-        block = f"blk.{layer}."
-        yield block + "attn_norm.weight", (width,), "F32"
-        yield block + "attn_qkv.weight", ((heads + 2 * key_values) * head, width), "Q4_0"
-        yield block + "attn_output.weight", (width, heads * head), "Q4_0"
-        yield block + "ffn_norm.weight", (width,), "F32"
-        yield block + "ffn_up.weight", (2 * inner, width), "Q4_0"
-        yield block + "ffn_down.weight", (width, inner), "Q4_0"
-    for kind in ("long", "short"):
-        if factors := (config.get("rope_scaling") or {}).get(f"{kind}_factor"):
-            yield f"rope_factors_{kind}.weight", (len(factors),), "F32"
+def kind_of(name: str, shape: tuple[int, ...], width: int) -> str:
+    """The type of a tensor as `llama-quantize … Q4_0` leaves it: the head in Q6_K, norms and
+    factors in float32, all else in Q4_0."""
+    if len(shape) == 1:
+        return "F32"
+    if name == "output.weight":
+        return "Q6_K" if width % 256 == 0 else "Q8_0"  # Q6_K's blocks are of 256
+    return "Q4_0"
 
 
 def random_blocks(kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -65,34 +52,25 @@ def random_blocks(kind: str, rng: np.random.Generator) -> np.ndarray:
     return blocks
 
 
-def write(path: Path, config: Mapping[str, Any]) -> None:
-    """A GGUF of a Phi-3's config.json with random weights, one tensor in memory at a time.
+def write(path: Path, config: Any) -> None:
+    """A GGUF of the shape of a `DecoderConfig` with random weights, one tensor in memory at a time.
 
     Without a vocabulary: what is measured is fed with token ids.
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, "phi3")
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    turning = width // heads * (rope.get("partial_rotary_factor") or 1)
+    writer = gguf.GGUFWriter(path, language.ARCHITECTURE)
     writer.add_name("random weights")
     writer.add_string("tokenizer.ggml.model", "no_vocab")
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(int(turning))
-    writer.add_rope_freq_base(config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
+    language.describe(writer, config)
     writer.add_quantization_version(2)
     rng = np.random.default_rng(0)
     drawn = {kind: random_blocks(kind, rng) for kind in ("Q4_0", "Q6_K", "Q8_0")}
-    tensors = list(shapes_of(config))
+    factors = language.factors_of(config)
+    tensors = [
+        (name, shape, kind_of(name, shape, config.hidden_size))
+        for name, shape in language.shapes_of(config).items()
+    ]
     for name, shape, kind in tensors:
         quantised = gguf.GGMLQuantizationType[kind]
         stored = gguf.quant_shape_to_byte_shape(shape, quantised) if kind != "F32" else shape
@@ -103,9 +81,8 @@ def write(path: Path, config: Mapping[str, Any]) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, shape, kind in tensors:
-        if name.startswith("rope_factors"):
-            factors = rope[f"{name.split('.')[0].removeprefix('rope_factors_')}_factor"]
-            writer.write_tensor_data(np.array(factors, np.float32))
+        if name in factors:
+            writer.write_tensor_data(np.array(factors[name], np.float32))
         elif kind == "F32":
             writer.write_tensor_data(np.ones(shape, np.float32))
         else:
@@ -114,6 +91,11 @@ def write(path: Path, config: Mapping[str, Any]) -> None:
             repeated = np.resize(drawn[kind], (blocks, size))
             writer.write_tensor_data(repeated)
     writer.close()
+
+
+def config_of(fields: Mapping[str, Any]) -> Any:
+    """What has the fields of a `DecoderConfig`, whose own class needs torch."""
+    return SimpleNamespace(**{**fields, "rope": SimpleNamespace(**fields["rope"])})
 
 
 def requantise(source: Path, target: Path) -> None:
@@ -246,7 +228,7 @@ def run_measure(path: str, plan: measuring.Plan) -> dict[str, Any]:
 def main() -> None:
     asked = measuring.argument()
     if "write" in asked:
-        write(Path(asked["write"]), asked["config"])
+        write(Path(asked["write"]), config_of(asked["config"]))
         measuring.report({"bytes": Path(asked["write"]).stat().st_size})
     elif "requantise" in asked:
         requantise(Path(asked["requantise"]), Path(asked["to"]))

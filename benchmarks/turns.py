@@ -3,6 +3,7 @@ of what they gave."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -19,6 +20,7 @@ from benchmarks import measuring
 from benchmarks.full_shape import ROOT
 from benchmarks.measuring import Plan
 from errors import PhiSightError
+from model.phi3 import decoder_config
 
 LLAMA = "llama_cpp_q4_0"
 LLAMA_OF_FILE = "llama_cpp_q4_1"
@@ -128,28 +130,6 @@ def in_a_process(
     return measuring.last_line(done.stdout)
 
 
-def find_llama(python: str | None) -> str | None:
-    """The interpreter that has llama.cpp's bindings and `gguf`: `python`, or this one if it has
-    them; None if not. Raises `PhiSightError` when `python` was given and lacks them."""
-    try:
-        found = subprocess.run(
-            [python or sys.executable, "-c", "import llama_cpp, gguf"],
-            text=True,
-            capture_output=True,
-            check=False,
-        )
-    except OSError as error:
-        raise PhiSightError(
-            f"--llama-python {python}: {error.strerror}; give the file of an interpreter"
-        ) from error
-    if found.returncode == 0:
-        return python or sys.executable
-    if python is None:
-        return None
-    said = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
-    raise PhiSightError(f"--llama-python {python}: {said}; install llama-cpp-python, gguf there")
-
-
 def gguf_files(
     shape: Shape, sides: Sequence[str], python: str | None, work: Path
 ) -> dict[str, Path]:
@@ -161,7 +141,8 @@ def gguf_files(
     if shape.gguf:
         files[LLAMA_OF_FILE] = shape.gguf
     if LLAMA in sides:
-        asked: dict[str, Any] = {"write": str(path), "config": shape.config}
+        config = dataclasses.asdict(decoder_config(shape.config))
+        asked: dict[str, Any] = {"write": str(path), "config": config}
         if shape.gguf:
             asked = {"requantise": str(shape.gguf), "to": str(path)}
         in_a_process(module, asked, 1, python)

@@ -44,7 +44,7 @@ _RUN = """```sh
 python infer.py --run {where} --image picture.png --prompt "What is there?"
 ```"""
 _LLAMA_CPP = """```sh
-llama-mtmd-cli -m {where}/model-q8_0.gguf --mmproj {where}/mmproj-f16.gguf --jinja --temp 0 \\
+llama-mtmd-cli -m {where}/model-*.gguf --mmproj {where}/mmproj-f16.gguf --jinja --temp 0 \\
     --image picture.png -p "What is there?"
 ollama create mine -f {where}/Modelfile
 ```"""

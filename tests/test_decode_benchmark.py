@@ -20,6 +20,8 @@ from benchmarks.measuring import Plan, measure, plan_of
 from benchmarks.random_base import random_base
 from benchmarks.turns import Measurement, Shape
 from errors import PhiSightError
+from exports.llama_cpp import language
+from exports.llama_cpp.asked import find_llama
 from model.decoder import LanguageModel
 from model.phi3 import decoder_config
 from ops.nf4 import bitsandbytes_form
@@ -130,7 +132,8 @@ def test_llama_cpp_is_given_as_many_weights(tied):
     raw = SMALL | {"tie_word_embeddings": tied}
     with torch.device("meta"):
         ours = sum(p.numel() for p in LanguageModel(decoder_config(raw)).parameters())
-    theirs = {name: math.prod(shape) for name, shape, _ in llama_cpp_side.shapes_of(raw)}
+    shapes = language.shapes_of(decoder_config(raw))
+    theirs = {name: math.prod(shape) for name, shape in shapes.items()}
     factors = [theirs.pop(f"rope_factors_{kind}.weight") for kind in ("long", "short")]
     assert factors == [48, 48]
     assert sum(theirs.values()) == ours
@@ -140,10 +143,12 @@ def test_the_gguf_has_the_tensors_of_the_shape(tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf, which writes llama.cpp's files, is absent")
     path, again = tmp_path / "a.gguf", tmp_path / "b.gguf"
     config = SMALL | {"hidden_size": 256, "rope_scaling": None}
-    llama_cpp_side.write(path, config)
+    written = decoder_config(config)
+    llama_cpp_side.write(path, written)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for name, shape, kind in llama_cpp_side.shapes_of(config):
+    for name, shape in language.shapes_of(written).items():
         assert tuple(reversed(tensors[name].shape.tolist())) == shape
+        kind = llama_cpp_side.kind_of(name, shape, 256)
         assert tensors.pop(name).tensor_type.name == kind
     assert not tensors
     head = next(t for t in gguf.GGUFReader(path).tensors if t.name == "output.weight")
@@ -163,6 +168,6 @@ def test_what_cannot_be_measured_is_told(tmp_path, monkeypatch):
     assert "llama_cpp_q4_0" not in decode.find_sides(shape, None, None)
     assert "llama_cpp_q4_0" in decode.find_sides(shape, sys.executable, None)
     with pytest.raises(PhiSightError, match="--llama-python .*: No such file"):
-        turns.find_llama(str(tmp_path / "none"))
+        find_llama(str(tmp_path / "none"))
     with pytest.raises(PhiSightError, match="benchmarks.nothing: ended with 1"):
         turns.in_a_process("benchmarks.nothing", {}, 1)

@@ -20,8 +20,8 @@ from paths import PROJECT
 
 PYTHON = "PHISIGHT_LLAMA_PYTHON"  # in the environment: the interpreter that has llama-cpp-python
 INSTALL = (
-    "python -m venv ../llama && ../llama/bin/pip install llama-cpp-python (it compiles for 10 to 40"
-    f" minutes), then name ../llama/bin/python with --llama-python or {PYTHON}"
+    "python -m tools.llama_cpp ../llama builds it in 5 to 40 minutes; then give --llama-python"
+    " ../llama/bin/python"
 )
 ROUND_TO = 256  # llama.cpp rounds contexts up to it
 

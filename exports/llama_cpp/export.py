@@ -201,6 +201,8 @@ def write_modelfile(assistant: Assistant, folder: Path, model: Path) -> None:
 def run(options: argparse.Namespace) -> str:
     """`export.py --gguf DIR`."""
     out = folder_to_write(options, "--gguf")
+    if options.dtype != "bfloat16":
+        raise PhiSightError("--dtype: --gguf stores weights as --quantize says; leave it out")
     weights.need_gguf()
     python = find_llama(options.llama_python)
     if python is None:
