@@ -213,8 +213,9 @@ def training_flags(folder: Path) -> list[object]:
     return [word for name, value in given.items() for word in (f"--{name}", value)]
 
 
-def measure_commands(folder: Path, tokens: int) -> None:
-    """Train one step and answer one question of `tokens` tokens; print what both took."""
+def measure_commands(folder: Path, tokens: int, llama: str | None = None) -> None:
+    """Train one step and answer one question of `tokens` tokens; print what both took. With the
+    interpreter of llama.cpp's bindings, export the run to GGUF too, and print its certificate."""
     write_world(folder / "world", pictures=8, held_out=1, turns=3)
     printed, training = run("train.py", *training_flags(folder))
     print(printed)
@@ -222,7 +223,18 @@ def measure_commands(folder: Path, tokens: int) -> None:
     question = ("--image", image, "--prompt", "What is there?", "--max-new-tokens", tokens)
     answer, answering = run("infer.py", "--run", folder / "run", *question, "--json")
     facts = {"training": training, "answering": answering, "answer": json.loads(answer)}
-    print(json.dumps(facts, indent=1))
+    print(json.dumps(facts, indent=1), flush=True)
+    if llama:
+        # Of random weights no answer is likelier than another: the log-probabilities tell.
+        loose = ("--max-loss-difference", 1, "--min-greedy-equal", 0)
+        few = ("--greedy-answers", 1, "--evaluation-conversations", 2)
+        asked = ("--gguf", folder / "gguf", "--llama-python", llama, *few, *loose)
+        printed, exporting = run("export.py", "--run", folder / "run", *asked)
+        certificate = json.loads((folder / "gguf" / "gguf_certificate.json").read_text())
+        kept = ("with_picture", "without_picture", "pictures", "dtype")
+        sizes = {path.name: path.stat().st_size for path in (folder / "gguf").glob("*.gguf")}
+        found = {name: certificate[name] for name in kept}
+        print(printed + json.dumps({"exporting": exporting, "bytes": sizes, **found}, indent=1))
 
 
 def main() -> None:
@@ -230,6 +242,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of the answer")
+    parser.add_argument("--llama-python", help="export to GGUF too, measured by its llama.cpp")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--starts-only", action="store_true", help="load the base, no more")
     only.add_argument("--commands-only", action="store_true", help="train and answer, no more")
@@ -250,7 +263,7 @@ def main() -> None:
             facts["starts"] = measure_starts(folder / "phi", folder / "cache")
         print(json.dumps(facts, indent=1), flush=True)
         if not options.starts_only:
-            measure_commands(folder, options.tokens)
+            measure_commands(folder, options.tokens, options.llama_python)
 
 
 if __name__ == "__main__":

@@ -252,6 +252,8 @@ def summary(certificate: dict[str, Any], out: str) -> str:
             f"\n{channels['before']} -> {channels['after']} MLP channels a layer,"
             f" {weights['before']:,} -> {weights['after']:,} weights"
         )
+    if note := certificate.get("pictures", {}).get("note"):
+        line += f"\nnote: {note}"
     if alignment := certificate.get("alignment"):
         line += f"\n{alignment_line(alignment)}"
     return line

@@ -38,6 +38,7 @@ WHOLE_SET_UP = "sets up and runs everything"
 MINUTES = "takes minutes"
 FULL_SIZE = "needs a download, a GPU or files of full size"
 EXPORTS = "tests/test_export.py runs it on a run that was trained"
+NEEDS_LLAMA = "needs llama-cpp-python; tests/test_export_gguf.py runs it where that is installed"
 NOT_RUN = {
     "make demo": WHOLE_SET_UP,
     "make test": WHOLE_SET_UP,
@@ -66,6 +67,9 @@ NOT_RUN = {
     "python export.py --llava runs/llava": EXPORTS,
     "python export.py --requantize --out runs/four-bit": EXPORTS,
     "python export.py --prune 0.1 --out runs/pruned": EXPORTS,
+    "python export.py --gguf runs/gguf": NEEDS_LLAMA,
+    "python export.py --gguf runs/gguf --quantize q8_0 --llama-python ../llama/bin/python": NEEDS_LLAMA,
+    "python -m tools.llama_cpp ../llama": MINUTES,
     "python export.py --import-seed seed --out runs/seed": EXPORTS,
     "PHISIGHT_API_KEY=secret python serve.py --host 0.0.0.0": "other machines could reach it;"
     " tests/test_serve_process.py starts it",

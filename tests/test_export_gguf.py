@@ -432,15 +432,16 @@ def test_llama_cpp_says_what_the_run_says(quantise, tmp_path):
     out = tmp_path / "out"
     flags = [f"--run={runs.finished_run()}", f"--gguf={out}", f"--quantize={quantise}"]
     try:
-        assert export.main([*flags, "--greedy-answers=8", "--max-loss-difference=0.1"]) == 0
+        loose = ["--greedy-answers=8", "--max-loss-difference=0.1", "--min-greedy-equal=60"]
+        assert export.main([*flags, *loose]) == 0
     except PhiSightError as error:
         assert "one place off, its issue 25814" in str(error) and not out.exists()
         pytest.skip("this llama.cpp reads pictures one place off, and was refused for it")
     found = json.loads((out / gguf_export.CERTIFICATE).read_text())
     exact = quantise in ("f16", "q8_0")
     for seen in ("with_picture", "without_picture"):
-        assert found[seen]["mean_difference"] < (0.01 if exact else 0.2)
-        assert found[seen]["greedy_equal"] >= (99 if exact else 70)
+        assert found[seen]["mean_difference"] < (0.03 if exact else 0.2)
+        assert found[seen]["greedy_equal"] >= (99 if exact else 60)
     assert found["pictures"]["relative_difference"]["prepared_by_us"]["largest"] < 0.002
     assert found["files"].keys() >= {f"model-{quantise}.gguf", "mmproj-f16.gguf", "Modelfile"}
     assert not (out / gguf_export.IN_16_BITS).exists() or quantise == "f16"

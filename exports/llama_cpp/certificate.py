@@ -33,6 +33,10 @@ COMPARED = 20  # pictures whose embeddings are compared under both preparations
 # The relative difference of embeddings past which something else is computed: rounding to float16
 # gives 0.0004.
 ANOTHER_FORMULA = 0.05
+PADDED = (
+    "this run crops pictures that are not square, and llama.cpp pads them: crop them before it sees"
+    " them, or train with --picture-fit pad"
+)
 
 
 @dataclass(frozen=True)
@@ -310,4 +314,5 @@ def picture_differences(assistant: Assistant, probe: Probe, told: Told) -> dict[
             "prepared_by_llama_cpp": apart(RIGHT, ours),
         },
         "picture_fit": assistant.config.picture_fit,
+        "note": PADDED if assistant.config.picture_fit == "crop" else "",
     }
