@@ -68,7 +68,8 @@ NOT_RUN = {
     "python export.py --requantize --out runs/four-bit": EXPORTS,
     "python export.py --prune 0.1 --out runs/pruned": EXPORTS,
     "python export.py --gguf runs/gguf": NEEDS_LLAMA,
-    "python export.py --gguf runs/gguf --quantize q8_0 --llama-python ../llama/bin/python": NEEDS_LLAMA,
+    "python export.py --gguf runs/gguf --quantize q8_0"
+    " --llama-python ../llama/bin/python": NEEDS_LLAMA,
     "python -m tools.llama_cpp ../llama": MINUTES,
     "python export.py --import-seed seed --out runs/seed": EXPORTS,
     "PHISIGHT_API_KEY=secret python serve.py --host 0.0.0.0": "other machines could reach it;"
