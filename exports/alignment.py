@@ -29,7 +29,8 @@ from exports.asked import Questions, feature_store, prepared, questions_of
 
 # Points of the gap that have to be certain, or the certificate warns. A model that sees nothing has
 # a gap of 0 but for chance, which the interval takes away; of what is left, 5 points say that one
-# answer in twenty is right because of the picture, and it takes a gap of 13 in 100 questions.
+# answer in twenty is right because of the picture. Of 100 questions that is a gap of 11 to 15, as
+# few or many answers change with the picture for no good.
 WANTED_GAP = 5.0
 ONE_SIDED_95 = 1.645  # standard deviations
 LONGEST_ANSWER = 96  # tokens, as in evaluate.py
