@@ -223,7 +223,9 @@ def test_a_llava_whose_projector_is_lost_is_refused(tmp_path, seen, monkeypatch)
 
     monkeypatch.setattr(exports.llava, "write_processor", without_projector)
     blind = r"llava: refused.* (\d+|16.67) % of 6 answers are exact with the right picture and \1 %"
-    with pytest.raises(PhiSightError, match=rf"{blind} with another one, a gap of 0 .* asks 40"):
+    with pytest.raises(
+        PhiSightError, match=rf"{blind} with another one, a gap of 0 .* asks 40; the run itself"
+    ):
         export.main(
             [
                 *(f"--llava={tmp_path / 'new/llava'}", f"--run={runs.finished_run()}"),
