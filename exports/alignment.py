@@ -29,7 +29,8 @@ from exports.asked import Questions, feature_store, prepared, questions_of
 
 # Points of the gap that have to be certain, or the certificate warns. A model that sees nothing has
 # a gap of 0 but for chance, which the interval takes away; of what is left, 5 points say that one
-# answer in twenty is right because of the picture, and it takes a gap of 13 in 100 questions.
+# answer in twenty is right because of the picture. Of 100 questions that is a gap of 11 to 15, as
+# few or many answers change with the picture for no good.
 WANTED_GAP = 5.0
 ONE_SIDED_95 = 1.645  # standard deviations
 LONGEST_ANSWER = 96  # tokens, as in evaluate.py
@@ -175,12 +176,17 @@ def warning_of(found: Mapping[str, Any]) -> str:
         f"its answers may not come from the picture: {found['right']:g} % of"
         f" {found['questions']} are exact with the right one and {found['swapped']:g} % with"
         f" another one, and at least {found['wanted_gap']:g} points between them are wanted with"
-        f" 95 % confidence, where {found['gap_at_least']:g} were found"
+        f" 95 % confidence, where {certain(found):g} were found"
     )
     run = found.get("of_the_run")
     if run and not run["warning"]:
         sentence += f"; the run itself has {run['gap']:g}, so the export lost them"
     return sentence
+
+
+def certain(found: Mapping[str, Any]) -> float:
+    """Points of the gap that are certain, as they are told: none where they might be negative."""
+    return max(0.0, found["gap_at_least"])
 
 
 def unmeasured(reason: str) -> Alignment:
@@ -200,14 +206,19 @@ def check_alignment(alignment: Mapping[str, Any], required: float | None, what: 
         return
     if alignment["gap_at_least"] is None:
         raise PhiSightError(f"{what}: refused, nothing was written: {alignment['warning']}")
-    if alignment["gap_at_least"] < required:
-        raise PhiSightError(
-            f"{what}: refused, nothing was written: {alignment['right']:g} % of"
-            f" {alignment['questions']} answers are exact with the right picture and"
-            f" {alignment['swapped']:g} % with another one, a gap of {alignment['gap']:g} points,"
-            f" of which {alignment['gap_at_least']:g} are certain and --require-alignment asks"
-            f" {required:g}; ask more questions with --greedy-answers, or train a run that sees"
-        )
+    if alignment["gap_at_least"] >= required:
+        return
+    remedy = "ask more questions with --greedy-answers, or train a run that sees"
+    run = alignment.get("of_the_run")
+    if run and run["gap_at_least"] >= required:
+        remedy = f"the run itself has {run['gap']:g}, so the export lost them: use another --dtype"
+    raise PhiSightError(
+        f"{what}: refused, nothing was written: {alignment['right']:g} % of"
+        f" {alignment['questions']} answers are exact with the right picture and"
+        f" {alignment['swapped']:g} % with another one, a gap of {alignment['gap']:g} points,"
+        f" of which {certain(alignment):g} are certain and --require-alignment asks"
+        f" {required:g}; {remedy}"
+    )
 
 
 def alignment_line(alignment: Mapping[str, Any]) -> str:
@@ -217,7 +228,7 @@ def alignment_line(alignment: Mapping[str, Any]) -> str:
     line = (
         f"alignment: {alignment['gap']:.1f} points between the right picture"
         f" ({alignment['right']:.1f} % exact) and a swapped one ({alignment['swapped']:.1f} %), at"
-        f" least {alignment['gap_at_least']:.1f} with 95 % confidence, on"
+        f" least {certain(alignment):.1f} with 95 % confidence, on"
         f" {alignment['questions']} questions"
     )
     if run := alignment.get("of_the_run"):

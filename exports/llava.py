@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -37,6 +39,7 @@ from exports.folder import (
     hub_config,
     new_folder,
     rounded,
+    rounded_state,
     write_generation_config,
 )
 from exports.form import Form, folder_to_write
@@ -84,9 +87,10 @@ def export_llava(
     base_folder = find_folder(config.base, config.base_revision or None)
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before exporting")
-        llava = llava_of(assistant, dtype, adapter=not unmerged)
-        llava.save_pretrained(folder)
-        del llava
+        llava_config(assistant, dtype).save_pretrained(folder)
+        state = llava_state(assistant, dtype, adapter=not unmerged)
+        save_torch_state_dict(state, folder, metadata={"format": "pt"})
+        del state
         write_processor(assistant, folder, base_folder)
         write_generation_config(assistant, folder)
         if unmerged:
@@ -127,39 +131,44 @@ def check_pictures(assistant: Assistant, flag: str, program: str) -> None:
         )
 
 
-def llava_of(
-    assistant: Assistant, dtype: torch.dtype, adapter: bool
-) -> LlavaForConditionalGeneration:
-    """Language model, projector and CLIP as one model, on the CPU: with the `adapter` merged, or
-    the base alone, dequantised."""
+def llava_config(assistant: Assistant, dtype: torch.dtype) -> LlavaConfig:
+    """Sizes and settings of the folder, with the names of the classes that others look up."""
     parts, spec = assistant.parts, assistant.parts.vision
     vision_config = CLIPVisionConfig.from_pretrained(spec.folder)
     vision_config.dtype = dtype
+    text_config = hub_config(parts.base, dtype)
+    text_config.architectures = ["Phi3ForCausalLM"]
     config = LlavaConfig(
         vision_config=vision_config,
-        text_config=hub_config(parts.base, dtype),
+        text_config=text_config,
         image_token_index=parts.chat_format.image_id,
         image_seq_length=spec.shape[0],
         projector_hidden_act="gelu",
         vision_feature_layer=spec.layer,
         vision_feature_select_strategy="default",  # without the class token
+        architectures=["LlavaForConditionalGeneration"],
     )
     config.dtype = dtype
-    with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
-    language = dict(merged_state(parts.base.model, adapter))
-    head = {"weight": language.pop("lm_head.weight")}
-    decoder = {name.removeprefix("model."): tensor for name, tensor in language.items()}
-    for module, state in (
-        (llava.model.vision_tower, load_clip(spec).state_dict()),
-        (llava.model.multi_modal_projector, parts.model.projector.state_dict()),
-        (llava.model.language_model, decoder),
-        (llava.lm_head, head),
+    return config
+
+
+def llava_state(assistant: Assistant, dtype: torch.dtype, adapter: bool) -> dict[str, Tensor]:
+    """Language model, projector and CLIP by the names of llava-hf's own checkpoints: with the
+    `adapter` merged, or the base alone, dequantised.
+
+    transformers 5 reads these and the names of its own modules, which it would save. vLLM and older
+    programs read these alone: without `vision_model` they would find no CLIP.
+    """
+    parts = assistant.parts
+    language = rounded_state(merged_state(parts.base.model, adapter), parts.base, dtype)
+    state = {f"language_model.{name}": tensor for name, tensor in language.items()}
+    for place, module in (
+        ("vision_tower.vision_model", load_clip(parts.vision)),
+        ("multi_modal_projector", parts.model.projector),
     ):
-        written = {name: rounded(name, tensor, dtype) for name, tensor in state.items()}
-        module.load_state_dict(written, strict=True, assign=True)
-    llava.tie_weights()
-    return llava
+        for name, tensor in module.state_dict().items():
+            state[f"{place}.{name}"] = rounded(name, tensor, dtype)
+    return state
 
 
 def write_processor(assistant: Assistant, folder: Path, base_folder: Path) -> None:

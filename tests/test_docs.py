@@ -65,6 +65,9 @@ NOT_RUN = {
     "python tools/torture_resume.py --kills 40": MINUTES,
     "python export.py --merge --out runs/merged": EXPORTS,
     "python export.py --llava runs/llava": EXPORTS,
+    "python export.py --llava runs/apart --unmerged": "tests/test_pipelines.py runs it",
+    "python export.py --llava runs/llava-that-sees --require-alignment 40": "the run of these tests"
+    " has learnt too little; tests/test_alignment.py refuses one",
     "python export.py --requantize --out runs/four-bit": EXPORTS,
     "python export.py --prune 0.1 --out runs/pruned": EXPORTS,
     "python export.py --gguf runs/gguf": NEEDS_LLAMA,
