@@ -98,7 +98,7 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
         raise PhiSightError("--kv-memory: must be at least 1")
     words = given.get("content_filter")
     own = {name: given[name] for name in ("cache", "max_rows", "queue_limit") if name in given}
-    return import_assistant().load(
+    assistant = import_assistant().load(
         options.run,
         base=options.base,
         vision=options.vision,
@@ -108,6 +108,8 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
         kv_bytes=None if kv_memory is None else kv_memory * 2**20,
         **own,
     )
+    assistant.license = given.get("license") or ""
+    return assistant
 
 
 def check_length(options: argparse.Namespace) -> None:
