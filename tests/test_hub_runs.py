@@ -26,6 +26,7 @@ import evaluate
 import export
 import hub
 import infer
+import paths
 import train
 from api.api import Api
 from assistant.assistant import Assistant
@@ -368,26 +369,42 @@ def test_a_run_of_the_hub_is_not_trained_and_a_published_one_not_resumed(server,
     assert runs.contents(run) | files() == runs.contents(run) and server.asked == []
 
 
+SCRIPT = """
+import checkpoints
+from errors import run_main
+for run in {runs}:
+    try:
+        run_main(lambda: checkpoints.main(["verify", run]))
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
 def test_a_command_by_itself_speaks_with_the_hub_of_the_environment(server, tmp_path):
+    """Settings are read when huggingface_hub is imported, so this takes a process of its own."""
     commit = server.put(NAME, files())
     settings = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(runs=[f"hf:{NAME}", "hf:me/none"])],
+        cwd=runs.ROOT,
+        env=runs.environment() | settings,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    lines = done.stdout.split()
+    assert (lines[-2], lines[-1]) == ("0", "2") and commit in done.stdout, done
+    assert done.stderr.splitlines() == [
+        "error: hf:me/none: the hub has no such repository, or does not show it to you; check the"
+        " name, or log in with `hf auth login` if it is private"
+    ]
 
-    def verify(run: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "checkpoints.py", "verify", run],
-            cwd=runs.ROOT,
-            env=runs.environment() | settings,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
 
-    done = verify(f"hf:{NAME}")
-    assert done.returncode == 0 and commit in done.stdout and done.stderr == ""
-    server.status_of = lambda method, path: 500
-    line = runs.assert_one_line_error(verify(f"hf:{NAME}"))
-    assert "the hub answered with status 500" in line
+def test_a_name_on_the_hub_is_the_same_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (paths.located, paths.recorded):
+        assert place(f"hf:{NAME}@v1") == f"hf:{NAME}@v1"
 
 
 # -- what goes wrong on the way there -------------------------------------------------------------
@@ -448,6 +465,18 @@ def test_an_upload_that_breaks_leaves_nothing_to_be_seen(server, where):
         assert nothing_visible(server)
     server.status_of = lambda method, path: None
     assert send() == server.repositories[NAME].branches["main"]
+
+
+def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(server):
+    server.put(NAME, {"README.md": b"first"})
+
+    def meddle(method: str, path: str) -> None:
+        if "/preupload/" in path:
+            server.put(NAME, {"README.md": b"second"})
+
+    server.status_of = meddle
+    assert "somebody else changed it meanwhile" in refusal(send)
+    assert server.repositories[NAME].files == {"README.md": b"second"}
 
 
 def test_what_the_hub_then_says_it_holds_is_compared(server):
