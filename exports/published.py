@@ -39,7 +39,7 @@ from reports.log import METRICS
 CURVES = "curves.png"
 MODELS = ("base", "vision")  # what others must find
 RUN = "runs/published"  # what a published run calls a folder that lay outside the project
-SHIPPED = "assets"  # what every copy of this project has
+SHIPPED = Path("assets")  # what every copy of this project has
 # A model's folder in the hub's cache: the hub's name and the commit stand in its path.
 _IN_CACHE = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?")
 
@@ -201,9 +201,10 @@ def _findable(name: str, value: str, revision: str, where: str) -> dict[str, str
         return {name: value, f"{name}_revision": revision}
     if cached := _IN_CACHE.fullmatch(os.path.abspath(value)):
         return {name: f"{cached[1]}/{cached[2]}", f"{name}_revision": cached[3]}
-    inside = _in_project(value)
-    if inside and Path(inside).parts[0] == SHIPPED:
-        return {name: inside, f"{name}_revision": revision}
+    shipped = (paths.PROJECT / SHIPPED).resolve()  # it may be a link, or the run's path one
+    if (folder := Path(value).resolve()).is_relative_to(shipped):
+        inside = SHIPPED / folder.relative_to(shipped)
+        return {name: inside.as_posix(), f"{name}_revision": revision}
     what = "base" if name == "base" else "CLIP"
     raise PhiSightError(
         f"{where}: its {what} is {value}, a folder that nobody else has; name it as the hub does"
