@@ -12,10 +12,12 @@ and verify it, rename it, sync the parent, and only then remove what is older. S
 bears a checkpoint's name has been verified, and one is there at every instant.
 
     python checkpoints.py show [RUN_OR_CHECKPOINT] | verify RUN_OR_CHECKPOINT | diff A B   [--json]
+    python checkpoints.py pack RUN OUT.tar | unpack OUT.tar FOLDER
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -35,6 +37,7 @@ import config as configs
 import files
 import hub
 import manifest as manifests
+import packing
 from checkpoint_state import (
     CONFIG,
     OWNERS,
@@ -303,7 +306,11 @@ def resolve(path: str | Path) -> Checkpoint:
     hf:owner/name[@revision]."""
     run = fetched(path)
     if run.name:
-        return dataclasses.replace(load_newest(run.folder), published_as=run.name)
+        try:
+            return dataclasses.replace(load_newest(run.folder), published_as=run.name)
+        except PhiSightError as error:
+            again = f"remove {run.folder}, and it is fetched again"
+            raise PhiSightError(f"{run.name}: not as it was fetched; {again} ({error})") from error
     path = run.folder
     if path.name == BEST and not path.exists():
         return load_best(path.parent)
@@ -368,6 +375,22 @@ def _newest_run() -> Path:
     return max(newest, key=lambda path: path.stat().st_mtime).parent
 
 
+def _verified(run: Path) -> Checkpoint:
+    """The newest checkpoint of a run in which nothing is wrong. Raises PhiSightError."""
+    for path, problems in verify_run(run).items():
+        for problem in problems:
+            raise PhiSightError(f"{path}: {problem}; copy it again from where it is whole")
+    return load_newest(run)
+
+
+def _pack(options: argparse.Namespace) -> str:
+    newest = _verified(run := fetched(options.run).folder)
+    parts, folders = packing.chosen_parts(options), checkpoints_in(run)
+    return packing.pack(
+        newest, folders, records_of(newest), options.out, parts, options.license or ""
+    )
+
+
 def _verify_command(target: Path, as_json: bool) -> int:
     target = fetched(target).folder
     if target.name == BEST and not target.exists():
@@ -401,7 +424,14 @@ def main(arguments: list[str] | None = None) -> int:
                 help="a run folder, a checkpoint folder, or hf:owner/name[@revision]",
             )
         command.add_argument("--json", action="store_true", help="print JSON")
+    packing.add_commands(commands)
     options = parser.parse_args(arguments)
+    if options.command == "unpack":
+        print(packing.unpack(options.archive, options.folder, _verified))
+        return 0
+    if options.command == "pack":
+        print(_pack(options))
+        return 0
     if options.command == "verify":
         return _verify_command(options.target, options.json)
     if options.command == "diff":

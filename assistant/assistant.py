@@ -32,6 +32,7 @@ from errors import PhiSightError
 from model.build import Assembled, assemble, load_model_state
 from model.cache import default_kv_bytes
 from model.vision import VisionTower
+from packing import packed_parts
 from reports.card import provenance
 from workers.fitting import Fitted
 from workers.pool import Cancelled
@@ -127,9 +128,8 @@ class Assistant:
         where = checkpoint.name
         config = configs.from_dict(checkpoint.config["config"], where)
         moved = {"base": base, "vision": vision, "base_cache": base_cache, "device": device}
-        config = configs.replace(
-            config, **{name: value for name, value in moved.items() if value is not None}
-        )
+        given = {name: value for name, value in moved.items() if value is not None}
+        config = configs.replace(config, **(packed_parts(checkpoint.path.parent) | given))
         torch.set_num_threads(config.threads or torch.get_num_threads())
         parts = assemble(config)
         for what, named, saved, found in (

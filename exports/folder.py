@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import GenerationConfig, Phi3Config
 
 import checkpoints
+import files
 from assistant.assistant import Assistant
 from data.chat import END_OF_TEXT, IMAGE_TOKEN
 from errors import PhiSightError
-from files import make_folder, remove_empty, sweep_stale, whole_folder
 from model.base import BaseModel
 from reports.card import CARD, model_card
 
@@ -63,30 +63,13 @@ CHAT_TEMPLATE = chat_template("image", f"'{IMAGE_TOKEN}'")
 
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `out` to write into, which gets its name when the block ends well.
-
-    After an error, an interruption or a refusal nothing is left. Raises `PhiSightError` if `out` is
-    there already or cannot be written.
-    """
-    out = Path(out).absolute()
-    if out.exists() or out.is_symlink():
-        raise PhiSightError(f"{out}: is there already; remove it or give another folder")
-    made: list[Path] = []
-    try:
-        made = make_folder(out.parent)
-        sweep_stale(out.parent, ".tmp-*", by_age=False)  # exports that were killed, of any name
-        with whole_folder(out) as temporary:
-            yield temporary
-            for path in temporary.rglob("*.safetensors"):  # they are written as 0600
-                beside = next(path.parent.glob("*.json"), None)
-                if beside:
-                    shutil.copymode(beside, path)
-    except OSError as error:
-        raise PhiSightError(
-            f"{out}: not written ({error.strerror or error}); make room or give another folder"
-        ) from error
-    finally:
-        remove_empty(made)
+    """`files.new_folder`, in which weights may be read by whoever may read what is beside them."""
+    with files.new_folder(out) as temporary:
+        yield temporary
+        for path in temporary.rglob("*.safetensors"):  # they are written as 0600
+            beside = next(path.parent.glob("*.json"), None)
+            if beside:
+                shutil.copymode(beside, path)
 
 
 def write_json(path: Path, content: dict) -> None:

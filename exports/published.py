@@ -34,12 +34,12 @@ from fields import PATH, PATH_OR_NAME
 from files import open_regular
 from reports.card import CARD, model_card
 from reports.curves import draw_curves
-from reports.log import METRICS, read_metrics
+from reports.log import METRICS
 
 CURVES = "curves.png"
 MODELS = ("base", "vision")  # what others must find
 RUN = "runs/published"  # what a published run calls a folder that lay outside the project
-SHIPPED = "assets"  # what every copy of this project has
+SHIPPED = Path("assets")  # what every copy of this project has
 # A model's folder in the hub's cache: the hub's name and the commit stand in its path.
 _IN_CACHE = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?")
 
@@ -65,6 +65,7 @@ def write_published(
     certificates: Sequence[Mapping[str, Any]] = (),
     repository: str = "",
     config: Config | None = None,
+    license: str = "",
 ) -> Checkpoint:
     """Write a run with this one checkpoint into `folder`, which is made or empty.
 
@@ -73,6 +74,7 @@ def write_published(
         repository: the hub's name that the card is for, owner/name; "" for none.
         config: what to say of base and CLIP, where that is not what the checkpoint says: one of
             another place, which the caller has compared by its fingerprint.
+        license: for the card, see `reports.card.model_card`.
 
     Returns:
         The checkpoint as it was written and read back.
@@ -96,10 +98,9 @@ def write_published(
         _CopiedTokenizer(checkpoint.path / "tokenizer"),
     )
     published = checkpoints.load(path)
-    records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
-    if records:
+    if records := checkpoints.records_of(published):
         draw_curves(records, folder / CURVES)
-    card = model_card(published, records, certificates, repository)
+    card = model_card(published, records, certificates, repository, license=license)
     (folder / CARD).write_text(card, encoding="utf-8")
     return published
 
@@ -200,9 +201,10 @@ def _findable(name: str, value: str, revision: str, where: str) -> dict[str, str
         return {name: value, f"{name}_revision": revision}
     if cached := _IN_CACHE.fullmatch(os.path.abspath(value)):
         return {name: f"{cached[1]}/{cached[2]}", f"{name}_revision": cached[3]}
-    inside = _in_project(value)
-    if inside and Path(inside).parts[0] == SHIPPED:
-        return {name: inside, f"{name}_revision": revision}
+    shipped = (paths.PROJECT / SHIPPED).resolve()  # it may be a link, or the run's path one
+    if (folder := Path(value).resolve()).is_relative_to(shipped):
+        inside = SHIPPED / folder.relative_to(shipped)
+        return {name: inside.as_posix(), f"{name}_revision": revision}
     what = "base" if name == "base" else "CLIP"
     raise PhiSightError(
         f"{where}: its {what} is {value}, a folder that nobody else has; name it as the hub does"

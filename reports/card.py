@@ -19,7 +19,8 @@ from errors import PhiSightError, printable
 from files import read_regular
 from reports import card_sections as sections
 from reports.card_forms import FORMS
-from reports.card_sections import HUB_ID, Facts, hub_id
+from reports.card_sections import HUB_ID, Facts
+from reports.card_sections import hub_id as hub_id
 from reports.chain import provenance as provenance  # others call it by this module
 from reports.chain import records_to
 from reports.compare import Saved

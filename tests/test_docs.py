@@ -39,6 +39,7 @@ MINUTES = "takes minutes"
 FULL_SIZE = "needs a download, a GPU or files of full size"
 EXPORTS = "tests/test_export.py runs it on a run that was trained"
 NEEDS_LLAMA = "needs llama-cpp-python; tests/test_export_gguf.py runs it where that is installed"
+HUB = "speaks with the hub; tests/test_hub_runs.py runs it against one on this machine"
 NOT_RUN = {
     "make demo": WHOLE_SET_UP,
     "make test": WHOLE_SET_UP,
@@ -75,6 +76,11 @@ NOT_RUN = {
     " --llama-python ../llama/bin/python": NEEDS_LLAMA,
     "python -m tools.llama_cpp ../llama": MINUTES,
     "python export.py --import-seed seed --out runs/seed": EXPORTS,
+    "hf auth login": "asks for a token",
+    "python export.py --push owner/name --yes": HUB,
+    'python infer.py --run hf:owner/name --image picture.png --prompt "What is there?"': HUB,
+    "python checkpoints.py verify hf:owner/name@v1": HUB,
+    "python train.py --run runs/next --start-from hf:owner/name": HUB,
     "PHISIGHT_API_KEY=secret python serve.py --host 0.0.0.0": "other machines could reach it;"
     " tests/test_serve_process.py starts it",
     "python serve.py --app": "tests/test_serve_process.py starts it",
