@@ -105,6 +105,8 @@ class Assistant:
         vision: str | None = None,
         base_cache: str | None = None,
         device: str | None = None,
+        base_revision: str | None = None,
+        vision_revision: str | None = None,
         cache: bool = True,
         max_rows: int = 16,
         queue_limit: int = 64,
@@ -113,16 +115,23 @@ class Assistant:
     ) -> Assistant:
         """From a run's newest valid checkpoint or from one checkpoint folder.
 
-        `base`, `vision`, `base_cache` and `device` stand in for those of the saved config, such as
-        `base` for a folder that has moved. Raises `PhiSightError` when there is no checkpoint, it
-        does not verify, or is of another base.
+        `base`, `vision`, their revisions, `base_cache` and `device` stand in for those of the saved
+        config, such as `base` for a folder that has moved. Raises `PhiSightError` when there is no
+        checkpoint, it does not verify, or is of another base.
         """
         share_heaps()
         checkpoint = checkpoints.resolve(run_or_checkpoint)
         need_run(checkpoint)
         where = str(checkpoint.path)
         config = configs.from_dict(checkpoint.config["config"], where)
-        moved = {"base": base, "vision": vision, "base_cache": base_cache, "device": device}
+        moved = {
+            "base": base,
+            "vision": vision,
+            "base_revision": base_revision,
+            "vision_revision": vision_revision,
+            "base_cache": base_cache,
+            "device": device,
+        }
         config = configs.replace(
             config, **{name: value for name, value in moved.items() if value is not None}
         )

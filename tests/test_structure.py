@@ -25,6 +25,7 @@ ORDER = (
     "hub",
     "files",
     "documents",
+    "space",
     "workers",
     "tensors",
     "stored",
