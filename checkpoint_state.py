@@ -41,6 +41,13 @@ OWNERS = {
 }  # file stem -> owner
 WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)  # what of `tokenizer/` is published, and fetched
 
 
 class Tokenizer(Protocol):

@@ -34,6 +34,11 @@ def starting_point(
         checkpoint = newest_checkpoint(config.run, ranks)
         need_run(checkpoint)
         saved = configs.from_dict(checkpoint.config["config"], str(checkpoint.path))
+        if "published" in checkpoint.config:  # before it is told to be finished, if it is
+            raise PhiSightError(
+                f"{config.run}: is a published run, without the state of an optimizer, so that it"
+                f" cannot be gone on with; {begin_anew(config.run, saved)}"
+            )
         # What was given wins over what was saved; `check_same_run` says what that would cost.
         return configs.replace(saved, **(options.given | {"run": config.run})), checkpoint
     if names and not options.overwrite:
@@ -76,8 +81,7 @@ def check_demands(
     if checkpoint is not None and "imported_from" in checkpoint.config:
         raise PhiSightError(
             f"{config.run}: was imported, without the state of an optimizer, so that it cannot be"
-            f" gone on with; begin a run with its weights: {command('train.py')} --run NEW"
-            f" --start-from {shlex.quote(config.run)} {adapter_flags(config)}"
+            f" gone on with; {begin_anew(config.run, config)}"
         )
     asked = options.given if checkpoint is not None else vars(config)
     for name in ("early_stopping", "keep_best"):
@@ -143,6 +147,14 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
         "weights_digest": checkpoints.weights_digest(source.state),
         "finished": source.trainer_state.get("finished", ""),
     }
+
+
+def begin_anew(source: str, config: Config) -> str:
+    """What to do in place of resuming a run that has weights alone."""
+    return (
+        f"begin a run with its weights: {command('train.py')} --run NEW"
+        f" --start-from {shlex.quote(source)} {adapter_flags(config)}"
+    )
 
 
 def adapter_flags(config: Config) -> str:

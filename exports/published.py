@@ -1,0 +1,191 @@
+"""A run as it is handed to strangers: what answers and goes on from its weights, and nothing else.
+
+    FOLDER/README.md                 the model card, made of the files beside it alone
+    FOLDER/metrics.jsonl             the log, up to the checkpoint, to the byte
+    FOLDER/curves.png                the same as a picture
+    FOLDER/checkpoint-000955/        config.json, trainer_state.json, the trained weights, the
+                                     tokenizer, an empty optimizer and rng; a MANIFEST.json of all
+
+The folder is a run, for every command that takes one. It cannot be resumed, because the state of
+the optimizer stays with whoever trained it; another run can begin with its weights.
+
+Paths of the machine that trained stay there too, as they name people and mean nothing elsewhere.
+The base and the CLIP are what others must find: a hub's name, or a folder that comes with this
+project.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import config as configs
+import paths
+from checkpoint_state import TOKENIZER_FILES, WEIGHTS, Checkpoint, need_run
+from config import Config
+from errors import PhiSightError
+from fields import PATH, PATH_OR_NAME
+from files import open_regular
+from reports.card import model_card
+from reports.curves import draw_curves
+from reports.log import METRICS, read_metrics
+
+CARD, CURVES = "README.md", "curves.png"
+RUN = "runs/published"  # what a published run calls a folder that lay outside the project
+SHIPPED = "assets"  # what every copy of this project has
+# A model's folder in the hub's cache: the hub's name and the commit stand in its path.
+_IN_CACHE = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?")
+
+
+class _CopiedTokenizer:
+    """The tokenizer of a checkpoint, to be saved again: its own files, to the byte."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save_pretrained(self, folder: str, /) -> None:
+        Path(folder).mkdir()
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).exists():
+                with open_regular(self.folder / name, follow_links=False) as file:
+                    with open(Path(folder) / name, "wb") as copy:
+                        shutil.copyfileobj(file, copy)
+
+
+def write_published(
+    folder: Path,
+    checkpoint: Checkpoint,
+    certificates: Sequence[Mapping[str, Any]] = (),
+    repository: str = "",
+    config: Config | None = None,
+) -> Checkpoint:
+    """Write a run with this one checkpoint into `folder`, which is made or empty.
+
+    Args:
+        certificates: of what was measured, for the card.
+        repository: the hub's name that the card is for, owner/name; "" for none.
+        config: what to say of base and CLIP, where that is not what the checkpoint says: one of
+            another place, which the caller has compared by its fingerprint.
+
+    Returns:
+        The checkpoint as it was written and read back.
+
+    Raises:
+        PhiSightError: it is not of a run, its log is missing or contradicts it, or others could not
+            find its base or its CLIP. `OSError`: of the disk.
+    """
+    need_run(checkpoint)
+    saved = config or configs.from_dict(checkpoint.config["config"], str(checkpoint.path))
+    facts, state = _public_documents(checkpoint, saved)
+    folder.mkdir(exist_ok=True)
+    _copy_log(checkpoint, folder / METRICS)
+    weights = {stem: checkpoint.state[stem] for stem in WEIGHTS}
+    path = checkpoints.save(
+        folder,
+        checkpoint.step,
+        weights | {"optimizer": {}, "rng": {}},
+        facts,
+        state,
+        _CopiedTokenizer(checkpoint.path / "tokenizer"),
+    )
+    published = checkpoints.load(path)
+    records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    if records:
+        draw_curves(records, folder / CURVES)
+    card = model_card(published, records, certificates, repository)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    return published
+
+
+def _copy_log(checkpoint: Checkpoint, copy: Path) -> None:
+    """The log as far as the checkpoint knows it; a run that was imported has none."""
+    log = checkpoint.path.parent / METRICS
+    size = checkpoint.trainer_state.get("metrics_offset", 0)
+    if not size:
+        return
+    if problems := checkpoints.log_problems(checkpoint, log):
+        raise PhiSightError(
+            f"{log}: {checkpoint.path.name}: {problems[0]}; put back the log that belongs to this"
+            " run, or the checkpoint that does"
+        )
+    with open_regular(log) as file:
+        copy.write_bytes(file.read(size))
+
+
+# -- what is said of the run ----------------------------------------------------------------------
+
+
+def _public_documents(
+    checkpoint: Checkpoint, config: Config
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and trainer_state.json without what belongs to the machine that trained."""
+    fields, withheld = public_fields(config, str(checkpoint.path))
+    facts = checkpoint.config | {"config": fields, "published": {"withheld": withheld}}
+    state = dict(checkpoint.trainer_state)
+    if source := facts.get("imported_from"):
+        facts["imported_from"] = Path(source).name
+        state["finished"] = state["finished"].replace(source, Path(source).name)
+    if started := facts.get("started_from"):
+        finished = re.sub(r"^(imported) from .*", r"\1", started["finished"], flags=re.DOTALL)
+        facts["started_from"] = started | {"finished": finished}
+    if state.get("best_step") != checkpoint.step:
+        state["best_step"] = None  # it is not there to be named as RUN/best
+    return facts, state
+
+
+def public_fields(config: Config, where: str) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a config as others read them, as JSON, and the names of those that said where
+    something lies on this machine and now have a value that does not.
+
+    Raises:
+        PhiSightError: the base or the CLIP is in a folder that others do not have.
+    """
+    fields, withheld = configs.plain(config), []
+    for name in ("base", "vision"):
+        fields |= _findable(name, fields[name], fields[f"{name}_revision"], where)
+    for name, spec in configs.FIELDS.items():
+        kind = spec.metadata["place"]
+        if name in ("base", "vision") or not kind or not _is_path(kind, fields[name]):
+            continue
+        inside = _in_project(fields[name])
+        if inside is None:
+            withheld.append(name)
+        fields[name] = inside or (RUN if name == "run" else spec.default)
+    return fields, withheld
+
+
+def _is_path(kind: str, value: str) -> bool:
+    """Whether a field that is PATH or PATH_OR_NAME says a place on this machine."""
+    if kind == PATH or not value:
+        return bool(value)
+    typed_as_path = os.path.isabs(value) or value.startswith((".", "~")) or value.count("/") > 1
+    return typed_as_path or Path(value).exists()
+
+
+def _in_project(path: str) -> str | None:
+    """The path as it is named from the project's folder; None where it lies outside."""
+    absolute = Path(os.path.abspath(path))
+    if not absolute.is_relative_to(paths.PROJECT):
+        return None
+    return absolute.relative_to(paths.PROJECT).as_posix()
+
+
+def _findable(name: str, value: str, revision: str, where: str) -> dict[str, str]:
+    """The fields that say what the base or the CLIP is, as others find it."""
+    if not _is_path(PATH_OR_NAME, value):
+        return {name: value, f"{name}_revision": revision}
+    if cached := _IN_CACHE.fullmatch(os.path.abspath(value)):
+        return {name: f"{cached[1]}/{cached[2]}", f"{name}_revision": cached[3]}
+    inside = _in_project(value)
+    if inside and Path(inside).parts[0] == SHIPPED:
+        return {name: inside, f"{name}_revision": revision}
+    what = "base" if name == "base" else "CLIP"
+    raise PhiSightError(
+        f"{where}: its {what} is {value}, a folder that nobody else has; name it as the hub does"
+        f" with --{name} owner/name (it is compared by its fingerprint)"
+    )
