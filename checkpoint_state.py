@@ -7,8 +7,8 @@ ask again whether a step is a number.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,9 @@ from documents import (
     problems,
 )
 from errors import PhiSightError
-from tensors import distance, sha256_of
+from manifest import MANIFEST, WEIGHTS
+from reports.log import METRICS
+from tensors import distance
 
 OWNERS = {
     "lora_weights": "lora",
@@ -39,7 +41,6 @@ OWNERS = {
     "optimizer": "optimizer",
     "rng": "rng",
 }  # file stem -> owner
-WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,6 +49,29 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )  # what of `tokenizer/` is published, and fetched
+
+
+_PUBLISHED = re.compile(r"(checkpoint-\d{6,12})/(.+)")
+
+
+def published_files(names: Sequence[str]) -> list[str]:
+    """Of all names in a repository those of a run, its newest checkpoint and its log: nothing else
+    is fetched, whatever it is. Empty if there is no checkpoint."""
+    known = {
+        *(MANIFEST, CONFIG, TRAINER_STATE),
+        *(f"{stem}.safetensors" for stem in OWNERS),
+        *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    }
+    found = {
+        name: match[1]
+        for name in names
+        if (match := _PUBLISHED.fullmatch(name)) and match[2] in known
+    }
+    folders = {folder for name, folder in found.items() if name == f"{folder}/{MANIFEST}"}
+    if not folders:
+        return []
+    newest = max(folders, key=lambda folder: int(folder.removeprefix("checkpoint-")))
+    return [name for name in names if name == METRICS or found.get(name) == newest]
 
 
 class Tokenizer(Protocol):
@@ -66,6 +90,13 @@ class Checkpoint:
     trainer_state: dict
     state: dict[str, dict[str, Tensor]]
     manifest: dict
+    published_as: str = ""
+    """hf:owner/name@commit, of a run that was fetched from the hub"""
+
+    @property
+    def name(self) -> str:
+        """What people know it by: where it lies, here or on the hub."""
+        return self.published_as or str(self.path)
 
 
 @dataclass(frozen=True)
@@ -127,19 +158,6 @@ def _change(
         return None
     moved = {OWNERS[stem]: distance(previous.state[stem], now[stem]) for stem in WEIGHTS}
     return {"since_step": previous.step, **moved}
-
-
-def weights_digest(state: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """sha256 over names and bytes of all trained weights: the same number means the same model."""
-    return digest_of_rows(
-        (stem, name, sha256_of(tensor.detach().cpu()))
-        for stem in WEIGHTS
-        for name, tensor in state[stem].items()
-    )
-
-
-def digest_of_rows(rows: Iterable[tuple[str, str, str]]) -> str:
-    return hashlib.sha256("\n".join(map(" ".join, sorted(rows))).encode()).hexdigest()
 
 
 # -- what its files must say ----------------------------------------------------------------------

@@ -17,6 +17,7 @@ bears a checkpoint's name has been verified, and one is there at every instant.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -32,24 +33,24 @@ from torch import Tensor
 
 import config as configs
 import files
+import hub
 import manifest as manifests
 from checkpoint_state import (
     CONFIG,
     OWNERS,
     TRAINER_STATE,
-    WEIGHTS,
     Checkpoint,
     Snapshot,
     Tokenizer,
-    digest_of_rows,
     document_problems,
+    published_files,
     take_snapshot,
     tensor_problem,
 )
-from checkpoint_state import weights_digest as weights_digest  # others call it by this module
 from documents import read_json
 from errors import PhiSightError, run_main
-from manifest import MANIFEST, DamagedFolder
+from manifest import MANIFEST, DamagedFolder, digest_in
+from manifest import weights_digest as weights_digest  # others call it by this module
 from paths import command, located
 from reports import compare, show
 from reports.log import CHAIN, METRICS, chain_problems, contradictions, read_metrics
@@ -296,14 +297,26 @@ def load_best(run_dir: str | Path) -> Checkpoint:
 
 def resolve(path: str | Path) -> Checkpoint:
     """Load a checkpoint folder, the newest intact one of a run folder (with a warning on stderr
-    for each newer one that is damaged), or the best one, as RUN/best."""
-    path = Path(path)
+    for each newer one that is damaged), the best one, as RUN/best, or that of a run on the hub, as
+    hf:owner/name[@revision]."""
+    run = fetched(path)
+    if run.name:
+        return dataclasses.replace(load_newest(run.folder), published_as=run.name)
+    path = run.folder
     if path.name == BEST and not path.exists():
         return load_best(path.parent)
     if path.is_symlink() and _step_of(path) is None:  # a person's own link to a checkpoint or run
         path = path.resolve()
     is_checkpoint = (path / MANIFEST).exists() or _step_of(path) is not None
     return load(path) if is_checkpoint else load_newest(path)
+
+
+def fetched(run: str | Path) -> hub.Fetched:
+    """The folder of a run: the one given, or that of hf:owner/name[@revision], which is fetched if
+    it is not on this machine yet. Raises `PhiSightError`."""
+    if hub.is_reference(run):
+        return hub.fetch_run(hub.parse(run), published_files, verify_run)
+    return hub.Fetched(Path(run))
 
 
 # ---- runs and their logs -------------------------------------------------------------------------
@@ -325,11 +338,7 @@ def log_problems(checkpoint: Checkpoint, log: Path) -> list[str]:
                 f"{TRAINER_STATE}: knows nothing of line {len(records) + 1} of the log, which is of"
                 f" step {step}; one of them belongs to another run, or was edited"
             ]
-    own = digest_of_rows(
-        (Path(row["file"]).stem, row["name"], row["sha256"])
-        for row in checkpoint.manifest["tensors"]
-        if Path(row["file"]).stem in WEIGHTS
-    )
+    own = digest_in(checkpoint.manifest)
     return contradictions(records, checkpoint.step, checkpoint.trainer_state.get(CHAIN, ""), own)
 
 
@@ -356,8 +365,9 @@ def diff(first: str | Path, second: str | Path) -> compare.Diff:
     """Compare two checkpoints, or the newest intact ones of two runs, to the bit; see
     `reports.compare`. Where both are runs, their logs tell when they parted. Raises PhiSightError
     when one cannot be loaded."""
-    logs = [Path(side) / METRICS for side in (first, second)]
-    a, b = resolve(first), resolve(second)
+    sides = [fetched(side).folder for side in (first, second)]
+    logs = [side / METRICS for side in sides]
+    a, b = map(resolve, sides)
     records = None
     if all(log.exists() for log in logs):
         records = (read_metrics(logs[0]), read_metrics(logs[1]))
@@ -377,6 +387,7 @@ def _newest_run() -> Path:
 
 
 def _verify_command(target: Path, as_json: bool) -> int:
+    target = fetched(target).folder
     if target.name == BEST and not target.exists():
         target = load_best(target.parent).path
     if not target.is_dir():
@@ -405,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
                 target,
                 type=Path,
                 nargs="?" if name == "show" else None,
-                help="a run folder or a checkpoint folder",
+                help="a run folder, a checkpoint folder, or hf:owner/name[@revision]",
             )
         command.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)

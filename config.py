@@ -114,7 +114,7 @@ class Config:
     )
     start_from: str = declared(
         "",
-        "run or checkpoint whose weights to begin with, such as those of a first stage",
+        "run or checkpoint, or hf:owner/name[@revision], whose weights to begin with",
         place=PATH,
     )
     lora_rank: int = declared(16, "rank of A and B", bounds=AT_LEAST_1)

@@ -24,6 +24,7 @@ import config as configs
 from assistant.flags import add_model_flags
 from errors import PhiSightError, run_main
 from exports import imported, measured
+from exports.alignment import check_flags
 from exports.form import Form, attribute
 from exports.table import FORMS
 
@@ -53,6 +54,7 @@ def chosen_form(options: argparse.Namespace, made: configs.Parser) -> Form:
             name = attribute(own)
             if flag != chosen and getattr(options, name) != made.get_default(name):
                 raise PhiSightError(f"{own}: goes with {flag} only")
+    check_flags(options.require_alignment, FORMS[chosen].carries_pictures, chosen)
     return FORMS[chosen]
 
 

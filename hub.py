@@ -1,11 +1,33 @@
-"""Where a model lies: the folder that a person names, or a snapshot from the Hugging Face hub."""
+"""The Hugging Face hub: where a model lies, and runs that are named `hf:owner/name[@revision]`.
+
+A model (a base, a CLIP, a tokenizer) is the folder that a person names, or a snapshot in the hub's
+own cache.
+
+A run is fetched into a folder of its own, `phisight/` beside the hub's cache, and not read from
+that cache, for two reasons: the cache holds links, where a checkpoint holds regular files alone;
+and what it has downloaded it believes, whereas here a folder gets its name only once every file in
+it has been compared with the manifest, so that wrong bytes are gone with the error that tells of
+them. Only the files of a run are asked for, by their names; others are left where they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-from errors import PhiSightError
+from errors import PhiSightError, printable
+from fields import shown
+from files import put_in_place, sync_tree, write_whole
+from paths import HUB_RUN
 
 TOKENIZER_LAYOUT = "tokenizer.json and tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -14,6 +36,18 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+MAX_MIB = "PHISIGHT_HUB_MAX_MIB"  # the setting of how large a run may be that is fetched
+DEFAULT_MAX_MIB = 4096  # an adapter of Phi-3.5 of rank 16 on all layers has 100
+MAX_LISTED = 10_000  # files in a repository; those of a run are a dozen
+SECONDS = 20.0  # to wait for the hub's answer about a repository
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+_REVISION = re.compile(r"\w[\w.+/-]{0,249}", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+# -- models ---------------------------------------------------------------------------------------
 
 
 def find_folder(
@@ -42,14 +76,31 @@ def _snapshot(
     name: str, revision: str | None, what: str, layout: str, wanted: Sequence[str]
 ) -> Path:
     import huggingface_hub  # 0.1 s, and no use where a folder is given
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
     try:
         return Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(wanted))
         )
-    # Every network, cache and naming error of the hub; most of its own are OSError or ValueError.
-    except (
+    except failures() as error:
+        reason = first_line(error)
+        if constants.is_offline_mode():
+            reason = "HF_HUB_OFFLINE is set, and the hub's cache on this machine lacks it"
+        raise PhiSightError(
+            f"{what} {name}: it is not a folder and the hub did not give it ({reason}); "
+            f"download it elsewhere and give a folder with {layout}"
+        ) from error
+
+
+# -- what can go wrong ----------------------------------------------------------------------------
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Every network, cache and naming error of the hub; most of its own are OSError or
+    ValueError."""
+    from huggingface_hub import errors
+
+    return (
         OSError,
         ValueError,
         errors.HTTPError,
@@ -57,11 +108,256 @@ def _snapshot(
         errors.RevisionResolutionError,
         errors.CachedRepoTreeNotFoundError,
         errors.XetDownloadError,
-    ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if constants.is_offline_mode():
-            reason = "HF_HUB_OFFLINE is set, and the hub's cache on this machine lacks it"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, or what it is where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that the hub answered with; None where it did not answer."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    """Why a repository was not given, and what can be done."""
+    from huggingface_hub import errors
+
+    log_in = "check the name, or log in with `hf auth login` if it is private"
+    again = "try again; what was fetched so far is kept"
+    if isinstance(error, errors.GatedRepoError):
+        return "its owner gives it to some people only", "ask there, and log in: `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such repository, or does not show it to you", log_in
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision", "name a branch, a tag or a commit that it has"
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return f"it cannot be kept here ({error})", "make room, or set HF_HOME to another folder"
+    cause = error if status_of(error) else error.__cause__ or error
+    if status := status_of(cause):
+        return f"the hub answered with status {status}", (log_in if status < 500 else again)
+    return f"the hub did not give it ({first_line(cause)})", again
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the hub's own messages, which tell of other tries in lines of their own; and without
+    its progress bars where nobody watches."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    log = logging.getLogger("huggingface_hub")
+    level, bars = log.level, not sys.stderr.isatty()
+    log.setLevel(logging.CRITICAL)
+    if bars:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bars:
+            enable_progress_bars()
+
+
+# -- a run on the hub -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run on the hub: `hf:owner/name[@revision]`."""
+
+    repository: str
+    """owner/name"""
+    revision: str = ""
+    """a branch, a tag or a commit; "" for the newest"""
+
+    def __str__(self) -> str:
+        return f"{HUB_RUN}{self.repository}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True)
+class File:
+    """What the hub says of a file."""
+
+    name: str
+    size: int
+    """bytes"""
+    sha256: str | None
+    """of a file in its large storage"""
+    blob: str
+    """git's name of what it holds, for a file that git itself stores"""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A run on this machine."""
+
+    folder: Path
+    name: str = ""
+    """hf:owner/name@commit; "" for one that was here from the first"""
+
+
+Verify = Callable[[Path], Mapping[str, Sequence[str]]]
+
+
+def is_reference(run: str | Path) -> bool:
+    """Whether this names a run on the hub."""
+    return str(run).startswith(HUB_RUN)
+
+
+def parse(run: str | Path) -> Reference:
+    """What `hf:owner/name[@revision]` names. Raises `PhiSightError` before any network is used."""
+    name, at, revision = str(run).removeprefix(HUB_RUN).partition("@")
+    check_repository(name, printable(run, 120), "write hf:owner/name or hf:owner/name@revision")
+    if at and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
         raise PhiSightError(
-            f"{what} {name}: it is not a folder and the hub did not give it ({reason}); "
-            f"download it elsewhere and give a folder with {layout}"
-        ) from error
+            f"{printable(run, 120)}: {shown(revision)} cannot be a revision; name a branch, a tag"
+            " or a commit behind the @, or leave it out"
+        )
+    return Reference(name, revision)
+
+
+def check_repository(name: str, what: str, remedy: str) -> None:
+    """Raise `PhiSightError` unless `name` can be a repository, owner/name."""
+    wrong = not _REPOSITORY.fullmatch(name) or any(part in name for part in ("--", ".."))
+    if wrong or any(part.endswith((".git", "-", ".")) for part in name.split("/")):
+        raise PhiSightError(
+            f"{what}: {shown(name)} cannot be a repository, whose name has letters, digits and"
+            f" single - _ . in it; {remedy}"
+        )
+
+
+def model_name(source: str) -> str:
+    """What people call the model of a run: the repository's name, or that of the run's folder.
+    `source`: a checkpoint's path, or `hf:owner/name@commit`."""
+    return parse(source).repository if is_reference(source) else Path(source).parent.name
+
+
+def listing(repository: str, revision: str | None) -> tuple[str, bool, list[File]]:
+    """(commit, private, files) of a repository as the hub says it. Raises one of `failures()`."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=SECONDS)
+    if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+        raise ValueError(f"it calls its commit {shown(info.sha)}")
+    files = []
+    for one in info.siblings or []:
+        large = one.lfs
+        sha256 = large.sha256 if large else None
+        size = large.size if large else one.size
+        sound = type(size) is int and size >= 0 and isinstance(one.rfilename, str)
+        if not sound or not isinstance(sha256, str | None) or not isinstance(one.blob_id, str):
+            raise ValueError(f"it says no size or hash of {shown(one.rfilename)}")
+        files.append(File(one.rfilename, size or 0, sha256, one.blob_id))
+    return info.sha, bool(info.private), files
+
+
+def fetch_run(
+    reference: Reference,
+    choose: Callable[[Sequence[str]], list[str]],
+    verify: Verify,
+) -> Fetched:
+    """A run from the hub.
+
+    A commit that is here already is not asked for again; with HF_HUB_OFFLINE, a branch is what it
+    was when the hub was last asked.
+
+    Args:
+        choose: which of the names in a repository are the run's.
+        verify: what was fetched -> its problems, by path.
+
+    Raises:
+        PhiSightError: with the reason, and a remedy; no folder has got a name then.
+    """
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HOME) / "phisight" / reference.repository.replace("/", "--")
+    named = home / "refs" / quote(reference.revision or "main", safe="")
+    if COMMIT.fullmatch(reference.revision) and (home / reference.revision).is_dir():
+        return Fetched(home / reference.revision, str(reference))
+    if constants.is_offline_mode():
+        known = named.read_text(encoding="ascii").strip() if named.is_file() else ""
+        if not COMMIT.fullmatch(known) or not (home / known).is_dir():
+            raise PhiSightError(
+                f"{reference}: HF_HUB_OFFLINE is set, and it was never fetched to this machine;"
+                " unset it, or name a folder"
+            )
+        return Fetched(home / known, str(Reference(reference.repository, known)))
+    try:
+        with quiet():
+            commit, _, files = listing(reference.repository, reference.revision or None)
+            pinned = Reference(reference.repository, commit)
+            if not (home / commit).is_dir():
+                _download(pinned, _chosen(reference, files, choose), home, verify)
+        named.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(named, commit.encode())
+    except failures() as error:
+        reason, remedy = _reason(error)
+        raise PhiSightError(f"{reference}: {reason}; {remedy}") from error
+    return Fetched(home / commit, str(pinned))
+
+
+def _chosen(
+    reference: Reference, files: Sequence[File], choose: Callable[[Sequence[str]], list[str]]
+) -> list[File]:
+    """The files to fetch, all checked before the first is. Raises `PhiSightError`."""
+    if len(files) > MAX_LISTED:
+        raise PhiSightError(
+            f"{reference}: has {len(files):,} files, where a published run has a dozen; name one"
+            " that export.py --push made"
+        )
+    names = set(choose([file.name for file in files]))
+    if not names:
+        raise PhiSightError(
+            f"{reference}: holds no run (no checkpoint-NNNNNN/MANIFEST.json); name one that"
+            " export.py --push made"
+        )
+    chosen = [file for file in files if file.name in names]
+    text = os.environ.get(MAX_MIB, str(DEFAULT_MAX_MIB))
+    if not text.isdecimal():
+        raise PhiSightError(f"{MAX_MIB}: {shown(text)} is not a whole number of MiB; mend it")
+    size = sum(file.size for file in chosen)
+    if size > int(text) * 2**20:
+        raise PhiSightError(
+            f"{reference}: its run has {size / 2**20:,.0f} MiB, and at most {int(text):,} are"
+            f" fetched; if you expect that much, say so: {MAX_MIB}={size // 2**20 + 1}"
+        )
+    return chosen
+
+
+def _download(
+    pinned: Reference,
+    files: Sequence[File],
+    home: Path,
+    verify: Verify,
+) -> None:
+    """Fetch the files of a commit into a folder that is named once it is right. What a broken
+    connection left is gone on with the next time; what is wrong is removed."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.utils import WeakFileLock
+
+    final, partial = home / pinned.revision, home / f".partial-{pinned.revision}"
+    home.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(home / ".lock"):
+        if final.is_dir():  # another process was quicker
+            return
+        for file in files:
+            hf_hub_download(
+                pinned.repository,
+                file.name,
+                revision=pinned.revision,
+                local_dir=partial,
+                endpoint=constants.ENDPOINT,
+                etag_timeout=SECONDS,
+            )
+        shutil.rmtree(partial / ".cache", ignore_errors=True)  # what the hub noted meanwhile
+        if problems := [problem for each in verify(partial).values() for problem in each]:
+            shutil.rmtree(partial)
+            raise PhiSightError(
+                f"{pinned}: is not as its manifest says, and was not kept ({problems[0]}); fetch it"
+                " again, and if that is the same, tell its owner"
+            )
+        sync_tree(partial)
+        put_in_place(partial, final)

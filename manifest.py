@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tensors import as_float64, dtype_name, finite, sha256_of
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
+WEIGHTS = ("lora_weights", "image_projector")  # the stems that training changes and answers need
 
 _TENSOR_ROW = {
     "file": TEXT,
@@ -105,6 +106,30 @@ def files_below(folder: Path) -> list[str]:
         for path in folder.rglob("*")
         if path.is_symlink() or not path.is_dir()
     )
+
+
+# -- what the weights are known by ----------------------------------------------------------------
+
+
+def weights_digest(state: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """sha256 over names and bytes of all trained weights: the same number means the same model."""
+    return _digest_of_rows(
+        (stem, name, sha256_of(tensor.detach().cpu()))
+        for stem in WEIGHTS
+        for name, tensor in state[stem].items()
+    )
+
+
+def digest_in(manifest: Mapping[str, Any]) -> str:
+    """The same number, from the rows of a manifest."""
+    stems = ((Path(row["file"]).stem, row) for row in manifest["tensors"])
+    return _digest_of_rows(
+        (stem, row["name"], row["sha256"]) for stem, row in stems if stem in WEIGHTS
+    )
+
+
+def _digest_of_rows(rows: Iterable[tuple[str, str, str]]) -> str:
+    return hashlib.sha256("\n".join(map(" ".join, sorted(rows))).encode()).hexdigest()
 
 
 # -- writing and reading --------------------------------------------------------------------------

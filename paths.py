@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent
+HUB_RUN = "hf:"  # begins what names a run on the hub, which is no path; see `hub`
 
 
 def is_current_folder() -> bool:
@@ -24,7 +25,7 @@ def is_current_folder() -> bool:
 
 def located(path: str) -> str:
     """A path that is relative to the project, as it is named from the current folder."""
-    if not path or os.path.isabs(path) or is_current_folder():
+    if not path or os.path.isabs(path) or path.startswith(HUB_RUN) or is_current_folder():
         return path
     return str(PROJECT / path)
 
@@ -32,7 +33,7 @@ def located(path: str) -> str:
 def recorded(path: str) -> str:
     """The inverse of `located`: absolute, or relative to the project if it lies there, so that a
     checkpoint is still right when the project's folder is moved."""
-    if not path or is_current_folder():
+    if not path or path.startswith(HUB_RUN) or is_current_folder():
         return path
     absolute = Path(os.path.abspath(path))
     return str(absolute.relative_to(PROJECT) if absolute.is_relative_to(PROJECT) else absolute)

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
@@ -34,6 +33,7 @@ from api.transcriptions import TRANSCRIPTIONS, TRANSLATIONS, Transcribe
 from assistant.answer import Answer
 from assistant.assistant import Assistant, ContextExceeded
 from errors import PhiSightError
+from hub import model_name
 from speech.whisper import TooLong
 from workers.pool import never
 
@@ -86,7 +86,7 @@ class Api(FastAPI):
         self.json_output = JsonOutput(
             parts.base.tokenizer, parts.base.model.config.vocab_size, assistant.stop_ids
         )
-        self.name = name or Path(assistant.source).parent.name
+        self.name = name or model_name(assistant.source)
         self.listen, self.transcribe, self.speak = listen, transcribe, speak
         self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": MOST + BEYOND})
         self.measures, self.budget = Measures(self.places), Budget(limits.body_bytes * BODIES)

@@ -113,7 +113,7 @@ class Assistant:
         content_filter: ContentFilter | None = None,
         kv_bytes: int | None = None,
     ) -> Assistant:
-        """From a run's newest valid checkpoint or from one checkpoint folder.
+        """From a run's newest valid checkpoint, from one checkpoint folder, or from the hub.
 
         `base`, `vision`, their revisions, `base_cache` and `device` stand in for those of the saved
         config, such as `base` for a folder that has moved. Raises `PhiSightError` when there is no
@@ -122,7 +122,7 @@ class Assistant:
         share_heaps()
         checkpoint = checkpoints.resolve(run_or_checkpoint)
         need_run(checkpoint)
-        where = str(checkpoint.path)
+        where = checkpoint.name
         config = configs.from_dict(checkpoint.config["config"], where)
         moved = {
             "base": base,

@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # torch takes a second to import: not for --help
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which trained model, and where its parts lie."""
     default = configs.default_config().run
-    help_of_run = "run or checkpoint folder, or RUN/best for the best that was kept (%(default)s)"
+    help_of_run = (
+        "run or checkpoint folder, RUN/best for the best that was kept, or hf:owner/name[@revision]"
+        " for one on the hub (%(default)s)"
+    )
     parser.add_argument("--run", default=default, help=help_of_run)
     parser.add_argument("--base", help="where the base lies now, if not where it was trained")
     parser.add_argument("--vision", help="where the CLIP lies now, if not where it was trained")

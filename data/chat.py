@@ -292,6 +292,12 @@ def first_exchange(sample: RenderedSample, chat_format: ChatFormat) -> RenderedS
     )
 
 
+def to_first_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages that `first_exchange` keeps: all up to the first answer that is learnt."""
+    ends = (i for i, m in enumerate(messages, 1) if m.role == "assistant" and m.learnt)
+    return tuple(messages[: next(ends)])
+
+
 @dataclass
 class _Draft:
     """A sample that messages are added to."""

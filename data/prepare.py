@@ -20,9 +20,10 @@ from data.chat import (
     RenderedSample,
     first_exchange,
     render_to_limit,
+    to_first_answer,
     too_many_pictures,
 )
-from data.dataset import ID_SHOWN, Conversation, Quarantined, read_conversations
+from data.dataset import ID_SHOWN, Conversation, Message, Quarantined, read_conversations
 from data.features import Extract, FeatureStore
 from data.packed import PackedSamples
 from data.splits import Outline, split_by_image, take_fraction
@@ -37,11 +38,13 @@ DATA_REMEDY = f"give --data FILE, or make the picture world with: {command('-m d
 class TrainingData:
     """What a run trains and validates on; nothing to validate on with a `validation_fraction` of 0.
     `first_exchanges` are the validation conversations cut to their first question and answer: what
-    the alignment meter asks."""
+    the alignment meter asks. `first_messages` are their messages, for programs that are asked in
+    words."""
 
     train: PackedSamples
     validation: list[RenderedSample]
     first_exchanges: list[RenderedSample]
+    first_messages: list[tuple[Message, ...]]
     quarantined: list[Quarantined]
     shortened: int
     """conversations that lost their last turns to the token limit"""
@@ -91,7 +94,7 @@ def prepare(
         store.hash_of if config.split_by == "content" else None,
     )
     asked = evenly_spaced(validation, config.evaluation_conversations)
-    rendered_train, rendered_validation, first_exchanges = _render(
+    rendered_train, rendered_validation, first_exchanges, first_messages = _render(
         path, everything, train, validation, asked, chat_format, limits
     )
     quarantined += rendered_train.quarantined + rendered_validation.quarantined
@@ -104,6 +107,7 @@ def prepare(
         train=rendered_train.samples,
         validation=evenly_spaced(rendered_validation.samples, config.evaluation_conversations),
         first_exchanges=first_exchanges,
+        first_messages=first_messages,
         quarantined=quarantined,
         shortened=rendered_train.shortened + rendered_validation.shortened,
         fingerprint=_fingerprint(rendered_train.samples, rendered_validation.samples, store),
@@ -140,24 +144,25 @@ def _render(
     asked: Sequence[Outline],
     chat_format: ChatFormat,
     limits: Limits,
-) -> tuple[_Rendered, _Rendered, list[RenderedSample]]:
+) -> tuple[_Rendered, _Rendered, list[RenderedSample], list[tuple[Message, ...]]]:
     """Read the file again and tokenise the conversations that are used, each once.
 
     Returns the training side, the validation side, and the first exchanges of the conversations in
-    `asked` that were not too long.
+    `asked` that were not too long, as ids and as messages.
     """
     rendered_train, rendered_validation = _Rendered(chat_format), _Rendered(chat_format)
     side_of = dict.fromkeys((outline.number for outline in train), rendered_train)
     side_of |= dict.fromkeys((outline.number for outline in validation), rendered_validation)
     asked_numbers = {outline.number for outline in asked}
-    first_exchanges = []
+    first_exchanges, first_messages = [], []
     for number, conversation in _read_again(path, everything):
         if number not in side_of:
             continue
         sample = side_of[number].add(conversation, limits)
         if sample is not None and number in asked_numbers:
             first_exchanges.append(first_exchange(sample, chat_format))
-    return rendered_train, rendered_validation, first_exchanges
+            first_messages.append(to_first_answer(conversation.messages))
+    return rendered_train, rendered_validation, first_exchanges, first_messages
 
 
 def _outlines(

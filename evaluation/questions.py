@@ -31,10 +31,14 @@ def normalised(answer: str) -> str:
     return answer.strip().casefold().removesuffix(".").strip()
 
 
+def question_messages(question: Question) -> tuple[Message, ...]:
+    """The question after its picture, as a conversation that is to be answered."""
+    return (Message("user", (Part("image", question.image), Part("text", question.text))),)
+
+
 def question_prompt(question: Question, chat_format: ChatFormat) -> RenderedSample:
-    """The question after its picture, up to where the answer begins."""
-    message = Message("user", (Part("image", question.image), Part("text", question.text)))
-    return render([message], chat_format, add_generation_prompt=True)
+    """The same as ids, up to where the answer begins."""
+    return render(question_messages(question), chat_format, add_generation_prompt=True)
 
 
 def answer_questions(

@@ -21,6 +21,8 @@ class Form:
     """How argparse declares the flag that chooses this form, its help included."""
     own_flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Flags that go with this form only, such as {"--split": {"action": "store_true"}}."""
+    carries_pictures: bool = False
+    """Whether the export sees, so that --require-alignment can be asked of it."""
 
 
 def attribute(flag: str) -> str:

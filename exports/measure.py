@@ -18,22 +18,18 @@ from typing import Any
 
 import checkpoints
 from assistant.assistant import Assistant
-from config import need_file
-from data.chat import RenderedSample
-from data.dataset import load_questions
-from data.features import FeatureStore
-from data.prepare import DATA_REMEDY, TrainingData, evenly_spaced, prepare
+from data.prepare import TrainingData
 from errors import PhiSightError
 from evaluation.meter import packed_batches, validation_loss
-from evaluation.questions import add_pictures, answer_prompts, question_prompt
+from evaluation.questions import answer_prompts
+from exports.alignment import LONGEST_ANSWER, alignment_line, check_alignment
+from exports.asked import Questions, feature_store, prepared, questions_of
 from exports.folder import write_json
 from model.base import BaseModel
 from model.build import model_state
 from model.projector import ImageProjector
-from model.vision import VisionTower
 from model.vlm import VisionLanguageModel
 
-LONGEST_ANSWER = 96
 LOSS_DIFFERENCE, GREEDY_EQUAL = 0.01, 99.0  # nats an answer token, percent
 CERTIFICATE = "merge_certificate.json"
 MERGE_METHOD = "dequantised NF4 + scaling * B A in float32, rounded once (arXiv:2305.14314)"
@@ -45,6 +41,8 @@ class Tolerance:
 
     loss_difference: float = LOSS_DIFFERENCE
     greedy_equal: float = GREEDY_EQUAL
+    alignment: float | None = None
+    """of an export with pictures, points: see `exports.alignment.check_alignment`"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.loss_difference < float("inf"):
@@ -56,16 +54,12 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What models are measured on."""
+class Probe(Questions):
+    """What models are measured on: questions, and conversations."""
 
     batches: list
     """packed validation conversations with a picture, see `evaluation.meter.packed_batches`"""
-    prompts: list[RenderedSample]
-    store: FeatureStore
     data: TrainingData
-    facts: dict[str, Any]
-    """what a certificate says about all this"""
 
 
 @dataclass(frozen=True)
@@ -78,24 +72,13 @@ class Measured:
 
 
 def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
-    """The run's validation conversations and `greedy_answers` prompts with pictures: held-out
-    questions where the run has some, else the first questions of validation conversations.
+    """The run's validation conversations with pictures, and at most `greedy_answers` questions.
 
     Raises `PhiSightError` where the data are gone or have no picture.
     """
-    if greedy_answers < 1:
-        raise PhiSightError(f"--greedy-answers {greedy_answers}: must be at least 1")
     config, parts = assistant.config, assistant.parts
-    store = FeatureStore(
-        config.features, parts.vision.key, parts.vision.shape, config.feature_storage
-    )
-    data = prepare(
-        config,
-        parts.chat_format,
-        store,
-        lambda: VisionTower(parts.vision, parts.device),
-        positions=parts.base.model.config.max_position_embeddings,
-    )
+    store = feature_store(assistant)
+    data = prepared(assistant, store)
     samples = [sample for sample in data.validation if sample.images]
     if not samples:
         remedy = "give data with pictures with --data"
@@ -108,14 +91,7 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
             f"{config.data}: no validation conversation has a picture, so nothing can be measured;"
             f" {remedy}"
         )
-    if config.held_out_questions:
-        path = need_file(config.held_out_questions, "--held-out-questions", DATA_REMEDY)
-        questions = evenly_spaced(load_questions(path), greedy_answers)
-        add_pictures(assistant, questions, Path(config.images), store)
-        prompts = [question_prompt(question, parts.chat_format) for question in questions]
-    else:
-        first = [sample for sample in data.first_exchanges if sample.images]
-        prompts = [without_answer(sample) for sample in evenly_spaced(first, greedy_answers)]
+    questions = questions_of(assistant, greedy_answers, store, lambda: data)
     batches = packed_batches(
         samples,
         max(config.row_tokens, *(len(sample.input_ids) for sample in samples)),
@@ -125,24 +101,17 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
         store.shape,
         parts.device,
     )
-    saved = checkpoints.load(assistant.source).config.get("data_fingerprint")
+    saved = checkpoints.resolve(assistant.source).config.get("data_fingerprint")
     facts = {
         "data": config.data,
         "data_fingerprint": data.fingerprint,
         "data_are_those_of_the_run": saved == data.fingerprint,
         "conversations": len(samples),
         "answer_tokens": sum(batch.supervised_tokens for batch, _ in batches),
-        "questions": len(prompts),
-        "questions_from": config.held_out_questions or "validation conversations",
+        **questions.facts,
         "longest_answer_tokens": LONGEST_ANSWER,
     }
-    return Probe(batches, prompts, store, data, facts)
-
-
-def without_answer(sample: RenderedSample) -> RenderedSample:
-    """A conversation of one exchange up to where its answer begins."""
-    end = sample.supervised.index(True)
-    return RenderedSample(sample.input_ids[:end], sample.supervised[:end], sample.images)
+    return Probe(questions.asked, questions.prompts, store, facts, batches, data)
 
 
 def measure(assistant: Assistant, probe: Probe, label: str) -> Measured:
@@ -199,12 +168,20 @@ def certificate_of(
         "loss_difference": difference,
         "greedy_equal": equal,
         "answers_after_by": "transformers' generate, by the folder's own defaults",
-        "tolerance": dataclasses.asdict(tolerance) if tolerance else None,
+        "tolerance": tolerance_entry(tolerance),
         "within_tolerance": within,  # NaN is within none
         "measured_on": probe.facts,
         **more,
         "versions": versions(),
     }
+
+
+def tolerance_entry(tolerance: Tolerance | None) -> dict[str, float] | None:
+    """What a certificate says about the limits that were set."""
+    if tolerance is None:
+        return None
+    entry = dataclasses.asdict(tolerance)
+    return {name: limit for name, limit in entry.items() if limit is not None}
 
 
 def versions() -> dict[str, str]:
@@ -215,10 +192,14 @@ def versions() -> dict[str, str]:
 
 
 def check(certificate: dict[str, Any]) -> None:
-    """Raises `PhiSightError` with both numbers if the certificate is past its tolerance."""
-    if certificate["within_tolerance"]:
-        return
+    """Raises `PhiSightError` with both numbers if the certificate is past its tolerance, or if the
+    model that it is about does not see as it has to."""
     allowed = certificate["tolerance"]
+    if certificate["within_tolerance"]:
+        if alignment := certificate.get("alignment"):
+            required = allowed and allowed.get("alignment")
+            check_alignment(alignment, required, certificate["what"])
+        return
     raise PhiSightError(
         f"{certificate['what']}: refused, nothing was written: the loss went from"
         f" {certificate['loss_before']:.4f} to {certificate['loss_after']:.4f} (at most"
@@ -262,7 +243,7 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def summary(certificate: dict[str, Any], out: str) -> str:
-    """The certificate in a line or two."""
+    """The certificate in a few lines."""
     facts = certificate["measured_on"]
     line = (
         f"{out}: {certificate['what']}: loss"
@@ -282,4 +263,6 @@ def summary(certificate: dict[str, Any], out: str) -> str:
             f"\n{channels['before']} -> {channels['after']} MLP channels a layer,"
             f" {weights['before']:,} -> {weights['after']:,} weights"
         )
+    if alignment := certificate.get("alignment"):
+        line += f"\n{alignment_line(alignment)}"
     return line

@@ -15,7 +15,7 @@ import torch
 import config as configs
 from assistant.assistant import Assistant
 from assistant.flags import load_assistant
-from exports import measure
+from exports import alignment, measure
 from exports.form import add_config_flags, typed
 from exports.measure import Probe, Tolerance
 from model.build import DTYPES
@@ -65,8 +65,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--greedy-answers",
         type=int,
         default=100,
-        help="how many questions both models answer (%(default)s)",
+        help="how many questions are asked of both models (%(default)s)",
     )
+    alignment.add_flags(parser)
     add_config_flags(parser.add_argument_group("where the run's data lie now"), DATA_FIELDS)
 
 
@@ -86,6 +87,7 @@ def tolerance_of(
     return Tolerance(
         usual.loss_difference if loss is None else loss,
         usual.greedy_equal if equal is None else equal,
+        options.require_alignment,
     )
 
 

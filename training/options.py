@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import hub
 from config import (
     DEFAULT_PRESET,
     FIELDS,
@@ -56,7 +57,14 @@ def parse(arguments: list[str] | None) -> tuple[Config, RunOptions]:
         raise PhiSightError(f"--stop-at-step {options.stop_at_step}: must be 0 (never) or more")
     if not 0 <= options.max_minutes < float("inf"):
         raise PhiSightError(f"--max-minutes {options.max_minutes}: must be 0 (never) or more")
-    return config_from_options(options), RunOptions(
+    config = config_from_options(options)
+    if hub.is_reference(config.run):
+        raise PhiSightError(
+            f"--run {config.run}: a run on the hub cannot be trained or resumed, as it has no state"
+            " of an optimizer and is written nowhere here; begin one with its weights: --run"
+            f" runs/NEW --start-from {config.run}"
+        )
+    return config, RunOptions(
         resume=options.resume,
         resume_if_any=options.resume_if_any,
         overwrite=options.overwrite,

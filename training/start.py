@@ -143,6 +143,7 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
             )
     load_model_state(parts.model, state)
     return {
+        **({"run": source.published_as} if source.published_as else {}),
         "step": source.step,
         "weights_digest": checkpoints.weights_digest(source.state),
         "finished": source.trainer_state.get("finished", ""),
