@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from documents import TEXT, Kind, json_bytes, read_json, require
+from documents import FLAG, TEXT, json_bytes, read_json, require
 from errors import PhiSightError
 
 FILE = "space.json"
@@ -25,16 +25,14 @@ HUB = "https://huggingface.co"  # whose page of a Space shows it in a frame
 FOLDER = "PHISIGHT_STORAGE"  # names the folder that everything is kept in
 FRAMES = "PHISIGHT_FRAMES"  # names more sites that may show the page in a frame
 PERSISTENT = Path("/data")  # where a Space has its persistent storage, if it has any
-_TEXT_OR_NULL = Kind("a text or null", lambda value: value is None or isinstance(value, str))
-_FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 _FIELDS = {
     "run": TEXT,
     "base": TEXT,
     "base_revision": TEXT,
     "vision": TEXT,
     "vision_revision": TEXT,
-    "speech": _TEXT_OR_NULL,
-    "keeps_base": _FLAG,
+    "speech": TEXT,
+    "keeps_base": FLAG,
     "examples": TEXT,
 }
 
@@ -51,8 +49,8 @@ class Space:
     base_revision: str = ""
     """of the hub; empty for folders"""
     vision_revision: str = ""
-    speech: str | None = None
-    """the Whisper that listens; None for the run's, empty for none"""
+    speech: str = ""
+    """the Whisper that listens, a file or OpenAI's name; empty for none"""
     keeps_base: bool = False
     """whether the quantised base is kept for the next start"""
     examples: str = "examples"
@@ -162,7 +160,7 @@ def flags(space: Space, folder: Path, storage: Storage, environ: Mapping[str, st
     usual_host = "0.0.0.0" if in_space else "127.0.0.1"
 
     def located(name: str) -> str:
-        return str(folder / name) if (folder / name).exists() else name
+        return str(folder / name) if (folder / name).exists() else name  # else a hub's name
 
     frames = [HUB, *environ.get(FRAMES, "").split()]
     return [
@@ -172,7 +170,7 @@ def flags(space: Space, folder: Path, storage: Storage, environ: Mapping[str, st
         f"--vision={located(space.vision)}",
         f"--vision-revision={space.vision_revision}",
         f"--base-cache={storage.kept / 'bases' if space.keeps_base else ''}",
-        *([f"--speech={located(space.speech)}"] if space.speech is not None else ()),
+        f"--speech={located(space.speech) if space.speech else ''}",
         f"--examples={folder / space.examples}",
         f"--conversations={storage.passing / 'conversations'}",
         "--public",

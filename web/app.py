@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from api.page_guard import Guard
 from assistant.assistant import Assistant
+from data.examples import read_examples
 from paths import located
 from speech.voice import Voice
 from speech.whisper import Speech
@@ -40,7 +41,7 @@ def build_app(
 
     Args: `conversations`: folder of the saved conversations; `runs`: folder whose runs the training
     tab shows, or None for a public page: it has no such tab, and conversations that nobody has
-    touched for a day are removed; `examples`: folder of `web.examples.read_examples`, or None for
+    touched for a day are removed; `examples`: folder of `read_examples`, or None for
     those of the tiny preset's world; `speech`, and `voice` with a language: give a model, loaded
     when it is first needed (`loaded_once`, `voices_loaded_once`), or None.
     """
@@ -51,7 +52,7 @@ def build_app(
     from web.chat_page import ChatPage
     from web.chat_view import ChatView
     from web.conversation_store import forget_after_a_day, prepare_root
-    from web.examples import draw_examples, read_examples
+    from web.examples import draw_examples
     from web.page import Page, Translated
     from web.talk import Talk
 
