@@ -23,6 +23,7 @@ FILE = "space.json"
 MOST_BYTES = 64 * 2**10  # of that file
 HUB = "https://huggingface.co"  # whose page of a Space shows it in a frame
 FOLDER = "PHISIGHT_STORAGE"  # names the folder that everything is kept in
+STORED = "storage"  # the folder below the Space's own, where nothing else is said
 FRAMES = "PHISIGHT_FRAMES"  # names more sites that may show the page in a frame
 PERSISTENT = Path("/data")  # where a Space has its persistent storage, if it has any
 _FIELDS = {
@@ -93,10 +94,10 @@ class Storage:
         Raises `PhiSightError` where nothing can be written.
         """
         named = environ.get(FOLDER)
-        own = _writable([Path(named)] if named else [folder / "storage", _temporary(folder)])
+        own = _writable(Path(named)) if named else _own(folder)
         persistent = not named and "SPACE_ID" in environ and PERSISTENT.is_dir()
         if persistent and os.access(PERSISTENT, os.W_OK):
-            return cls(_writable([PERSISTENT / "phisight"]), own)
+            return cls(_writable(PERSISTENT / "phisight"), own)
         return cls(own, own)
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
@@ -125,25 +126,28 @@ class Storage:
         return chosen
 
 
-def _temporary(folder: Path) -> Path:
-    """A folder that nobody else can have made, the same at each start of this Space."""
+def _own(folder: Path) -> Path:
+    """The storage below the folder of a Space, or where that is read-only a temporary folder, the
+    same at each start."""
+    if os.access(folder, os.W_OK):
+        return _writable(folder / STORED)
     name = re.sub(r"\W+", "-", str(folder)).strip("-")
-    return Path(tempfile.gettempdir()) / f"phisight-{os.getuid()}-{name[-80:]}"
+    return _writable(Path(tempfile.gettempdir()) / f"phisight-{os.getuid()}-{name[-80:]}")
 
 
-def _writable(choices: list[Path]) -> Path:
-    """The first of these folders that can be made and written by us alone or stands already."""
-    reason = ""
-    for path in choices:
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not path.is_symlink() and path.stat().st_uid == os.getuid():
-                (path / ".writable").write_bytes(b"")
-                return path.absolute()
-            reason = f"{path}: belongs to somebody else"
-        except OSError as error:
-            reason = f"{path}: {error.strerror or error}"
-    raise PhiSightError(f"{reason}; name a folder that can be written in {FOLDER}")
+def _writable(path: Path) -> Path:
+    """A folder that is made, or there already and ours alone, as compiled code lies in it."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.is_symlink() or path.stat().st_uid != os.getuid():
+            raise PhiSightError(
+                f"{path}: belongs to somebody else; name another folder in {FOLDER}"
+            )
+        (path / ".writable").write_bytes(b"")
+    except OSError as error:
+        reason = error.strerror or error
+        raise PhiSightError(f"{path}: {reason}; name a folder to write in {FOLDER}") from None
+    return path.absolute()
 
 
 def flags(space: Space, folder: Path, storage: Storage, environ: Mapping[str, str]) -> list[str]:

@@ -119,6 +119,7 @@ def export_space(
         carry(project, [Path(REQUIREMENTS), Path("LICENSE")], folder)
         (folder / SYSTEM_PACKAGES).write_text("espeak-ng\n")
         (folder / ".gitattributes").write_text(LARGE_FILES)
+        (folder / ".gitignore").write_text(f"{space.STORED}/\n__pycache__/\n")
         parts = {name: place(config, name, folder, copy_base) for name in ("base", "vision")}
         speech = place_speech(config.speech, folder)
         run, card = place_run(assistant, parts, folder)
