@@ -41,6 +41,8 @@ DEFAULT_MAX_MIB = 4096  # an adapter of Phi-3.5 of rank 16 on all layers has 100
 MAX_LISTED = 10_000  # files in a repository; those of a run are a dozen
 SECONDS = 20.0  # to wait for the hub's answer about a repository
 
+SILENCE = 120.0  # seconds of a connection on which nothing comes, after which it counts as broken
+
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"\w[\w.+/-]{0,249}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -113,7 +115,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 def first_line(error: BaseException) -> str:
     """What an error says, or what it is where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -122,7 +124,7 @@ def status_of(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _reason(error: BaseException) -> tuple[str, str]:
+def reason_of(error: BaseException) -> tuple[str, str]:
     """Why a repository was not given, and what can be done."""
     from huggingface_hub import errors
 
@@ -144,10 +146,12 @@ def _reason(error: BaseException) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the hub's own messages, which tell of other tries in lines of their own; and without
-    its progress bars where nobody watches."""
+    """Without the hub's own messages, which tell of other tries in lines of their own; without its
+    progress bars where nobody watches; and without waiting for ever."""
+    from huggingface_hub import get_session
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
+    get_session().timeout = SILENCE  # by itself it would wait for ever
     log = logging.getLogger("huggingface_hub")
     level, bars = log.level, not sys.stderr.isatty()
     log.setLevel(logging.CRITICAL)
@@ -211,11 +215,8 @@ def parse(run: str | Path) -> Reference:
     """What `hf:owner/name[@revision]` names. Raises `PhiSightError` before any network is used."""
     name, at, revision = str(run).removeprefix(HUB_RUN).partition("@")
     check_repository(name, printable(run, 120), "write hf:owner/name or hf:owner/name@revision")
-    if at and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
-        raise PhiSightError(
-            f"{printable(run, 120)}: {shown(revision)} cannot be a revision; name a branch, a tag"
-            " or a commit behind the @, or leave it out"
-        )
+    if at:
+        check_revision(revision, printable(run, 120))
     return Reference(name, revision)
 
 
@@ -229,6 +230,15 @@ def check_repository(name: str, what: str, remedy: str) -> None:
         )
 
 
+def check_revision(revision: str, what: str) -> None:
+    """Raise `PhiSightError` unless this can be a branch, a tag or a commit."""
+    if not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision:
+        raise PhiSightError(
+            f"{what}: {shown(revision)} cannot be a branch, a tag or a commit; name one that can,"
+            " or leave it out"
+        )
+
+
 def model_name(source: str) -> str:
     """What people call the model of a run: the repository's name, or that of the run's folder.
     `source`: a checkpoint's path, or `hf:owner/name@commit`."""
@@ -239,7 +249,12 @@ def listing(repository: str, revision: str | None) -> tuple[str, bool, list[File
     """(commit, private, files) of a repository as the hub says it. Raises one of `failures()`."""
     from huggingface_hub import HfApi
 
-    info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=SECONDS)
+    try:
+        info = HfApi().model_info(
+            repository, revision=revision, files_metadata=True, timeout=SECONDS
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError("its answer is not that of a hub") from error
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
         raise ValueError(f"it calls its commit {shown(info.sha)}")
     files = []
@@ -294,7 +309,7 @@ def fetch_run(
         named.parent.mkdir(parents=True, exist_ok=True)
         write_whole(named, commit.encode())
     except failures() as error:
-        reason, remedy = _reason(error)
+        reason, remedy = reason_of(error)
         raise PhiSightError(f"{reference}: {reason}; {remedy}") from error
     return Fetched(home / commit, str(pinned))
 

@@ -19,23 +19,25 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import config as configs
+import hub
 import paths
 from checkpoint_state import TOKENIZER_FILES, WEIGHTS, Checkpoint, need_run
 from config import Config
 from errors import PhiSightError
 from fields import PATH, PATH_OR_NAME
 from files import open_regular
-from reports.card import model_card
+from reports.card import CARD, model_card
 from reports.curves import draw_curves
 from reports.log import METRICS, read_metrics
 
-CARD, CURVES = "README.md", "curves.png"
+CURVES = "curves.png"
+MODELS = ("base", "vision")  # what others must find
 RUN = "runs/published"  # what a published run calls a folder that lay outside the project
 SHIPPED = "assets"  # what every copy of this project has
 # A model's folder in the hub's cache: the hub's name and the commit stand in its path.
@@ -146,17 +148,34 @@ def public_fields(config: Config, where: str) -> tuple[dict[str, Any], list[str]
         PhiSightError: the base or the CLIP is in a folder that others do not have.
     """
     fields, withheld = configs.plain(config), []
-    for name in ("base", "vision"):
+    for name in MODELS:
         fields |= _findable(name, fields[name], fields[f"{name}_revision"], where)
-    for name, spec in configs.FIELDS.items():
-        kind = spec.metadata["place"]
-        if name in ("base", "vision") or not kind or not _is_path(kind, fields[name]):
-            continue
-        inside = _in_project(fields[name])
+    for name, inside in _places(config):
         if inside is None:
             withheld.append(name)
-        fields[name] = inside or (RUN if name == "run" else spec.default)
+        fields[name] = inside or (RUN if name == "run" else configs.FIELDS[name].default)
     return fields, withheld
+
+
+def without_paths(said: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """What was measured of a run, where its texts say a path of the config that is outside the
+    project: with the field's name in its place."""
+    texts = {name: text for name, text in said.items() if isinstance(text, str)}
+    private = [name for name, inside in _places(config) if inside is None]
+    for field in sorted(private, key=lambda name: -len(getattr(config, name))):
+        value = getattr(config, field)
+        for path in (value, os.path.abspath(value)):
+            texts = {name: text.replace(path, f"({field})") for name, text in texts.items()}
+    return {**said, **texts}
+
+
+def _places(config: Config) -> Iterator[tuple[str, str | None]]:
+    """The fields that say a place on this machine, base and CLIP left out, with the path as it is
+    named from the project's folder; None where it lies outside."""
+    for name, spec in configs.FIELDS.items():
+        kind, value = spec.metadata["place"], getattr(config, name)
+        if kind and name not in MODELS and not hub.is_reference(value) and _is_path(kind, value):
+            yield name, _in_project(value)
 
 
 def _is_path(kind: str, value: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exports import llava, merge, peft_adapter, prune, requantize, seed, space
+from exports import llava, merge, peft_adapter, prune, push, requantize, seed, space
 from exports.form import Form
 
 EXPORTS: dict[str, Form] = {
@@ -11,6 +11,7 @@ EXPORTS: dict[str, Form] = {
     "--requantize": requantize.FORM,
     "--prune": prune.FORM,
     "--peft": peft_adapter.EXPORT,
+    "--push": push.FORM,
     "--space": space.FORM,
 }
 IMPORTS: dict[str, Form] = {
