@@ -199,6 +199,7 @@ _STARTED_FROM = {"step": COUNT, "finished": TEXT}
 _FACTS = {"config": OBJECT, "base_fingerprint": TEXT, "vision_fingerprint": TEXT}
 _MORE_FACTS = {
     "data_fingerprint": TEXT,
+    "data_counts": {"*": COUNT},
     "compute_dtype": TEXT,
     "device": TEXT,
     "threads": COUNT,

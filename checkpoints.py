@@ -12,10 +12,12 @@ and verify it, rename it, sync the parent, and only then remove what is older. S
 bears a checkpoint's name has been verified, and one is there at every instant.
 
     python checkpoints.py show [RUN_OR_CHECKPOINT] | verify RUN_OR_CHECKPOINT | diff A B   [--json]
+    python checkpoints.py pack RUN OUT.tar | unpack OUT.tar FOLDER
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -35,6 +37,7 @@ import config as configs
 import files
 import hub
 import manifest as manifests
+import packing
 from checkpoint_state import (
     CONFIG,
     OWNERS,
@@ -49,11 +52,13 @@ from checkpoint_state import (
 )
 from documents import read_json
 from errors import PhiSightError, run_main
-from manifest import MANIFEST, DamagedFolder, digest_in
+from manifest import MANIFEST, DamagedFolder
 from manifest import weights_digest as weights_digest  # others call it by this module
 from paths import command, located
 from reports import compare, show
-from reports.log import CHAIN, METRICS, chain_problems, contradictions, read_metrics
+from reports.chain import log_problems as log_problems
+from reports.chain import records_of as records_of
+from reports.log import METRICS, chain_problems, read_metrics
 
 BEST = "best"  # RUN/best names the checkpoint of the lowest validation loss that is kept
 FORMER_LATEST = "LATEST"  # former versions wrote the newest one's name there; nothing reads it
@@ -322,26 +327,6 @@ def fetched(run: str | Path) -> hub.Fetched:
 # ---- runs and their logs -------------------------------------------------------------------------
 
 
-def log_problems(checkpoint: Checkpoint, log: Path) -> list[str]:
-    """Where a checkpoint and the log of its run contradict each other, or the log itself: was any
-    record edited that had been written when the checkpoint was saved? Of what comes after, only the
-    step of the next record is looked at, if it is one of the log's chain. Raises PhiSightError for
-    a log that cannot be read."""
-    records = read_metrics(log, checkpoint.trainer_state.get("metrics_offset", 0))
-    if problems := chain_problems(records):
-        return problems
-    following = read_metrics(log, to_first_fault=True)[len(records) : len(records) + 1]
-    if following and not chain_problems([*records, *following]):
-        step = following[0].get("step", 0)
-        if step <= checkpoint.step:
-            return [
-                f"{TRAINER_STATE}: knows nothing of line {len(records) + 1} of the log, which is of"
-                f" step {step}; one of them belongs to another run, or was edited"
-            ]
-    own = digest_in(checkpoint.manifest)
-    return contradictions(records, checkpoint.step, checkpoint.trainer_state.get(CHAIN, ""), own)
-
-
 def verify_run(run_dir: str | Path) -> dict[str, list[str]]:
     """Every problem of a run, by path: of each checkpoint, and of the log: is its chain whole, and
     do its digests and the checkpoints say the same?"""
@@ -386,6 +371,22 @@ def _newest_run() -> Path:
     return max(newest, key=lambda path: path.stat().st_mtime).parent
 
 
+def _verified(run: Path) -> Checkpoint:
+    """The newest checkpoint of a run in which nothing is wrong. Raises PhiSightError."""
+    for path, problems in verify_run(run).items():
+        for problem in problems:
+            raise PhiSightError(f"{path}: {problem}; copy it again from where it is whole")
+    return load_newest(run)
+
+
+def _pack(options: argparse.Namespace) -> str:
+    newest = _verified(run := fetched(options.run).folder)
+    parts, folders = packing.chosen_parts(options), checkpoints_in(run)
+    return packing.pack(
+        newest, folders, records_of(newest), options.out, parts, options.license or ""
+    )
+
+
 def _verify_command(target: Path, as_json: bool) -> int:
     target = fetched(target).folder
     if target.name == BEST and not target.exists():
@@ -419,7 +420,14 @@ def main(arguments: list[str] | None = None) -> int:
                 help="a run folder, a checkpoint folder, or hf:owner/name[@revision]",
             )
         command.add_argument("--json", action="store_true", help="print JSON")
+    packing.add_commands(commands)
     options = parser.parse_args(arguments)
+    if options.command == "unpack":
+        print(packing.unpack(options.archive, options.folder, _verified))
+        return 0
+    if options.command == "pack":
+        print(_pack(options))
+        return 0
     if options.command == "verify":
         return _verify_command(options.target, options.json)
     if options.command == "diff":

@@ -28,6 +28,7 @@ from exports import imported, measured
 from exports.alignment import check_flags
 from exports.form import Form, attribute
 from exports.table import FORMS
+from reports.card import license_id
 
 
 def parser() -> configs.Parser:
@@ -36,6 +37,13 @@ def parser() -> configs.Parser:
     for flag, form in FORMS.items():
         what.add_argument(flag, **form.flag)
     made.add_argument("--out", help="folder to write, which must not be there yet")
+    made.add_argument(
+        "--license",
+        metavar="ID",
+        type=license_id,
+        help="what the model card says, in the hub's words, such as mit (default: what the base's"
+        " own card says, if it lies in its folder)",
+    )
     for form in FORMS.values():
         for own, settings in form.own_flags.items():
             made.add_argument(own, **settings)

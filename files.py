@@ -172,6 +172,30 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """Like `whole_folder`, with the folders that it is to lie in, for what a person names. After an
+    error, an interruption or a refusal nothing is left.
+
+    Raises `PhiSightError` if `out` is there already or cannot be written.
+    """
+    out = Path(out).absolute()
+    if out.exists() or out.is_symlink():
+        raise PhiSightError(f"{out}: is there already; remove it or give another folder")
+    made: list[Path] = []
+    try:
+        made = make_folder(out.parent)
+        sweep_stale(out.parent, ".tmp-*", by_age=False)  # of writers that were killed, of any name
+        with whole_folder(out) as temporary:
+            yield temporary
+    except OSError as error:
+        raise PhiSightError(
+            f"{out}: not written ({error.strerror or error}); make room or give another folder"
+        ) from error
+    finally:
+        remove_empty(made)
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
     """Like `put_in_place`, where a folder of that name may be there already.
 

@@ -126,16 +126,16 @@ def answer_one(options: argparse.Namespace) -> int:
     ended = time.perf_counter()
     if options.json:
         times = (loaded - started, (first or ended) - loaded, ended - started)
-        seconds = [round(seconds, 3) for seconds in times]
         record = {
             "answer": text,
             "prompt": prompt,
             "images": options.image,
             "checkpoint": assistant.source,
+            "weights_digest": assistant.provenance["weights_digest"],
             "finish_reason": reply.finish_reason,
             "tokens": {"prompt": reply.prompt_tokens, "answer": reply.completion_tokens},
             "decoding": assistant.engine.decoding,
-            "seconds": dict(zip(("load", "first_token", "total"), seconds, strict=True)),
+            "seconds": dict(zip(("load", "first_token", "total"), (round(t, 3) for t in times))),
         }
         print(json.dumps(record), end="")
     print()

@@ -160,7 +160,14 @@ class Api(FastAPI):
         return await in_thread(turns, function, body, *arguments, **settings)
 
     def model(self) -> dict[str, object]:
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "phisight"}
+        """As OpenAI's, and what the weights come from: see `reports.card.provenance`."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "phisight",
+            "provenance": self.assistant.provenance,
+        }
 
     @contextmanager
     def running_answer(self, answer: Answer) -> Iterator[None]:

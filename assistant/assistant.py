@@ -8,6 +8,7 @@ import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,6 +32,8 @@ from errors import PhiSightError
 from model.build import Assembled, assemble, load_model_state
 from model.cache import default_kv_bytes
 from model.vision import VisionTower
+from packing import packed_parts
+from reports.card import provenance
 from workers.fitting import Fitted
 from workers.pool import Cancelled
 from workers.turns import Turns
@@ -74,6 +77,8 @@ class Assistant:
         `kv_bytes`: memory for the keys and values of those decoded, else `default_kv_bytes`."""
         self.parts, self.config, self.source = parts, config, source
         self.content_filter = content_filter
+        self.provenance: dict[str, Any] = {}  # of its weights, see `reports.card`
+        self.license = ""  # of its weights, where a person named one: what exports say
         self.model = parts.model.eval()
         self.model.requires_grad_(False)
         self.engine = Engine(
@@ -132,9 +137,8 @@ class Assistant:
             "base_cache": base_cache,
             "device": device,
         }
-        config = configs.replace(
-            config, **{name: value for name, value in moved.items() if value is not None}
-        )
+        given = {name: value for name, value in moved.items() if value is not None}
+        config = configs.replace(config, **(packed_parts(checkpoint.path.parent) | given))
         torch.set_num_threads(config.threads or torch.get_num_threads())
         parts = assemble(config)
         for what, named, saved, found in (
@@ -154,7 +158,9 @@ class Assistant:
             if saved != found:
                 raise PhiSightError(f"{where}: was trained on another {what} than {named}")
         load_model_state(parts.model, checkpoint.state)
-        return cls(parts, config, where, cache, max_rows, queue_limit, content_filter, kv_bytes)
+        made = cls(parts, config, where, cache, max_rows, queue_limit, content_filter, kv_bytes)
+        made.provenance = provenance(checkpoint)
+        return made
 
     def reply(
         self,

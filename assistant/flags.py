@@ -99,7 +99,7 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
     words = given.get("content_filter")
     named = ("cache", "max_rows", "queue_limit", "base_revision", "vision_revision")
     own = {name: given[name] for name in named if name in given}
-    return import_assistant().load(
+    assistant = import_assistant().load(
         options.run,
         base=options.base,
         vision=options.vision,
@@ -109,6 +109,8 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
         kv_bytes=None if kv_memory is None else kv_memory * 2**20,
         **own,
     )
+    assistant.license = given.get("license") or ""
+    return assistant
 
 
 def check_length(options: argparse.Namespace) -> None:

@@ -51,6 +51,18 @@ class TrainingData:
     fingerprint: str
     """sha256 over every rendered id, mask and picture hash, in order: any change shows"""
 
+    def counts(self) -> dict[str, int]:
+        """How much there is, for people; it tells nothing that the fingerprint does not."""
+        return {
+            "training_conversations": len(self.train),
+            "pictures": len({picture for names in self.train.images for picture in names}),
+            "tokens": sum(self.train.lengths),
+            "validation_conversations": len(self.validation),
+            "alignment_questions": sum(bool(sample.images) for sample in self.first_exchanges),
+            "quarantined": len(self.quarantined),
+            "shortened": self.shortened,
+        }
+
 
 def prepare(
     config: Config,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -15,11 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, Phi3Config
 
+import checkpoints
+import files
 from assistant.assistant import Assistant
 from data.chat import END_OF_TEXT, IMAGE_TOKEN
 from errors import PhiSightError
-from files import make_folder, remove_empty, sweep_stale, whole_folder
 from model.base import BaseModel
+from reports.card import CARD, model_card
 
 # Copied, not saved anew: transformers may rewrite a tokenizer as another class with other ids.
 TOKENIZER_FILES = (
@@ -50,34 +54,45 @@ CHAT_TEMPLATE = (
 
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `out` to write into, which gets its name when the block ends well.
-
-    After an error, an interruption or a refusal nothing is left. Raises `PhiSightError` if `out` is
-    there already or cannot be written.
-    """
-    out = Path(out).absolute()
-    if out.exists() or out.is_symlink():
-        raise PhiSightError(f"{out}: is there already; remove it or give another folder")
-    made: list[Path] = []
-    try:
-        made = make_folder(out.parent)
-        sweep_stale(out.parent, ".tmp-*", by_age=False)  # exports that were killed, of any name
-        with whole_folder(out) as temporary:
-            yield temporary
-            for path in temporary.rglob("*.safetensors"):  # they are written as 0600
-                beside = next(path.parent.glob("*.json"), None)
-                if beside:
-                    shutil.copymode(beside, path)
-    except OSError as error:
-        raise PhiSightError(
-            f"{out}: not written ({error.strerror or error}); make room or give another folder"
-        ) from error
-    finally:
-        remove_empty(made)
+    """`files.new_folder`, in which weights may be read by whoever may read what is beside them."""
+    with files.new_folder(out) as temporary:
+        yield temporary
+        for path in temporary.rglob("*.safetensors"):  # they are written as 0600
+            beside = next(path.parent.glob("*.json"), None)
+            if beside:
+                shutil.copymode(beside, path)
 
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder, by name."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def write_card(
+    folder: Path, assistant: Assistant, form: str, certificates: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """The model card of what is exported of a run, as the folder's README.md; see `reports.card`.
+
+    Raises `PhiSightError` where the run's log and its checkpoint contradict each other.
+    """
+    checkpoint = checkpoints.resolve(assistant.source)
+    card = model_card(
+        checkpoint,
+        checkpoints.records_of(checkpoint),
+        certificates,
+        form=form,
+        license=assistant.license,
+    )
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:

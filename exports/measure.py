@@ -8,7 +8,6 @@ folder's own defaults (`exports.generated`), since a folder is more than its wei
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +23,8 @@ from evaluation.meter import packed_batches, validation_loss
 from evaluation.questions import answer_prompts
 from exports.alignment import LONGEST_ANSWER, alignment_line, check_alignment
 from exports.asked import Questions, feature_store, prepared, questions_of
-from exports.folder import write_json
+from exports.folder import files_of, write_card, write_json
 from model.base import BaseModel
-from model.build import model_state
 from model.projector import ImageProjector
 from model.vlm import VisionLanguageModel
 
@@ -157,9 +155,8 @@ def certificate_of(
     return {
         "what": what,
         "checkpoint": assistant.source,
-        "weights_digest": checkpoints.weights_digest(model_state(assistant.model)),
+        "provenance": assistant.provenance,
         "base": config.base,
-        "base_fingerprint": base.fingerprint,
         "quantization": config.quantization,
         "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
         "device": assistant.parts.device.type,
@@ -220,26 +217,17 @@ def certify(
     tolerance: Tolerance | None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Write the certificate of the finished folder that `path` lies in, and return it.
+    """Write the card and the certificate of the finished folder that `path` lies in, and return
+    the certificate.
 
     Raises `PhiSightError` as `check` does; nothing is written then.
     """
-    certificate = certificate_of(
-        what, assistant, probe, before, after, tolerance, **more, files=files_of(path.parent)
-    )
+    certificate = certificate_of(what, assistant, probe, before, after, tolerance, **more)
     check(certificate)
+    write_card(path.parent, assistant, what, [certificate])
+    certificate["files"] = files_of(path.parent)
     write_json(path, certificate)
     return certificate
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder, by name."""
-    hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
 
 
 def summary(certificate: dict[str, Any], out: str) -> str:

@@ -24,7 +24,14 @@ from assistant.assistant import Assistant
 from assistant.flags import load_assistant
 from config import Config
 from errors import PhiSightError
-from exports.folder import new_folder, read_tensors, write_generation_config, write_json
+from exports.folder import (
+    files_of,
+    new_folder,
+    read_tensors,
+    write_card,
+    write_generation_config,
+    write_json,
+)
 from exports.form import Form, folder_to_write
 from exports.imported import (
     finite_number,
@@ -39,6 +46,7 @@ from model.base import find_folder, read_config, read_json
 from model.decoder import DecoderConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PROVENANCE = "provenance.json"  # what the weights come from: nothing is measured here
 PROJECTOR = "image_projector.safetensors"  # PEFT does not look at it
 PREFIX = "base_model.model."
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -122,6 +130,9 @@ def export_peft(assistant: Assistant, out: str | Path, split: bool) -> str:
         )
         save_file(projector, folder / PROJECTOR, metadata={"format": "pt"})
         write_generation_config(assistant, folder)
+        write_card(folder, assistant, "peft")
+        facts = {"what": "peft", "provenance": assistant.provenance, "files": files_of(folder)}
+        write_json(folder / PROVENANCE, facts)
     return (
         f"{out}: PEFT adapter of {count} tensors, rank {rank}, for"
         f" {'split' if split else 'fused'} projections; it belongs to {config.base} in"

@@ -9,159 +9,63 @@ data, the steps, the weights. Every export and every server says the same one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import config as configs
 from config import Config
-from errors import PhiSightError
-from manifest import digest_in
+from errors import PhiSightError, printable
+from files import read_regular
+from reports import card_sections as sections
+from reports.card_forms import FORMS
+from reports.card_sections import HUB_ID, Facts
+from reports.card_sections import hub_id as hub_id
+from reports.chain import provenance as provenance  # others call it by this module
+from reports.chain import records_to
 from reports.compare import Saved
-from reports.log import CHAIN, chain_problems, contradictions
-from reports.markdown import name
+from reports.markdown import LONGEST, name
 
-CARD, CURVES = "README.md", "curves.png"
-UNKNOWN = "unknown"  # the hub's own word for it
-ROWS = 10  # of the tables over steps
-FEW_STEPS = 100
-SMALL_GAP = 10.0  # points between the right picture and a swapped one
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+CARD = "README.md"
+UNKNOWN = "unknown"  # the hub's own word for a license that nobody knows
 LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
-ASSETS = "assets/"  # of this project: whoever has it has what lies there
+# As the head of the base's own card has it. A name alone: a list or a text is not one to take over.
+_LICENSE_LINE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9.+-]+)[\"']?[ \t]*$", re.MULTILINE)
+CARD_BYTES = 2**20  # of a base's card
 
 
-@dataclass(frozen=True)
-class Form:
-    """What a folder that gets a card is."""
-
-    what: str
-    """ends the sentence "This folder holds ..." """
-    library: str
-    task: str
-    relation: str
-    """to the base, in the hub's words"""
-    usage: str
-    """code that asks the model; {where} is the folder's or the repository's name"""
+# -- the license ----------------------------------------------------------------------------------
 
 
-_TEXT = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{where}")
-tokenizer = AutoTokenizer.from_pretrained("{where}")
-messages = [{{"role": "user", "content": "Hello"}}]
-ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids)[0]))
-```"""
-_PIPELINE = """```python
-from transformers import pipeline
-
-ask = pipeline("image-text-to-text", model="{where}")
-content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is there?"}}]
-print(ask([{{"role": "user", "content": content}}]))
-```"""
-_PEFT = """```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "{where}")  # base: the model it was trained over, loaded
-```"""
-_RUN = """```sh
-python infer.py --run {where} --image picture.png --prompt "What is there?"
-```"""
-FORMS = {
-    "run": Form(
-        "a run of PhiSight: the adapter and the projector, with the log of their training",
-        "phisight",
-        "image-text-to-text",
-        "adapter",
-        _RUN,
-    ),
-    "peft": Form("the adapter in PEFT's form", "peft", "text-generation", "adapter", _PEFT),
-    "merge": Form(
-        "the language model with the adapter merged: it reads text, and sees no pictures",
-        "transformers",
-        "text-generation",
-        "finetune",
-        _TEXT,
-    ),
-    "requantize": Form(
-        "the language model with the adapter merged, in 4 bits: it reads text, and sees no"
-        " pictures",
-        "transformers",
-        "text-generation",
-        "quantized",
-        _TEXT,
-    ),
-    "prune": Form(
-        "the language model with the adapter merged and channels cut out: it reads text, and sees"
-        " no pictures",
-        "transformers",
-        "text-generation",
-        "finetune",
-        _TEXT,
-    ),
-    "llava": Form(
-        "the whole model as `LlavaForConditionalGeneration`, with its CLIP and its processor",
-        "transformers",
-        "image-text-to-text",
-        "finetune",
-        _PIPELINE,
-    ),
-}
-"""by what a certificate calls it"""
-
-
-# -- the chain ------------------------------------------------------------------------------------
-
-
-def provenance(saved: Saved, records: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """One chain from the data to the weights, as JSON holds it: sha256 digests, and the step.
-
-    Args:
-        saved: a checkpoint of a run.
-        records: its log, which may go on after the checkpoint; without it the checkpoint alone is
-            asked, which was verified when it was read.
-
-    Returns:
-        "data_fingerprint", "base_fingerprint", "vision_fingerprint", "step", "steps_digest" (over
-        every step's loss, gradient norm and place), "chain" (of the last record of the log up to
-        the checkpoint), "weights_digest", and "started_from", the weights digest of the run whose
-        weights this one began with. None for what the checkpoint does not say, as an imported one.
-
-    Raises:
-        PhiSightError: the log and the checkpoint contradict each other.
-    """
-    records_to(saved, records)
-    config, state = saved.config, saved.trainer_state
-    return {
-        "data_fingerprint": config.get("data_fingerprint"),
-        "base_fingerprint": config.get("base_fingerprint"),
-        "vision_fingerprint": config.get("vision_fingerprint"),
-        "step": saved.step,
-        "steps_digest": state.get("steps_digest") or None,
-        CHAIN: state.get(CHAIN) or None,
-        "weights_digest": digest_in(saved.manifest),
-        "started_from": (config.get("started_from") or {}).get("weights_digest"),
-    }
-
-
-def records_to(saved: Saved, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records of the log up to the checkpoint. Raises `PhiSightError` where it is the log of
-    another run, or was edited."""
-    chain = saved.trainer_state.get(CHAIN, "")
-    links = [record.get(CHAIN) for record in records]
-    known = list(records[: links.index(chain) + 1]) if chain in links else []
-    wrong = chain_problems(known)
-    if not wrong and records and chain:
-        wrong = contradictions(known, saved.step, chain, digest_in(saved.manifest))
-    if wrong:
+def license_id(given: str) -> str:
+    """A license as the hub names it. Raises `PhiSightError` for what is not such a name."""
+    if not LICENSE_ID.fullmatch(given):
         raise PhiSightError(
-            f"{saved.path}: {wrong[0]}; put back the log that belongs to this run, or the"
-            " checkpoint that does"
+            f"--license {printable(given, LONGEST)!r}: not an id of the hub; give one such as mit"
+            " or apache-2.0"
         )
-    return known
+    return given
+
+
+def license_of_base(config: Config) -> str:
+    """The license that the base's own card names, where one lies in its folder or in the hub's
+    cache on this machine; else "". Nothing is downloaded."""
+    card = Path(config.base) / CARD
+    if hub_id(config.base):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(config.base, CARD, revision=config.base_revision or None)
+        if not isinstance(found, str):
+            return ""
+        card = Path(found)
+    try:
+        text = read_regular(card, CARD_BYTES).decode("utf-8", "replace")
+    except OSError:  # a base without a card, or one too long to be one
+        return ""
+    head = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    match = _LICENSE_LINE.search(head)
+    license = match[1].lower() if match else ""
+    return license if LICENSE_ID.fullmatch(license) else ""
 
 
 # -- the card -------------------------------------------------------------------------------------
@@ -183,7 +87,7 @@ def model_card(
         certificates: of exports of these weights, as `exports.measure` makes them.
         repository: owner/name on the hub, if it has one.
         form: what the folder is, a name of `FORMS`.
-        license: an id of the hub such as "mit"; empty if it is not known.
+        license: an id of the hub such as "mit"; empty for what `license_of_base` finds.
 
     Raises:
         PhiSightError: the checkpoint is not that of a run, the log is of another one, or a name is
@@ -191,41 +95,55 @@ def model_card(
     """
     if repository and not HUB_ID.fullmatch(repository):
         raise PhiSightError(f"{repository!r}: not a name on the hub; give it as owner/name")
-    if license and not LICENSE_ID.fullmatch(license):
-        raise PhiSightError(
-            f"--license {license!r}: not an id of the hub; give one such as mit or apache-2.0"
-        )
     known = records_to(saved, records)
     config = configs.from_dict(saved.config["config"], str(saved.path))
-    kind = FORMS[form]
-    title = repository.rpartition("/")[2] or Path(config.run).name or "run"
+    facts = Facts(
+        config=config,
+        saved=saved,
+        records=known,
+        form=FORMS[form],
+        title=repository.rpartition("/")[2] or Path(config.run).name or "run",
+        repository=repository,
+        license=license_id(license) if license else license_of_base(config) or UNKNOWN,
+        chain=provenance(saved, known),
+        certificates=certificates,
+    )
     parts = [
-        f"# {name(title)}",
-        f"This folder holds {kind.what}.",
+        f"# {name(facts.title)}",
+        sections.opening(facts),
+        *(part for part in (section(facts) for section in sections.SECTIONS) if part),
     ]
-    return f"---\n{_head(config, kind, title, known, license)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{head_of(facts)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def hub_id(base: str) -> str:
-    """The id of a model on the hub, or "" for what lies in a folder."""
-    return base if HUB_ID.fullmatch(base) and not Path(base).exists() else ""
-
-
-def _head(
-    config: Config,
-    kind: Form,
-    title: str,
-    records: Iterable[Mapping[str, Any]],
-    license: str,
-) -> str:
+def head_of(facts: Facts) -> str:
     """The YAML that the hub reads, without its marks."""
-    from huggingface_hub import ModelCardData  # a tenth of a second, for cards alone
+    from huggingface_hub import EvalResult, ModelCardData  # 0.1 s, for cards alone
 
+    task, config = facts.form.task, facts.config
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="validation",
+            dataset_name="validation conversations of the run",
+            dataset_args={"data_fingerprint": facts.chain["data_fingerprint"]},
+            metric_type=kind,
+            metric_name=said,
+            metric_value=value,
+        )
+        for kind, said, value in sections.metrics(facts)
+    ]
+    base = hub_id(config.base)
+    more: dict[str, Any] = {"base_model_relation": facts.form.relation} if base else {}
     data = ModelCardData(
-        license=license or UNKNOWN,
-        base_model=hub_id(config.base) or None,
-        library_name=kind.library,
-        pipeline_tag=kind.task,
-        tags=["phisight"],
+        license=facts.license,
+        base_model=base or None,
+        library_name=facts.form.library,
+        pipeline_tag=task,
+        tags=sections.tags(facts),
+        # Each of them is asked for by the other.
+        model_name=printable(facts.title, LONGEST) if results else None,
+        eval_results=results or None,
+        **more,
     )
     return data.to_yaml()

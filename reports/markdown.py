@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from errors import printable
 
-LONGEST = 200  # characters of a text that are shown
-_HARMLESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+LONGEST = 400  # characters of a text that are shown
+_HARMLESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+:-]*")
 # Any ASCII punctuation may stand behind a backslash (CommonMark 0.31, 2.4).
 _ESCAPED = {ord(character): f"\\{character}" for character in string.punctuation}
 

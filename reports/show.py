@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reports.card import provenance
 from reports.compare import Saved
 from reports.log import TIMING
 from tensors import finite
@@ -73,6 +74,7 @@ def summarise(saved: Saved, owners: Mapping[str, str]) -> dict[str, Any]:
         "owners": totals,
         "change_since_step": change.get("since_step"),
         "versions": saved.config.get("versions"),
+        "provenance": provenance(saved),
         "trainer_state": saved.trainer_state,
     }
 
@@ -112,7 +114,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         )
     if summary["change_since_step"] is not None:
         print(f"change: L2 norm since the save of step {summary['change_since_step']}")
-    fields = {"versions": summary["versions"]} | summary["trainer_state"]
+    digest = summary["provenance"]["weights_digest"]
+    fields = {"versions": summary["versions"], "weights_digest": digest} | summary["trainer_state"]
     for key, value in fields.items():
         if key == "recent_losses" and isinstance(value, list):
             key, value = "last losses", value[-5:]

@@ -63,6 +63,7 @@ def test_infer_streams_the_answer_that_json_gives_whole(capsys):
         "prompt",
         "images",
         "checkpoint",
+        "weights_digest",
         "finish_reason",
         "tokens",
         "decoding",

@@ -111,7 +111,7 @@ def test_the_certificate_says_what_was_measured_and_on_what(merged, assistant, p
     assert on["data_fingerprint"] == checkpoint.config["data_fingerprint"]
     assert on["data_are_those_of_the_run"] and on["questions"] == 8
     assert on["conversations"] == sum(len(samples) for _, samples in probe.batches)
-    assert found["weights_digest"] == checkpoints.weights_digest(checkpoint.state)
+    assert found["provenance"]["weights_digest"] == checkpoints.weights_digest(checkpoint.state)
     assert found["dtype"] == "float32" and found["versions"]["torch"] == torch.__version__
     assert set(found["files"]) == {path.name for path in merged.iterdir()} - {CERTIFICATE}
 

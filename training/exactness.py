@@ -60,6 +60,7 @@ def describe_run(
         "base_fingerprint": parts.base.fingerprint,
         "vision_fingerprint": parts.vision.key,
         "data_fingerprint": data.fingerprint,
+        "data_counts": data.counts(),
         "compute_dtype": str(parts.base.compute_dtype).removeprefix("torch."),
         "device": parts.device.type,
         "threads": torch.get_num_threads(),
@@ -91,7 +92,9 @@ def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any], *free: 
     without_effect = (f"config.{name}" for name in configs.fields_without_effect())
     # As this version would write it: with what describes the checkpoints of before a field.
     written = configs.to_dict(configs.from_dict(saved["config"], "the checkpoint"))
-    ignored = (*without_effect, *free)
+    # The counts follow from the data, of which the fingerprint is compared; checkpoints of former
+    # versions have none.
+    ignored = ("data_counts", *without_effect, *free)
     return compare_configs({**saved, "config": written}, dict(current), ignored)
 
 

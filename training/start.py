@@ -12,6 +12,7 @@ from checkpoint_state import need_run
 from config import Config
 from errors import PhiSightError
 from model.build import Assembled, load_model_state, model_state
+from packing import packed_parts
 from paths import command
 from tensors import mismatches
 from training.exactness import changed_fields
@@ -40,7 +41,8 @@ def starting_point(
                 f" cannot be gone on with; {begin_anew(config.run, saved)}"
             )
         # What was given wins over what was saved; `check_same_run` says what that would cost.
-        return configs.replace(saved, **(options.given | {"run": config.run})), checkpoint
+        places = packed_parts(config.run) | options.given | {"run": config.run}
+        return configs.replace(saved, **places), checkpoint
     if names and not options.overwrite:
         raise PhiSightError(
             f"{config.run}: holds {names[-1]} already; go on with --resume, start anew with"

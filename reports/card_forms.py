@@ -1,0 +1,86 @@
+"""What a folder that gets a model card is: a run, or an export of one; and how it is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a folder that gets a card is."""
+
+    what: str
+    """ends the sentence "This folder holds ..." """
+    library: str
+    task: str
+    relation: str
+    """to the base, in the hub's words"""
+    usage: str
+    """code that asks the model; {where} is the folder's or the repository's name"""
+
+
+_TEXT = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{where}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")
+messages = [{{"role": "user", "content": "Hello"}}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids)[0]))
+```"""
+_PIPELINE = """```python
+from transformers import pipeline
+
+ask = pipeline("image-text-to-text", model="{where}")
+content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is there?"}}]
+print(ask([{{"role": "user", "content": content}}]))
+```"""
+_PEFT = """```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "{where}")  # base: the model it was trained over, loaded
+```"""
+_RUN = """```sh
+python infer.py --run {where} --image picture.png --prompt "What is there?"
+```"""
+FORMS = {
+    "run": Form(
+        "a run of PhiSight: the adapter and the projector, with the log of their training",
+        "phisight",
+        "image-text-to-text",
+        "adapter",
+        _RUN,
+    ),
+    "peft": Form("the adapter in PEFT's form", "peft", "text-generation", "adapter", _PEFT),
+    "merge": Form(
+        "the language model with the adapter merged: it reads text, and sees no pictures",
+        "transformers",
+        "text-generation",
+        "finetune",
+        _TEXT,
+    ),
+    "requantize": Form(
+        "the language model with the adapter merged, in 4 bits: it reads text, and sees no"
+        " pictures",
+        "transformers",
+        "text-generation",
+        "quantized",
+        _TEXT,
+    ),
+    "prune": Form(
+        "the language model with the adapter merged and channels cut out: it reads text, and sees"
+        " no pictures",
+        "transformers",
+        "text-generation",
+        "finetune",
+        _TEXT,
+    ),
+    "llava": Form(
+        "the whole model as `LlavaForConditionalGeneration`, with its CLIP and its processor",
+        "transformers",
+        "image-text-to-text",
+        "finetune",
+        _PIPELINE,
+    ),
+}
+"""by what a certificate calls it"""
