@@ -23,10 +23,8 @@ def carried_files(project: Path, command: str) -> list[Path]:
             continue
         modules.add(path)
         tree = ast.parse((project / path).read_bytes(), str(path))
-        for name in imports_of(tree):
-            waiting += files_of(project, name)
-        for name in texts_of(tree):
-            waiting += files_of(project, name, whole=True)
+        for name, is_import in names_in(tree):
+            waiting += files_of(project, name, whole=not is_import)
     rooms = {path.parent for path in modules} - {Path()}
     beside = {
         path.relative_to(project)
@@ -37,39 +35,32 @@ def carried_files(project: Path, command: str) -> list[Path]:
     return sorted(modules | beside)
 
 
-def imports_of(tree: ast.AST) -> Iterator[str]:
-    """The dotted name of every import of a module, in functions too; `from a import b` is "a.b"."""
+def names_in(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """(dotted name, True) of every import of a module, in functions too, where `from a import b` is
+    "a.b"; and (text, False) of every text in it that has the form of a dotted name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, True) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def texts_of(tree: ast.AST) -> Iterator[str]:
-    """The texts of a module that have the form of a dotted name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from ((f"{node.module}.{alias.name}", True) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if _NAMED.fullmatch(node.value):
-                yield node.value
+                yield node.value, False
 
 
 def files_of(project: Path, name: str, whole: bool = False) -> list[Path]:
     """The files below `project` that an import of a dotted name runs: its packages' and its own;
     none for a name that is not the project's. The last part may name something in a module, but
     for `whole` names of modules."""
-    found = []
+    found: list[Path] = []
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         path = Path(*parts[:end])
-        files = [
-            file
-            for file in (path.with_suffix(".py"), path / "__init__.py")
-            if (project / file).is_file()
-        ]
-        if not files and whole:
+        files = [path.with_suffix(".py"), path / "__init__.py"]
+        there = [file for file in files if (project / file).is_file()]
+        if whole and end == len(parts) and not there:
             return []
-        found += files[:1]
+        found += there[:1]
     return found
 
 

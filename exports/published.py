@@ -65,6 +65,7 @@ def write_published(
     certificates: Sequence[Mapping[str, Any]] = (),
     repository: str = "",
     config: Config | None = None,
+    license: str = "",
 ) -> Checkpoint:
     """Write a run with this one checkpoint into `folder`, which is made or empty.
 
@@ -73,6 +74,7 @@ def write_published(
         repository: the hub's name that the card is for, owner/name; "" for none.
         config: what to say of base and CLIP, where that is not what the checkpoint says: one of
             another place, which the caller has compared by its fingerprint.
+        license: for the card, an id of the hub; "" for what the base's own card says.
 
     Returns:
         The checkpoint as it was written and read back.
@@ -99,7 +101,7 @@ def write_published(
     records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
     if records:
         draw_curves(records, folder / CURVES)
-    card = model_card(published, records, certificates, repository)
+    card = model_card(published, records, certificates, repository, license=license)
     (folder / CARD).write_text(card, encoding="utf-8")
     return published
 

@@ -38,13 +38,13 @@ from errors import PhiSightError
 from evaluation.questions import REPORTED_ONLY
 from exports.alignment import alignment_line, alignment_of_run, check_alignment
 from exports.carried import carried_files, carry
-from exports.folder import new_folder
+from exports.folder import new_folder, write_json
 from exports.form import Form, folder_to_write, typed
 from exports.measured import DATA_FIELDS
-from exports.published import CARD, IN_HUB_CACHE, SHIPPED, write_published
+from exports.published import CARD, CURVES, IN_HUB_CACHE, SHIPPED, without_paths, write_published
+from exports.push import CERTIFICATE
 from model import base, vision
-from reports.card import model_card
-from reports.log import METRICS, read_metrics
+from reports.card import model_card, provenance
 
 REQUIREMENTS, SYSTEM_PACKAGES = "requirements.txt", "packages.txt"
 RUN, EXAMPLES = "run", "examples"
@@ -65,13 +65,7 @@ ABOUT = """
 
 This Space answers questions about pictures. Its settings stand in `space.json`, and `python app.py`
 in a copy of this folder shows the same page on your own machine. What visitors upload is removed
-after a day at the latest.
-
-When this Space was made, the run was asked whether its answers come from the picture:
-
-    {alignment}
-
-What follows is the card of the run that answers.
+after a day at the latest. What follows is the card of the run that answers.
 """
 
 
@@ -122,7 +116,7 @@ def export_space(
         (folder / ".gitignore").write_text(f"{space.STORED}/\n__pycache__/\n")
         parts = {name: place(config, name, folder, copy_base) for name in ("base", "vision")}
         speech = place_speech(config.speech, folder)
-        run, card = place_run(assistant, parts, folder)
+        run, card = place_run(assistant, parts, alignment, folder)
         shown = write_held_out(config, folder / EXAMPLES)
         space.Space(
             run=run,
@@ -135,9 +129,9 @@ def export_space(
             examples=EXAMPLES,
         ).write(folder)
         head = front_matter(assistant, title, run, list(parts.values()), card, hardware)
-        measured = alignment_line(alignment).replace("\n", "\n    ")
-        about = ABOUT.format(title=title, alignment=measured)
-        text = f"---\n{head}\n---\n{about}\n{card.text.strip()}\n"
+        about, said = ABOUT.format(title=title), card.text.strip()
+        said = said.replace(f"]({CURVES})", f"]({where_it_lies(run)}/{CURVES})")
+        text = f"---\n{head}\n---\n{about}\n{said}\n"
         (folder / CARD).write_text(text, encoding="utf-8")
     lines = [f"{out}: a Space with {assistant.source}; `python app.py` in that folder starts it"]
     if config.speech and not speech:
@@ -196,24 +190,41 @@ def place_speech(name: str, folder: Path) -> str:
     return inside.as_posix()
 
 
-def place_run(assistant: Assistant, parts: Mapping[str, Part], folder: Path) -> tuple[str, Any]:
+def place_run(
+    assistant: Assistant, parts: Mapping[str, Part], alignment: Mapping[str, Any], folder: Path
+) -> tuple[str, Any]:
     """The name of the run in the Space, and its model card (a `ModelCard`). One of the hub stays
     there, named by its commit."""
     from huggingface_hub import ModelCard
 
-    checkpoint = checkpoints.resolve(assistant.source)
+    checkpoint, license = checkpoints.resolve(assistant.source), assistant.license
+    certificates = [
+        {
+            "what": RUN,
+            "provenance": provenance(checkpoint),
+            "alignment": without_paths(alignment, assistant.config),
+        }
+    ]
     if hub.is_reference(assistant.source):
-        log = checkpoint.path.parent / METRICS
-        records = read_metrics(log) if log.exists() else []
-        card = model_card(checkpoint, records, repository=hub.model_name(assistant.source))
+        records, name = checkpoints.records_of(checkpoint), hub.model_name(assistant.source)
+        card = model_card(checkpoint, records, certificates, name, license=license)
         return assistant.source, ModelCard(card)
     where = {
         **{name: part.name for name, part in parts.items()},
         **{f"{name}_revision": part.revision for name, part in parts.items()},
     }
     said = configs.replace(assistant.config, **where)
-    write_published(folder / RUN, checkpoint, config=said)
+    write_published(folder / RUN, checkpoint, certificates, config=said, license=license)
+    write_json(folder / RUN / CERTIFICATE, certificates[0])
     return RUN, ModelCard.load(folder / RUN / CARD)
+
+
+def where_it_lies(run: str) -> str:
+    """What a link in the Space's README names the run by."""
+    if not hub.is_reference(run):
+        return run
+    named = hub.parse(run)
+    return f"{space.HUB}/{named.repository}/resolve/{named.revision}"
 
 
 def write_held_out(config: Config, folder: Path) -> list[Example]:
