@@ -66,6 +66,9 @@ NOT_RUN = {
     "python export.py --llava runs/llava": EXPORTS,
     "python export.py --requantize --out runs/four-bit": EXPORTS,
     "python export.py --prune 0.1 --out runs/pruned": EXPORTS,
+    "python export.py --space runs/space": "tests/test_space.py runs it on a run that was trained",
+    "hf upload --repo-type space owner/name runs/space": "sends files to the hub",
+    "python -m tools.try_space runs/space": MINUTES,
     "python export.py --import-seed seed --out runs/seed": EXPORTS,
     "PHISIGHT_API_KEY=secret python serve.py --host 0.0.0.0": "other machines could reach it;"
     " tests/test_serve_process.py starts it",
