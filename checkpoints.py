@@ -306,7 +306,11 @@ def resolve(path: str | Path) -> Checkpoint:
     hf:owner/name[@revision]."""
     run = fetched(path)
     if run.name:
-        return dataclasses.replace(load_newest(run.folder), published_as=run.name)
+        try:
+            return dataclasses.replace(load_newest(run.folder), published_as=run.name)
+        except PhiSightError as error:
+            again = f"remove {run.folder}, and it is fetched again"
+            raise PhiSightError(f"{run.name}: not as it was fetched; {again} ({error})") from error
     path = run.folder
     if path.name == BEST and not path.exists():
         return load_best(path.parent)

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from errors import PhiSightError, printable
 from fields import shown
-from files import put_in_place, sync_tree, write_whole
+from files import put_in_place, read_regular, sync_tree, write_whole
 from paths import HUB_RUN
 
 TOKENIZER_LAYOUT = "tokenizer.json and tokenizer_config.json"
@@ -99,11 +99,12 @@ def _snapshot(
 
 def failures() -> tuple[type[Exception], ...]:
     """Every network, cache and naming error of the hub; most of its own are OSError or
-    ValueError."""
+    ValueError, and RuntimeError says which file the one behind it is about."""
     from huggingface_hub import errors
 
     return (
         OSError,
+        RuntimeError,
         ValueError,
         errors.HTTPError,
         errors.EntryNotFoundError,
@@ -120,8 +121,11 @@ def first_line(error: BaseException) -> str:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status that the hub answered with; None where it did not answer."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
+    for one in (error, error.__cause__):
+        status = getattr(getattr(one, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
 
 
 def reason_of(error: BaseException) -> tuple[str, str]:
@@ -129,7 +133,7 @@ def reason_of(error: BaseException) -> tuple[str, str]:
     from huggingface_hub import errors
 
     log_in = "check the name, or log in with `hf auth login` if it is private"
-    again = "try again; what was fetched so far is kept"
+    again = "try again; the files that came whole are kept"
     if isinstance(error, errors.GatedRepoError):
         return "its owner gives it to some people only", "ask there, and log in: `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -138,10 +142,9 @@ def reason_of(error: BaseException) -> tuple[str, str]:
         return "the repository has no such revision", "name a branch, a tag or a commit that it has"
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
         return f"it cannot be kept here ({error})", "make room, or set HF_HOME to another folder"
-    cause = error if status_of(error) else error.__cause__ or error
-    if status := status_of(cause):
+    if status := status_of(error):
         return f"the hub answered with status {status}", (log_in if status < 500 else again)
-    return f"the hub did not give it ({first_line(cause)})", again
+    return f"the hub did not give it ({first_line(error.__cause__ or error)})", again
 
 
 @contextlib.contextmanager
@@ -293,8 +296,7 @@ def fetch_run(
     if COMMIT.fullmatch(reference.revision) and (home / reference.revision).is_dir():
         return Fetched(home / reference.revision, str(reference))
     if constants.is_offline_mode():
-        known = named.read_text(encoding="ascii").strip() if named.is_file() else ""
-        if not COMMIT.fullmatch(known) or not (home / known).is_dir():
+        if not (known := _known(home, named)):
             raise PhiSightError(
                 f"{reference}: HF_HUB_OFFLINE is set, and it was never fetched to this machine;"
                 " unset it, or name a folder"
@@ -310,8 +312,21 @@ def fetch_run(
         write_whole(named, commit.encode())
     except failures() as error:
         reason, remedy = reason_of(error)
+        if status_of(error) is None and _known(home, named):
+            remedy = (
+                f"try again, or set HF_HUB_OFFLINE=1 for what was fetched: {_known(home, named)}"
+            )
         raise PhiSightError(f"{reference}: {reason}; {remedy}") from error
     return Fetched(home / commit, str(pinned))
+
+
+def _known(home: Path, named: Path) -> str:
+    """The commit that a branch or a tag was, if it is on this machine; else ""."""
+    try:
+        commit = read_regular(named, 100).decode("ascii")
+    except (OSError, ValueError):
+        return ""
+    return commit if COMMIT.fullmatch(commit) and (home / commit).is_dir() else ""
 
 
 def _chosen(
@@ -348,9 +363,9 @@ def _download(
     home: Path,
     verify: Verify,
 ) -> None:
-    """Fetch the files of a commit into a folder that is named once it is right. What a broken
-    connection left is gone on with the next time; what is wrong is removed."""
-    from huggingface_hub import constants, hf_hub_download
+    """Fetch the files of a commit into a folder that is named once it is right. Where a connection
+    breaks, those that came whole are kept for the next time; what is wrong is removed."""
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import WeakFileLock
 
     final, partial = home / pinned.revision, home / f".partial-{pinned.revision}"
@@ -364,7 +379,6 @@ def _download(
                 file.name,
                 revision=pinned.revision,
                 local_dir=partial,
-                endpoint=constants.ENDPOINT,
                 etag_timeout=SECONDS,
             )
         shutil.rmtree(partial / ".cache", ignore_errors=True)  # what the hub noted meanwhile

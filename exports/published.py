@@ -34,7 +34,7 @@ from fields import PATH, PATH_OR_NAME
 from files import open_regular
 from reports.card import CARD, model_card
 from reports.curves import draw_curves
-from reports.log import METRICS, read_metrics
+from reports.log import METRICS
 
 CURVES = "curves.png"
 MODELS = ("base", "vision")  # what others must find
@@ -74,7 +74,7 @@ def write_published(
         repository: the hub's name that the card is for, owner/name; "" for none.
         config: what to say of base and CLIP, where that is not what the checkpoint says: one of
             another place, which the caller has compared by its fingerprint.
-        license: for the card, an id of the hub; "" for what the base's own card says.
+        license: for the card, see `reports.card.model_card`.
 
     Returns:
         The checkpoint as it was written and read back.
@@ -98,8 +98,7 @@ def write_published(
         _CopiedTokenizer(checkpoint.path / "tokenizer"),
     )
     published = checkpoints.load(path)
-    records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
-    if records:
+    if records := checkpoints.records_of(published):
         draw_curves(records, folder / CURVES)
     card = model_card(published, records, certificates, repository, license=license)
     (folder / CARD).write_text(card, encoding="utf-8")

@@ -33,7 +33,6 @@ from exports.published import without_paths, write_published
 from exports.upload import account, files_of, upload
 from hub import File
 from paths import command
-from reports.card import provenance
 
 CERTIFICATE = "certificate.json"
 LONGEST_MESSAGE = 200
@@ -100,15 +99,13 @@ def write_repository(
     checkpoint = checkpoints.resolve(assistant.source)
     config = configs.from_dict(checkpoint.config["config"], checkpoint.name)
     config = configs.replace(config, **typed(options, ("base", "vision")))
-    certificate = {
-        "what": "run",
-        "provenance": provenance(checkpoint),
-        "alignment": alignment,
-    }
-    published = write_published(folder, checkpoint, [certificate], repository, config)
-    write_json(folder / CERTIFICATE, certificate)
-    said = configs.from_dict(published.config["config"], published.name)
-    write_peft(folder, published.state["lora_weights"], {}, said)
+    said = {"what": "run", "provenance": assistant.provenance, "alignment": alignment}
+    published = write_published(
+        folder, checkpoint, [said], repository, config, license=assistant.license
+    )
+    write_json(folder / CERTIFICATE, said)
+    public = configs.from_dict(published.config["config"], published.name)
+    write_peft(folder, published.state["lora_weights"], {}, public)
     write_generation_config(assistant, folder)
     return published
 

@@ -38,6 +38,7 @@ WHOLE_SET_UP = "sets up and runs everything"
 MINUTES = "takes minutes"
 FULL_SIZE = "needs a download, a GPU or files of full size"
 EXPORTS = "tests/test_export.py runs it on a run that was trained"
+HUB = "speaks with the hub; tests/test_hub_runs.py runs it against one on this machine"
 NOT_RUN = {
     "make demo": WHOLE_SET_UP,
     "make test": WHOLE_SET_UP,
@@ -70,6 +71,11 @@ NOT_RUN = {
     "hf upload --repo-type space owner/name runs/space": "sends files to the hub",
     "python -m tools.try_space runs/space": MINUTES,
     "python export.py --import-seed seed --out runs/seed": EXPORTS,
+    "hf auth login": "asks for a token",
+    "python export.py --push owner/name --yes": HUB,
+    'python infer.py --run hf:owner/name --image picture.png --prompt "What is there?"': HUB,
+    "python checkpoints.py verify hf:owner/name@v1": HUB,
+    "python train.py --run runs/next --start-from hf:owner/name": HUB,
     "PHISIGHT_API_KEY=secret python serve.py --host 0.0.0.0": "other machines could reach it;"
     " tests/test_serve_process.py starts it",
     "python serve.py --app": "tests/test_serve_process.py starts it",
