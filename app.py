@@ -28,6 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_door_flags(parser, port=7860)
     for part in ("base", "vision"):
         parser.add_argument(f"--{part}-revision", help=f"of the hub, if not the run's {part}'s")
+    parser.add_argument("--threads", type=int, help="of the CPU; 0 for all (default: the run's)")
     parser.add_argument(
         "--conversations",
         default=paths.located("cache/conversations"),

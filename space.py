@@ -175,6 +175,7 @@ def flags(space: Space, folder: Path, storage: Storage, environ: Mapping[str, st
         f"--vision-revision={space.vision_revision}",
         f"--base-cache={storage.kept / 'bases' if space.keeps_base else ''}",
         f"--speech={located(space.speech) if space.speech else ''}",
+        "--threads=0",  # as many as `Storage.environment` says, not as on the machine that trained
         f"--examples={folder / space.examples}",
         f"--conversations={storage.passing / 'conversations'}",
         "--public",

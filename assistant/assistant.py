@@ -112,6 +112,7 @@ class Assistant:
         device: str | None = None,
         base_revision: str | None = None,
         vision_revision: str | None = None,
+        threads: int | None = None,
         cache: bool = True,
         max_rows: int = 16,
         queue_limit: int = 64,
@@ -120,9 +121,9 @@ class Assistant:
     ) -> Assistant:
         """From a run's newest valid checkpoint, from one checkpoint folder, or from the hub.
 
-        `base`, `vision`, their revisions, `base_cache` and `device` stand in for those of the saved
-        config, such as `base` for a folder that has moved. Raises `PhiSightError` when there is no
-        checkpoint, it does not verify, or is of another base.
+        `base` to `threads` stand in for fields of the saved config, such as `base` for a folder
+        that has moved. Raises `PhiSightError` when there is no checkpoint, it does not verify, or
+        is of another base.
         """
         share_heaps()
         checkpoint = checkpoints.resolve(run_or_checkpoint)
@@ -136,6 +137,7 @@ class Assistant:
             "vision_revision": vision_revision,
             "base_cache": base_cache,
             "device": device,
+            "threads": threads,
         }
         given = {name: value for name, value in moved.items() if value is not None}
         config = configs.replace(config, **(packed_parts(checkpoint.path.parent) | given))

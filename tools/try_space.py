@@ -63,7 +63,7 @@ def installed(folder: Path, environment: Path) -> Path:
     venv.create(environment, with_pip=True)
     python = environment / "bin/python"
     added = [package.format(gradio=pinned("gradio")) for package in BUILDER_ADDS]
-    pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     done = subprocess.run([*pip, "-r", folder / REQUIREMENTS, *added], check=False)
     if done.returncode:
         raise PhiSightError(f"{folder / REQUIREMENTS}: pip could not install it; see above")
