@@ -3,7 +3,7 @@
     README.md           the Space's settings, then what the model card says
     app.py, api/, ...   this project's code, as far as app.py imports it
     space.json          what app.py shows there: see `space.Space`
-    requirements.txt    this project's pins; packages.txt: Debian's espeak-ng, for spoken answers
+    requirements.txt    this project's pins; packages.txt is Debian's espeak-ng, for spoken answers
     run/                the run, as it is published; none for a run of the hub (--run hf:...)
     assets/             base, CLIP and Whisper that come with this project, if they are the run's
     examples/           held-out pictures and questions to begin with, where they are there
@@ -46,7 +46,9 @@ from exports.push import CERTIFICATE
 from model import base, vision
 from reports.card import model_card, provenance
 
-REQUIREMENTS, SYSTEM_PACKAGES = "requirements.txt", "packages.txt"
+REQUIREMENTS, EXTRAS = "requirements.txt", "requirements-extras.txt"
+SYSTEM_PACKAGES = "packages.txt"
+READS_RECORDINGS = "av"  # the one of the extras that the app has use for
 RUN, EXAMPLES = "run", "examples"
 OWN = Path(SHIPPED) / "own"  # where --copy-base puts a base and a CLIP that nobody else has
 MOST_EXAMPLES = 3
@@ -110,7 +112,9 @@ def export_space(
     title = title or f"PhiSight {hub.model_name(assistant.source).rpartition('/')[2]}"
     with new_folder(out) as folder:
         carry(project, carried_files(project, "app.py"), folder)
-        carry(project, [Path(REQUIREMENTS), Path("LICENSE")], folder)
+        carry(project, [Path("LICENSE")], folder)
+        pins = [*pins_of(REQUIREMENTS), *pins_of(EXTRAS, READS_RECORDINGS)]
+        (folder / REQUIREMENTS).write_text("\n".join(pins) + "\n")
         (folder / SYSTEM_PACKAGES).write_text("espeak-ng\n")
         (folder / ".gitattributes").write_text(LARGE_FILES)
         (folder / ".gitignore").write_text(f"{space.STORED}/\n__pycache__/\n")
@@ -304,11 +308,16 @@ def front_matter(
     return data.to_yaml().strip()
 
 
+def pins_of(file: str, package: str = "") -> list[str]:
+    """The lines of a file of this project's requirements, or the one of a package."""
+    lines = (paths.PROJECT / file).read_text().split()
+    return [line for line in lines if line.startswith(f"{package}==") or not package]
+
+
 def pinned(package: str) -> str:
     """The version of a package in requirements.txt."""
-    lines = (paths.PROJECT / REQUIREMENTS).read_text().splitlines()
-    [version] = [line.partition("==")[2] for line in lines if line.startswith(f"{package}==")]
-    return version
+    [line] = pins_of(REQUIREMENTS, package)
+    return line.partition("==")[2]
 
 
 # -- the command -----------------------------------------------------------------------------------
