@@ -143,22 +143,7 @@ class Assistant:
         config = configs.replace(config, **(packed_parts(checkpoint.path.parent) | given))
         torch.set_num_threads(config.threads or torch.get_num_threads())
         parts = assemble(config)
-        for what, named, saved, found in (
-            (
-                "base",
-                f"{config.base}; name the right one with --base",
-                checkpoint.config["base_fingerprint"],
-                parts.base.fingerprint,
-            ),
-            (
-                "CLIP",
-                f"{config.vision}; name the right one with --vision",
-                checkpoint.config["vision_fingerprint"],
-                parts.vision.key,
-            ),
-        ):
-            if saved != found:
-                raise PhiSightError(f"{where}: was trained on another {what} than {named}")
+        check_parts(parts, config, checkpoint.config, where)
         load_model_state(parts.model, checkpoint.state)
         made = cls(parts, config, where, cache, max_rows, queue_limit, content_filter, kv_bytes)
         made.provenance = provenance(checkpoint)
@@ -346,6 +331,22 @@ def content_key(picture: Image.Image | bytes) -> str:
     pixels = hashlib.sha256(repr((picture.size, picture.mode)).encode())
     pixels.update(picture.tobytes())
     return pixels.hexdigest()
+
+
+def check_parts(
+    parts: Assembled, config: configs.Config, facts: Mapping[str, Any], where: str
+) -> None:
+    """Raise `PhiSightError` unless base and CLIP are those that a checkpoint (`where`) was trained
+    on, by the fingerprints in its `facts`."""
+    for what, flag, named, saved, found in (
+        ("base", "--base", config.base, facts["base_fingerprint"], parts.base.fingerprint),
+        ("CLIP", "--vision", config.vision, facts["vision_fingerprint"], parts.vision.key),
+    ):
+        if saved != found:
+            raise PhiSightError(
+                f"{where}: was trained on another {what} than {named}; name the right one with"
+                f" {flag}"
+            )
 
 
 def share_heaps() -> None:
