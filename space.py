@@ -103,8 +103,8 @@ class Storage:
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The variables that have libraries write below this storage; what is set already stays.
 
-        A Space's machine has more processors than the Space may use, and says how many it may in a
-        form that OpenMP does not read ("7500m").
+        A Space's machine may have more processors than the Space may use; how many these are can be
+        said as containers are limited ("7500m"), which OpenMP does not read.
         """
         cache = self.kept / "cache"
         wanted = {
