@@ -8,24 +8,27 @@ PHISIGHT_API_KEY=... python app.py --host 0.0.0.0   # other machines need the ke
 from __future__ import annotations
 
 import argparse
+import sys
 
 import threads  # noqa: F401 (before torch is loaded)
 
 import config as configs
 import paths
-from api.door import KEY, add_door_flags, guarded, opened
-from api.server import address_of, run
+import space
 from assistant.flags import add_assistant_flags, load_assistant
 from errors import run_main
 from speech.flags import add_speech_flag, add_voice_flag
-from speech.spoken import loaded_once, voices_loaded_once
-from web.app import build_app, web_application
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    from api.door import add_door_flags
+
     parser = configs.Parser(prog="app.py", description=__doc__.splitlines()[0])
     add_assistant_flags(parser)
     add_door_flags(parser, port=7860)
+    for part in ("base", "vision"):
+        parser.add_argument(f"--{part}-revision", help=f"of the hub, if not the run's {part}'s")
+    parser.add_argument("--threads", type=int, help="of the CPU; 0 for all (default: the run's)")
     parser.add_argument(
         "--conversations",
         default=paths.located("cache/conversations"),
@@ -34,13 +37,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", default=paths.located("runs"), help="folder of the training tab's runs"
     )
+    parser.add_argument(
+        "--examples",
+        metavar="FOLDER",
+        help="pictures and questions to begin with, as export.py --space writes them"
+        " (default: of the tiny preset's world)",
+    )
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="for strangers: without the training tab, and conversations are removed after a day",
+    )
     add_speech_flag(parser)
     add_voice_flag(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    # A Space's storage is chosen before torch and Gradio, which read where it is, are loaded.
+    typed = sys.argv[1:] if arguments is None else arguments
+    options = parse([*space.begin(paths.PROJECT), *typed])
+
+    from api.door import KEY, guarded, opened
+    from api.server import address_of, run
+    from speech.spoken import loaded_once, voices_loaded_once
+    from web.app import build_app, web_application
+
     with opened(options) as door:
         assistant = load_assistant(options)
         try:
@@ -48,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
             page = build_app(
                 assistant,
                 conversations=options.conversations,
-                runs=options.runs,
+                runs=None if options.public else options.runs,
+                examples=options.examples,
                 speech=loaded_once(speech),
                 voice=voices_loaded_once(options.voice),
             )
@@ -56,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             if door.key:
                 announcement += f"; the password is {KEY}"
             run(
-                guarded(web_application(page), door.key, door.allowed),
+                guarded(web_application(page, door.allowed.frames), door.key, door.allowed),
                 door.bound,
                 f"{announcement}  (Ctrl-C ends it)",
                 grace=0.0,

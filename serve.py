@@ -8,7 +8,7 @@ python serve.py --app                                   # the web app too, on th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import threads  # noqa: F401 (before torch is loaded)
@@ -68,12 +68,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def web_app(assistant: Assistant, speech: Callable[[], Any] | None = None, voice: str = "") -> Any:
+def web_app(
+    assistant: Assistant,
+    speech: Callable[[], Any] | None = None,
+    voice: str = "",
+    frames: Sequence[str] = (),
+) -> Any:
     """The web app, to stand at the paths that the API does not take."""
     from web.app import build_app, web_application
 
     page = build_app(assistant, speech=speech, voice=voices_loaded_once(voice))
-    return web_application(page)
+    return web_application(page, frames)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,7 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
                 transcribe=transcribing(speech) if speech else None,
                 speak=speaking(options.voice),
                 max_requests=options.max_rows + options.queue_limit,
-                rest=web_app(assistant, speech, options.voice) if options.app else None,
+                rest=(
+                    web_app(assistant, speech, options.voice, door.allowed.frames)
+                    if options.app
+                    else None
+                ),
             )
             address = address_of(door.bound)
             announcement = (

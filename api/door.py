@@ -49,6 +49,13 @@ def add_door_flags(parser: argparse.ArgumentParser, port: int) -> None:
         metavar="ORIGIN",
         help="a site whose pages may ask too, such as http://localhost:3000; * for any",
     )
+    parser.add_argument(
+        "--allow-frame",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a site whose pages may show the app in a frame, such as https://example.org",
+    )
 
 
 @contextmanager
@@ -62,7 +69,9 @@ def opened(options: argparse.Namespace) -> Iterator[Door]:
                 f"--host {options.host}: anyone who reaches it could ask;"
                 f" set {KEY}, or add --without-key"
             )
-        allowed = Allowed.of(bound, options.host, options.allow_host, options.allow_origin)
+        allowed = Allowed.of(
+            bound, options.host, options.allow_host, options.allow_origin, options.allow_frame
+        )
         yield Door(bound, key, allowed)
 
 

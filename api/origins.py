@@ -3,7 +3,8 @@
 A browser lets a page of any site send requests to this machine, with the password that it
 remembers; and a site whose name is made to point to this machine (DNS rebinding) may read the
 answers too. So every request but `OPEN` has to name a host that is meant, and one that a page sends
-has to come from the page of that same host, or of an origin that is named with --allow-origin.
+has to come from the page of that same host, or of an origin that is named with --allow-origin. The
+page itself is shown in a frame of another site's page only where that is named with --allow-frame.
 Programs send neither Origin nor Sec-Fetch-Site, and are not concerned.
 """
 
@@ -60,6 +61,11 @@ class Origin:
     scheme: str
     netloc: Netloc
 
+    def __str__(self) -> str:
+        host, port = self.netloc.host, self.netloc.port
+        host = f"[{host}]" if ":" in host else host
+        return f"{self.scheme}://{host}{'' if port == STANDARD[self.scheme] else f':{port}'}"
+
     def is_at(self, host: Netloc) -> bool:
         """Whether a page of this origin was served under a Host header."""
         standard = STANDARD.get(self.scheme)
@@ -104,12 +110,19 @@ class Allowed:
     """whether every numeric address is served: no name can be made to point to it"""
     origins: frozenset[Origin | str] = frozenset()
     """`ANY` for every one, and "null" for pages without an origin"""
+    frames: tuple[str, ...] = ()
+    """origins whose pages may show the app in a frame; browsers hold them to it"""
 
     @classmethod
     def of(
-        cls, bound: socket.socket, host: str, hosts: Sequence[str], origins: Sequence[str]
+        cls,
+        bound: socket.socket,
+        host: str,
+        hosts: Sequence[str],
+        origins: Sequence[str],
+        frames: Sequence[str] = (),
     ) -> Allowed:
-        """What --host, --allow-host and --allow-origin say. Raises PhiSightError."""
+        """What --host, --allow-host, --allow-origin and --allow-frame say. Raises PhiSightError."""
         local = is_loopback(bound.getsockname()[0])
         names = {host} if local else {host, socket.gethostname()}
         known = {netloc.host for name in names if (netloc := netloc_of(name)) is not None}
@@ -130,7 +143,16 @@ class Allowed:
                     " such as https://chat.example.org or http://localhost:3000"
                 )
             pages.add(text if origin is None else origin)
-        return cls(frozenset(known), not local, frozenset(pages))
+        sites = []
+        for text in frames:
+            origin = origin_of(text.removesuffix("/"))
+            if origin is None:
+                raise PhiSightError(
+                    f"--allow-frame {text}: is not an origin; give scheme and host, such as"
+                    " https://example.org"
+                )
+            sites.append(str(origin))
+        return cls(frozenset(known), not local, frozenset(pages), tuple(sites))
 
     def serves(self, host: str) -> bool:
         if ANY in self.hosts or host in self.hosts or is_loopback(host):
@@ -183,7 +205,8 @@ class OriginGuard:
             raise ApiError(403, f"Host: {host.host} {reason} {host.host}", "host_not_allowed")
         origins = headers.get(b"origin", [])
         if not origins:
-            if comes_from_another_page(scope, headers) and ANY not in self.allowed.origins:
+            framed = bool(self.allowed.frames)
+            if comes_from_another_page(scope, headers, framed) and ANY not in self.allowed.origins:
                 raise refused_origin("another site")
             return None
         page = origin_of(origins[0])
@@ -207,14 +230,18 @@ def refused_origin(page: str) -> ApiError:
     return ApiError(403, f"Origin: a page of {page} {reason}", "origin_not_allowed")
 
 
-def comes_from_another_page(scope: Scope, headers: dict[bytes, list[str]]) -> bool:
+def comes_from_another_page(
+    scope: Scope, headers: dict[bytes, list[str]], framed: bool = False
+) -> bool:
     """Whether a browser says that another site's page sends this, without naming it: a picture or a
-    script that it asks for. A link that a person follows is none."""
+    script that it asks for. A link that a person follows is none; and where the page may be shown
+    in a frame of another's (`framed`), neither is that, which the page's own policy is left to."""
 
     def said(name: bytes) -> str:
         return ", ".join(headers.get(b"sec-fetch-" + name, ())).strip().lower()
 
-    follows = (said(b"mode"), said(b"dest")) == ("navigate", "document")
+    shown = ("document", "iframe") if framed else ("document",)
+    follows = said(b"mode") == "navigate" and said(b"dest") in shown
     reads = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
     return said(b"site") in ("cross-site", "same-site") and not (follows and reads)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
@@ -21,6 +22,7 @@ ADDRESSES = "addresses of other machines are not fetched here"
 # The page's own scripts, styles and sounds and nothing else: an answer that holds the address of a
 # picture, as Markdown can, must not make the browser fetch it. Gradio's page has scripts of its own
 # in it, and its plots compile their expressions.
+SELF = "'self'"
 POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -32,7 +34,6 @@ POLICY = "; ".join(
         "connect-src 'self' data: blob:",
         "worker-src 'self' blob:",
         "frame-src 'none'",
-        "frame-ancestors 'self'",
         "object-src 'none'",
         "base-uri 'self'",
         "form-action 'self'",
@@ -47,9 +48,13 @@ class Guard:
     servers. Both are refused here with one line, before Gradio sees them.
     """
 
-    def __init__(self, app: ASGIApp, uploads: UploadRoom | None = None) -> None:
-        """`uploads`: says how much may still be uploaded."""
+    def __init__(
+        self, app: ASGIApp, uploads: UploadRoom | None = None, frames: Sequence[str] = ()
+    ) -> None:
+        """`uploads`: says how much may still be uploaded; `frames`: origins of other sites whose
+        pages may show this one in a frame."""
         self.app, self.uploads = app, uploads
+        self.policy = f"{POLICY}; frame-ancestors {' '.join((SELF, *frames))}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,7 +83,7 @@ class Guard:
             if event["type"] == "http.response.start":
                 event["headers"] = [
                     *event.get("headers", ()),
-                    (b"content-security-policy", POLICY.encode()),
+                    (b"content-security-policy", self.policy),
                     (b"referrer-policy", b"no-referrer"),
                     (b"x-content-type-options", b"nosniff"),
                 ]

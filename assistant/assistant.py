@@ -110,6 +110,9 @@ class Assistant:
         vision: str | None = None,
         base_cache: str | None = None,
         device: str | None = None,
+        base_revision: str | None = None,
+        vision_revision: str | None = None,
+        threads: int | None = None,
         cache: bool = True,
         max_rows: int = 16,
         queue_limit: int = 64,
@@ -118,36 +121,29 @@ class Assistant:
     ) -> Assistant:
         """From a run's newest valid checkpoint, from one checkpoint folder, or from the hub.
 
-        `base`, `vision`, `base_cache` and `device` stand in for those of the saved config, such as
-        `base` for a folder that has moved. Raises `PhiSightError` when there is no checkpoint, it
-        does not verify, or is of another base.
+        `base` to `threads` stand in for fields of the saved config, such as `base` for a folder
+        that has moved. Raises `PhiSightError` when there is no checkpoint, it does not verify, or
+        is of another base.
         """
         share_heaps()
         checkpoint = checkpoints.resolve(run_or_checkpoint)
         need_run(checkpoint)
         where = checkpoint.name
         config = configs.from_dict(checkpoint.config["config"], where)
-        moved = {"base": base, "vision": vision, "base_cache": base_cache, "device": device}
+        moved = {
+            "base": base,
+            "vision": vision,
+            "base_revision": base_revision,
+            "vision_revision": vision_revision,
+            "base_cache": base_cache,
+            "device": device,
+            "threads": threads,
+        }
         given = {name: value for name, value in moved.items() if value is not None}
         config = configs.replace(config, **(packed_parts(checkpoint.path.parent) | given))
         torch.set_num_threads(config.threads or torch.get_num_threads())
         parts = assemble(config)
-        for what, named, saved, found in (
-            (
-                "base",
-                f"{config.base}; name the right one with --base",
-                checkpoint.config["base_fingerprint"],
-                parts.base.fingerprint,
-            ),
-            (
-                "CLIP",
-                f"{config.vision}; name the right one with --vision",
-                checkpoint.config["vision_fingerprint"],
-                parts.vision.key,
-            ),
-        ):
-            if saved != found:
-                raise PhiSightError(f"{where}: was trained on another {what} than {named}")
+        check_parts(parts, config, checkpoint.config, where)
         load_model_state(parts.model, checkpoint.state)
         made = cls(parts, config, where, cache, max_rows, queue_limit, content_filter, kv_bytes)
         made.provenance = provenance(checkpoint)
@@ -335,6 +331,22 @@ def content_key(picture: Image.Image | bytes) -> str:
     pixels = hashlib.sha256(repr((picture.size, picture.mode)).encode())
     pixels.update(picture.tobytes())
     return pixels.hexdigest()
+
+
+def check_parts(
+    parts: Assembled, config: configs.Config, facts: Mapping[str, Any], where: str
+) -> None:
+    """Raise `PhiSightError` unless base and CLIP are those that a checkpoint (`where`) was trained
+    on, by the fingerprints in its `facts`."""
+    for what, flag, named, saved, found in (
+        ("base", "--base", config.base, facts["base_fingerprint"], parts.base.fingerprint),
+        ("CLIP", "--vision", config.vision, facts["vision_fingerprint"], parts.vision.key),
+    ):
+        if saved != found:
+            raise PhiSightError(
+                f"{where}: was trained on another {what} than {named}; name the right one with"
+                f" {flag}"
+            )
 
 
 def share_heaps() -> None:

@@ -97,7 +97,9 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
     if kv_memory is not None and kv_memory < 1:
         raise PhiSightError("--kv-memory: must be at least 1")
     words = given.get("content_filter")
-    own = {name: given[name] for name in ("cache", "max_rows", "queue_limit") if name in given}
+    moved = ("base_revision", "vision_revision", "threads")
+    named = ("cache", "max_rows", "queue_limit", *moved)
+    own = {name: given[name] for name in named if name in given}
     assistant = import_assistant().load(
         options.run,
         base=options.base,

@@ -41,7 +41,7 @@ MODELS = ("base", "vision")  # what others must find
 RUN = "runs/published"  # what a published run calls a folder that lay outside the project
 SHIPPED = Path("assets")  # what every copy of this project has
 # A model's folder in the hub's cache: the hub's name and the commit stand in its path.
-_IN_CACHE = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?")
+IN_HUB_CACHE = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?")
 
 
 class _CopiedTokenizer:
@@ -199,7 +199,7 @@ def _findable(name: str, value: str, revision: str, where: str) -> dict[str, str
     """The fields that say what the base or the CLIP is, as others find it."""
     if not _is_path(PATH_OR_NAME, value):
         return {name: value, f"{name}_revision": revision}
-    if cached := _IN_CACHE.fullmatch(os.path.abspath(value)):
+    if cached := IN_HUB_CACHE.fullmatch(os.path.abspath(value)):
         return {name: f"{cached[1]}/{cached[2]}", f"{name}_revision": cached[3]}
     shipped = (paths.PROJECT / SHIPPED).resolve()  # it may be a link, or the run's path one
     if (folder := Path(value).resolve()).is_relative_to(shipped):

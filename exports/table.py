@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exports import llava, merge, peft_adapter, prune, push, requantize, seed
+from exports import llava, merge, peft_adapter, prune, push, requantize, seed, space
 from exports.form import Form
 from exports.llama_cpp import export as gguf
 
@@ -14,6 +14,7 @@ EXPORTS: dict[str, Form] = {
     "--gguf": gguf.FORM,
     "--peft": peft_adapter.EXPORT,
     "--push": push.FORM,
+    "--space": space.FORM,
 }
 IMPORTS: dict[str, Form] = {
     "--import-peft": peft_adapter.IMPORT,

@@ -51,6 +51,8 @@ def license_of_base(config: Config) -> str:
     """The license that the base's own card names, where one lies in its folder or in the hub's
     cache on this machine; else "". Nothing is downloaded."""
     card = Path(config.base) / CARD
+    if not hub_id(config.base) and not (config.base and Path(config.base).is_dir()):
+        return ""
     if hub_id(config.base):
         from huggingface_hub import try_to_load_from_cache
 

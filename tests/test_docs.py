@@ -75,6 +75,9 @@ NOT_RUN = {
     "python export.py --gguf runs/gguf --quantize q8_0"
     " --llama-python ../llama/bin/python": NEEDS_LLAMA,
     "python -m tools.llama_cpp ../llama": MINUTES,
+    "python export.py --space runs/space": "tests/test_space.py runs it on a run that was trained",
+    "hf upload --repo-type space owner/name runs/space": "sends files to the hub",
+    "python -m tools.try_space runs/space": MINUTES,
     "python export.py --import-seed seed --out runs/seed": EXPORTS,
     "hf auth login": "asks for a token",
     "python export.py --push owner/name --yes": HUB,

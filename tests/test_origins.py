@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Iterator
 
@@ -45,7 +46,9 @@ def server() -> Iterator[Live]:
 def allowed(*flags: str, host: str = "127.0.0.1") -> Allowed:
     options = app.parse(["--host", host, *flags])
     with listening_socket(host, 0) as bound:
-        return Allowed.of(bound, options.host, options.allow_host, options.allow_origin)
+        return Allowed.of(
+            bound, options.host, options.allow_host, options.allow_origin, options.allow_frame
+        )
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +129,11 @@ def test_other_machines_use_an_address_or_a_name_that_was_given():
     ("--allow-host", "http://a.example"), ("--allow-host", "a.example:80"), ("--allow-host", ""),
     ("--allow-origin", "a.example"), ("--allow-origin", "ftp://a.example"),
     ("--allow-origin", "https://a.example/path"), ("--allow-origin", ""),
+    ("--allow-frame", "a.example"), ("--allow-frame", "*"), ("--allow-frame", "null"),
+    ("--allow-frame", "https://a.example; script-src *"), ("--allow-frame", ""),
 ])  # fmt: skip
 def test_flags_that_name_nothing_are_one_line(flag, value):
-    with pytest.raises(PhiSightError, match=f"{flag} {value}: is not"):
+    with pytest.raises(PhiSightError, match=re.escape(f"{flag} {value}: is not")):
         allowed(flag, value)
 
 
@@ -186,6 +191,14 @@ def test_what_a_page_asks_for_without_naming_itself_is_refused_but_links_are_fol
     assert server.exchange(post(ask(), *follows))[0] == 403
     for own in ("same-origin", "none"):
         assert server.exchange(get("/", f"Sec-Fetch-Site: {own}"))[0] == 200
+
+
+@pytest.mark.parametrize(("given", "written"), [
+    ("https://a.example/", "https://a.example"), ("HTTPS://A.example:443", "https://a.example"),
+    ("http://[::1]:8000", "http://[::1]:8000"), ("http://a.example:8080", "http://a.example:8080"),
+])  # fmt: skip
+def test_a_site_that_may_show_the_app_is_written_as_browsers_read_it(given, written):
+    assert allowed("--allow-frame", given).frames == (written,)
 
 
 def test_what_the_application_says_of_other_origins_is_left_out(server):

@@ -25,6 +25,7 @@ ORDER = (
     "files",
     "hub",
     "documents",
+    "space",
     "workers",
     "tensors",
     "stored",

@@ -11,10 +11,10 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from data.dataset import Part
+from data.examples import Example
 from web import texts
 from web.conversation import SavedConversation
 from web.conversation_store import ConversationStore
-from web.examples import Example
 from web.page import Translated, Updates
 from web.session import Browser, Session
 from web.settings_panel import SettingsPanel

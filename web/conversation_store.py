@@ -14,18 +14,20 @@ import hashlib
 import re
 import secrets
 import shutil
+import threading
 import time
 from pathlib import Path
 
+from api.logs import once
 from data.reading import as_png, check_image
 from errors import PhiSightError
 from files import read_regular, sweep_stale, write_whole
 from web.conversation import ID, MAX_MESSAGES, PICTURE, SavedConversation, from_json, to_json
-from web.temporary import check_disk
+from web.temporary import KEPT_SECONDS, MOST_BYTES, SWEPT_EVERY, check_disk, files_in, newest
 
 KEY = re.compile(r"[0-9a-f]{32}\Z")
 FILE = "conversation.json"
-MAX_BYTES = 8 * 1024 * 1024
+MAX_BYTES = 8 * 1024 * 1024  # of the file
 UNASKED_SECONDS = 3600.0  # between a picture and its question
 MAX_CONVERSATIONS = 100  # of one browser; the oldest goes when another is begun
 # What browsers show as it is. Anything else that can be decoded is kept as PNG.
@@ -62,6 +64,39 @@ def sweep_unasked(root: Path) -> None:
         with contextlib.suppress(OSError):  # deleted at this moment
             if time.time() - folder.stat().st_mtime > UNASKED_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget_after_a_day(root: Path) -> None:
+    """Remove conversations of strangers, now and every few minutes, in a thread of its own: what
+    nobody has touched for a day, and the oldest of what takes more than `MOST_BYTES`."""
+
+    def sweep() -> None:
+        while True:
+            try:
+                forget(root)
+            except OSError as error:
+                once("forgetting", f"{root}: {error.strerror}; conversations are not removed")
+            time.sleep(SWEPT_EVERY)
+
+    threading.Thread(target=sweep, name="forgetting", daemon=True).start()
+
+
+def forget(root: Path, age: float = KEPT_SECONDS, most: int = MOST_BYTES) -> None:
+    """Remove the conversations below a root that nobody has touched for `age` seconds, and the
+    oldest ones until the others take at most `most` bytes."""
+    dated: list[tuple[float, int, Path]] = []
+    for folder in root.glob("*/*"):
+        if ID.match(folder.name):
+            size = sum(status.st_size for _, status in files_in(folder))
+            with contextlib.suppress(OSError):  # deleted at this moment
+                dated.append((newest(folder), size, folder))
+    held = 0
+    for touched, size, folder in sorted(dated, reverse=True):
+        held += size
+        if held > most or time.time() - touched > age:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the browser has others
+                folder.parent.rmdir()
 
 
 class ConversationStore:

@@ -4,21 +4,13 @@ needed, so that they are there where no data has been."""
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
+from data.examples import Example
 from data.world import DETAIL, draw, make_scene, questions_of
 
 # (number of the held-out picture, kind of question): none of these was ever trained on.
 CHOSEN = ((5, "colour"), (11, "position"), (4, "count"), (0, DETAIL))
-
-
-@dataclass(frozen=True)
-class Example:
-    """A question about a picture that lies on the disk."""
-
-    question: str
-    picture: str
 
 
 def draw_examples(folder: str | Path) -> list[Example]:

@@ -40,6 +40,12 @@ _TABLE: dict[str, tuple[str, str, str, str]] = {
         "Fragen zu Bildern. Alles bleibt auf diesem Rechner.",
         "向图片提问。一切都留在本机。",
     ),
+    "tagline_public": (
+        "Ask about pictures. Conversations are removed after a day.",
+        "Pregunta sobre imágenes. Las conversaciones se borran al cabo de un día.",
+        "Fragen zu Bildern. Gespräche werden nach einem Tag gelöscht.",
+        "向图片提问。对话在一天后删除。",
+    ),
     "chat": ("Chat", "Chat", "Chat", "聊天"),
     "batch": ("Batch", "Lote", "Stapel", "批量"),
     "training": ("Training", "Entrenamiento", "Training", "训练"),
