@@ -166,7 +166,7 @@ def need_room(folder: Path, size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise PhiSightError(
-            f"{what}: takes {size:,} bytes, and the disk has {free:,}; make room, or give a place"
+            f"{what} takes {size:,} bytes, and the disk has {free:,}; make room, or give a place"
             " on another one"
         )
 
@@ -222,7 +222,7 @@ def extract(archive: Path, folder: Path, problem_of: Callable[[str], str]) -> No
             there, should = archive.stat().st_size, size_of(contents, rows)
             if there != should:
                 raise PhiSightError(f"it has {there:,} bytes, and should have {should:,}")
-        need_room(folder, sum(row.size for row in rows), f"{archive}: what is in it")
+        need_room(folder, sum(row.size for row in rows), f"{archive}, unpacked,")
         with _named(archive), byte_bar(there, "unpacking") as bar:
             for row in rows:
                 _extract_one(file, row, folder)
