@@ -439,12 +439,3 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: typing.Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
-
-
-def need_file(path: str, flag: str, remedy: str) -> Path:
-    """The path of an input file that has to be there."""
-    if not path:
-        raise PhiSightError(f"{flag}: not given; {remedy}")
-    if not Path(path).is_file():
-        raise PhiSightError(f"{path}: no such file; {remedy}")
-    return Path(path)

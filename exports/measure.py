@@ -18,7 +18,6 @@ from typing import Any
 
 import checkpoints
 from assistant.assistant import Assistant
-from config import need_file
 from data.chat import RenderedSample
 from data.dataset import load_questions
 from data.features import FeatureStore
@@ -32,6 +31,7 @@ from model.build import model_state
 from model.projector import ImageProjector
 from model.vision import VisionTower
 from model.vlm import VisionLanguageModel
+from paths import need_file
 
 LONGEST_ANSWER = 96
 LOSS_DIFFERENCE, GREEDY_EQUAL = 0.01, 99.0  # nats an answer token, percent

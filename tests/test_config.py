@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import config as configs
 from config import Config
 from errors import PhiSightError
+from paths import need_file
 from training.options import add_config_flags, config_from_options, given_fields
 
 FIELDS = dataclasses.fields(Config)
@@ -354,14 +355,14 @@ def test_a_config_cannot_be_changed_in_place():
 def test_need_file(tmp_path):
     there = tmp_path / "data.json"
     there.write_text("[]")
-    assert configs.need_file(str(there), "--data", "make it") == there
+    assert need_file(str(there), "--data", "make it") == there
     for path, said in (
         ("", "--data: not given; make it"),
         (str(tmp_path), f"{tmp_path}: no such file; make it"),
         ("gone.json", "gone.json: no such file; make it"),
     ):
         with pytest.raises(PhiSightError) as error:
-            configs.need_file(path, "--data", "make it")
+            need_file(path, "--data", "make it")
         assert str(error.value) == said
 
 
