@@ -120,6 +120,13 @@ class Config:
     lora_rank: int = declared(16, "rank of A and B", bounds=AT_LEAST_1)
     lora_alpha: float = declared(16.0, "B A is scaled by alpha / rank", bounds=POSITIVE)
     lora_dropout: float = declared(0.05, "dropout on the input of A", bounds=UNDER_1)
+    merge_rounding: str = declared(
+        "none",
+        "nf4: the forward sees the merged weight rounded to NF4 again, so that export.py"
+        " --requantize loses nothing; with --quantization nf4 and --lora-dropout 0",
+        choices=("none", "nf4"),
+        old_checkpoints="none",
+    )
     lora_targets: tuple[str, ...] = declared(
         LORA_TARGETS,
         "names of the layers that get an adapter",

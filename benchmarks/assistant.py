@@ -29,9 +29,7 @@ REPEATS = 5
 def write_questions(path: Path, count: int) -> int:
     """The first held-out questions in the form of `infer.py --batch`; how many there are."""
     config = configs.default_config("tiny")
-    held_out = need_file(
-        config.held_out_questions, "held-out questions", "run `make demo` first"
-    )
+    held_out = need_file(config.held_out_questions, "held-out questions", "run `make demo` first")
     questions = load_questions(held_out)[:count]
     lines = [
         json.dumps({"prompt": question.text, "image": str(Path(config.images) / question.image)})
