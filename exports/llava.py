@@ -39,7 +39,7 @@ from exports.folder import (
 )
 from exports.form import Form, folder_to_write
 from exports.generated import answers_as_llava
-from exports.measure import CERTIFICATE, MERGE_METHOD, Measured, Probe, Tolerance
+from exports.measure import CERTIFICATE, MERGE_METHODS, Measured, Probe, Tolerance
 from exports.measured import export_measured
 from lora.merge import merged_state
 from model.base import find_folder, language_model
@@ -96,7 +96,7 @@ def export_llava(
             after,
             tolerance,
             dtype=str(dtype).removeprefix("torch."),
-            method=MERGE_METHOD,
+            method=MERGE_METHODS[config.merge_rounding],
         )
 
 

