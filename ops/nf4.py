@@ -201,7 +201,7 @@ def quant_state(
         shape=shape,
         dtype=dtype,
         blocksize=block,
-        code=table(scales.device),
+        code=table(scales.device).clone(),  # files are refused whose tensors share memory
         quant_type="nf4",
     )
 

@@ -48,8 +48,9 @@ class FourBit:
         return (pairs[:, :1] << 4) | pairs[:, 1:]
 
 
-def table(device: torch.device | str) -> Tensor:
-    """The 16 values of NF4 in rising order, float32."""
+@functools.cache  # else a GPU would be waited for each time
+def table(device: torch.device) -> Tensor:
+    """The 16 values of NF4 in rising order, float32; not to be changed."""
     return bnb.functional.get_4bit_type("nf4", device=device)
 
 

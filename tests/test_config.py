@@ -300,6 +300,7 @@ BAD: dict[str, tuple] = {
     "feature_pooling": (0, -2),
     "feature_storage": ("int4", ""),
     "picture_fit": ("stretch", ""),
+    "merge_rounding": ("int4", ""),
     "gradient_checkpointing": ("all", ""),
 }
 FREE = {  # any value of the right type is one; whether it is there is found out on use
