@@ -65,6 +65,7 @@ NOT_RUN = {
     "python export.py --merge --out runs/merged": EXPORTS,
     "python export.py --llava runs/llava": EXPORTS,
     "python export.py --requantize --out runs/four-bit": EXPORTS,
+    "python export.py --requantize --run runs/four-bits --out runs/four-bits-alone": EXPORTS,
     "python export.py --prune 0.1 --out runs/pruned": EXPORTS,
     "python export.py --import-seed seed --out runs/seed": EXPORTS,
     "PHISIGHT_API_KEY=secret python serve.py --host 0.0.0.0": "other machines could reach it;"
