@@ -49,13 +49,16 @@ from ops.nf4_grid import FourBit, round_to_nearest
 from paths import PROJECT
 
 SHARED = {
-    "lora_dropout": 0.0, "evaluate_steps": 0, "evaluation_conversations": 400, "threads": 1,
-    "device": "cpu",
+    "lora_dropout": 0.0, "evaluate_steps": 0, "save_steps": 10, "threads": 1, "device": "cpu",
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
-    "tiny": {"max_steps": 480},  # half an epoch, of the demo's 955 steps
-    "smollm2": {"max_steps": 48, "batch_size": 4, "row_tokens": 192, "learning_rate": 1e-3},
-}
+    "tiny": {"max_steps": 480, "evaluation_conversations": 400},  # of the demo's 955 steps
+    "smollm2": {
+        "max_steps": 48, "batch_size": 4, "row_tokens": 192, "learning_rate": 1e-3,
+        "evaluation_conversations": 150,
+    },
+}  # fmt: skip
+CALIBRATION = {"tiny": 200, "smollm2": 64}  # conversations that GPTQ sees
 ROUNDINGS = {"plain": "none", "merge-aware": "nf4"}
 MODELS = ("plain", "plain, naive", "plain, GPTQ", "merge-aware", "merge-aware, written")
 
@@ -93,7 +96,9 @@ def rounded_models(assistant: Assistant, kind: str, probe: Probe, calibration: i
     return {"plain, naive": naive, "plain, GPTQ": requantize.compensate(changed, blocks, batches)}
 
 
-def measured(run: Path, kind: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measured(
+    run: Path, shape: str, kind: str, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
     """Name of a model that comes from the run -> its loss and its share of exact answers."""
     assistant = Assistant.load(run)
     probe = measure.make_probe(assistant, options.questions)
@@ -107,7 +112,8 @@ def measured(run: Path, kind: str, options: argparse.Namespace) -> dict[str, dic
         results[name] = {"loss": found.loss, "exact": exact}
 
     note(kind, assistant)
-    for name, quantised in rounded_models(assistant, kind, probe, options.calibration).items():
+    calibration = options.calibration or CALIBRATION[shape]
+    for name, quantised in rounded_models(assistant, kind, probe, calibration).items():
         note(name, four_bit(assistant, quantised))
     return results
 
@@ -132,7 +138,7 @@ def figures_of(shape: str, seed: int, kind: str, options: argparse.Namespace) ->
         "kind": kind,
         "steps": flags["max_steps"],
         "seconds": round(sum(clocks), 1),
-        "models": measured(run, kind, options),
+        "models": measured(run, shape, kind, options),
     }
     kept.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
@@ -167,7 +173,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/merge-aware", help="folder of the runs")
     parser.add_argument("--steps", type=int, default=0, help="of each run, in place of its own")
     parser.add_argument("--questions", type=int, default=300, help="held-out ones that are asked")
-    parser.add_argument("--calibration", type=int, default=200, help="conversations, for GPTQ")
+    parser.add_argument("--calibration", type=int, default=0, help="conversations, for GPTQ")
     options = parser.parse_args()
     shapes = options.shapes.split(",")
     if unknown := set(shapes) - set(RECIPES):
