@@ -67,7 +67,10 @@ def train(run: Path, flags: Mapping[str, Any]) -> None:
     """Train the run to its end, from where it stands."""
     words = [f"{configs.flag_of(name)}={value}" for name, value in flags.items()]
     command = [sys.executable, "train.py", "--resume-if-any", f"--run={run}", *words]
-    subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(command, cwd=PROJECT, check=False, stdout=subprocess.DEVNULL).returncode:
+        raise PhiSightError(
+            f"{run}: its training ended as said above; mend that and run this again"
+        )
 
 
 def four_bit(assistant: Assistant, quantised: dict[str, FourBit]) -> Assistant:
