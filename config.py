@@ -120,6 +120,13 @@ class Config:
     lora_rank: int = declared(16, "rank of A and B", bounds=AT_LEAST_1)
     lora_alpha: float = declared(16.0, "B A is scaled by alpha / rank", bounds=POSITIVE)
     lora_dropout: float = declared(0.05, "dropout on the input of A", bounds=UNDER_1)
+    merge_rounding: str = declared(
+        "none",
+        "nf4: the forward sees the merged weight rounded to NF4 again, so that export.py"
+        " --requantize loses nothing; with --quantization nf4 and --lora-dropout 0",
+        choices=("none", "nf4"),
+        old_checkpoints="none",
+    )
     lora_targets: tuple[str, ...] = declared(
         LORA_TARGETS,
         "names of the layers that get an adapter",
@@ -439,12 +446,3 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: typing.Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
-
-
-def need_file(path: str, flag: str, remedy: str) -> Path:
-    """The path of an input file that has to be there."""
-    if not path:
-        raise PhiSightError(f"{flag}: not given; {remedy}")
-    if not Path(path).is_file():
-        raise PhiSightError(f"{path}: no such file; {remedy}")
-    return Path(path)

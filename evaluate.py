@@ -18,12 +18,12 @@ import threads  # noqa: F401 (before torch is loaded)
 
 import config as configs
 from assistant.flags import add_length_flag, add_model_flags, check_length, load_assistant
-from config import need_file
 from data.dataset import load_questions
 from data.features import FeatureStore
 from data.prepare import DATA_REMEDY
 from errors import run_main
 from evaluation.questions import score_table, scores_of_sets
+from paths import need_file
 
 
 def main(arguments: list[str] | None = None) -> int:

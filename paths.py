@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from errors import PhiSightError
+
 PROJECT = Path(__file__).resolve().parent
 HUB_RUN = "hf:"  # begins what names a run on the hub, which is no path; see `hub`
 
@@ -45,3 +47,12 @@ def command(name: str) -> str:
     if name.startswith("-m "):
         return f"python {name}" if is_current_folder() else f"cd {PROJECT} && python {name}"
     return f"python {located(name)}"
+
+
+def need_file(path: str, flag: str, remedy: str) -> Path:
+    """The path of an input file that has to be there."""
+    if not path:
+        raise PhiSightError(f"{flag}: not given; {remedy}")
+    if not Path(path).is_file():
+        raise PhiSightError(f"{path}: no such file; {remedy}")
+    return Path(path)

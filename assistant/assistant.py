@@ -29,7 +29,7 @@ from data.feature_form import as_stored
 from data.images import read_image_bytes
 from data.reading import fit_image
 from errors import PhiSightError
-from model.build import Assembled, assemble, load_model_state
+from model.build import Assembled, assemble, load_model_state, settle_rounded
 from model.cache import default_kv_bytes
 from model.vision import VisionTower
 from packing import packed_parts
@@ -145,6 +145,7 @@ class Assistant:
         parts = assemble(config)
         check_parts(parts, config, checkpoint.config, where)
         load_model_state(parts.model, checkpoint.state)
+        settle_rounded(parts.model)
         made = cls(parts, config, where, cache, max_rows, queue_limit, content_filter, kv_bytes)
         made.provenance = provenance(checkpoint)
         return made

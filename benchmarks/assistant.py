@@ -20,6 +20,7 @@ from assistant.assistant import Assistant
 from assistant.messages import answer_message, user_message
 from data.dataset import Message, load_questions
 from errors import PhiSightError, run_main
+from paths import need_file
 from terminal.batch import answer_file
 
 REPEATS = 5
@@ -28,9 +29,7 @@ REPEATS = 5
 def write_questions(path: Path, count: int) -> int:
     """The first held-out questions in the form of `infer.py --batch`; how many there are."""
     config = configs.default_config("tiny")
-    held_out = configs.need_file(
-        config.held_out_questions, "held-out questions", "run `make demo` first"
-    )
+    held_out = need_file(config.held_out_questions, "held-out questions", "run `make demo` first")
     questions = load_questions(held_out)[:count]
     lines = [
         json.dumps({"prompt": question.text, "image": str(Path(config.images) / question.image)})

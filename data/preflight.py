@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import FEATURE_STORAGES, Config, Parser, need_file
+from config import FEATURE_STORAGES, Config, Parser
 from data.chat import ChatFormat, Limits, load_tokenizer
 from data.dataset import Quarantined, write_quarantine
 from data.record_keys import FAULTS
@@ -24,7 +24,7 @@ from data.storage import StoragePlan, size
 from data.survey import PICTURE_CHECKS, SMALL_FILE, Survey, peak_memory, survey
 from documents import COUNT, read_json, require
 from errors import PhiSightError, printable, run_main
-from paths import located
+from paths import located, need_file
 
 BUCKET = 256  # tokens per bar of the histogram
 SHOWN = 10  # records set aside, and keys that nothing reads, that are printed

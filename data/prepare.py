@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from config import Config, need_file
+from config import Config
 from data.chat import (
     ChatFormat,
     Limits,
@@ -29,7 +29,7 @@ from data.packed import PackedSamples
 from data.splits import Outline, split_by_image, take_fraction
 from data.team import ALONE, Team
 from errors import PhiSightError, printable
-from paths import command
+from paths import command, need_file
 
 DATA_REMEDY = f"give --data FILE, or make the picture world with: {command('-m data.world')}"
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from assistant.assistant import Assistant
-from config import need_file
 from data.chat import RenderedSample, render
 from data.dataset import Message, load_questions
 from data.features import FeatureStore
@@ -20,6 +19,7 @@ from data.prepare import DATA_REMEDY, TrainingData, evenly_spaced, prepare
 from errors import PhiSightError
 from evaluation.questions import add_pictures, question_messages
 from model.vision import VisionTower
+from paths import need_file
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ from exports.folder import (
 )
 from exports.form import Form, folder_to_write
 from exports.generated import answers_as_llava
-from exports.measure import CERTIFICATE, MERGE_METHOD, Measured, Probe, Tolerance
+from exports.measure import CERTIFICATE, MERGE_METHODS, Measured, Probe, Tolerance
 from exports.measured import export_measured
-from exports.peft_adapter import add_adapter, part_sizes, write_peft
+from exports.peft_adapter import add_adapter, need_adapter, part_sizes, write_peft
 from lora.merge import merged_state
 from lora.state import lora_state
 from model.base import find_folder, language_model
@@ -83,6 +83,8 @@ def export_llava(
             folder cannot be written, or the result is past the tolerance. Nothing is left then.
     """
     check_pictures(assistant, "--llava", "LLaVA")
+    if unmerged:
+        need_adapter(assistant.config)
     config = assistant.config
     base_folder = find_folder(config.base, config.base_revision or None)
     with new_folder(out) as folder:
@@ -108,7 +110,7 @@ def export_llava(
             Measured(loss, answers["right"]),
             tolerance,
             dtype=str(dtype).removeprefix("torch."),
-            method=UNMERGED_METHOD if unmerged else MERGE_METHOD,
+            method=UNMERGED_METHOD if unmerged else MERGE_METHODS[config.merge_rounding],
             answers_after_by=ANSWERED_BY,
             alignment=scored(probe, answers, ANSWERED_BY, run_sees),
         )

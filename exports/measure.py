@@ -30,7 +30,11 @@ from model.vlm import VisionLanguageModel
 
 LOSS_DIFFERENCE, GREEDY_EQUAL = 0.01, 99.0  # nats an answer token, percent
 CERTIFICATE = "merge_certificate.json"
-MERGE_METHOD = "dequantised NF4 + scaling * B A in float32, rounded once (arXiv:2305.14314)"
+MERGE_METHODS = {
+    "none": "dequantised NF4 + scaling * B A in float32, rounded once (arXiv:2305.14314)",
+    "nf4": "NF4(dequantised NF4 + scaling * B A), as it was trained, dequantised and rounded once",
+}
+"""by `--merge-rounding`"""
 
 
 @dataclass(frozen=True)

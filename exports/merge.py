@@ -17,7 +17,7 @@ from exports import measure
 from exports.folder import hub_config, new_folder, rounded_state, write_phi3
 from exports.form import Form, folder_to_write
 from exports.generated import measured_folder
-from exports.measure import CERTIFICATE, MERGE_METHOD, Probe, Tolerance
+from exports.measure import CERTIFICATE, MERGE_METHODS, Probe, Tolerance
 from exports.measured import export_measured
 from lora.merge import merged_state
 from model.base import find_folder, load_base
@@ -57,7 +57,7 @@ def export_merged(
             after,
             tolerance,
             dtype=str(dtype).removeprefix("torch."),
-            method=MERGE_METHOD,
+            method=MERGE_METHODS[config.merge_rounding],
         )
 
 

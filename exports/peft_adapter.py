@@ -141,6 +141,16 @@ def export_peft(assistant: Assistant, out: str | Path, split: bool) -> str:
     )
 
 
+def need_adapter(config: Config) -> None:
+    """Raise `PhiSightError` for a run of `--merge-rounding`: other programs add A and B to a base
+    as they are, which is another model than the rounded one that was trained."""
+    if config.merge_rounding != "none":
+        raise PhiSightError(
+            "PEFT adapter: the run was trained with --merge-rounding, whose rounded"
+            " weights an adapter cannot hold; use --requantize, --merge or --llava"
+        )
+
+
 def write_peft(
     folder: Path,
     state: Mapping[str, Tensor],
@@ -151,7 +161,10 @@ def write_peft(
     """Write `lora.state`'s tensors, split where `rows` says how. Returns their number and rank.
 
     Args: `base`: what the adapter belongs to, if not the run's own base.
+
+    Raises `PhiSightError` as `need_adapter` does.
     """
+    need_adapter(config)
     rank, scaling = the_scale(state)
     tensors = peft_tensors(state, rows)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -105,8 +105,9 @@ def write_repository(
     )
     write_json(folder / CERTIFICATE, said)
     public = configs.from_dict(published.config["config"], published.name)
-    write_peft(folder, published.state["lora_weights"], {}, public)
-    write_generation_config(assistant, folder)
+    if public.merge_rounding == "none":  # else there is no adapter that PEFT could add
+        write_peft(folder, published.state["lora_weights"], {}, public)
+        write_generation_config(assistant, folder)
     return published
 
 

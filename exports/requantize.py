@@ -5,6 +5,8 @@ update is smaller than the steps of the grid. GPTQ (arXiv:2210.17323) goes throu
 one after another, rounds their weights, and corrects those not yet rounded so that the layer's
 output changes least on calibration inputs; here its grid is NF4's, with the usual scale for every
 block. The result is a plain 4-bit model: no adapter and no extra tensor.
+
+A run that was trained with `--merge-rounding nf4` is on the grid already, and is written as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,44 +48,12 @@ from exports.measure import Measured, Probe, Tolerance
 from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
 from model.base import BaseModel, find_folder, finish, swap_linear_layers
 from model.decoder import DecoderConfig, LanguageModel
+from ops.nf4 import PanelLinear, block_of, quant_state, uses_panels
+from ops.nf4_grid import LEAST_SCALE, FourBit, nearest, round_to_nearest, table
 
 CERTIFICATE = "requantize_certificate.json"
 WEIGHTS = "model.safetensors"
 SHARE = 0.25  # of the naive increase that the compensated one should stay under
-
-
-@dataclass(frozen=True)
-class FourBit:
-    """An (outputs, inputs) weight on the NF4 grid."""
-
-    codes: Tensor
-    """(outputs, inputs) uint8, 0 to 15: places in the table of NF4"""
-    scales: Tensor
-    """(outputs, blocks) float32: what a block's codes are multiplied by"""
-
-    def weight(self) -> Tensor:
-        """What the layer multiplies by, (outputs, inputs) float32."""
-        size = self.codes.shape[1] // self.scales.shape[1]
-        return table(self.codes.device)[self.codes.long()] * self.scales.repeat_interleave(size, 1)
-
-
-def table(device: torch.device) -> Tensor:
-    """The 16 values of NF4 in rising order, float32."""
-    return bnb.functional.get_4bit_type("nf4", device=device)
-
-
-def nearest(values: Tensor, grid: Tensor) -> Tensor:
-    """Places of the nearest values of a rising `grid`, int64."""
-    return torch.bucketize(values, (grid[1:] + grid[:-1]) / 2)
-
-
-def round_naively(weight: Tensor, block: int) -> FourBit:
-    """Every weight to its nearest point, as bitsandbytes does it."""
-    grid = table(weight.device)
-    blocks = weight.unflatten(1, (-1, block))  # (outputs, blocks, block)
-    scales = blocks.abs().amax(-1).clamp(min=1e-30)
-    codes = nearest(blocks / scales[..., None], grid).flatten(1)
-    return FourBit(codes.to(torch.uint8), scales)
 
 
 def round_with_compensation(weight: Tensor, moment: Tensor, block: int) -> FourBit:
@@ -95,21 +64,23 @@ def round_with_compensation(weight: Tensor, moment: Tensor, block: int) -> FourB
     the largest inputs come first, while there are many left to pay; the blocks keep the scales of
     naive rounding, so that the order of rounding need not be the order of storing.
     """
-    grid, naive = table(weight.device), round_naively(weight, block)
+    grid, naive = table(weight.device), round_to_nearest(weight, block)
     order = moment.diagonal().argsort(descending=True)
     weight = weight[:, order].clone()
     scales = naive.scales.repeat_interleave(block, 1)[:, order]
+    divisors = scales.clamp(min=LEAST_SCALE)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment[order][:, order])))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     codes = torch.empty_like(naive.codes)
     for start in range(0, weight.shape[1], block):  # in blocks: one large product for what is after
         here = slice(start, start + block)
-        columns, scale, own = weight[:, here], scales[:, here], factor[here, here]
+        columns, own = weight[:, here], factor[here, here]
+        scale, divisor = scales[:, here], divisors[:, here]
         errors = torch.empty_like(columns)
         for j in range(block):
-            code = nearest(columns[:, j] / scale[:, j], grid)
-            codes[:, order[start + j]] = code.to(torch.uint8)
-            errors[:, j] = (columns[:, j] - grid[code] * scale[:, j]) / own[j, j]
+            code = nearest(columns[:, j] / divisor[:, j])
+            codes[:, order[start + j]] = code
+            errors[:, j] = (columns[:, j] - grid[code.long()] * scale[:, j]) / own[j, j]
             columns[:, j + 1 :] -= errors[:, j, None] * own[j, None, j + 1 :]
         weight[:, start + block :] -= errors @ factor[here, start + block :]
     return FourBit(codes, naive.scales)
@@ -123,33 +94,36 @@ def export_requantized(
     tolerance: Tolerance | None,
     conversations: int,
 ) -> dict[str, Any]:
-    """Merge, round to NF4 with compensation, write in bitsandbytes' own form, read back, measure.
+    """Merge, round to NF4, write in bitsandbytes' own form, read back, measure.
 
-    `dtype` is that of what stays in 16 bits: embeddings, norms, `lm_head`. Decoder layers are
-    rounded in order, each on what the rounded layers before it make of the calibration
-    conversations, which costs a pass over them up to each layer. The certificate, which is
-    returned, has the loss after naive rounding beside it.
+    `dtype` is that of what stays in 16 bits: embeddings, norms, `lm_head`. The certificate, which
+    is returned, says how it was rounded: see `with_compensation` and `as_trained`.
 
     Raises:
         PhiSightError: as `exports.merge.export_merged`, and for layers that NF4 cannot take.
     """
-    config = assistant.config
+    config, base = assistant.config, assistant.parts.base
     base_folder = find_folder(config.base, config.base_revision or None)
-    batches = calibration_batches(assistant, probe, conversations)
+    on_grid = config.merge_rounding != "none"
+    batches = [] if on_grid else calibration_batches(assistant, probe, conversations)
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before")
         changed = merged_assistant(assistant)
-        model = language_model_in(changed)
-        empty = empty_four_bit(model.config, dtype)
-        blocks = {name: block_size(layer) for name, layer in four_bit_layers(empty)}
-        naive = measured_naively(changed, blocks, probe)
-        quantised = compensate(changed, blocks, batches)
-        base = assistant.parts.base
-        write_four_bit(folder, base, empty, quantised, model.state_dict(), dtype)
+        empty = empty_four_bit(base.model.config, dtype)
+        blocks = {name: block_of(layer) for name, layer in four_bit_layers(empty)}
+        if on_grid:
+            quantised, facts = as_trained(changed, blocks)
+        else:
+            quantised, facts = with_compensation(changed, blocks, batches, probe, before)
+            facts["calibration"]["conversations"] = conversations
+        weights = language_model_in(changed).state_dict()
+        write_four_bit(folder, base, empty, quantised, weights, dtype)
         copy_tokenizer(base_folder, folder)
         write_generation_config(assistant, folder)
         after = measured_folder(assistant, read_back(assistant, folder).parts.base, probe, folder)
-        naive_increase = naive.loss - before.loss
+        if naive := facts.get("naive"):
+            least = SHARE * naive["loss_difference"]
+            facts["under_a_quarter_of_naive"] = after.loss - before.loss < least
         return measure.certify(
             folder / CERTIFICATE,
             "requantize",
@@ -159,19 +133,50 @@ def export_requantized(
             after,
             tolerance,
             dtype=f"nf4, {str(dtype).removeprefix('torch.')} for the rest",
-            method="GPTQ (arXiv:2210.17323) on the NF4 grid of the merged weights",
-            calibration={
-                "conversations": conversations,
-                "of": "training",
-                "tokens": sum(batch.tokens for batch in batches),
-            },
-            naive={
-                "loss_after": naive.loss,
-                "loss_difference": naive_increase,
-                "greedy_equal": measure.equal_percent(before.answers, naive.answers),
-            },
-            under_a_quarter_of_naive=after.loss - before.loss < SHARE * naive_increase,
+            **facts,
         )
+
+
+Rounded = tuple[dict[str, FourBit], dict[str, Any]]
+"""(layers by name, what a certificate says of how they were rounded)"""
+
+
+def as_trained(changed: Assistant, blocks: Mapping[str, int]) -> Rounded:
+    """Round to the nearest point what a training with `--merge-rounding` had rounded already: the
+    weights stay as they are. Whether they did, to the bit, stands in the certificate."""
+    model = language_model_in(changed)
+    quantised = {
+        name: round_to_nearest(weight_of(model, name), block) for name, block in blocks.items()
+    }
+    return quantised, {
+        "method": "to the nearest point of the NF4 grid, on which the run was trained",
+        "weights_equal": all(
+            torch.equal(four_bit.weight(), weight_of(model, name))
+            for name, four_bit in quantised.items()
+        ),
+    }
+
+
+def with_compensation(
+    changed: Assistant,
+    blocks: Mapping[str, int],
+    batches: Sequence[Batch],
+    probe: Probe,
+    before: Measured,
+) -> Rounded:
+    """GPTQ, decoder layer by decoder layer, each on what the rounded layers before it make of the
+    calibration conversations, which costs a pass over them up to each layer. The certificate has
+    what naive rounding gives beside it."""
+    naive = measured_naively(changed, blocks, probe)
+    return compensate(changed, blocks, batches), {
+        "method": "GPTQ (arXiv:2210.17323) on the NF4 grid of the merged weights",
+        "calibration": {"of": "training", "tokens": sum(batch.tokens for batch in batches)},
+        "naive": {
+            "loss_after": naive.loss,
+            "loss_difference": naive.loss - before.loss,
+            "greedy_equal": measure.equal_percent(before.answers, naive.answers),
+        },
+    }
 
 
 def measured_naively(changed: Assistant, blocks: Mapping[str, int], probe: Probe) -> Measured:
@@ -179,7 +184,7 @@ def measured_naively(changed: Assistant, blocks: Mapping[str, int], probe: Probe
     model = language_model_in(changed)
     originals = {name: weight_of(model, name).clone() for name in blocks}
     for name, weight in originals.items():
-        put(model, name, round_naively(weight, blocks[name]).weight())
+        put(model, name, round_to_nearest(weight, blocks[name]).weight())
     naive = measure.measure(changed, probe, "naive rounding")
     for name, weight in originals.items():
         put(model, name, weight)
@@ -192,13 +197,6 @@ def four_bit_layers(model: nn.Module) -> list[tuple[str, bnb.nn.Linear4bit]]:
         for name, module in model.named_modules()
         if isinstance(module, bnb.nn.Linear4bit)
     ]
-
-
-def block_size(layer: bnb.nn.Linear4bit) -> int:
-    """How many weights of a layer share a scale."""
-    weight = layer.weight
-    assert isinstance(weight, bnb.nn.Params4bit)
-    return weight.blocksize
 
 
 def empty_four_bit(config: DecoderConfig, dtype: torch.dtype) -> LanguageModel:
@@ -233,18 +231,11 @@ def compensate(
     return quantised
 
 
-def packed(name: str, value: FourBit, block: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that bitsandbytes stores for a layer, by name; two codes share a byte."""
-    codes = value.codes.cpu().reshape(-1, 2)
-    state = bnb.functional.QuantState(
-        absmax=value.scales.cpu().flatten().contiguous(),
-        shape=value.codes.shape,
-        dtype=dtype,
-        blocksize=block,
-        code=table(torch.device("cpu")),
-        quant_type="nf4",
-    )
-    return {f"{name}.weight": (codes[:, :1] << 4) | codes[:, 1:]} | {
+def packed(name: str, value: FourBit, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that bitsandbytes stores for a layer, by name."""
+    scales = value.scales.cpu().flatten().contiguous()
+    state = quant_state(scales, value.codes.shape, dtype, value.block)
+    return {f"{name}.weight": value.packed().cpu()} | {
         f"{name}.weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()
     }
 
@@ -268,8 +259,8 @@ def write_four_bit(
         for name, tensor in weights.items()
         if name not in left_out
     }
-    for name, layer in four_bit_layers(empty):
-        tensors |= packed(name, quantised[name], block_size(layer), dtype)
+    for name, _ in four_bit_layers(empty):
+        tensors |= packed(name, quantised[name], dtype)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = hub_config(base, dtype)
     config.architectures = ["Phi3ForCausalLM"]
@@ -298,6 +289,8 @@ def read_back(assistant: Assistant, folder: Path) -> Assistant:
             tensors.pop(f"{name}.weight"), stats, device="cpu", module=layer
         )
         layer.weight.quant_state.dtype = base.compute_dtype  # see `model.base.quantize`
+        if uses_panels(torch.device("cpu"), base.compute_dtype):  # as the run itself, to the bit
+            model.set_submodule(name, PanelLinear.of(layer))
     for name, tensor in tensors.items():
         module_name, _, parameter_name = name.rpartition(".")
         parameter = nn.Parameter(tensor.to(base.compute_dtype), requires_grad=False)

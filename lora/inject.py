@@ -19,12 +19,13 @@ def inject(
     alpha: float,
     dropout: float,
     generator: torch.Generator,
+    rounds: bool = False,
 ) -> dict[str, LoRALinear]:
     """Wrap, in place, every layer whose last name component is one of `targets`.
 
     Layers are wrapped in module order, and A is drawn from `generator` in that order, so a seed
     fixes every initial weight. Wrapping keeps names: `layers.0.o_proj` becomes a `LoRALinear` of
-    the same name, with parameters `layers.0.o_proj.lora_A` and `.lora_B`.
+    the same name, with parameters `layers.0.o_proj.lora_A` and `.lora_B`. rounds: see there.
 
     Returns:
         The wrapped layers by module name, in module order.
@@ -46,8 +47,9 @@ def inject(
     for name in names:
         parent_name, _, child_name = name.rpartition(".")
         parent = model.get_submodule(parent_name)
+        key = key_of("dropout", name)
         wrapped[name] = LoRALinear(
-            getattr(parent, child_name), rank, alpha, dropout, generator, key_of("dropout", name)
+            getattr(parent, child_name), rank, alpha, dropout, generator, key, rounds
         )
         setattr(parent, child_name, wrapped[name])
     return wrapped

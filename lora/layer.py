@@ -1,4 +1,8 @@
-"""`LoRALinear`: a frozen linear layer plus a trainable low-rank update."""
+"""`LoRALinear`: a frozen linear layer plus a trainable low-rank update.
+
+It is computed beside the layer, or, in a merge-aware training, as a part of its rounded weight: see
+`lora.rounding`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from torch import Tensor, nn
 
 from errors import PhiSightError
 from lora.dropout import RowDropout
+from lora.rounding import check_can_round, rounded_layer
 from ops import operations_for
 from ops.frozen import Once, at_once
 from ops.nf4 import PanelLinear, packed_weight
+from ops.straight_through import rounded_linear
 
 
 def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
@@ -59,13 +65,16 @@ class LoRALinear(nn.Module):
         lora_A: (rank, in_features) float32 parameter, Kaiming-uniform as `nn.Linear` draws it.
         lora_B: (out_features, rank) float32 parameter, zeros: a new layer computes what base does.
         scaling: 0-dim float32 buffer, so that it is saved and restored with A and B.
+        rounds: whether y = NF4(base + scaling * B A) x instead, with a 4-bit base and no dropout.
 
     Raises:
         PhiSightError: the base is no linear layer, is a 4-bit one that is not quantised yet or
-            cannot be used safely, or a number makes no adapter.
+            cannot be used safely, cannot be rounded though it should, or a number makes no adapter.
     """
 
     scaling: Tensor
+    settled = False
+    """whether `base` is the rounded weight already; see `settle`"""
 
     def __init__(
         self,
@@ -75,10 +84,15 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
         dropout_key: int = 0,
+        rounds: bool = False,
     ) -> None:
         super().__init__()
         check_base(base)
         check_numbers(rank, alpha, dropout)
+        if rounds:
+            check_can_round(base, dropout)
+        self.rounds = rounds
+        self._rounded: tuple[object, nn.Linear] | None = None  # in a tuple: it owns no weights
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features, self.rank = base.in_features, base.out_features, rank
         # Drawn on the generator's own device and then moved, so that one seed gives the same start
@@ -107,13 +121,45 @@ class LoRALinear(nn.Module):
         once: keeps the product with the frozen weight, or knows it already; see `ops.frozen`.
         answering: see `ops.choose`.
         """
+        operations = operations_for(x, answering)
+        if self.rounds:
+            return rounded_linear(
+                x, self.rounded(), self.lora_A, self.lora_B, self.scaling, operations.linear, once
+            )
         mask, scale = self.dropout.mask(x, row_keys, row_tokens)
-        return operations_for(x, answering).adapted_linear(
+        return operations.adapted_linear(
             x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale, once
         )
 
+    def version(self) -> tuple[tuple[int, int], ...]:
+        """What changes when A, B or the scaling is changed, in place or by another tensor."""
+        tensors = (self.lora_A, self.lora_B, self.scaling)
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+    def rounded(self) -> nn.Linear:
+        """The 4-bit layer of the rounded merged weight, where the layer rounds.
+
+        Made when it is first asked for after A or B were changed: once an optimiser step, for all
+        micro-batches of its window, their backward and what is computed again in it.
+        """
+        if self.settled:
+            return self.base
+        version = self.version()
+        if self._rounded is None or self._rounded[0] != version:
+            self._rounded = None  # before the next one is made: one of the two is enough
+            made = rounded_layer(self.base, self.lora_A, self.lora_B, self.scaling)
+            self._rounded = version, made
+        return self._rounded[1]
+
+    def settle(self) -> None:
+        """Make the rounded merged weight the base, for a model that answers and is not trained: it
+        then takes the memory of a 4-bit layer once. A and B are left as a record of what it was
+        made of, and change nothing any more."""
+        self.base, self.settled, self._rounded = self.rounded(), True, None
+
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling.item():g}"
+        rounds = ", rounded to NF4" if self.rounds else ""
+        return f"rank={self.rank}, scaling={self.scaling.item():g}{rounds}"
 
 
 def check_base(base: nn.Module) -> None:

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
-from ops.nf4 import bitsandbytes_form
+from ops.nf4 import base_weight
 
 
 @torch.no_grad()
 def merged_weight(layer: LoRALinear) -> Tensor:
-    """dequantise(base) + scaling * B A, as a new (out_features, in_features) float32 tensor.
+    """dequantise(base) + scaling * B A, as a new (out_features, in_features) float32 tensor; where
+    the layer rounds, that rounded to NF4, as it was trained.
 
     A and B were trained to correct the model that ran, and that one multiplied by the rounded NF4
     weights (arXiv:2305.14314). Merged into the original weights instead, the rounding error that
     they learned to cancel is not there, and the cancellation becomes an error of its own.
     """
+    if layer.rounds:
+        return base_weight(layer.rounded())
     return base_weight(layer.base) + layer.scaling * (layer.lora_B @ layer.lora_A)
-
-
-@torch.no_grad()
-def base_weight(linear: nn.Linear) -> Tensor:
-    """The (out_features, in_features) float32 weight that `linear` multiplies by, dequantised."""
-    if not isinstance(linear, bnb.nn.Linear4bit):
-        return linear.weight.detach().float()
-    # float32 holds code * scale without a second rounding, whatever the compute dtype is.
-    packed, state = bitsandbytes_form(linear)
-    state = copy.copy(state)
-    state.dtype = torch.float32
-    return bnb.functional.dequantize_4bit(packed, state)
 
 
 def merged_state(model: nn.Module, adapter: bool = True) -> Iterator[tuple[str, Tensor]]:

@@ -27,7 +27,7 @@ from lora.layer import secure_four_bit
 from model import base_cache
 from model.decoder import DecoderConfig, LanguageModel
 from model.phi3 import decoder_config
-from ops.nf4 import PanelLinear, packed_weight, quantised_on_cpu, uses_panels
+from ops.nf4 import PanelLinear, packed_weight, quantised, uses_panels
 from stored import NotStored, new_tensor, opened
 
 FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
@@ -365,7 +365,7 @@ def quantize(
     empty = packed_weight(module)
     state = None
     if device.type == "cpu" and not empty.compress_statistics:
-        weight, state = quantised_on_cpu(weight, empty.blocksize)
+        weight, state = quantised(weight, empty.blocksize)
         module.quant_state = state
     parameter = bnb.nn.Params4bit(
         weight,

@@ -12,8 +12,9 @@ from config import Config
 from data.chat import ChatFormat
 from errors import PhiSightError
 from lora.inject import inject
+from lora.layer import LoRALinear
 from lora.state import load_lora_state, lora_state
-from model.base import BaseModel, choose_compute_dtype, load_base
+from model.base import BaseModel, choose_compute_dtype, load_base, settle_panels
 from model.projector import ImageProjector
 from model.vision import VisionSpec, read_vision_spec
 from model.vlm import VisionLanguageModel
@@ -84,6 +85,7 @@ def assemble(config: Config) -> Assembled:
         config.lora_alpha,
         config.lora_dropout,
         generator,
+        rounds=config.merge_rounding != "none",
     )
     projector = ImageProjector(vision.shape[1], base.model.config.hidden_size)
     projector.reset_parameters(generator)
@@ -108,6 +110,17 @@ def multiply_by_integers(model: nn.Module) -> None:
         )
     for layer in layers:
         layer.by_integers = True
+
+
+def settle_rounded(model: nn.Module) -> None:
+    """Before a model answers that was trained with `--merge-rounding`: keep the rounded weights
+    alone, as a plain 4-bit model does. Nothing is computed otherwise, in less memory; it is not to
+    be trained or loaded into after that."""
+    rounding = [m for m in model.modules() if isinstance(m, LoRALinear) and m.rounds]
+    for layer in rounding:
+        layer.settle()
+    if rounding:
+        settle_panels(model)
 
 
 def model_state(model: VisionLanguageModel) -> dict[str, dict[str, Tensor]]:

@@ -36,7 +36,7 @@ class CompiledDecoder:
 
         config, decoder = model.config, model.model
         self.rotary, self.adapters = decoder.rotary, adapters_of(model)
-        self._seen = versions(self.adapters)
+        self._seen = [adapter.version() for adapter in self.adapters]
         layers = []
         for layer in decoder.layers:
             assert isinstance(layer, DecoderLayer)
@@ -64,7 +64,8 @@ class CompiledDecoder:
         from ops.kernels.linear import threads_for
 
         threads = threads_for(self._work)
-        return self._tokens.threads == threads and self._seen == versions(self.adapters)
+        seen = [adapter.version() for adapter in self.adapters]
+        return self._tokens.threads == threads and self._seen == seen
 
     @torch.no_grad()
     def step(
@@ -139,14 +140,16 @@ def linears_of(layer: DecoderLayer) -> tuple[nn.Module, nn.Module, nn.Module, nn
 
 
 def product_of(module: nn.Module) -> Product:
-    """A layer's weight in the order of the kernels, with its adapter."""
+    """A layer's weight in the order of the kernels, with its adapter, which may be part of it."""
     from ops.kernels.token import Product
 
-    linear = module.base if isinstance(module, LoRALinear) else module
+    if isinstance(module, LoRALinear) and not module.rounds:
+        assert isinstance(module.base, PanelLinear)
+        factors = module.lora_A, module.lora_B, module.scaling.item()
+        return Product(module.base.panels, *factors)
+    linear = module.rounded() if isinstance(module, LoRALinear) else module
     assert isinstance(linear, PanelLinear)
-    if not isinstance(module, LoRALinear):
-        return Product(linear.panels)
-    return Product(linear.panels, module.lora_A, module.lora_B, module.scaling.item())
+    return Product(linear.panels)
 
 
 def linear_layers(model: nn.Module) -> Iterator[nn.Linear]:
@@ -155,9 +158,3 @@ def linear_layers(model: nn.Module) -> Iterator[nn.Linear]:
 
 def adapters_of(model: nn.Module) -> list[LoRALinear]:
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
-
-
-def versions(adapters: Sequence[LoRALinear]) -> list[tuple[int, int]]:
-    """What changes when an adapter is changed, in place or by another tensor."""
-    tensors = (part for one in adapters for part in (one.lora_A, one.lora_B, one.scaling))
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]

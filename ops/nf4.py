@@ -8,6 +8,7 @@ Phi-3.5-mini 37 ms of 40 (see benchmarks/RESULTS.md). The numbers are the same t
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import threading
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ops import kernels
+from ops.nf4_grid import FourBit, round_to_nearest, table
 from ops.products import product
 
 _memory = threading.local()  # one for each thread: another may still multiply by what it holds
@@ -139,32 +141,67 @@ def block_scales(state: bnb.functional.QuantState) -> Tensor:
     return bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
-def quantised_on_cpu(weight: Tensor, blocksize: int) -> tuple[Tensor, bnb.functional.QuantState]:
-    """An (outputs, inputs) weight on the CPU, whose rows are whole blocks, in NF4: two codes a
-    byte, (weights / 2, 1) uint8, and their scales.
+def quantised(weight: Tensor, block: int) -> tuple[Tensor, bnb.functional.QuantState]:
+    """An (outputs, inputs) weight, whose rows are whole blocks, in NF4: two codes a byte,
+    (weights / 2, 1) uint8, and their state, as `ops.nf4_grid` rounds it."""
+    rounded = round_to_nearest(weight, block)
+    scales = rounded.scales.flatten()
+    return rounded.packed(), quant_state(scales, weight.shape, weight.dtype, block)
 
-    Bit for bit what `bitsandbytes.functional.quantize_4bit` gives. That loads torch's compiler at
-    its first call, which takes longer than all else of a start on a small model.
-    """
-    code = bnb.functional.get_4bit_type("nf4", device="cpu")  # (16,), ascending
-    blocks = weight.reshape(-1, blocksize).float()
-    scales = blocks.abs().amax(-1)
-    scaled = (blocks * (1.0 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1).reshape(-1)
-    nearest = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
-    packed = ((nearest[::2] << 4) | nearest[1::2])[:, None]
-    return packed, quant_state(scales, weight.shape, weight.dtype, blocksize)
+
+def layer_like(linear: bnb.nn.Linear4bit, rounded: FourBit) -> bnb.nn.Linear4bit:
+    """A frozen layer of these weights, kept and multiplied by as `linear` is, with its bias."""
+    scales, shape = rounded.scales.flatten(), rounded.codes.shape
+    if isinstance(linear, PanelLinear):
+        outputs, inputs = shape
+        panels = kernels.panels_of(rounded.packed(), scales, outputs, inputs, rounded.block)
+        layer = PanelLinear.made_of(panels, linear)
+        layer.by_integers = linear.by_integers
+        return layer
+    plain = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=linear.compute_dtype,
+        compress_statistics=False, quant_type="nf4", device="meta",
+    )  # fmt: skip
+    plain.bias = linear.bias
+    state = quant_state(scales, shape, packed_weight(linear).quant_state.dtype, rounded.block)
+    plain.quant_state = state
+    plain.weight = bnb.nn.Params4bit(
+        rounded.packed(), requires_grad=False, quant_state=state, blocksize=rounded.block,
+        compress_statistics=False, quant_type="nf4", module=plain, bnb_quantized=True,
+    )  # fmt: skip
+    return plain
+
+
+@torch.no_grad()
+def base_weight(linear: nn.Linear) -> Tensor:
+    """The (out_features, in_features) float32 weight that `linear` multiplies by, dequantised: a
+    new tensor."""
+    if not isinstance(linear, bnb.nn.Linear4bit):
+        return linear.weight.detach().float()
+    # float32 holds code * scale without a second rounding, whatever the compute dtype is.
+    packed, state = bitsandbytes_form(linear)
+    state = copy.copy(state)
+    state.dtype = torch.float32
+    return bnb.functional.dequantize_4bit(packed, state)
+
+
+def block_of(linear: bnb.nn.Linear4bit) -> int:
+    """How many weights of a 4-bit layer share a scale."""
+    if isinstance(linear, PanelLinear):
+        return linear.panels.block
+    return packed_weight(linear).blocksize
 
 
 def quant_state(
     scales: Tensor, shape: torch.Size, dtype: torch.dtype, block: int
 ) -> bnb.functional.QuantState:
-    """bitsandbytes' description of NF4 codes on a CPU with (blocks,) float32 scales."""
+    """bitsandbytes' description of NF4 codes with (blocks,) float32 scales, on their device."""
     return bnb.functional.QuantState(
         absmax=scales,
         shape=shape,
         dtype=dtype,
         blocksize=block,
-        code=bnb.functional.get_4bit_type("nf4", device="cpu"),
+        code=table(scales.device).clone(),  # files are refused whose tensors share memory
         quant_type="nf4",
     )
 

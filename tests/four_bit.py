@@ -37,10 +37,10 @@ def small_config(**options: object) -> Phi3Config:
 
 def four_bit_model(
     config: Phi3Config, targets: tuple[str, ...] = (), nested: bool = False,
-    value_scale: float = 1.0,
+    value_scale: float = 1.0, rounds: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """Of random weights; `targets`: layers with an adapter, which is not zero; `value_scale`: of
-    the values that are kept."""
+    the values that are kept; `rounds`: as `--merge-rounding nf4`."""
     generator = torch.Generator().manual_seed(0)
     decoder = decoder_config(config.to_dict())
     with torch.device("meta"):
@@ -58,7 +58,8 @@ def four_bit_model(
         put(model, name, drawn, torch.float32, torch.device("cpu"))
     finish(model, torch.device("cpu"))
     if targets:
-        for layer in inject(model, targets, 5, 10, 0.1, generator).values():
+        dropout = 0.0 if rounds else 0.1
+        for layer in inject(model, targets, 5, 10, dropout, generator, rounds).values():
             nn.init.normal_(layer.lora_B, std=0.1, generator=generator)
         model.requires_grad_(False)
         model.eval()

@@ -14,12 +14,11 @@ from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from errors import PhiSightError
-from lora.merge import base_weight
 from model.base import choose_compute_dtype, load_base
 from model.decoder import Head
 from model.projector import ImageProjector
 from ops import kernels
-from ops.nf4 import PanelLinear, bitsandbytes_form, quantised_on_cpu
+from ops.nf4 import PanelLinear, base_weight, bitsandbytes_form, quantised
 
 VOCABULARY = 100
 LONGROPE = {
@@ -191,7 +190,7 @@ def test_a_weight_is_quantised_to_the_bits_of_bitsandbytes(dtype, blocksize):
     weight = torch.randn(48, 192, generator=generator).to(dtype)
     weight[0] = 0  # blocks of zeros, of equal numbers, and of tiny and great ones
     weight[1], weight[2], weight[3] = -1.5, 6e-5, 6e4
-    packed, state = quantised_on_cpu(weight, blocksize)
+    packed, state = quantised(weight, blocksize)
     theirs, wanted = bnb.functional.quantize_4bit(
         weight, blocksize=blocksize, compress_statistics=False, quant_type="nf4"
     )

@@ -15,11 +15,10 @@ from test_base import logits, save_model
 
 import files
 from files import hash_files
-from lora.merge import base_weight
 from model import base, base_cache
 from model.base import load_base
 from ops import kernels
-from ops.nf4 import PanelLinear
+from ops.nf4 import PanelLinear, base_weight
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import config as configs
 from config import Config
 from errors import PhiSightError
+from paths import need_file
 from training.options import add_config_flags, config_from_options, given_fields
 
 FIELDS = dataclasses.fields(Config)
@@ -299,6 +300,7 @@ BAD: dict[str, tuple] = {
     "feature_pooling": (0, -2),
     "feature_storage": ("int4", ""),
     "picture_fit": ("stretch", ""),
+    "merge_rounding": ("int4", ""),
     "gradient_checkpointing": ("all", ""),
 }
 FREE = {  # any value of the right type is one; whether it is there is found out on use
@@ -354,14 +356,14 @@ def test_a_config_cannot_be_changed_in_place():
 def test_need_file(tmp_path):
     there = tmp_path / "data.json"
     there.write_text("[]")
-    assert configs.need_file(str(there), "--data", "make it") == there
+    assert need_file(str(there), "--data", "make it") == there
     for path, said in (
         ("", "--data: not given; make it"),
         (str(tmp_path), f"{tmp_path}: no such file; make it"),
         ("gone.json", "gone.json: no such file; make it"),
     ):
         with pytest.raises(PhiSightError) as error:
-            configs.need_file(path, "--data", "make it")
+            need_file(path, "--data", "make it")
         assert str(error.value) == said
 
 

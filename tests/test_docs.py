@@ -70,6 +70,7 @@ NOT_RUN = {
     "python export.py --llava runs/llava-that-sees --require-alignment 40": "the run of these tests"
     " has learnt too little; tests/test_alignment.py refuses one",
     "python export.py --requantize --out runs/four-bit": EXPORTS,
+    "python export.py --requantize --run runs/four-bits --out runs/four-bits-alone": EXPORTS,
     "python export.py --prune 0.1 --out runs/pruned": EXPORTS,
     "python export.py --gguf runs/gguf": NEEDS_LLAMA,
     "python export.py --gguf runs/gguf --quantize q8_0"

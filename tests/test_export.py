@@ -34,8 +34,9 @@ from exports.folder import new_folder
 from exports.form import Form
 from exports.measure import CERTIFICATE, Tolerance
 from lora.layer import LoRALinear
-from lora.merge import base_weight, merged_state, merged_weight
+from lora.merge import merged_state, merged_weight
 from model.base import load_base
+from ops.nf4 import base_weight
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from assistant.assistant import Assistant
 from errors import PhiSightError
 from exports import calibrate, measure
 from lora.layer import LoRALinear, secure_four_bit
+from ops.nf4_grid import FourBit, round_to_nearest
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,13 @@ def bnb_weight(weight: torch.Tensor, block: int) -> torch.Tensor:
 @pytest.mark.parametrize("block", [32, 64])
 def test_naive_rounding_is_that_of_bitsandbytes(block):
     weight = draw(6, 2 * block, seed=block)
-    ours = exports.requantize.round_naively(weight, block).weight()
+    ours = round_to_nearest(weight, block).weight()
     torch.testing.assert_close(ours, bnb_weight(weight, block), atol=1e-6, rtol=1e-6)
 
 
 def test_without_correlations_there_is_nothing_to_compensate():
     weight = draw(6, 128)
-    plain = exports.requantize.round_naively(weight, 64)
+    plain = round_to_nearest(weight, 64)
     same = exports.requantize.round_with_compensation(weight, torch.eye(128), 64)
     assert torch.equal(plain.codes, same.codes) and torch.equal(plain.scales, same.scales)
 
@@ -65,7 +66,7 @@ def test_compensation_takes_most_of_the_error_at_the_output():
     weight, moment = draw(16, 128), inputs.T @ inputs
     errors = {}
     for name, made in (
-        ("naive", exports.requantize.round_naively(weight, 64)),
+        ("naive", round_to_nearest(weight, 64)),
         ("gptq", exports.requantize.round_with_compensation(weight, moment, 64)),
     ):
         errors[name] = (inputs @ (made.weight() - weight).T).norm()
@@ -74,8 +75,8 @@ def test_compensation_takes_most_of_the_error_at_the_output():
 
 
 def test_packed_codes_are_what_bitsandbytes_multiplies_by():
-    value = exports.requantize.round_naively(draw(6, 128), 64)
-    tensors = exports.requantize.packed("x", value, 64, torch.float32)
+    value = round_to_nearest(draw(6, 128), 64)
+    tensors = exports.requantize.packed("x", value, torch.float32)
     data = tensors.pop("x.weight")
     stats = {name.removeprefix("x.weight."): tensor for name, tensor in tensors.items()}
     parameter = bnb.nn.Params4bit.from_prequantized(data, stats, device="cpu")
@@ -140,12 +141,12 @@ def test_on_what_a_layer_sees_compensation_takes_most_of_the_error(assistant, pr
     assert torch.equal(moment, calibrate.input_moments(merged.model, [name], batches)[name])
     weight = draw(48, len(moment))
 
-    def error(made: exports.requantize.FourBit) -> float:
+    def error(made: FourBit) -> float:
         change = made.weight() - weight
         return (change @ moment * change).sum().item()
 
     better = exports.requantize.round_with_compensation(weight, moment, 64)
-    assert error(better) < error(exports.requantize.round_naively(weight, 64)) / 2
+    assert error(better) < error(round_to_nearest(weight, 64)) / 2
 
 
 def test_calibration_takes_no_conversation_that_is_measured(assistant, probe):

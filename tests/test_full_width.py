@@ -20,9 +20,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Phi3Confi
 from assistant.assistant import Assistant
 from benchmarks.full_shape import write_base
 from data.dataset import Message, Part
-from lora.merge import base_weight
 from model.base import find_weight_files, load_base, read_config, read_json
 from model.vision import VisionTower, read_vision_spec
+from ops.nf4 import base_weight
 
 WIDTH, INNER, VOCABULARY, HEAD = 3072, 8192, 4096, 96
 SWITCH = 32  # positions after which LongRoPE's long factors hold; the real 4,096 would take minutes

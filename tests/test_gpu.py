@@ -12,6 +12,7 @@ import torch
 import checkpoints
 import ops
 import train
+from ops.nf4_grid import round_to_nearest
 from training.batches import BatchesAhead
 from training.ranks import Ranks
 from training.run import prepare_run
@@ -20,8 +21,9 @@ from training.step import add_gradients
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
 
+@pytest.mark.parametrize("merge_rounding", ["none", "nf4"])
 @pytest.mark.parametrize("compute_type", ["bfloat16", "float16"])
-def test_a_resumed_run_is_the_same_to_the_bit_on_a_gpu(compute_type, tmp_path):
+def test_a_resumed_run_is_the_same_to_the_bit_on_a_gpu(compute_type, merge_rounding, tmp_path):
     fields = runs.SHORT | {
         "device": "cuda",
         "compute_type": compute_type,
@@ -29,6 +31,8 @@ def test_a_resumed_run_is_the_same_to_the_bit_on_a_gpu(compute_type, tmp_path):
         "save_steps": 2,
         "log_steps": 1,
         "gradient_checkpointing": "products",
+        "merge_rounding": merge_rounding,
+        "lora_dropout": 0.0 if merge_rounding == "nf4" else 0.05,
     }
     runs.start(tmp_path / "whole", **fields)
     runs.start(tmp_path / "stopped", "--stop-at-step=3", **fields)
@@ -36,6 +40,13 @@ def test_a_resumed_run_is_the_same_to_the_bit_on_a_gpu(compute_type, tmp_path):
     found = checkpoints.diff(tmp_path / "whole", tmp_path / "stopped")
     assert found.identical and found.parted is None, found
     assert checkpoints.resolve(tmp_path / "whole").config["device"] == "cuda"
+
+
+def test_a_gpu_rounds_to_the_codes_and_scales_of_a_cpu():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    here, there = round_to_nearest(weight, 64), round_to_nearest(weight.cuda(), 64)
+    assert torch.equal(here.codes, there.codes.cpu())
+    assert torch.equal(here.scales, there.scales.cpu())
 
 
 def test_without_determinism_the_run_says_what_is_lost(tmp_path, capsys):

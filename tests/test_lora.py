@@ -9,8 +9,9 @@ from torch import nn
 from errors import PhiSightError
 from lora.inject import inject
 from lora.layer import LoRALinear
-from lora.merge import base_weight, merged_weight
+from lora.merge import merged_weight
 from lora.state import load_lora_state, lora_state
+from ops.nf4 import base_weight
 
 RANK, ALPHA = 4, 10.0  # alpha / rank is neither 1 nor whole
 

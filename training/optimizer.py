@@ -49,7 +49,8 @@ class AdamW:
         correction2 = 1 - beta2**self.step_count
         # One call over all tensors each: an adapter is hundreds of small ones, and a loop in Python
         # would spend its time on starting kernels.
-        parameters = [parameter.data for parameter in self.parameters.values()]
+        # Not `.data`, which hides from a parameter that it was changed: see `LoRALinear.rounded`.
+        parameters = [parameter.detach() for parameter in self.parameters.values()]
         gradients = [
             torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()
         ]

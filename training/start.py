@@ -85,6 +85,7 @@ def check_demands(
             f"{config.run}: was imported, without the state of an optimizer, so that it cannot be"
             f" gone on with; {begin_anew(config.run, config)}"
         )
+    check_rounding(config)
     asked = options.given if checkpoint is not None else vars(config)
     for name in ("early_stopping", "keep_best"):
         if not getattr(config, name) or not asked.keys() & {name, "evaluate_steps"}:
@@ -95,6 +96,22 @@ def check_demands(
                 f"{configs.flag_of(name)}: needs evaluations, and {configs.flag_of(lacking)} is 0;"
                 f" give it a value such as {configs.FIELDS[lacking].default}, or leave"
                 f" {configs.flag_of(name)} out"
+            )
+
+
+def check_rounding(config: Config) -> None:
+    """Raise PhiSightError where `--merge-rounding` does not go with the rest; see `lora.rounding`.
+
+    Nested scales are rounded themselves, by what depends on all blocks of a tensor: a weight that
+    is rounded once more would not stay as it is.
+    """
+    if config.merge_rounding == "none":
+        return
+    for name, needed in (("quantization", "nf4"), ("lora_dropout", 0)):
+        if getattr(config, name) != needed:
+            raise PhiSightError(
+                f"--merge-rounding {config.merge_rounding}: goes with {configs.flag_of(name)}"
+                f" {needed} only, not {getattr(config, name)}; give both"
             )
 
 

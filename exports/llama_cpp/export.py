@@ -22,7 +22,7 @@ from exports.llama_cpp import certificate, eyes, language, weights
 from exports.llama_cpp.asked import INSTALL, find_llama, round_by_llama
 from exports.llama_cpp.vocabulary import vocabulary_of, write_vocabulary
 from exports.llava import check_pictures
-from exports.measure import MERGE_METHOD, Probe, Tolerance
+from exports.measure import MERGE_METHODS, Probe, Tolerance
 from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
 from lora.merge import merged_state
 from model.base import find_folder
@@ -77,7 +77,7 @@ def export_gguf(
             tolerance,
             answers_after_by=f"{version}, greedily",
             dtype=quantise,
-            method=MERGE_METHOD,
+            method=MERGE_METHODS[assistant.config.merge_rounding],
             texts_of_equal_ids=theirs.texts,
             **{seen: certificate.compared(side, theirs.sides[seen]) for seen, side in ours.items()},
             pictures=certificate.picture_differences(assistant, probe, theirs.told),
