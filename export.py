@@ -4,8 +4,10 @@
     python export.py --llava DIR                   # LlavaForConditionalGeneration: with pictures
     python export.py --requantize --out DIR        # merged and in 4 bits again: text only
     python export.py --prune 0.1 --out DIR         # merged, a tenth of the MLP channels cut out
+    python export.py --gguf DIR                    # for llama.cpp and Ollama: with pictures
     python export.py --peft DIR [--split]          # the adapter alone, for PEFT
     python export.py --push OWNER/NAME [--yes]     # the run onto the Hugging Face hub
+    python export.py --space DIR                   # the web app and the run as a Gradio Space
     python export.py --import-peft DIR --out RUN   # and back, over --base and --vision
     python export.py --import-seed DIR --out RUN   # a checkpoint of the seed project
 
