@@ -37,24 +37,25 @@ GENERATION_CONFIG, TEMPLATE_FILE = "generation_config.json", "chat_template.jinj
 MAX_NEW_TOKENS = 256  # as infer.py, where nothing else is said
 
 
-def chat_template(picture: str, shown: str) -> str:
+def chat_template(picture: str, shown: str, line_end: str = "\\n") -> str:
     """A chat template in Jinja, which gives what `data.chat.render` does, from messages of roles
     and parts of "text" and pictures: text is stripped, and text next to text is joined by a
     newline. The newlines after the marks are swallowed by the tokenizer, as they are in Phi-3's own
     template.
 
-    `picture`: the type of a part that is a picture; `shown`: the expression that stands for it.
+    `picture`: the type of a part that is a picture; `shown`: the expression that stands for it;
+    `line_end`: what follows a mark, empty for a tokenizer that swallows nothing.
     """
     return (
-        "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>" + line_end + "' }}"
         "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
         "{% set last = namespace(text=false) %}"
         "{% for part in message['content'] %}{% if part['type'] == '" + picture + "' %}"
         "{{ " + shown + " }}{% set last.text = false %}"
         "{% elif part['text'] | trim %}"
         "{{ ('\\n' if last.text else '') + (part['text'] | trim) }}{% set last.text = true %}"
-        "{% endif %}{% endfor %}{% endif %}{{ '<|end|>\\n' }}{% endfor %}"
-        "{{ '<|assistant|>\\n' if add_generation_prompt else '" + END_OF_TEXT + "' }}"
+        "{% endif %}{% endfor %}{% endif %}{{ '<|end|>" + line_end + "' }}{% endfor %}"
+        "{{ '<|assistant|>" + line_end + "' if add_generation_prompt else '" + END_OF_TEXT + "' }}"
     )
 
 

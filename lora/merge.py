@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,14 @@ def merged_state(model: nn.Module, adapter: bool = True) -> Iterator[tuple[str, 
     large as its layer in full precision. Without `adapter`, the base alone: what A and B were
     trained over.
     """
+    for name, computed in merged_weights(model, adapter):
+        yield name, computed()
+
+
+def merged_weights(
+    model: nn.Module, adapter: bool = True
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The names of `merged_state` in its order, each with what computes its tensor."""
     wrapped = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for name, module in model.named_modules():
         if name.rpartition(".")[0] in wrapped:
@@ -38,10 +47,12 @@ def merged_state(model: nn.Module, adapter: bool = True) -> Iterator[tuple[str, 
         linear = module.base if name in wrapped else module
         if isinstance(linear, nn.Linear):
             merged = adapter and name in wrapped
-            weight = merged_weight(module) if merged else base_weight(linear)
-            yield f"{name}.weight", weight
+            yield (
+                f"{name}.weight",
+                partial(merged_weight, module) if merged else partial(base_weight, linear),
+            )
             if linear.bias is not None:
-                yield f"{name}.bias", linear.bias.detach().float()
+                yield f"{name}.bias", linear.bias.detach().float
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            yield f"{name}.{parameter_name}", parameter.detach().float()
+            yield f"{name}.{parameter_name}", parameter.detach().float

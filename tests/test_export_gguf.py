@@ -116,7 +116,7 @@ def test_the_file_says_what_it_is_and_of_which_run(assistant, folder):
     chain = assistant.provenance
     for path in (folder / "model-f16.gguf", folder / gguf_export.MMPROJ):
         assert fields_of(path)["phisight.weights_digest"] == chain["weights_digest"]
-    assert language.NAMED in fields["general.name"]  # or llama.cpp keeps white space behind marks
+    assert "phi-3" in fields["general.name"]  # or llama.cpp keeps white space behind marks
     assert fields["phi3.context_length"] == 2048
     assert fields["phi3.rope.dimension_count"] == 8 and fields["phi3.attention.head_count"] == 8
     assert fields["tokenizer.ggml.eos_token_id"] == 1179
@@ -245,9 +245,9 @@ def test_texts_have_the_ids_that_llama_cpp_is_to_give(assistant):
     chat_format = assistant.parts.chat_format
     tokenizer = assistant.parts.base.tokenizer
     samples = [*certificate.samples_of(probe), *probe.prompts]
-    texts = certificate.chat_texts(samples, tokenizer, chat_format)
+    texts = certificate.chat_texts(samples, tokenizer, chat_format, "\n")
     assert len(texts) == len(samples)
-    texts += certificate.template_texts(gguf_export.TEMPLATE, chat_format)
+    texts += certificate.template_texts(certificate.template_of("\n"), chat_format)
     for text, ids in texts:
         assert tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids == ids, text
     shown = texts[-2][0]
@@ -315,6 +315,20 @@ def test_what_llama_cpp_cannot_hold_is_refused(assistant):
         weights._data(gguf, "x", torch.tensor([[float("nan")] * 32]), "F16")
     with pytest.raises(PhiSightError, match="float16 cannot hold; use --quantize q8_0"):
         weights._data(gguf, "x", torch.tensor([[7e4] * 32]), "F16")
+
+
+@pytest.mark.parametrize("missing", [None, "</s>"])
+def test_marks_have_a_line_end_where_llama_cpp_lets_them_swallow_it(missing, assistant, tmp_path):
+    content = json.loads((Path(runs.BASE) / "tokenizer.json").read_text(encoding="utf-8"))
+    if missing:
+        content["added_tokens"] = [m for m in content["added_tokens"] if m["content"] != missing]
+        content["model"]["vocab"]["<other>"] = content["model"]["vocab"].pop(missing)
+    vocabulary = vocabulary_of(content, 1280)
+    assert vocabulary.line_end == ("" if missing else "\n")
+    template = certificate.template_of(vocabulary.line_end)
+    texts = certificate.template_texts(template, assistant.parts.chat_format)
+    end = vocabulary.line_end
+    assert texts[-2][0] == f"<|user|>{end}Is<|placeholder1|>a cat?<|end|>{end}<|assistant|>{end}"
 
 
 def test_a_full_disk_leaves_nothing(assistant, tmp_path, monkeypatch):
@@ -422,7 +436,8 @@ def test_llama_cpp_computes_the_decoder(length, fields, tmp_path):
 @needs_llama
 def test_a_file_that_is_none_is_one_line(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF nothing")
-    with pytest.raises(PhiSightError, match="llama.cpp: .*a.gguf: llama.cpp does not load it"):
+    reason = "llama.cpp: .*gguf.*; .*a.gguf: llama.cpp does not load it; if its version"
+    with pytest.raises(PhiSightError, match=reason):
         asked.ask(str(LLAMA), asked.Asked(tmp_path / "a.gguf", None, 0))
 
 

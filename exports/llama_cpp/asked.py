@@ -157,8 +157,11 @@ def run_llama(python: str, *arguments: str) -> None:
         check=False,
     )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = printable(said[-1], 300) if said else f"exit code {done.returncode}"
+        trace = ("Traceback", " ")  # where in our own code, which helps nobody
+        said = [line for line in done.stderr.splitlines() if line and not line.startswith(trace)]
+        # What was wrong first, and what came of it.
+        lines = dict.fromkeys([*said[:1], *said[-1:]])
+        reason = printable("; ".join(lines), 300) if said else f"exit code {done.returncode}"
         raise PhiSightError(
             f"llama.cpp: {reason}; if its version is older than 0.3.36, install a newer"
             " llama-cpp-python"

@@ -22,6 +22,7 @@ from errors import PhiSightError
 from evaluation.meter import CONDITIONS, packed_batches
 from evaluation.questions import answer_prompts
 from exports.alignment import LONGEST_ANSWER, pictures_under
+from exports.folder import chat_template
 from exports.llama_cpp import eyes
 from exports.llama_cpp.asked import Asked, Conversation, Told, ask
 from exports.measure import Measured, Probe, equal_percent
@@ -122,9 +123,11 @@ class Theirs:
 
 
 def ask_llama(
-    assistant: Assistant, probe: Probe, python: str, model: Path, mmproj: Path, template: str
+    assistant: Assistant, probe: Probe, python: str, model: Path, mmproj: Path, line_end: str
 ) -> Theirs:
     """Ask llama.cpp all that we were asked, and about other pictures and a blank one.
+
+    `line_end`: what follows a mark in the text of a chat.
 
     Raises `PhiSightError` where it does not load the files, or has other ids for a text.
     """
@@ -144,8 +147,9 @@ def ask_llama(
     questions += [
         Conversation(without_pictures(prompt, image_id).input_ids, ()) for prompt in probe.prompts
     ]
-    texts = chat_texts([*samples, *probe.prompts], parts.base.tokenizer, parts.chat_format)
-    texts += template_texts(template, parts.chat_format)
+    said_before = [*samples, *probe.prompts]
+    texts = chat_texts(said_before, parts.base.tokenizer, parts.chat_format, line_end)
+    texts += template_texts(template_of(line_end), parts.chat_format)
     told = ask(
         python,
         Asked(
@@ -195,9 +199,13 @@ def pictures_of(assistant: Assistant, probe: Probe) -> dict[str, numpy.ndarray]:
 
 
 def chat_texts(
-    samples: Sequence[RenderedSample], tokenizer: FolderTokenizer, chat_format: ChatFormat
+    samples: Sequence[RenderedSample],
+    tokenizer: FolderTokenizer,
+    chat_format: ChatFormat,
+    line_end: str,
 ) -> list[tuple[str, list[int]]]:
-    """Conversations as the text of a chat, and their ids, in which a picture is one mark. Left out
+    """Conversations as the text of a chat, and their ids, in which a picture is one mark, and other
+    marks have a `line_end`. Left out
     are those in which somebody typed what looks like a mark: there both programs read it."""
     marks = {tokenizer.backend_tokenizer.token_to_id(mark): mark for mark in MARKS}
     alone = (chat_format.image_id, chat_format.end_of_text_id)  # no line ends behind these
@@ -217,10 +225,15 @@ def chat_texts(
             if token is None or (token == chat_format.image_id and ids[-1:] == [token]):
                 continue
             ids.append(token)
-            text += marks[token] + ("\n" if token not in alone else "")
+            text += marks[token] + (line_end if token not in alone else "")
         if not typed:
             texts.append((text, ids))
     return texts
+
+
+def template_of(line_end: str) -> str:
+    """The chat template of a GGUF: pictures are parts with llama.cpp's own mark as their text."""
+    return chat_template("media_marker", "part['text']", line_end.replace("\n", "\\n"))
 
 
 def template_texts(template: str, chat_format: ChatFormat) -> list[tuple[str, list[int]]]:

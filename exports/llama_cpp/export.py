@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,22 @@ from assistant.assistant import Assistant
 from errors import PhiSightError
 from exports import measure
 from exports.alignment import alignment_of, scored
-from exports.folder import MAX_NEW_TOKENS, chat_template, new_folder
+from exports.folder import MAX_NEW_TOKENS, new_folder
 from exports.form import Form, folder_to_write
 from exports.llama_cpp import certificate, eyes, language, weights
 from exports.llama_cpp.asked import INSTALL, find_llama, round_by_llama
-from exports.llama_cpp.vocabulary import vocabulary_of, write_vocabulary
+from exports.llama_cpp.vocabulary import NAMED, Vocabulary, vocabulary_of, write_vocabulary
 from exports.llava import check_pictures
 from exports.measure import MERGE_METHODS, Probe, Tolerance
 from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
-from lora.merge import merged_state
+from lora.merge import merged_weights
 from model.base import find_folder
+from model.decoder import LanguageModel
 
 CERTIFICATE = "gguf_certificate.json"
 MMPROJ, MODELFILE = "mmproj-f16.gguf", "Modelfile"
 IN_16_BITS = "model-f16.gguf"
-TEMPLATE = chat_template("media_marker", "part['text']")
 LOSS_IN_4_BITS = 0.05  # nats an answer token: llama.cpp's forms of 4 bits are no corrected ones
-# What Ollama makes of a chat, in the language of its templates; it puts pictures before the text.
-OLLAMA_TEMPLATE = """\
-{{- range .Messages }}<|{{ .Role }}|>
-{{ .Content }}<|end|>
-{{ end }}<|assistant|>
-"""
 
 
 def export_gguf(
@@ -64,7 +58,9 @@ def export_gguf(
         model = write_language_model(assistant, folder, quantise, python)
         write_eyes(assistant, folder)
         write_modelfile(assistant, folder, model)
-        theirs = certificate.ask_llama(assistant, probe, python, model, folder / MMPROJ, TEMPLATE)
+        theirs = certificate.ask_llama(
+            assistant, probe, python, model, folder / MMPROJ, vocabulary_in(assistant).line_end
+        )
         version = f"llama.cpp by llama-cpp-python {theirs.told.version}"
         run_sees = alignment_of(assistant, probe, ours["with_picture"].answers)
         return measure.certify(
@@ -86,19 +82,27 @@ def export_gguf(
         )
 
 
+def vocabulary_in(assistant: Assistant) -> Vocabulary:
+    """The tokenizer of the run's base. Raises `PhiSightError` for one that llama.cpp lacks."""
+    folder = find_folder(assistant.config.base, assistant.config.base_revision or None)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return vocabulary_of(content, assistant.parts.base.model.config.vocab_size)
+
+
 def write_language_model(assistant: Assistant, folder: Path, quantise: str, python: str) -> Path:
     """The merged language model with its tokenizer and chat template. Returns its file."""
     parts = assistant.parts
     config = parts.base.model.config
-    base_folder = find_folder(assistant.config.base, assistant.config.base_revision or None)
-    path = base_folder / "tokenizer.json"
-    vocabulary = vocabulary_of(json.loads(path.read_text(encoding="utf-8")), config.vocab_size)
+    vocabulary = vocabulary_in(assistant)
     marks = parts.chat_format
     beginning = parts.base.hub_config.get("bos_token_id")
 
     def describe(writer: Any) -> None:
         writer.add_type("model")
-        writer.add_name(name_of(assistant))
+        # See `vocabulary.NAMED`.
+        writer.add_name(
+            f"{name_of(assistant)} ({NAMED})" if vocabulary.line_end else name_of(assistant)
+        )
         write_provenance(writer, assistant)
         writer.add_file_type(getattr(weights.need_gguf().LlamaFileType, file_type))
         writer.add_quantization_version(2)
@@ -110,15 +114,18 @@ def write_language_model(assistant: Assistant, folder: Path, quantise: str, pyth
             "pad": marks.end_of_text_id,
         }
         write_vocabulary(writer, vocabulary, known)
-        writer.add_chat_template(TEMPLATE)
+        writer.add_chat_template(certificate.template_of(vocabulary.line_end))
 
     _, _, file_type = weights.QUANTISATIONS[quantise]
     by_llama = quantise == "q4_k_m"
     written = folder / (IN_16_BITS if by_llama else f"model-{quantise}.gguf")
     shapes = language.shapes_of(config)
-    values = [*merged_names(parts.base.model), *language.factors_of(config)]
-    kinds = {name: (shapes[name], weights.kind_of(name, shapes[name], quantise)) for name in values}
-    weights.write(written, language.ARCHITECTURE, describe, kinds, language_weights(assistant))
+    values = [*language_weights(parts.base.model)]
+    kinds = {
+        name: (shapes[name], weights.kind_of(name, shapes[name], quantise)) for name, _ in values
+    }
+    computed = ((name, compute()) for name, compute in values)  # one at a time
+    weights.write(written, language.ARCHITECTURE, describe, kinds, computed)
     if not by_llama:
         return written
     rounded = folder / f"model-{quantise}.gguf"
@@ -127,24 +134,14 @@ def write_language_model(assistant: Assistant, folder: Path, quantise: str, pyth
     return rounded
 
 
-def merged_names(model: torch.nn.Module) -> list[str]:
-    """The GGUF names of what `language_weights` yields, in its order; nothing is computed."""
-    names = dict.fromkeys(
-        name.replace(".base.", ".").removesuffix(".weight")
-        for name, _ in model.named_parameters()
-        if ".lora_" not in name
-    )
-    return [language.gguf_name(f"{name}.weight") for name in names]
-
-
-def language_weights(assistant: Assistant) -> Iterator[tuple[str, Tensor]]:
-    """(GGUF name, tensor) of the merged model; a head that is the embedding stands there once."""
-    model = assistant.parts.base.model
-    for name, tensor in merged_state(model):
+def language_weights(model: LanguageModel) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """GGUF names of the merged model with what computes each tensor; a head that is the embedding
+    stands there once."""
+    for name, computed in merged_weights(model):
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            yield language.gguf_name(name), tensor
+            yield language.gguf_name(name), computed
     for name, factors in language.factors_of(model.config).items():
-        yield name, torch.tensor(factors)
+        yield name, partial(torch.tensor, factors)
 
 
 def write_eyes(assistant: Assistant, folder: Path) -> None:
@@ -177,19 +174,22 @@ def write_provenance(writer: Any, assistant: Assistant) -> None:
 
 
 def name_of(assistant: Assistant) -> str:
-    """What programs show as the model's name; see `language.NAMED`."""
-    return f"{Path(assistant.config.run).name} ({language.NAMED})"
+    """What programs show as the model's name."""
+    return Path(assistant.config.run).name
 
 
 def write_modelfile(assistant: Assistant, folder: Path, model: Path) -> None:
     """What `ollama create NAME -f Modelfile` reads."""
+    end = vocabulary_in(assistant).line_end
+    # In the language of Ollama's templates; it puts pictures before the text.
+    turn = f"<|{{{{ .Role }}}}|>{end}{{{{ .Content }}}}<|end|>{end}"
     context = language.usual_context(assistant.parts.base.model.config)
     tokenizer = assistant.parts.base.tokenizer
     ends = [tokenizer.decode([end], skip_special_tokens=False) for end in assistant.stop_ids]
     lines = [
         f"FROM ./{model.name}",
         f"FROM ./{MMPROJ}",
-        f'TEMPLATE """{OLLAMA_TEMPLATE}"""',
+        f'TEMPLATE """{{{{- range .Messages }}}}{turn}{{{{ end }}}}<|assistant|>{end}"""',
         "PARAMETER temperature 0",
         f"PARAMETER num_ctx {context}",
         f"PARAMETER num_predict {MAX_NEW_TOKENS}",

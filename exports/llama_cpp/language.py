@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from model.decoder import DecoderConfig
 
 ARCHITECTURE = "phi3"
-# llama.cpp lets the marks of a chat swallow the white space after them, as Phi-3's do, only for a
-# model whose name has this in it.
-NAMED = "phi-3"
 _OF_LAYER = {
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",

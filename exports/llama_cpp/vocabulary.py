@@ -15,6 +15,9 @@ from typing import Any
 from errors import PhiSightError
 
 SPACE = "▁"  # SentencePiece's mark of a space
+# llama.cpp lets the marks of a chat swallow the white space after them, as Phi-3's do, only for a
+# model whose name has this in it, and loads a model of this name only if it has these tokens.
+NAMED, NEEDED = "phi-3", ("<unk>", "<s>", "</s>", "<|endoftext|>")
 REMEDY = "export it with --merge or --llava, for programs that read tokenizer.json"
 # What stands before the merges of byte-level BPE, by llama.cpp's name for it.
 _SPLITS = {
@@ -51,6 +54,11 @@ class Vocabulary:
     """of SentencePiece's: the highest pair is merged first"""
     merges: list[str] = field(default_factory=list)
     """of byte-level BPE"""
+
+    @property
+    def line_end(self) -> str:
+        """What follows the marks of a chat: a line end, if llama.cpp lets them swallow it."""
+        return "\n" if set(NEEDED) <= set(self.tokens) else ""
 
 
 def vocabulary_of(content: Mapping[str, Any], size: int) -> Vocabulary:
