@@ -31,7 +31,14 @@ from model.decoder import LanguageModel
 CERTIFICATE = "gguf_certificate.json"
 MMPROJ, MODELFILE = "mmproj-f16.gguf", "Modelfile"
 IN_16_BITS = "model-f16.gguf"
-LOSS_IN_4_BITS = 0.05  # nats an answer token: llama.cpp's forms of 4 bits are no corrected ones
+# llama.cpp's forms of 4 bits are no corrected ones, as `--requantize` writes them.
+IN_4_BITS = Tolerance(0.05, GREEDY_EQUAL_IN_4_BITS)
+TOLERANCES = {
+    "f16": Tolerance(),
+    "q8_0": Tolerance(greedy_equal=95.0),
+    "q4_0": IN_4_BITS,
+    "q4_k_m": IN_4_BITS,
+}
 
 
 def export_gguf(
@@ -212,10 +219,7 @@ def run(options: argparse.Namespace) -> str:
         )
     quantise = options.quantize
     write = partial(export_gguf, quantise=quantise, python=python)
-    usual = Tolerance()
-    if quantise.startswith("q4"):
-        usual = Tolerance(LOSS_IN_4_BITS, GREEDY_EQUAL_IN_4_BITS)
-    return export_measured(options, out, write, usual)
+    return export_measured(options, out, write, TOLERANCES[quantise])
 
 
 FORM = Form(
