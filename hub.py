@@ -219,6 +219,8 @@ def no_run_in(folder: str | Path) -> PhiSightError:
     said, folder = f"no checkpoint in {printable(folder, 250)}", Path(folder)
     if (folder / "space.json").is_file():
         return PhiSightError(f"{said}, which is a Space; name the run in it: {folder / 'run'}")
+    if (folder / "MANIFEST.json").is_file():
+        return PhiSightError(f"{said}, which is a checkpoint itself; name its run: {folder.parent}")
     exported = ("generation_config.json", "adapter_config.json", "Modelfile")
     if any((folder / name).is_file() for name in exported):
         return PhiSightError(

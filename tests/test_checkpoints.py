@@ -354,9 +354,10 @@ def test_newest_valid_tells_of_damaged_newer_ones(tmp_path: Path) -> None:
     (paths[1] / "config.json").write_text("{}")
     found, damaged = newest(tmp_path)
     assert found == paths[2] and damaged[0][0] == paths[1] and "config.json" in damaged[0][1]
-    for folder in (tmp_path / "nothing", tmp_path / "checkpoint-000001"):
-        with pytest.raises(PhiSightError, match="start one with python train.py"):
-            checkpoints.find_newest(folder)
+    with pytest.raises(PhiSightError, match="start one with python train.py"):
+        checkpoints.find_newest(tmp_path / "nothing")
+    with pytest.raises(PhiSightError, match="is a checkpoint itself; name its run: "):
+        checkpoints.find_newest(tmp_path / "checkpoint-000001")
 
 
 @pytest.mark.parametrize(
