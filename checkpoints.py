@@ -267,7 +267,7 @@ def find_newest(run_dir: str | Path) -> tuple[Checkpoint, list[tuple[Path, str]]
             f"{run_dir}: no checkpoint is intact (the newest, {newest.name}: "
             f"{problem}); copy one from a backup or start again"
         )
-    raise PhiSightError(f"no checkpoint in {run_dir}; start one with {command('train.py')} ...")
+    raise hub.no_run_in(run_dir)
 
 
 def load_newest(run_dir: str | Path) -> Checkpoint:

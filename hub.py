@@ -27,7 +27,7 @@ from urllib.parse import quote
 from errors import PhiSightError, printable
 from fields import shown
 from files import put_in_place, read_regular, sync_tree, write_whole
-from paths import HUB_RUN
+from paths import HUB_RUN, command
 
 TOKENIZER_LAYOUT = "tokenizer.json and tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -212,6 +212,25 @@ Verify = Callable[[Path], Mapping[str, Sequence[str]]]
 def is_reference(run: str | Path) -> bool:
     """Whether this names a run on the hub."""
     return str(run).startswith(HUB_RUN)
+
+
+def no_run_in(folder: str | Path) -> PhiSightError:
+    """What to tell a person who named a folder without a checkpoint for a run."""
+    said, folder = f"no checkpoint in {printable(folder, 250)}", Path(folder)
+    if (folder / "space.json").is_file():
+        return PhiSightError(f"{said}, which is a Space; name the run in it: {folder / 'run'}")
+    if (folder / "MANIFEST.json").is_file():
+        return PhiSightError(f"{said}, which is a checkpoint itself; name its run: {folder.parent}")
+    exported = ("generation_config.json", "adapter_config.json", "Modelfile")
+    if any((folder / name).is_file() for name in exported):
+        return PhiSightError(
+            f"{said}, which is a model for other programs; name the run it was made of, or bring an"
+            f" adapter in with {command('export.py')} --import-peft"
+        )
+    start = f"start one with {command('train.py')} ..."
+    if _REPOSITORY.fullmatch(str(folder)) and not folder.exists():
+        start += f", or write hf:{folder} if it is on the hub"
+    return PhiSightError(f"{said}; {start}")
 
 
 def parse(run: str | Path) -> Reference:

@@ -31,10 +31,12 @@ def attribute(flag: str) -> str:
 
 
 def folder_to_write(options: argparse.Namespace, flag: str = "--out") -> str:
-    """The folder given by `flag`. Raises `PhiSightError` if none is."""
+    """The folder given by `flag`. Raises `PhiSightError` if none is, or two are."""
     folder = getattr(options, attribute(flag))
     if not folder:
         raise PhiSightError(f"{flag}: not given; name the folder to write")
+    if flag != "--out" and options.out:
+        raise PhiSightError(f"--out: {flag} {folder} names the folder already; leave --out out")
     return folder
 
 

@@ -17,6 +17,8 @@ class Form:
     """to the base, in the hub's words"""
     usage: str
     """code that asks the model; {where} is the folder's or the repository's name"""
+    limit: str = ""
+    """what whoever has the folder must know of the programs that read it"""
 
 
 _TEXT = """```python
@@ -29,24 +31,36 @@ ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return
 print(tokenizer.decode(model.generate(**ids)[0]))
 ```"""
 _PIPELINE = """```python
-from transformers import pipeline
+from transformers import AutoProcessor, pipeline
 
-ask = pipeline("image-text-to-text", model="{where}")
-content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is there?"}}]
-print(ask([{{"role": "user", "content": content}}]))
+processor = AutoProcessor.from_pretrained("{where}", backend="pil")
+ask = pipeline("image-text-to-text", model="{where}", processor=processor)
+content = [
+    {{"type": "image", "path": "picture.png"}},
+    {{"type": "text", "text": "Describe the picture."}},
+]
+asked = [{{"role": "user", "content": content}}]
+print(ask(text=asked, return_full_text=False)[0]["generated_text"])
 ```"""
 _PEFT = """```python
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base, "{where}")  # base: the model it was trained over, loaded
 ```"""
+_APART = """```python
+from peft import PeftModel
+from transformers import LlavaForConditionalGeneration
+
+base = LlavaForConditionalGeneration.from_pretrained("{where}")
+model = PeftModel.from_pretrained(base, "{where}/adapter")
+```"""
 _RUN = """```sh
-python infer.py --run {where} --image picture.png --prompt "What is there?"
+python infer.py --run {where} --image picture.png --prompt "Describe the picture."
 ```"""
 _LLAMA_CPP = """```sh
 llama-mtmd-cli -m {where}/model-*.gguf --mmproj {where}/mmproj-f16.gguf --jinja --temp 0 \\
-    --image picture.png -p "What is there?"
-ollama create mine -f {where}/Modelfile
+    --image picture.png -p "Describe the picture."
+ollama create mine -f {where}/Modelfile && ollama run mine
 ```"""
 FORMS = {
     "run": Form(
@@ -87,12 +101,24 @@ FORMS = {
         "finetune",
         _PIPELINE,
     ),
+    "llava, adapter apart": Form(
+        "the base as `LlavaForConditionalGeneration`, with its CLIP and its processor, and the"
+        " adapter beside it: in `adapter` for PEFT, in `adapter-vllm` for vLLM",
+        "peft",
+        "image-text-to-text",
+        "adapter",
+        _APART,
+    ),
     "gguf": Form(
         "the merged language model for llama.cpp and Ollama, with CLIP and projector as `mmproj`",
         "gguf",
         "image-text-to-text",
         "quantized",
         _LLAMA_CPP,
+        "**llama.cpp as it comes misreads the pictures** of every LLaVA since May 2025"
+        " ([issue 25814](https://github.com/ggml-org/llama.cpp/issues/25814)), and answers much"
+        " worse without saying so. Where that is not mended, build it by `python -m"
+        " tools.llama_cpp FOLDER` of PhiSight, which mends it.",
     ),
 }
 """by what a certificate calls it"""

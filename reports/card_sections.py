@@ -23,6 +23,7 @@ SMALL_GAP = 10.0  # points between the right picture and a swapped one
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 ASSETS = "assets/"  # of this project: whoever has it has what lies there
 RIGHT, SWAPPED, BLANK = "right", "swapped", "blank"
+FOLDER = "FOLDER"  # what a card calls its own
 SHOWN_DIGEST = 16  # of the 64 characters, in tables
 
 
@@ -114,7 +115,7 @@ def _is_number(value: object) -> bool:
 
 
 def usage(facts: Facts) -> str:
-    where = facts.repository or "FOLDER"
+    where = facts.repository or FOLDER
     if facts.form.library == "phisight" and facts.repository:
         where = f"hf:{where}"
     text = f"## How to run it\n\n{facts.form.usage.format(where=where)}"
@@ -131,6 +132,8 @@ def usage(facts: Facts) -> str:
                 f" Say with {' and '.join(here)} where these folders lie on your machine; others"
                 " than those of the training are refused by their fingerprints."
             )
+    if where == FOLDER:
+        text += f"\n\n`{FOLDER}` is where this folder lies."
     return text
 
 
@@ -142,6 +145,8 @@ def _limits(facts: Facts) -> Iterator[str]:
     config, state, last = facts.config, facts.saved.trainer_state, facts.last_evaluation
     if facts.form.task == "text-generation":
         yield "It sees no pictures: this folder holds the language model alone."
+    if facts.form.limit:
+        yield facts.form.limit
     if "imported_from" in facts.saved.config:
         yield "It was imported from another program, so its training is not known."
     elif facts.saved.step < FEW_STEPS:
@@ -221,7 +226,11 @@ def evaluation(facts: Facts) -> str:
         for record in _some(facts.of_kind("evaluation"))
     ]
     own = [
-        (f"{name(certificate.get('what', 'export'))} (certificate)", "-", *_alignment_cells(found))
+        (
+            f"certificate, {number(found.get('questions'), ',d')} questions",
+            "-",
+            *_alignment_cells(found),
+        )
         for certificate in facts.certificates
         if isinstance(found := certificate.get("alignment"), Mapping)
     ]
@@ -230,12 +239,19 @@ def evaluation(facts: Facts) -> str:
     heads = ("after step", "validation loss", "right picture", "swapped", "blank", "gap")
     asked = (facts.saved.config.get("data_counts") or {}).get("alignment_questions")
     of = f" {asked:,}" if isinstance(asked, int) else ""
+    # Those of the training and of a certificate differ: see `exports.alignment`.
+    other = (
+        " The row of the certificate is of other questions, held-out ones where the run has any, so"
+        " compare it with none of those above."
+        if rows and own
+        else ""
+    )
     return (
         "## Does it see?\n\n"
         f"The same{of} validation questions are asked with the right picture, with a swapped one"
         " and with a blank one. Exact answers in percent; the gap is between the right picture and"
         " a swapped one, and is what comes from the picture. The loss is in nats an answer token."
-        f"\n\n{table(heads, [*rows, *own])}"
+        f"{other}\n\n{table(heads, [*rows, *own])}"
     )
 
 

@@ -354,9 +354,30 @@ def test_newest_valid_tells_of_damaged_newer_ones(tmp_path: Path) -> None:
     (paths[1] / "config.json").write_text("{}")
     found, damaged = newest(tmp_path)
     assert found == paths[2] and damaged[0][0] == paths[1] and "config.json" in damaged[0][1]
-    for folder in (tmp_path / "nothing", tmp_path / "checkpoint-000001"):
-        with pytest.raises(PhiSightError, match="start one with python train.py"):
-            checkpoints.find_newest(folder)
+    with pytest.raises(PhiSightError, match="start one with python train.py"):
+        checkpoints.find_newest(tmp_path / "nothing")
+    with pytest.raises(PhiSightError, match="is a checkpoint itself; name its run: "):
+        checkpoints.find_newest(tmp_path / "checkpoint-000001")
+
+
+@pytest.mark.parametrize(
+    "file, said",
+    [
+        ("space.json", "which is a Space; name the run in it: .*/run"),
+        ("generation_config.json", "a model for other programs; name the run it was made of"),
+        ("adapter_config.json", "--import-peft"),
+        ("Modelfile", "a model for other programs"),
+    ],
+)
+def test_an_export_that_is_taken_for_a_run_is_told(tmp_path: Path, file: str, said: str) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(PhiSightError, match=said):
+        checkpoints.resolve(tmp_path)
+
+
+def test_a_name_of_the_hub_without_its_prefix_is_told() -> None:
+    with pytest.raises(PhiSightError, match="or write hf:owner/name if it is on the hub"):
+        checkpoints.resolve("owner/name")
 
 
 def test_the_newest_is_read_and_hashed_once(

@@ -82,7 +82,7 @@ NOT_RUN = {
     "python export.py --import-seed seed --out runs/seed": EXPORTS,
     "hf auth login": "asks for a token",
     "python export.py --push owner/name --yes": HUB,
-    'python infer.py --run hf:owner/name --image picture.png --prompt "What is there?"': HUB,
+    'python infer.py --run hf:owner/name --image picture.png --prompt "Describe the picture."': HUB,
     "python checkpoints.py verify hf:owner/name@v1": HUB,
     "python train.py --run runs/next --start-from hf:owner/name": HUB,
     "PHISIGHT_API_KEY=secret python serve.py --host 0.0.0.0": "other machines could reach it;"

@@ -228,6 +228,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         (["--merge"], "--out: not given"),
         ([], "required"),
         (["--merge", "--peft=x"], "not allowed"),
+        (["--peft=x", "--out=y"], "--out: --peft x names the folder already"),
         (["--merge", "--out=x", "--split"], "--split: goes with --peft"),
         (["--merge", "--out=x", "--max-loss-difference=nan"], "must be 0 or more"),
         (["--merge", "--out=x", "--min-greedy-equal=101"], "0 to 100"),

@@ -352,9 +352,11 @@ def test_every_command_takes_a_run_of_the_hub(server, tmp_path, capsys):
     assert export.main([f"--peft={tmp_path / 'peft'}", f"--run={run}"]) == 0
     assert checkpoints.main(["show", run]) == checkpoints.main(["verify", run]) == 0
     assert checkpoints.main(["diff", run, str(published())]) == 0
-    assert runs.start(tmp_path / "next", start_from=run, **runs.SHORT | {"max_steps": 1}) == 0
+    newest = f"hf:{NAME}"
+    assert runs.start(tmp_path / "next", start_from=newest, **runs.SHORT | {"max_steps": 1}) == 0
+    assert f"weights of {run} at step" in capsys.readouterr().out  # with the commit
     started = checkpoints.resolve(tmp_path / "next").config
-    assert started["config"]["start_from"] == run == started["started_from"]["run"]
+    assert started["config"]["start_from"] == newest and started["started_from"]["run"] == run
     assert runs.resume(tmp_path / "next") == 0
 
 

@@ -68,7 +68,7 @@ def announce(run: Run) -> None:
         )
     if started := run.facts["started_from"]:
         print(
-            f"weights of {config.start_from} at step {started['step']}"
+            f"weights of {started.get('run', config.start_from)} at step {started['step']}"
             f" ({started['finished'] or 'not finished'}) to begin with"
         )
     if run.progress.step:
