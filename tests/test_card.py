@@ -136,7 +136,7 @@ def test_a_card_is_what_the_hub_reads():
     card = ModelCard(model_card(checkpoint, records, repository="ann/sees"))
     data = card.data
     assert (data.license, data.pipeline_tag, data.library_name) == (
-        "unknown",
+        "apache-2.0",
         "image-text-to-text",
         "phisight",
     )
