@@ -186,6 +186,8 @@ def test_the_license_is_the_bases_or_is_given(tmp_path):
     checkpoint, records = finished()
     base = Path(shutil.copytree(runs.BASE, tmp_path / "base"))
     config = replace(runs.assistant().config, base=str(base))
+    assert license_of_base(config) == "apache-2.0"
+    (base / CARD).unlink()
     assert license_of_base(config) == ""
     (base / CARD).write_text("---\nlanguage: en\nlicense: MIT\n---\nlicense: gpl-3.0\n")
     assert license_of_base(config) == "mit"
@@ -237,7 +239,7 @@ def test_no_text_of_a_config_does_anything_in_a_card(run, base, vision, targets)
     card.encode()  # no half of a character
     plain = plain_card()
     head, known = head_of(card), head_of(plain)
-    for varying in ("base_model", "base_model_relation"):
+    for varying in ("base_model", "base_model_relation", "license"):
         assert isinstance(head.pop(varying, ""), str)
         known.pop(varying, "")
     if "model-index" in known:
