@@ -39,6 +39,7 @@ import hub
 import manifest as manifests
 import packing
 from checkpoint_state import (
+    CHECKPOINT,
     CONFIG,
     OWNERS,
     TRAINER_STATE,
@@ -65,7 +66,7 @@ FORMER_LATEST = "LATEST"  # former versions wrote the newest one's name there; n
 # What a run's folder holds beside checkpoints and is written whole, under a temporary name first.
 WRITTEN = (FORMER_LATEST, "curves.png", "quarantine.jsonl")
 
-_NAME = re.compile(r"checkpoint-(\d{6,})")
+_NAME = re.compile(CHECKPOINT)
 
 
 # ---- saving --------------------------------------------------------------------------------------
@@ -199,9 +200,8 @@ def sweep(run_dir: Path) -> None:
 
 
 def _step_of(path: Path) -> int | None:
-    match = _NAME.fullmatch(path.name)
-    step = int(match[1]) if match else None
-    return step if match and path.name == f"checkpoint-{step:06d}" else None
+    name = path.name
+    return int(name.removeprefix("checkpoint-")) if _NAME.fullmatch(name) else None
 
 
 # ---- reading -------------------------------------------------------------------------------------

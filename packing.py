@@ -22,7 +22,7 @@ from typing import Any
 
 import config as configs
 from archive import Member, extract, write_archive
-from checkpoint_state import Checkpoint, need_run
+from checkpoint_state import CHECKPOINT, Checkpoint, need_run
 from config import Config
 from errors import PhiSightError, printable
 from files import former_name, hash_files, new_folder
@@ -43,7 +43,7 @@ OF_A_MODEL = re.compile(
 )
 _WEIGHTS = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors", re.ASCII)
 _OF_A_RUN = re.compile(
-    rf"checkpoint-\d{{6,18}}/(tokenizer/)?[A-Za-z0-9][\w.-]*|{re.escape(METRICS)}|{CARD}"
+    rf"{CHECKPOINT}/(tokenizer/)?[A-Za-z0-9][\w.-]*|{re.escape(METRICS)}|{CARD}"
     rf"|{'|'.join(map(re.escape, BESIDE))}|{re.escape(DATA)}|{FOLDERS['images']}/.+",
     re.ASCII | re.DOTALL,
 )

@@ -41,8 +41,15 @@ from exports.carried import carried_files, carry
 from exports.folder import new_folder, write_json
 from exports.form import Form, folder_to_write, typed
 from exports.measured import DATA_FIELDS
-from exports.published import CARD, CURVES, IN_HUB_CACHE, SHIPPED, without_paths, write_published
-from exports.push import CERTIFICATE
+from exports.published import (
+    CARD,
+    CERTIFICATE,
+    CURVES,
+    IN_HUB_CACHE,
+    SHIPPED,
+    without_paths,
+    write_published,
+)
 from model import base, vision
 from reports.card import model_card, provenance
 
