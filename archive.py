@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 import shutil
 import tarfile
@@ -25,18 +26,21 @@ from documents import BYTE_LIMIT, COUNT, TEXT, Kind, parse_json, require
 from errors import PhiSightError, printable
 from files import CHUNK, byte_bar, make_folder, open_regular, remove_empty, whole_file
 from manifest import manifest_bytes
+from paths import LONGEST, LONGEST_NAME
 
 CONTENTS = "PACK.json"
 FORMAT = 1
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)
+PAGE = 4096  # bytes that the smallest file or folder takes on a disk
+DEEPEST = 32  # parts of a name: each of them may be a folder to make, which no size tells of
 _CONTENTS = {
     "format": Kind(f"{FORMAT}", lambda value: type(value) is int and value == FORMAT),
     "files": [{"name": TEXT, "size": COUNT, "sha256": TEXT}],
     "sha256": TEXT,
 }
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-NAME_BYTES, PART_BYTES = 4096, 255  # what Linux takes
+CHANGED = "was changed while it was packed; wait until nothing writes there, and pack again"
 OTHER = "it is no archive of checkpoints.py pack, or was changed; ask for it again"
 
 
@@ -111,10 +115,8 @@ def _write(
                 written += len(piece)
                 bar.update(len(piece))
             if (written, own.hexdigest()) != (row.size, row.sha256):
-                raise PhiSightError(
-                    f"{member.source if isinstance(member.source, Path) else row.name}: was changed"
-                    " while it was packed; wait until nothing writes there, and pack again"
-                )
+                what = member.source if isinstance(member.source, Path) else row.name
+                raise PhiSightError(f"{what}: {CHANGED}")
             file.write(padding(row.size))
         file.write(END)
 
@@ -132,10 +134,17 @@ def _pieces(member: Member) -> Iterator[bytes]:
         yield member.source
         return
     left = member.size
-    with open_regular(member.source) as file:
-        while piece := file.read(CHUNK if left is None else min(CHUNK, left)):
-            left = None if left is None else left - len(piece)
-            yield piece
+    try:
+        with open_regular(member.source) as file:
+            while piece := file.read(CHUNK if left is None else min(CHUNK, left)):
+                left = None if left is None else left - len(piece)
+                yield piece
+    except FileNotFoundError as error:
+        raise PhiSightError(f"{member.source}: {CHANGED}") from error
+    except OSError as error:
+        raise PhiSightError(
+            f"{member.source}: {error.strerror or error}; mend it, or leave it out"
+        ) from error
 
 
 # -- what every archive is made of ----------------------------------------------------------------
@@ -159,6 +168,18 @@ def size_of(contents: bytes, rows: Sequence[Row]) -> int:
     return len(END) + sum(
         len(header(name, size)) + size + len(padding(size)) for name, size in sizes
     )
+
+
+def room_of(rows: Sequence[Row]) -> int:
+    """Bytes on a usual disk of files in the order of their names, and of the folders that they lie
+    in, which a manifest of a few bytes may name a great many of."""
+    places, before = 0, [""]
+    for row in rows:
+        parts = row.name.split("/")
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, parts))
+        places += len(parts) - len([*shared])
+        before = parts
+    return sum(-(-row.size // PAGE) * PAGE for row in rows) + places * PAGE
 
 
 def need_room(folder: Path, size: int, what: str) -> None:
@@ -188,11 +209,13 @@ def check_names(names: Sequence[str], problem_of: Callable[[str], str]) -> None:
             reason = "has a control character in it"
         elif name == CONTENTS:
             reason = "is taken"
+        elif len(parts) > DEEPEST:
+            reason = f"lies more than {DEEPEST - 1} folders deep"
         elif any("/".join(parts[:end]) in known for end in range(1, len(parts))):
             reason = "lies in what is a file"
         else:
             encoded = [len(part.encode("utf-8", "surrogateescape")) for part in parts]
-            if max(encoded) > PART_BYTES or sum(encoded) + len(parts) > NAME_BYTES:
+            if max(encoded) > LONGEST_NAME or sum(encoded) + len(parts) > LONGEST:
                 reason = "is longer than a file's name can be"
         if reason:
             raise PhiSightError(f"the name {printable(repr(name), 100)} {reason}")
@@ -222,7 +245,7 @@ def extract(archive: Path, folder: Path, problem_of: Callable[[str], str]) -> No
             there, should = archive.stat().st_size, size_of(contents, rows)
             if there != should:
                 raise PhiSightError(f"it has {there:,} bytes, and should have {should:,}")
-        need_room(folder, sum(row.size for row in rows), f"{archive}, unpacked,")
+        need_room(folder, room_of(rows), f"{archive}, unpacked,")
         with _named(archive), byte_bar(there, "unpacking") as bar:
             for row in rows:
                 _extract_one(file, row, folder)

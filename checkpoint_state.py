@@ -51,7 +51,8 @@ TOKENIZER_FILES = (
 )  # what of `tokenizer/` is published, and fetched
 
 
-_PUBLISHED = re.compile(r"(checkpoint-\d{6,12})/(.+)")
+CHECKPOINT = r"checkpoint-(?:[0-9]{6}|[1-9][0-9]{6,17})"  # the name of a folder, one for each step
+_PUBLISHED = re.compile(rf"({CHECKPOINT})/(.+)")
 
 
 def published_files(names: Sequence[str]) -> list[str]:

@@ -39,6 +39,7 @@ import hub
 import manifest as manifests
 import packing
 from checkpoint_state import (
+    CHECKPOINT,
     CONFIG,
     OWNERS,
     TRAINER_STATE,
@@ -65,7 +66,7 @@ FORMER_LATEST = "LATEST"  # former versions wrote the newest one's name there; n
 # What a run's folder holds beside checkpoints and is written whole, under a temporary name first.
 WRITTEN = (FORMER_LATEST, "curves.png", "quarantine.jsonl")
 
-_NAME = re.compile(r"checkpoint-(\d{6,})")
+_NAME = re.compile(CHECKPOINT)
 
 
 # ---- saving --------------------------------------------------------------------------------------
@@ -199,9 +200,7 @@ def sweep(run_dir: Path) -> None:
 
 
 def _step_of(path: Path) -> int | None:
-    match = _NAME.fullmatch(path.name)
-    step = int(match[1]) if match else None
-    return step if match and path.name == f"checkpoint-{step:06d}" else None
+    return int(path.name.removeprefix("checkpoint-")) if _NAME.fullmatch(path.name) else None
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -378,17 +377,18 @@ def _newest_run() -> Path:
 def _verified(run: Path) -> Checkpoint:
     """The newest checkpoint of a run in which nothing is wrong. Raises PhiSightError."""
     for path, problems in verify_run(run).items():
-        for problem in problems:
-            raise PhiSightError(f"{path}: {problem}; copy it again from where it is whole")
+        if problems and Path(path).exists():  # else a training has just removed it
+            raise PhiSightError(f"{path}: {problems[0]}; copy it again from where it is whole")
     return load_newest(run)
 
 
 def _pack(options: argparse.Namespace) -> str:
-    newest = _verified(run := fetched(options.run).folder)
-    parts, folders = packing.chosen_parts(options), checkpoints_in(run)
-    return packing.pack(
-        newest, folders, records_of(newest), options.out, parts, options.license or ""
-    )
+    run = fetched(options.run).folder
+    if run.name == BEST or (run / MANIFEST).exists():
+        raise PhiSightError(f"{run}: is a checkpoint; pack its run, {run.parent}")
+    newest, parts, license = _verified(run), packing.chosen_parts(options), options.license or ""
+    folders, records = checkpoints_in(run), records_of(newest)
+    return packing.pack(newest, folders, records, options.out, parts, license)
 
 
 def _verify_command(target: Path, as_json: bool) -> int:

@@ -410,8 +410,9 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
             f" {unknown or 'nothing'}; it was written by another version of PhiSight"
         )
     fields = of_declared_type(values, where)
-    if null := [n for n, v in fields.items() if FIELDS[n].metadata["place"] and "\0" in v]:
-        raise PhiSightError(f"{where}: config field {null[0]} has a null character; no path has")
+    for name, value in fields.items():
+        if FIELDS[name].metadata["place"] and (problem := paths.problem_of(value)):
+            raise PhiSightError(f"{where}: config field {name} {problem}")
     config = Config(**located(fields))
     validate(config)
     return config

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -46,7 +47,7 @@ SILENCE = 120.0  # seconds of a connection on which nothing comes, after which i
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"\w[\w.+/-]{0,249}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # which name no file
 
 
 # -- models ---------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def reason_of(error: BaseException) -> tuple[str, str]:
         return "the hub has no such repository, or does not show it to you", log_in
     if isinstance(error, errors.RevisionNotFoundError):
         return "the repository has no such revision", "name a branch, a tag or a commit that it has"
-    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+    if isinstance(error, OSError) and (error.filename or error.errno in _OF_THE_DISK):
         return f"it cannot be kept here ({error})", "make room, or set HF_HOME to another folder"
     if status := status_of(error):
         return f"the hub answered with status {status}", (log_in if status < 500 else again)
@@ -242,10 +243,15 @@ def parse(run: str | Path) -> Reference:
     return Reference(name, revision)
 
 
+def is_repository(name: str) -> bool:
+    """Whether a text can be the name of a repository, owner/name."""
+    wrong = not _REPOSITORY.fullmatch(name) or any(part in name for part in ("--", ".."))
+    return not wrong and not any(part.endswith((".git", "-", ".")) for part in name.split("/"))
+
+
 def check_repository(name: str, what: str, remedy: str) -> None:
     """Raise `PhiSightError` unless `name` can be a repository, owner/name."""
-    wrong = not _REPOSITORY.fullmatch(name) or any(part in name for part in ("--", ".."))
-    if wrong or any(part.endswith((".git", "-", ".")) for part in name.split("/")):
+    if not is_repository(name):
         raise PhiSightError(
             f"{what}: {shown(name)} cannot be a repository, whose name has letters, digits and"
             f" single - _ . in it; {remedy}"
@@ -311,7 +317,7 @@ def fetch_run(
     from huggingface_hub import constants
 
     home = Path(constants.HF_HOME) / "phisight" / reference.repository.replace("/", "--")
-    named = home / "refs" / quote(reference.revision or "main", safe="")
+    named = home / "refs" / _as_file(reference.revision or "main")
     if COMMIT.fullmatch(reference.revision) and (home / reference.revision).is_dir():
         return Fetched(home / reference.revision, str(reference))
     if constants.is_offline_mode():
@@ -324,11 +330,14 @@ def fetch_run(
     try:
         with quiet():
             commit, _, files = listing(reference.repository, reference.revision or None)
+            if COMMIT.fullmatch(reference.revision) and commit != reference.revision:
+                raise ValueError(f"it gives another commit for it, {commit}")
             pinned = Reference(reference.repository, commit)
             if not (home / commit).is_dir():
                 _download(pinned, _chosen(reference, files, choose), home, verify)
-        named.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(named, commit.encode())
+        if _known(home, named) != commit:  # else the folder may be one that is only read
+            named.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(named, commit.encode())
     except failures() as error:
         reason, remedy = reason_of(error)
         if status_of(error) is None and _known(home, named):
@@ -337,6 +346,12 @@ def fetch_run(
             )
         raise PhiSightError(f"{reference}: {reason}; {remedy}") from error
     return Fetched(home / commit, str(pinned))
+
+
+def _as_file(revision: str) -> str:
+    """A branch or a tag as the name of a file, which is shorter than what the hub takes."""
+    name = quote(revision, safe="")
+    return name if len(name) <= 200 else hashlib.sha256(name.encode()).hexdigest()
 
 
 def _known(home: Path, named: Path) -> str:
@@ -365,7 +380,7 @@ def _chosen(
         )
     chosen = [file for file in files if file.name in names]
     text = os.environ.get(MAX_MIB, str(DEFAULT_MAX_MIB))
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,9}", text):
         raise PhiSightError(f"{MAX_MIB}: {shown(text)} is not a whole number of MiB; mend it")
     size = sum(file.size for file in chosen)
     if size > int(text) * 2**20:
@@ -401,11 +416,19 @@ def _download(
                 etag_timeout=SECONDS,
             )
         shutil.rmtree(partial / ".cache", ignore_errors=True)  # what the hub noted meanwhile
-        if problems := [problem for each in verify(partial).values() for problem in each]:
+        if problem := _problem_of(partial, verify):
             shutil.rmtree(partial)
             raise PhiSightError(
-                f"{pinned}: is not as its manifest says, and was not kept ({problems[0]}); fetch it"
+                f"{pinned}: is not as its manifest says, and was not kept ({problem}); fetch it"
                 " again, and if that is the same, tell its owner"
             )
         sync_tree(partial)
         put_in_place(partial, final)
+
+
+def _problem_of(folder: Path, verify: Verify) -> str:
+    """What is wrong with a run that was fetched into a folder that goes; "" for nothing."""
+    try:
+        return next((problem for each in verify(folder).values() for problem in each), "")
+    except PhiSightError as error:  # of a log that cannot be read at all
+        return str(error).replace(f"{folder}{os.sep}", "").partition(";")[0]

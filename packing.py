@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import config as configs
-from archive import Member, extract, write_archive
-from checkpoint_state import Checkpoint, need_run
+from archive import CHANGED, Member, extract, write_archive
+from checkpoint_state import CHECKPOINT, Checkpoint, need_run
 from config import Config
 from errors import PhiSightError, printable
 from files import former_name, hash_files, new_folder
-from manifest import files_below
+from manifest import MANIFEST, files_below
 from paths import command
 from reports.card import CARD, hub_id, license_id, model_card
 from reports.log import METRICS
@@ -43,7 +43,7 @@ OF_A_MODEL = re.compile(
 )
 _WEIGHTS = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors", re.ASCII)
 _OF_A_RUN = re.compile(
-    rf"checkpoint-\d{{6,18}}/(tokenizer/)?[A-Za-z0-9][\w.-]*|{re.escape(METRICS)}|{CARD}"
+    rf"{CHECKPOINT}/(tokenizer/)?[A-Za-z0-9][\w.-]*|{re.escape(METRICS)}|{CARD}"
     rf"|{'|'.join(map(re.escape, BESIDE))}|{re.escape(DATA)}|{FOLDERS['images']}/.+",
     re.ASCII | re.DOTALL,
 )
@@ -68,7 +68,7 @@ def pack(
     """Write a run to the archive `out`, whole or not at all. Returns a line about it.
 
     Args:
-        newest: its newest checkpoint, and `folders` all that go along; verified.
+        newest: its newest checkpoint, verified; of `folders` those before it go along too.
         records: the log up to the newest.
         parts: names of `PARTS` that go along.
         license: for the card, see `reports.card.model_card`.
@@ -87,9 +87,14 @@ def pack(
         size = newest.trainer_state["metrics_offset"]
         members.append(Member(METRICS, run / METRICS, size))
     members += [Member(name, run / name) for name in BESIDE if (run / name).is_file()]
-    for folder in folders:
+    # A training may have saved a newer one since, which nobody has verified.
+    known = folders[: folders.index(newest.path)] if newest.path in folders else []
+    for folder in (*known, newest.path):
         name = former_name(folder) or folder.name
-        members += [Member(f"{name}/{file}", folder / file) for file in files_below(folder)]
+        held = files_below(folder)
+        if MANIFEST not in held:
+            raise PhiSightError(f"{folder}: {CHANGED}")
+        members += [Member(f"{name}/{file}", folder / file) for file in held]
     made = {"base": _base, "vision": _vision, "data": _data}
     for part in parts:
         members += made[part](config, newest)
@@ -192,10 +197,11 @@ def unpack(archive: Path, folder: Path, verified: Callable[[Path], Checkpoint]) 
         try:
             newest = verified(temporary)
             need_run(newest)
+            config = configs.from_dict(newest.config["config"], str(newest.path))
         except PhiSightError as error:
             reason = str(error).replace(str(temporary), "in it")
             raise PhiSightError(f"{archive}: {reason}; nothing was unpacked") from error
-    return _what_next(folder, newest)
+    return _what_next(folder, newest, config)
 
 
 def _problem_of(name: str) -> str:
@@ -216,8 +222,7 @@ def packed_parts(run: str | Path) -> dict[str, str]:
     return found | ({"data": str(run / DATA)} if (run / DATA).is_file() else {})
 
 
-def _what_next(folder: Path, newest: Checkpoint) -> str:
-    config = configs.from_dict(newest.config["config"], str(newest.path))
+def _what_next(folder: Path, newest: Checkpoint, config: Config) -> str:
     there = packed_parts(folder)
     missing = [
         field

@@ -14,6 +14,7 @@ from pathlib import Path
 from errors import PhiSightError
 
 PROJECT = Path(__file__).resolve().parent
+LONGEST, LONGEST_NAME = 4095, 255  # bytes of a path and of a name in it that Linux takes
 HUB_RUN = "hf:"  # begins what names a run on the hub, which is no path; see `hub`
 
 
@@ -39,6 +40,16 @@ def recorded(path: str) -> str:
         return path
     absolute = Path(os.path.abspath(path))
     return str(absolute.relative_to(PROJECT) if absolute.is_relative_to(PROJECT) else absolute)
+
+
+def problem_of(path: str) -> str:
+    """Why a text can be no path, which Python would raise errors of its own for; "" if it can."""
+    if "\0" in path:
+        return "has a null character; no path has"
+    whole = os.path.abspath(path).encode("utf-8", "surrogatepass")
+    if len(whole) > LONGEST or any(len(part) > LONGEST_NAME for part in whole.split(b"/")):
+        return "is longer than a path can be"
+    return ""
 
 
 def command(name: str) -> str:

@@ -201,9 +201,21 @@ def begin(folder: Path) -> list[str]:
     os.environ.update(storage.environment(os.environ))
     tempfile.tempdir = None  # which may have been looked up already
     for name in ("TMPDIR", "GRADIO_TEMP_DIR", "XDG_CACHE_HOME", "HF_HOME"):
-        Path(os.environ[name]).mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            Path(os.environ[name]).mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise PhiSightError(
+                f"{name}: {os.environ[name]}: {error.strerror or error}; unset it, or name a folder"
+                " to write in"
+            ) from None
     preloaded = Path(os.path.expanduser("~/.cache/huggingface/hub"))
-    link_preloaded(preloaded, Path(os.environ["HF_HOME"]) / "hub")
+    own = Path(os.environ["HF_HOME"]) / "hub"
+    try:
+        link_preloaded(preloaded, own)
+    except OSError as error:
+        raise PhiSightError(
+            f"{own}: {error.strerror or error}; make room, or name a folder to write in HF_HOME"
+        ) from None
     return chosen
 
 
@@ -217,6 +229,7 @@ def link_preloaded(preloaded: Path, own: Path) -> None:
         if not path.is_file() or ours.exists():
             continue
         ours.parent.mkdir(parents=True, exist_ok=True)
+        ours.unlink(missing_ok=True)  # a link of a former Space, to what was elsewhere
         if path.relative_to(preloaded).parts[1] == "refs":
             shutil.copyfile(path, ours)  # which newer ones may replace
         else:

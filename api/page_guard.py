@@ -148,19 +148,24 @@ async def app_or_400(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -
 
     try:
         await app(scope, receive, sending)
-    except (LookupError, TypeError, ValueError) as error:
-        if not withheld:
+    except Exception as error:
+        if not isinstance(error, _client_faults()) or not withheld:
+            for message in withheld:
+                await send(message)
             raise
         failed("reading a page's request", error)
         reason = "the request is not one that this page sends; load the page again"
         await refused(400, reason)(scope, receive, send)
-    except Exception:
-        for message in withheld:
-            await send(message)
-        raise
     else:
         for message in withheld:
             await send(message)
+
+
+def _client_faults() -> tuple[type[Exception], ...]:
+    """What Gradio raises at a request that is not one of its page's."""
+    from gradio.route_utils import FnIndexInferError  # loaded where a page is served
+
+    return LookupError, TypeError, ValueError, FnIndexInferError
 
 
 class UploadRoom(Protocol):

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # A module that is named in a text, such as that of a program that is started: "workers.child".
+BESIDE = (".css",)  # no others: people keep data and notes beside code, and tell nobody of them
 _NAMED = re.compile(r"[a-z_][a-z0-9_]*(?:\.[a-z_][a-z0-9_]*)+", re.ASCII)
 
 
 def carried_files(project: Path, command: str) -> list[Path]:
     """What has to lie in a folder for `python command` to run there, relative to `project`: the
-    modules that it imports, at once or later, theirs, and the other files of their rooms, such as
-    style sheets. Packages that are installed are not looked into."""
+    modules that it imports, at once or later, theirs, and the style sheets of their rooms.
+    Packages that are installed are not looked into."""
     waiting, modules = [Path(command)], set()
     while waiting:
         path = waiting.pop()
@@ -30,7 +31,7 @@ def carried_files(project: Path, command: str) -> list[Path]:
         path.relative_to(project)
         for room in rooms
         for path in (project / room).iterdir()
-        if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith(".")
+        if path.is_file() and path.suffix in BESIDE
     }
     return sorted(modules | beside)
 

@@ -33,10 +33,11 @@ from errors import PhiSightError
 from fields import PATH, PATH_OR_NAME
 from files import open_regular
 from reports.card import CARD, model_card
+from reports.card_sections import CURVES as CURVES  # others call it by this module
 from reports.curves import draw_curves
 from reports.log import METRICS
 
-CURVES = "curves.png"
+CERTIFICATE = "certificate.json"  # of whether it sees, written by whoever asked it
 MODELS = ("base", "vision")  # what others must find
 RUN = "runs/published"  # what a published run calls a folder that lay outside the project
 SHIPPED = Path("assets")  # what every copy of this project has
@@ -159,15 +160,24 @@ def public_fields(config: Config, where: str) -> tuple[dict[str, Any], list[str]
 
 
 def without_paths(said: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """What was measured of a run, where its texts say a path of the config that is outside the
-    project: with the field's name in its place."""
-    texts = {name: text for name, text in said.items() if isinstance(text, str)}
+    """What was measured of a run, without the places that its texts name: a field's name stands for
+    a path of the config that is outside the project, and the project's folder is left out."""
     private = [name for name, inside in _places(config) if inside is None]
-    for field in sorted(private, key=lambda name: -len(getattr(config, name))):
-        value = getattr(config, field)
-        for path in (value, os.path.abspath(value)):
-            texts = {name: text.replace(path, f"({field})") for name, text in texts.items()}
-    return {**said, **texts}
+    private += [name for name in MODELS if os.path.isabs(getattr(config, name))]
+    hidden = {
+        path: f"({field})"
+        for field in private
+        for path in (getattr(config, field), os.path.abspath(getattr(config, field)))
+    }
+    project = str(paths.PROJECT)
+
+    def public(text: str) -> str:
+        text = text.replace(f"{project}{os.sep}", "").replace(project, "(the project)")
+        for path in sorted(hidden, key=len, reverse=True):
+            text = text.replace(path, hidden[path])
+        return text
+
+    return {name: public(text) if isinstance(text, str) else text for name, text in said.items()}
 
 
 def _places(config: Config) -> Iterator[tuple[str, str | None]]:

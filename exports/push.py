@@ -29,12 +29,11 @@ from exports.folder import new_folder, write_generation_config, write_json
 from exports.form import Form, typed
 from exports.measured import DATA_FIELDS
 from exports.peft_adapter import write_peft
-from exports.published import without_paths, write_published
+from exports.published import CERTIFICATE, without_paths, write_published
 from exports.upload import account, files_of, upload
 from hub import File
 from paths import command
 
-CERTIFICATE = "certificate.json"
 LONGEST_MESSAGE = 200
 REMEDY = "give --push owner/name, with your name on the hub or that of an organisation"
 
@@ -106,7 +105,8 @@ def write_repository(
     write_json(folder / CERTIFICATE, said)
     public = configs.from_dict(published.config["config"], published.name)
     if public.merge_rounding == "none":  # else there is no adapter that PEFT could add
-        write_peft(folder, published.state["lora_weights"], {}, public)
+        named = configs.replace(public, base=published.config["config"]["base"])  # as all find it
+        write_peft(folder, published.state["lora_weights"], {}, named)
         write_generation_config(assistant, folder)
     return published
 

@@ -34,17 +34,25 @@ from config import Config
 from data.dataset import Question, load_questions
 from data.examples import Example, write_examples
 from data.images import load_image
-from errors import PhiSightError
+from errors import PhiSightError, printable
 from evaluation.questions import REPORTED_ONLY
 from exports.alignment import alignment_line, alignment_of_run, check_alignment
 from exports.carried import carried_files, carry
 from exports.folder import new_folder, write_json
 from exports.form import Form, folder_to_write, typed
 from exports.measured import DATA_FIELDS
-from exports.published import CARD, CURVES, IN_HUB_CACHE, SHIPPED, without_paths, write_published
-from exports.push import CERTIFICATE
+from exports.published import (
+    CARD,
+    CERTIFICATE,
+    CURVES,
+    IN_HUB_CACHE,
+    SHIPPED,
+    without_paths,
+    write_published,
+)
 from model import base, vision
 from reports.card import model_card, provenance
+from reports.markdown import LONGEST, escaped
 
 REQUIREMENTS, EXTRAS = "requirements.txt", "requirements-extras.txt"
 SYSTEM_PACKAGES = "packages.txt"
@@ -110,6 +118,7 @@ def export_space(
     """
     config, project = assistant.config, paths.PROJECT
     title = title or f"PhiSight {hub.model_name(assistant.source).rpartition('/')[2]}"
+    title = printable(title, LONGEST)
     with new_folder(out) as folder:
         carry(project, carried_files(project, "app.py"), folder)
         carry(project, [Path("LICENSE")], folder)
@@ -133,7 +142,7 @@ def export_space(
             examples=EXAMPLES,
         ).write(folder)
         head = front_matter(assistant, title, run, list(parts.values()), card, hardware)
-        about, said = ABOUT.format(title=title), card.text.strip()
+        about, said = ABOUT.format(title=escaped(title)), card.text.strip()
         said = said.replace(f"]({CURVES})", f"]({where_it_lies(run)}/{CURVES})")
         text = f"---\n{head}\n---\n{about}\n{said}\n"
         (folder / CARD).write_text(text, encoding="utf-8")

@@ -16,16 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hub
+from checkpoint_state import CHECKPOINT
 from errors import PhiSightError, printable
+from exports.folder import GENERATION_CONFIG
+from exports.peft_adapter import CONFIG, WEIGHTS
+from exports.published import CERTIFICATE, CURVES
 from files import open_regular
 from hub import File
 from manifest import MANIFEST, files_below
+from reports.log import METRICS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CHUNK = 2**20
-_OF_A_RUN = re.compile(r"checkpoint-\d{6,12}/.+")
+# What --push puts beside a checkpoint: what of it the new run has not is of the one before.
+_BESIDE = {METRICS, CURVES, CERTIFICATE, WEIGHTS, CONFIG, GENERATION_CONFIG}
+_OF_A_RUN = re.compile(rf"{CHECKPOINT}/.+")
 # What a repository may have that holds nothing yet; the hub makes the first with it.
 _OF_NOBODY = re.compile(r"\.gitattributes|README\.md|LICENSE[\w.]*")
 LOG_IN = "log in with `hf auth login` and a token that may write"
@@ -77,7 +84,8 @@ def upload(
     user: str,
 ) -> str:
     """Put the files of a folder into a repository, which is made if it is not there, and compare
-    what it then says it holds. A checkpoint of an earlier step is removed in the same commit.
+    what it then says it holds. What an earlier push put there and this one lacks, such as another
+    checkpoint, is removed in the same commit.
 
     Args:
         branch: "" for the main one; another is made if it is not there.
@@ -99,7 +107,7 @@ def upload(
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationDelete(file.name)
             for file in known
-            if _OF_A_RUN.fullmatch(file.name) and file.name not in ours
+            if (_OF_A_RUN.fullmatch(file.name) or file.name in _BESIDE) and file.name not in ours
         ]
         operations += [CommitOperationAdd(name, folder / name) for name in sorted(ours)]
         commit = api.create_commit(

@@ -17,9 +17,10 @@ import config as configs
 from config import Config
 from errors import PhiSightError, printable
 from files import read_regular
+from hub import check_repository
 from reports import card_sections as sections
 from reports.card_forms import FORMS
-from reports.card_sections import HUB_ID, Facts
+from reports.card_sections import Facts
 from reports.card_sections import hub_id as hub_id
 from reports.chain import provenance as provenance  # others call it by this module
 from reports.chain import records_to
@@ -95,8 +96,8 @@ def model_card(
         PhiSightError: the checkpoint is not that of a run, the log is of another one, or a name is
             not one of the hub.
     """
-    if repository and not HUB_ID.fullmatch(repository):
-        raise PhiSightError(f"{repository!r}: not a name on the hub; give it as owner/name")
+    if repository:
+        check_repository(repository, "the model card", "give owner/name")
     known = records_to(saved, records)
     config = configs.from_dict(saved.config["config"], str(saved.path))
     facts = Facts(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import config as configs
 from config import Config
+from hub import is_repository
 from reports.card_forms import Form
 from reports.compare import Saved
 from reports.markdown import escaped, name, number, table
@@ -20,7 +20,6 @@ CURVES = "curves.png"
 ROWS = 8  # of the tables over steps
 FEW_STEPS, FEW_QUESTIONS = 100, 100
 SMALL_GAP = 10.0  # points between the right picture and a swapped one
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 ASSETS = "assets/"  # of this project: whoever has it has what lies there
 RIGHT, SWAPPED, BLANK = "right", "swapped", "blank"
 FOLDER = "FOLDER"  # what a card calls its own
@@ -84,7 +83,7 @@ def _model(facts: Facts, field: str) -> str:
 
 def hub_id(model: str) -> str:
     """The id of a model on the hub, or "" for what lies in a folder."""
-    return model if HUB_ID.fullmatch(model) and not Path(model).exists() else ""
+    return model if is_repository(model) and not Path(model).exists() else ""
 
 
 def tags(facts: Facts) -> list[str]:

@@ -162,6 +162,12 @@ def test_an_event_that_the_page_does_not_have_is_a_400(site, index):
     assert sent.status_code == 400 and "load the page again" in sent.json()["detail"]
 
 
+@pytest.mark.parametrize("path", ["call/nothing", "call/v2/nothing", "run/nothing", "api/nothing"])
+def test_a_name_that_the_page_does_not_have_is_a_400(site, path):
+    sent = httpx.post(f"{site.url}/gradio_api/{path}", json={"data": []})
+    assert sent.status_code == 400 and "load the page again" in sent.json()["detail"]
+
+
 A_FILE = 'Content-Disposition: form-data; name="files"'
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -32,8 +33,7 @@ from api.api import Api
 from assistant.assistant import Assistant
 from errors import PhiSightError
 from exports import upload
-from exports.published import public_fields, without_paths, write_published
-from exports.push import CERTIFICATE
+from exports.published import CERTIFICATE, public_fields, without_paths, write_published
 
 NAME = "me/tiny"
 NEWEST = "checkpoint-{:06d}"
@@ -187,6 +187,42 @@ def test_branches_tags_and_commits_name_what_they_are_and_a_commit_is_asked_for_
     assert "never fetched" in fetch(f"hf:{NAME}@other") and len(server.asked) == asked + 1
 
 
+def test_a_commit_is_that_commit(server):
+    commit = server.put(NAME, files())
+    server.repositories[NAME].branches["0" * 40] = commit
+    assert f"another commit for it, {commit}" in fetch(f"hf:{NAME}@{'0' * 40}") and kept() == []
+
+
+def test_the_longest_name_of_a_branch_is_remembered(server, monkeypatch):
+    name = "/".join(["a"] * 125)
+    commit = server.put(NAME, files())
+    server.repositories[NAME].branches[name] = commit
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert checkpoints.resolve(f"hf:{NAME}@{name}").published_as == f"hf:{NAME}@{commit}"
+
+
+def test_a_cache_that_is_only_read_serves_what_it_has(server, monkeypatch):
+    server.put(NAME, files())
+    checkpoints.resolve(f"hf:{NAME}")
+
+    def refused(path, data):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(hub, "write_whole", refused)
+    assert checkpoints.resolve(f"hf:{NAME}").step
+    server.repositories[NAME].branches["other"] = server.repositories[NAME].branches["main"]
+    assert "it cannot be kept here" in fetch(f"hf:{NAME}@other")
+
+
+def test_a_folder_that_cannot_be_made_is_one_of_the_disk(server, monkeypatch, tmp_path):
+    server.put(NAME, files())
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone/x")
+    for folder in (tmp_path / "nowhere", "/proc/none", tmp_path / ("x" * 300)):
+        monkeypatch.setattr(constants, "HF_HOME", str(folder))
+        assert "set HF_HOME to another folder" in fetch()
+
+
 def test_without_a_network_the_error_says_what_is_there(server, monkeypatch):
     commit = server.put(NAME, files())
     checkpoints.resolve(f"hf:{NAME}")
@@ -283,6 +319,19 @@ def test_a_manifest_that_was_edited_is_refused(server, change):
     name = f"{checkpoint_name()}/MANIFEST.json"
     server.put(NAME, files() | {name: change(files()[name])})
     assert "MANIFEST.json" in fetch() and kept() == []
+
+
+def test_a_log_that_is_none_is_not_kept(server):
+    server.put(NAME, files() | {"metrics.jsonl": b"no record\n"})
+    said = fetch()
+    assert "was not kept (metrics.jsonl: line 1 is not JSON" in said and ".partial" not in said
+    assert not [*home().glob(".partial-*")]
+
+
+def test_a_folder_that_has_no_steps_name_is_no_checkpoint(server):
+    other = "checkpoint-0" + checkpoint_name().removeprefix("checkpoint-")
+    server.put(NAME, {n.replace(checkpoint_name(), other): d for n, d in files().items()})
+    assert "holds no run" in fetch() and kept() == []
 
 
 def test_a_log_that_is_of_another_run_is_refused(server):
@@ -498,6 +547,16 @@ def test_a_checkpoint_of_before_goes_in_the_commit_that_brings_the_new_one(serve
     assert len(server.repositories[NAME].messages) == 2
 
 
+def test_what_the_run_before_had_and_this_one_lacks_does_not_stay(server, tmp_path):
+    """The log of another run would contradict the checkpoint, and PEFT would load its adapter."""
+    send()
+    other = Path(shutil.copytree(published(), tmp_path / "other"))
+    for name in ("metrics.jsonl", "curves.png", "adapter_model.safetensors"):
+        (other / name).unlink()
+    send(other)
+    assert set(server.repositories[NAME].files) == set(runs.contents(other)) | {".gitattributes"}
+
+
 def test_what_is_no_run_is_not_overwritten(server):
     server.put(NAME, {"model.safetensors": b"x", "README.md": b"mine"})
     assert "holds something else already (model.safetensors)" in refusal(send)
@@ -603,3 +662,18 @@ def test_base_and_clip_are_named_as_others_find_them(tmp_path):
         assert "a folder that nobody else has" in said and "--base owner/name" in said
     text = {"warning": f"{config.data}: no such file", "gap": 1.0}
     assert without_paths(text, config) == {"warning": "(data): no such file", "gap": 1.0}
+    text = {"warning": f"{runs.ROOT}/cache/x: gone; cd {runs.ROOT} && make x; /home/ann/clip: torn"}
+    assert without_paths(text, configs.replace(config, vision="/home/ann/clip")) == {
+        "warning": "cache/x: gone; cd (the project) && make x; (vision): torn"
+    }
+
+
+def test_from_another_folder_nothing_more_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gone = ["--greedy-answers=1", f"--held-out-questions={tmp_path / 'gone'}"]
+    run = runs.finished_run()
+    assert export.main([f"--push={NAME}", f"--run={run}", "--out=sent", *gone]) == 0
+    found = runs.contents(tmp_path / "sent")
+    for name, data in found.items():
+        assert str(runs.ROOT).encode() not in data and str(tmp_path).encode() not in data, name
+    assert json.loads(found["adapter_config.json"])["base_model_name_or_path"] == "assets/tiny/phi3"

@@ -246,6 +246,7 @@ EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
         "a\nb",
         "x" * 256,
         "a/" * 2100 + "b",
+        "a/" * 32 + "b",
         CONTENTS,
     ],
 )
@@ -323,7 +324,7 @@ def test_an_archive_that_is_larger_than_the_disk_is_not_begun(tmp_path, monkeypa
     usage = shutil.disk_usage(tmp_path)._replace(free=699)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     (tmp_path / "into").mkdir()
-    with pytest.raises(PhiSightError, match="takes 702 bytes, and the disk has 699; make room"):
+    with pytest.raises(PhiSightError, match="takes 24,576 bytes, and the disk has 699; make room"):
         extract(tmp_path / "small.tar", tmp_path / "into", lambda name: "")
     assert not left(tmp_path / "into")
     with pytest.raises(PhiSightError, match="make room"):
@@ -374,6 +375,7 @@ def strange(folder: Path, packed: Path, change: Callable[[dict[str, bytes]], Non
 @pytest.mark.parametrize(
     "name",
     [
+        "checkpoint-0000001/config.json",
         "train.py",
         "checkpoint-000005/code.py/x",
         "checkpoint-5/config.json",
@@ -466,3 +468,80 @@ def test_a_file_that_changes_while_it_is_packed(tmp_path, monkeypatch):
     with pytest.raises(PhiSightError, match="was changed while it was packed"):
         write_archive(tmp_path / "out.tar", [Member("file", file)])
     assert left(tmp_path) == {"file"}
+
+
+def test_a_file_that_is_removed_while_it_is_packed(tmp_path, monkeypatch):
+    """By the training that it is of, which keeps one checkpoint."""
+    run = runs.copy_of(runs.stopped_run(), tmp_path)
+    hashed, read = archive._row_of, checkpoints.records_of
+
+    def then_gone(member: Member) -> archive.Row:
+        if member.name.endswith("rng.safetensors"):
+            shutil.rmtree(run / "checkpoint-000001")
+        return hashed(member)
+
+    def gone_before(checkpoint: checkpoints.Checkpoint) -> list[dict]:
+        shutil.rmtree(checkpoint.path)
+        return read(checkpoint)
+
+    for module, name, removing in (
+        (archive, "_row_of", then_gone),
+        (checkpoints, "records_of", gone_before),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, removing)
+            with pytest.raises(PhiSightError, match="was changed while it was packed"):
+                pack(run, tmp_path / "out.tar")
+        assert left(tmp_path) == {"run"}
+        shutil.copytree(runs.stopped_run(), run, dirs_exist_ok=True)
+
+
+def test_what_a_training_saves_while_it_is_packed_stays_out(tmp_path, monkeypatch):
+    run = runs.copy_of(runs.stopped_run(), tmp_path)
+    verified = checkpoints._verified
+
+    def then_trained(folder: Path) -> checkpoints.Checkpoint:
+        found = verified(folder)
+        runs.resume(run, "--keep-checkpoints=2")
+        return found
+
+    monkeypatch.setattr(checkpoints, "_verified", then_trained)
+    packed = pack(run, tmp_path / "out.tar")
+    assert len(checkpoints.checkpoints_in(run)) == 2
+    monkeypatch.undo()
+    assert runs.newest_step(unpack(packed, tmp_path / "there")) == 1
+
+
+@pytest.mark.parametrize("name", ["checkpoint-000001", "best"])
+def test_a_checkpoint_alone_is_not_packed(tmp_path, name):
+    with pytest.raises(PhiSightError, match="is a checkpoint; pack its run"):
+        pack(runs.stopped_run() / name, tmp_path / "out.tar")
+
+
+def test_folders_are_room_too():
+    """A manifest of some bytes may name a great many of them, and files of no size."""
+    rows = [archive.Row(name, size, "") for name, size in (("a/b/c", 0), ("a/b/d", 1), ("a/e", 1))]
+    assert archive.room_of(rows) == archive.PAGE * (2 + 3 + 2), "a and a/b; c, d and e; two pages"
+
+
+def test_a_path_that_is_none_is_refused_with_the_run(elsewhere, tmp_path):
+    for number, path in enumerate(("x" * 5000, "x/" * 2500, "x" * 256)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+
+        def changed(content: dict[str, bytes], path: str = path) -> None:
+            name = max(name for name in content if name.endswith("/config.json"))
+            (folder / "c").mkdir()
+            for file, data in content.items():
+                if file.startswith(name[:18]):
+                    (folder / "c" / file).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / "c" / file).write_bytes(data)
+            config = json.loads(content[name])
+            config["config"]["base"] = path
+            (folder / "c" / name).write_text(json.dumps(config))
+            seal((folder / "c" / name).parent)
+            content |= runs.contents(folder / "c")
+            shutil.rmtree(folder / "c")
+
+        said = strange(folder, elsewhere["alone"], changed)
+        assert "config field base is longer than a path can be" in said

@@ -121,10 +121,10 @@ def test_a_module_that_is_named_in_a_text_is_taken_along(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "command.py").write_text('import a.one, json\nrun(["-m", "a.two"], "a.three")\n')
     (tmp_path / "a/one.py").write_text("def f():\n    from b import c\n")
-    for name in ("a/two.py", "a/notes.txt", "a/.hidden", "b.py", "three.py"):
+    for name in ("a/two.py", "a/style.css", "a/notes.txt", "a/mine.json", "b.py", "three.py"):
         (tmp_path / name).write_text("")
     found = carried.carried_files(tmp_path, "command.py")
-    assert [str(p) for p in found] == ["a/notes.txt", "a/one.py", "a/two.py", "b.py", "command.py"]
+    assert [str(p) for p in found] == ["a/one.py", "a/style.css", "a/two.py", "b.py", "command.py"]
 
 
 def test_nothing_in_it_is_of_this_machine():
@@ -240,6 +240,13 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_a_title_is_text_alone(tmp_path):
+    folder = written(tmp_path / "space", title="a\n---\n# [b](http://evil.example)")
+    assert head_of(folder)["title"] == "a --- # [b](http://evil.example)"
+    text = (folder / "README.md").read_text()
+    assert "\n# a \\-\\-\\- \\# \\[b\\]" in text and "](http://evil" not in text.split("---\n")[2]
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -344,6 +351,12 @@ def test_a_folder_that_cannot_be_written_is_left(folder, monkeypatch, tmp_path_f
         space.Storage.of(folder, {"PHISIGHT_STORAGE": "/dev/null/x"})
 
 
+def test_a_cache_that_cannot_be_is_one_line(folder, monkeypatch):
+    monkeypatch.setattr(space.os, "environ", {"HF_HOME": "/dev/null/hf"})
+    with pytest.raises(PhiSightError, match="HF_HOME: /dev/null/hf: Not a directory; unset it"):
+        space.begin(folder)
+
+
 @pytest.mark.parametrize(("said", "threads"), [
     ({}, None), ({"OMP_NUM_THREADS": "4"}, "4"), ({"OMP_NUM_THREADS": "7500m"}, "7"),
     ({"OMP_NUM_THREADS": "500m"}, "1"), ({"CPU_CORES": "2"}, "2"), ({"CPU_CORES": "many"}, None),
@@ -367,6 +380,10 @@ def test_what_the_hub_has_preloaded_is_found_and_only_read(tmp_path):
     assert copied.read_text() == "weights" and not copied.parent.is_symlink()
     (ours / "models--some--phi/refs/main").write_text("newer")
     assert runs.contents(theirs) == before
+    copied.unlink()
+    copied.symlink_to(tmp_path / "the home of a former image")
+    space.link_preloaded(theirs, ours)
+    assert copied.read_text() == "weights"
     space.link_preloaded(tmp_path / "none", ours)
     space.link_preloaded(theirs, theirs)
     assert runs.contents(theirs) == before
