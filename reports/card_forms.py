@@ -35,6 +35,17 @@ ask = pipeline("image-text-to-text", model="{where}")
 content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is there?"}}]
 print(ask([{{"role": "user", "content": content}}]))
 ```"""
+_APART = """```python
+from peft import PeftModel
+from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
+
+base = LlavaForConditionalGeneration.from_pretrained("{where}")
+model = PeftModel.from_pretrained(base, "{where}/adapter").merge_and_unload()
+processor = AutoProcessor.from_pretrained("{where}")
+ask = pipeline("image-text-to-text", model=model, processor=processor)
+content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is there?"}}]
+print(ask([{{"role": "user", "content": content}}]))
+```"""
 _PEFT = """```python
 from peft import PeftModel
 
@@ -86,6 +97,14 @@ FORMS = {
         "image-text-to-text",
         "finetune",
         _PIPELINE,
+    ),
+    "llava, adapter apart": Form(
+        "the base as `LlavaForConditionalGeneration`, with its CLIP and its processor, and the"
+        " adapter beside it: in `adapter` for PEFT, in `adapter-vllm` for vLLM",
+        "transformers",
+        "image-text-to-text",
+        "adapter",
+        _APART,
     ),
     "gguf": Form(
         "the merged language model for llama.cpp and Ollama, with CLIP and projector as `mmproj`",
