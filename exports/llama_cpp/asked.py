@@ -23,6 +23,8 @@ INSTALL = (
     "python -m tools.llama_cpp ../llama builds it in 5 to 40 minutes; then give --llama-python"
     " ../llama/bin/python"
 )
+AN_INTERPRETER = "give the file of an interpreter that has llama-cpp-python"
+LONGEST_IMPORT = 120  # seconds; of a cold disk it takes a few
 ROUND_TO = 256  # llama.cpp rounds contexts up to it
 
 
@@ -78,21 +80,37 @@ def find_llama(python: str | None = None, modules: str = "llama_cpp") -> str | N
     one if it has them; None if not. Raises `PhiSightError` when one was named and lacks them."""
     named = python or os.environ.get(PYTHON)
     what = f"--llama-python {python}" if python else f"{PYTHON}={named}"
+    if named and (os.path.dirname(named) or os.path.isfile(named)):  # else it is a command's name
+        named = os.path.abspath(named)  # it is started in another folder than this one
     try:
         found = subprocess.run(
-            [named or sys.executable, "-c", f"import {modules}"],
+            [named or sys.executable, "-c", f"import {modules}; print({modules}.__name__)"],
             text=True,
+            errors="replace",
             capture_output=True,
             check=False,
+            timeout=LONGEST_IMPORT,
         )
     except OSError as error:
-        raise PhiSightError(f"{what}: {error.strerror}; give the file of an interpreter") from error
-    if found.returncode == 0:
+        raise PhiSightError(f"{what}: {error.strerror}; {AN_INTERPRETER}") from error
+    except subprocess.TimeoutExpired:
+        raise PhiSightError(
+            f"{what}: did not import {modules} within {LONGEST_IMPORT} s; {AN_INTERPRETER}"
+        ) from None
+    if found.returncode == 0 and found.stdout.split()[-1:] == [modules]:
         return named or sys.executable
     if named is None:
         return None
-    said = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
+    if found.returncode == 0:
+        raise PhiSightError(f"{what}: is no Python; {AN_INTERPRETER}")
+    said = printable(last_line(found), 300)
     raise PhiSightError(f"{what}: {said}; install {modules.replace('_cpp', '-cpp-python')} there")
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """What a program that failed said last."""
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    return said[-1] if said else f"exit code {done.returncode}"
 
 
 def ask(python: str, asked: Asked) -> Told:
@@ -129,16 +147,19 @@ def ask(python: str, asked: Asked) -> Told:
         try:
             with numpy.load(answers, allow_pickle=False) as file:
                 made = dict(file)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise PhiSightError(f"llama.cpp: what it said cannot be read ({error})") from None
-    return Told(
-        made["wrong_texts"].tolist(),
-        [made[f"conversation/{n}"] for n in range(len(asked.conversations))],
-        [made[f"answer/{n}"].tolist() for n in range(len(asked.questions))],
-        {name: made[f"embeddings/{key}"] for name, key in names.items() if asked.mmproj},
-        str(made["version"]),
-        str(made["system"]),
-    )
+            return Told(
+                made["wrong_texts"].tolist(),
+                [made[f"conversation/{n}"] for n in range(len(asked.conversations))],
+                [made[f"answer/{n}"].tolist() for n in range(len(asked.questions))],
+                {name: made[f"embeddings/{key}"] for name, key in names.items() if asked.mmproj},
+                str(made["version"]),
+                str(made["system"]),
+            )
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise PhiSightError(
+                f"llama.cpp: what it said cannot be read ({printable(error, 200)}); see that"
+                f" {python} is the interpreter with llama-cpp-python"
+            ) from None
 
 
 def round_by_llama(python: str, source: Path, target: Path, kind: str) -> None:
@@ -151,15 +172,15 @@ def run_llama(python: str, *arguments: str) -> None:
     done = subprocess.run(
         [python, "-m", "exports.llama_cpp.reference", *arguments],
         cwd=PROJECT,
+        # Where llama.cpp ends itself it says why, and then lets a debugger write pages after it.
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},
         text=True,
         errors="replace",
         capture_output=True,
         check=False,
     )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = printable(said[-1], 300) if said else f"exit code {done.returncode}"
         raise PhiSightError(
-            f"llama.cpp: {reason}; if its version is older than 0.3.36, install a newer"
-            " llama-cpp-python"
+            f"llama.cpp: {printable(last_line(done), 300)}; if its version is older than 0.3.36,"
+            " install a newer llama-cpp-python"
         )

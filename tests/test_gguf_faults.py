@@ -1,0 +1,109 @@
+"""GGUF: interpreters that are none, and tokenizers that llama.cpp would end itself over."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+from errors import PhiSightError
+from exports.llama_cpp import asked
+from exports.llama_cpp.vocabulary import Kind, vocabulary_of
+
+TINY = json.loads((Path(runs.BASE) / "tokenizer.json").read_text(encoding="utf-8"))
+PIECE = next(piece for piece in TINY["model"]["vocab"] if piece.isalpha() and len(piece) > 1)
+
+
+def script(folder: Path, body: str) -> Path:
+    path = folder / "program"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+# -- interpreters ---------------------------------------------------------------------------------
+
+
+def test_an_interpreter_is_found_from_another_folder(tmp_path, monkeypatch):
+    """llama.cpp is started in the project's folder, not where the path was typed."""
+    program = script(tmp_path, f'exec {sys.executable} "$@"')
+    monkeypatch.chdir(tmp_path)
+    for typed in ("./program", "program", str(program)):
+        assert asked.find_llama(typed, "json") == str(program)
+    assert asked.find_llama("python3", "json") == "python3"  # the name of a command
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("exit 0", "program: is no Python; give the file of an interpreter that has llama"),
+        (r"printf '\377\376'; exit 0", "is no Python"),
+        (r"printf '\377\033[2J' >&2; exit 1", r"program: .*x1b\[2J; install"),
+        ("kill -9 $$", "program: exit code -9; install"),
+        ("exec sleep 9", "program: did not import llama_cpp within 0.5 s; give the file"),
+    ],
+)
+def test_what_is_no_interpreter_is_told(body, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(asked, "LONGEST_IMPORT", 0.5)
+    with pytest.raises(PhiSightError, match=message) as told:
+        asked.find_llama(str(script(tmp_path, body)))
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "exit 0",
+        'echo nothing > "$4"',
+        f"exec {sys.executable} -c 'import numpy, sys; numpy.savez(sys.argv[1], a=1)' \"$4\"",
+    ],
+)
+def test_what_cannot_be_read_of_llama_cpp_is_told(body, tmp_path):
+    program = script(tmp_path, body)
+    with pytest.raises(PhiSightError, match="what it said cannot be read .*program is the interp"):
+        asked.ask(str(program), asked.Asked(tmp_path / "a.gguf", None, 0))
+
+
+def test_why_llama_cpp_ended_itself_is_not_buried(tmp_path):
+    """It lets a debugger write what it knows after its reason, unless it is told not to."""
+    program = script(
+        tmp_path,
+        "echo 'GGML_ASSERT(it holds) failed' >&2\n"
+        'test -n "$GGML_NO_BACKTRACE" || echo "360 libc-start.c: No such file" >&2\nkill -ABRT $$',
+    )
+    with pytest.raises(PhiSightError, match=r"llama.cpp: GGML_ASSERT\(it holds\) failed; if its"):
+        asked.run_llama(str(program))
+
+
+# -- tokenizers -----------------------------------------------------------------------------------
+
+
+def with_marks(*marks: tuple[int, str, bool]) -> dict[str, Any]:
+    content = copy.deepcopy(TINY)
+    content["added_tokens"] += [
+        {"id": number, "content": text, "special": special} for number, text, special in marks
+    ]
+    return content
+
+
+def test_no_two_tokens_are_equal():
+    """llama.cpp ends itself over two. A piece that is added once more keeps its id, as
+    `tokenizers` has it, and what has no token gets a name that none has."""
+    vocabulary = vocabulary_of(
+        with_marks((1280, PIECE, False), (1282, "[PAD1281]", True), (1283, "<new>", True)), 1290
+    )
+    assert len(set(vocabulary.tokens)) == len(vocabulary.tokens) == 1290
+    known = TINY["model"]["vocab"][PIECE]
+    assert vocabulary.tokens[known] == PIECE and vocabulary.kinds[known] == Kind.USER_DEFINED
+    assert vocabulary.kinds[1280] == vocabulary.kinds[1281] == Kind.UNUSED
+    assert vocabulary.tokens[1282:1284] == ["[PAD1281]", "<new>"]
+
+
+def test_an_id_without_an_embedding_is_told():
+    with pytest.raises(PhiSightError, match="has the id 1300 and the model 1290 embedd"):
+        vocabulary_of(with_marks((1300, "<new>", True)), 1290)
