@@ -21,7 +21,7 @@ from data.prepare import TrainingData
 from errors import PhiSightError
 from evaluation.meter import packed_batches, validation_loss
 from evaluation.questions import answer_prompts
-from exports.alignment import LONGEST_ANSWER, alignment_line, check_alignment
+from exports.alignment import LONGEST_ANSWER, STORED_BY, alignment_line, check_alignment
 from exports.asked import Questions, feature_store, prepared, questions_of
 from exports.folder import files_of, write_card, write_json
 from model.base import BaseModel
@@ -207,8 +207,8 @@ def check(certificate: dict[str, Any]) -> None:
         f" {certificate['loss_before']:.4f} to {certificate['loss_after']:.4f} (at most"
         f" {allowed['loss_difference']:g} apart is allowed) and {certificate['greedy_equal']:g} %"
         f" of the greedy answers stayed equal (at least {allowed['greedy_equal']:g} % is asked);"
-        " use another --dtype, or say with --max-loss-difference and --min-greedy-equal what you"
-        " accept"
+        f" use another {STORED_BY.get(certificate['what'], '--dtype')}, or say with"
+        " --max-loss-difference and --min-greedy-equal what you accept"
     )
 
 
