@@ -22,6 +22,7 @@ from errors import PhiSightError
 from evaluation.meter import CONDITIONS, packed_batches
 from evaluation.questions import answer_prompts
 from exports.alignment import LONGEST_ANSWER, pictures_under
+from exports.asked import marks_of
 from exports.llama_cpp import eyes
 from exports.llama_cpp.asked import Asked, Conversation, Told, ask
 from exports.measure import Measured, Probe, equal_percent
@@ -198,7 +199,7 @@ def chat_texts(
     samples: Sequence[RenderedSample], tokenizer: FolderTokenizer, chat_format: ChatFormat
 ) -> list[tuple[str, list[int]]]:
     """Conversations as the text of a chat, and their ids, in which a picture is one mark. Left out
-    are those in which somebody typed what looks like a mark: there both programs read it."""
+    are those in which somebody typed what the tokenizer has as a mark: there it is read as one."""
     marks = {tokenizer.backend_tokenizer.token_to_id(mark): mark for mark in MARKS}
     alone = (chat_format.image_id, chat_format.end_of_text_id)  # no line ends behind these
     texts = []
@@ -211,7 +212,7 @@ def chat_texts(
                 continue
             if stretch:
                 words = decode(tokenizer, stretch)
-                typed |= any(mark in words for mark in (*MARKS, "</s>", "<s>", "<unk>"))
+                typed |= any(mark in words for mark in marks_of(tokenizer))
                 text += words
                 stretch = []
             if token is None or (token == chat_format.image_id and ids[-1:] == [token]):
