@@ -1,18 +1,22 @@
-"""GGUF: interpreters that are none, and tokenizers that llama.cpp would end itself over."""
+"""GGUF: interpreters that are none, tokenizers that llama.cpp would end itself over, full disks."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import runs
+from safetensors import SafetensorError
 
 from errors import PhiSightError
-from exports.llama_cpp import asked
+from exports.folder import new_folder
+from exports.llama_cpp import asked, eyes
 from exports.llama_cpp.vocabulary import Kind, vocabulary_of
 
 TINY = json.loads((Path(runs.BASE) / "tokenizer.json").read_text(encoding="utf-8"))
@@ -107,3 +111,32 @@ def test_no_two_tokens_are_equal():
 def test_an_id_without_an_embedding_is_told():
     with pytest.raises(PhiSightError, match="has the id 1300 and the model 1290 embedd"):
         vocabulary_of(with_marks((1300, "<new>", True)), 1290)
+
+
+# -- disks and pictures ---------------------------------------------------------------------------
+
+
+def test_a_full_folder_for_temporary_files_is_named(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(numpy, "savez", full)
+    with pytest.raises(PhiSightError, match="phisight-.*: not written .No space.*with TMPDIR"):
+        asked.ask("python", asked.Asked(tmp_path / "a.gguf", None, 0))
+
+
+def test_a_disk_that_fills_while_safetensors_writes_is_told(tmp_path):
+    """It raises what is no OSError."""
+    with pytest.raises(PhiSightError, match="out: not written .*No space left.*; make room"):
+        with new_folder(tmp_path / "out"):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_pictures_that_are_scaled_otherwise_are_refused():
+    spec = runs.assistant().parts.vision
+    for scale, match in ((1 / 127.5, "by 0.00784314, and llama.cpp"), (None, "not normalised")):
+        preparation = dataclasses.replace(spec.preparation, scale=scale)
+        other = dataclasses.replace(spec, preparation=preparation)
+        with pytest.raises(PhiSightError, match=match):
+            eyes.describe(None, other, 128)

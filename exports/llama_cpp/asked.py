@@ -124,7 +124,6 @@ def ask(python: str, asked: Asked) -> Told:
             Path(folder, name) for name in ("pixels.npz", "questions.json", "answers.npz")
         )
         shown: dict[str, Any] = {names[name]: data for name, data in asked.pictures.items()}
-        numpy.savez(pixels, allow_pickle=False, **shown)
         content = {
             "model": str(asked.model),
             "mmproj": None if asked.mmproj is None else str(asked.mmproj),
@@ -142,7 +141,14 @@ def ask(python: str, asked: Asked) -> Told:
                 [[*one.ids], [names[name] for name in one.pictures]] for one in asked.questions
             ],
         }
-        questions.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            numpy.savez(pixels, allow_pickle=False, **shown)
+            questions.write_text(json.dumps(content), encoding="utf-8")
+        except OSError as error:
+            raise PhiSightError(
+                f"{folder}: not written ({error.strerror or error}); make room there, or name"
+                " another folder with TMPDIR"
+            ) from error
         run_llama(python, str(questions), str(answers))
         try:
             with numpy.load(answers, allow_pickle=False) as file:

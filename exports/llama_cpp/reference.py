@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -242,7 +243,10 @@ def quantise(source: str, target: str, kind: str) -> None:
     told = llama_cpp.llama_log_callback(Model._tell)
     llama_cpp.llama_log_set(told, ctypes.c_void_p(0))
     if llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(settings)):
-        raise SystemExit(f"{source}: llama.cpp does not round it to {kind}")
+        free = shutil.disk_usage(Path(target).parent).free
+        raise SystemExit(
+            f"{source}: llama.cpp does not round it to {kind}, for which {free:,} bytes are free"
+        )
 
 
 def main() -> None:
