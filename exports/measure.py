@@ -202,6 +202,7 @@ def check(certificate: dict[str, Any]) -> None:
             required = allowed and allowed.get("alignment")
             check_alignment(alignment, required, certificate["what"])
         return
+    note = certificate.get("context", {}).get("note")
     raise PhiSightError(
         f"{certificate['what']}: refused, nothing was written: the loss went from"
         f" {certificate['loss_before']:.4f} to {certificate['loss_after']:.4f} (at most"
@@ -209,6 +210,7 @@ def check(certificate: dict[str, Any]) -> None:
         f" of the greedy answers stayed equal (at least {allowed['greedy_equal']:g} % is asked);"
         f" use another {STORED_BY.get(certificate['what'], '--dtype')}, or say with"
         " --max-loss-difference and --min-greedy-equal what you accept"
+        + (f"; {note}" if note else "")
     )
 
 
@@ -256,8 +258,9 @@ def summary(certificate: dict[str, Any], out: str) -> str:
             f"\n{channels['before']} -> {channels['after']} MLP channels a layer,"
             f" {weights['before']:,} -> {weights['after']:,} weights"
         )
-    if note := certificate.get("pictures", {}).get("note"):
-        line += f"\nnote: {note}"
+    for part in ("pictures", "context"):
+        if note := certificate.get(part, {}).get("note"):
+            line += f"\nnote: {note}"
     if alignment := certificate.get("alignment"):
         line += f"\n{alignment_line(alignment)}"
     return line

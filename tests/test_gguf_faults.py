@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy
 import pytest
+import random_model
 import runs
 from safetensors import SafetensorError
 
 from errors import PhiSightError
+from exports import measure
 from exports.folder import new_folder
-from exports.llama_cpp import asked, eyes
+from exports.llama_cpp import asked, eyes, language
 from exports.llama_cpp.vocabulary import Kind, vocabulary_of
 
 TINY = json.loads((Path(runs.BASE) / "tokenizer.json").read_text(encoding="utf-8"))
@@ -140,3 +142,22 @@ def test_pictures_that_are_scaled_otherwise_are_refused():
         other = dataclasses.replace(spec, preparation=preparation)
         with pytest.raises(PhiSightError, match=match):
             eyes.describe(None, other, 128)
+
+
+def test_why_a_long_conversation_differs_is_told():
+    config = random_model.decoder_config(random_model.longrope_config(512).to_dict())
+    assert language.context_note(config, 512) == ""
+    assert "a context of 768 tokens, and llama.cpp takes Long" in language.context_note(config, 513)
+    plain = runs.assistant().parts.base.model.config
+    assert language.context_note(plain, plain.max_position_embeddings) == ""
+    windowed = dataclasses.replace(plain, sliding_window=100)
+    assert language.context_note(windowed, 100) == ""
+    note = language.context_note(windowed, 101)
+    assert note.startswith("it was asked conversations of up to 101 tokens, and llama.cpp, which")
+    refused = {
+        "what": "gguf", "within_tolerance": False, "loss_before": 1.0, "loss_after": 2.0,
+        "greedy_equal": 50.0, "tolerance": measure.tolerance_entry(measure.Tolerance()),
+        "context": {"note": note},
+    }  # fmt: skip
+    with pytest.raises(PhiSightError, match="use another --quantize, or say .*; it was asked con"):
+        measure.check(refused)

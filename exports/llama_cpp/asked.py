@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 
 from errors import PhiSightError, printable
+from exports.llama_cpp.language import context_for
 from paths import PROJECT
 
 PYTHON = "PHISIGHT_LLAMA_PYTHON"  # in the environment: the interpreter that has llama-cpp-python
@@ -25,7 +26,6 @@ INSTALL = (
 )
 AN_INTERPRETER = "give the file of an interpreter that has llama-cpp-python"
 LONGEST_IMPORT = 120  # seconds; of a cold disk it takes a few
-ROUND_TO = 256  # llama.cpp rounds contexts up to it
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ class Asked:
     longest: int = 96
     """tokens of an answer"""
     threads: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest conversation, its answer among them."""
+        every = [*self.conversations, *self.questions]
+        return max((len(one.ids) for one in every), default=1) + self.longest
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,6 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 def ask(python: str, asked: Asked) -> Told:
     """Start llama.cpp, ask everything, and read what it said. Raises `PhiSightError` where it does
     not load a file, or ends."""
-    every = [*asked.conversations, *asked.questions]
-    longest = max((len(one.ids) for one in every), default=1) + asked.longest
     names = {name: str(number) for number, name in enumerate(asked.pictures)}
     with tempfile.TemporaryDirectory(prefix="phisight-") as folder:
         pixels, questions, answers = (
@@ -129,7 +133,7 @@ def ask(python: str, asked: Asked) -> Told:
             "mmproj": None if asked.mmproj is None else str(asked.mmproj),
             "pixels": str(pixels),
             "image_id": asked.image_id,
-            "context": -(-longest // ROUND_TO) * ROUND_TO,
+            "context": context_for(asked.tokens),
             "threads": asked.threads,
             "longest": asked.longest,
             "texts": [[text, [*ids]] for text, ids in asked.texts],

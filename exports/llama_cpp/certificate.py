@@ -120,6 +120,8 @@ class Theirs:
     told: Told
     texts: int
     """how many had the ids that they should have"""
+    tokens: int
+    """of the longest conversation that it was asked"""
 
 
 def ask_llama(
@@ -147,20 +149,18 @@ def ask_llama(
     ]
     texts = chat_texts([*samples, *probe.prompts], parts.base.tokenizer, parts.chat_format)
     texts += template_texts(template, parts.chat_format)
-    told = ask(
-        python,
-        Asked(
-            model,
-            mmproj,
-            image_id,
-            pictures_of(assistant, probe),
-            texts,
-            conversations,
-            questions,
-            LONGEST_ANSWER,
-            torch.get_num_threads(),
-        ),
+    asked = Asked(
+        model,
+        mmproj,
+        image_id,
+        pictures_of(assistant, probe),
+        texts,
+        conversations,
+        questions,
+        LONGEST_ANSWER,
+        torch.get_num_threads(),
     )
+    told = ask(python, asked)
     if told.wrong_texts:
         text = texts[told.wrong_texts[0]][0]
         raise PhiSightError(
@@ -176,7 +176,7 @@ def ask_llama(
         "with_picture": Side(told.log_probabilities[: len(samples)], answers["right"]),
         "without_picture": Side(told.log_probabilities[len(samples) :], pieces[-1]),
     }
-    return Theirs(sides, answers, told, len(texts))
+    return Theirs(sides, answers, told, len(texts), asked.tokens)
 
 
 def pictures_of(assistant: Assistant, probe: Probe) -> dict[str, numpy.ndarray]:
