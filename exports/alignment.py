@@ -34,6 +34,7 @@ from exports.asked import Questions, feature_store, prepared, questions_of
 WANTED_GAP = 5.0
 ONE_SIDED_95 = 1.645  # standard deviations
 LONGEST_ANSWER = 96  # tokens, as in evaluate.py
+STORED_BY = {"gguf": "--quantize"}  # the flag that says how weights are stored, if not --dtype
 OWN_DECODER = "this project's own decoder"
 
 Alignment = dict[str, Any]
@@ -211,7 +212,10 @@ def check_alignment(alignment: Mapping[str, Any], required: float | None, what: 
     remedy = "ask more questions with --greedy-answers, or train a run that sees"
     run = alignment.get("of_the_run")
     if run and run["gap_at_least"] >= required:
-        remedy = f"the run itself has {run['gap']:g}, so the export lost them: use another --dtype"
+        remedy = (
+            f"the run itself has {run['gap']:g}, so the export lost them: use another"
+            f" {STORED_BY.get(what, '--dtype')}"
+        )
     raise PhiSightError(
         f"{what}: refused, nothing was written: {alignment['right']:g} % of"
         f" {alignment['questions']} answers are exact with the right picture and"

@@ -1,7 +1,10 @@
 """The questions that a run and its export are both asked: as ids, as messages, with right answers.
 
 They are the run's held-out questions where it has some, else the first questions of its validation
-conversations, spread evenly over all there are.
+conversations, spread evenly over all there are. Left out are those in which somebody typed a mark
+of the tokenizer, such as <|end|>: we read it as words and other programs as a mark, so that an
+answer would tell of the question alone, and transformers refuses the mark of a picture that is not
+there.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from typing import Any
 
 from assistant.assistant import Assistant
 from data.chat import RenderedSample, render
-from data.dataset import Message, load_questions
+from data.chat_tokenizer import FolderTokenizer
+from data.dataset import Message, Question, load_questions
 from data.features import FeatureStore
 from data.prepare import DATA_REMEDY, TrainingData, evenly_spaced, prepare
 from errors import PhiSightError
@@ -30,6 +34,12 @@ class Asked:
     """up to the user's turn that is to be answered"""
     answer: str
     kind: str = ""
+
+    @property
+    def text(self) -> str:
+        """Of all messages."""
+        parts = [part for message in self.messages for part in message.parts]
+        return "\n".join(part.value for part in parts if part.kind == "text")
 
 
 @dataclass(frozen=True)
@@ -74,29 +84,47 @@ def questions_of(
     if count < 1:
         raise PhiSightError(f"--greedy-answers {count}: must be at least 1")
     config, chat_format = assistant.config, assistant.parts.chat_format
+    held_out: list[Question] = []
     if config.held_out_questions:
         path = need_file(config.held_out_questions, "--held-out-questions", DATA_REMEDY)
-        chosen = evenly_spaced(load_questions(path), count)
-        add_pictures(assistant, chosen, Path(config.images), store)
-        asked = [Asked(question_messages(q), q.answer, q.kind) for q in chosen]
+        held_out = load_questions(path)
+        every = [Asked(question_messages(q), q.answer, q.kind) for q in held_out]
     else:
-        first = [
-            messages
+        every = [
+            Asked(messages[:-1], "\n".join(part.value for part in messages[-1].parts))
             for messages in data().first_messages
             if any(part.kind == "image" for message in messages for part in message.parts)
         ]
-        asked = [
-            Asked(messages[:-1], "\n".join(part.value for part in messages[-1].parts))
-            for messages in evenly_spaced(first, count)
-        ]
+    marks = marks_of(assistant.parts.base.tokenizer)
+    plain = [n for n, one in enumerate(every) if not any(mark in one.text for mark in marks)]
+    chosen = evenly_spaced(plain, count)
+    asked = [every[number] for number in chosen]
     if not asked:
+        without = " without a typed mark such as <|end|>" if every else ""
         raise PhiSightError(
-            f"{config.held_out_questions or config.data}: has no question about a picture to ask;"
-            " give some with --held-out-questions"
+            f"{config.held_out_questions or config.data}: has no question about a picture to ask"
+            f"{without}; give some with --held-out-questions"
         )
+    if held_out:
+        pictured = [held_out[number] for number in chosen]
+        add_pictures(assistant, pictured, Path(config.images), store)
     prompts = [render(one.messages, chat_format, add_generation_prompt=True) for one in asked]
     facts = {
         "questions": len(asked),
         "questions_from": config.held_out_questions or "validation conversations",
     }
+    if left_out := len(every) - len(plain):
+        facts["questions_left_out_for_marks"] = left_out
     return Questions(asked, prompts, store, facts)
+
+
+def marks_of(tokenizer: FolderTokenizer) -> tuple[str, ...]:
+    """What other programs read as a mark wherever it stands in a text, and we as words where
+    somebody typed it: special tokens, and others in angle brackets, as Phi-3 has </s>. Not words
+    that a tokenizer was given: a model that was trained without them is asked with them."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    return tuple(
+        token.content
+        for token in added
+        if token.special or (token.content.startswith("<") and token.content.endswith(">"))
+    )

@@ -66,7 +66,10 @@ CHAT_TEMPLATE = chat_template("image", f"'{IMAGE_TOKEN}'")
 def new_folder(out: str | Path) -> Iterator[Path]:
     """`files.new_folder`, in which weights may be read by whoever may read what is beside them."""
     with files.new_folder(out) as temporary:
-        yield temporary
+        try:
+            yield temporary
+        except SafetensorError as error:  # as what it is told of in: a full disk, mostly
+            raise OSError(str(error)) from error
         for path in temporary.rglob("*.safetensors"):  # they are written as 0600
             beside = next(path.parent.glob("*.json"), None)
             if beside:

@@ -21,7 +21,7 @@ from data.prepare import TrainingData
 from errors import PhiSightError
 from evaluation.meter import packed_batches, validation_loss
 from evaluation.questions import answer_prompts
-from exports.alignment import LONGEST_ANSWER, alignment_line, check_alignment
+from exports.alignment import LONGEST_ANSWER, STORED_BY, alignment_line, check_alignment
 from exports.asked import Questions, feature_store, prepared, questions_of
 from exports.folder import files_of, write_card, write_json
 from model.base import BaseModel
@@ -202,13 +202,15 @@ def check(certificate: dict[str, Any]) -> None:
             required = allowed and allowed.get("alignment")
             check_alignment(alignment, required, certificate["what"])
         return
+    note = certificate.get("context", {}).get("note")
     raise PhiSightError(
         f"{certificate['what']}: refused, nothing was written: the loss went from"
         f" {certificate['loss_before']:.4f} to {certificate['loss_after']:.4f} (at most"
         f" {allowed['loss_difference']:g} apart is allowed) and {certificate['greedy_equal']:g} %"
         f" of the greedy answers stayed equal (at least {allowed['greedy_equal']:g} % is asked);"
-        " use another --dtype, or say with --max-loss-difference and --min-greedy-equal what you"
-        " accept"
+        f" use another {STORED_BY.get(certificate['what'], '--dtype')}, or say with"
+        " --max-loss-difference and --min-greedy-equal what you accept"
+        + (f"; {note}" if note else "")
     )
 
 
@@ -256,8 +258,9 @@ def summary(certificate: dict[str, Any], out: str) -> str:
             f"\n{channels['before']} -> {channels['after']} MLP channels a layer,"
             f" {weights['before']:,} -> {weights['after']:,} weights"
         )
-    if note := certificate.get("pictures", {}).get("note"):
-        line += f"\nnote: {note}"
+    for part in ("pictures", "context"):
+        if note := certificate.get(part, {}).get("note"):
+            line += f"\nnote: {note}"
     if alignment := certificate.get("alignment"):
         line += f"\n{alignment_line(alignment)}"
     return line

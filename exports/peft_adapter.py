@@ -242,6 +242,7 @@ def run_export(options: argparse.Namespace) -> str:
     """`export.py --peft DIR`."""
     out = folder_to_write(options, "--peft")
     assistant = load_assistant(options)
+    need_adapter(assistant.config)
     if options.require_alignment is not None:
         found = alignment_of_run(assistant, options.greedy_answers)
         check_alignment(found, options.require_alignment, "peft")

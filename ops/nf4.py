@@ -163,6 +163,8 @@ def layer_like(linear: bnb.nn.Linear4bit, rounded: FourBit) -> bnb.nn.Linear4bit
         compress_statistics=False, quant_type="nf4", device="meta",
     )  # fmt: skip
     plain.bias = linear.bias
+    # A new layer is repacked by bitsandbytes when it answers, where `linear` is kept from it.
+    plain.support_avx512bf16_for_cpu = linear.support_avx512bf16_for_cpu
     state = quant_state(scales, shape, packed_weight(linear).quant_state.dtype, rounded.block)
     plain.quant_state = state
     plain.weight = bnb.nn.Params4bit(

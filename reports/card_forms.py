@@ -42,17 +42,25 @@ content = [
 asked = [{{"role": "user", "content": content}}]
 print(ask(text=asked, return_full_text=False)[0]["generated_text"])
 ```"""
+_APART = """```python
+from peft import PeftModel
+from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
+
+base = LlavaForConditionalGeneration.from_pretrained("{where}")
+model = PeftModel.from_pretrained(base, "{where}/adapter").merge_and_unload()
+processor = AutoProcessor.from_pretrained("{where}", backend="pil")
+ask = pipeline("image-text-to-text", model=model, processor=processor)
+content = [
+    {{"type": "image", "path": "picture.png"}},
+    {{"type": "text", "text": "Describe the picture."}},
+]
+asked = [{{"role": "user", "content": content}}]
+print(ask(text=asked, return_full_text=False)[0]["generated_text"])
+```"""
 _PEFT = """```python
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base, "{where}")  # base: the model it was trained over, loaded
-```"""
-_APART = """```python
-from peft import PeftModel
-from transformers import LlavaForConditionalGeneration
-
-base = LlavaForConditionalGeneration.from_pretrained("{where}")
-model = PeftModel.from_pretrained(base, "{where}/adapter")
 ```"""
 _RUN = """```sh
 python infer.py --run {where} --image picture.png --prompt "Describe the picture."

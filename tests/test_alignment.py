@@ -91,6 +91,14 @@ def test_what_the_conversion_lost_is_told_from_what_the_run_never_had():
     assert "the export lost them" not in never["warning"]
 
 
+@pytest.mark.parametrize(("what", "flag"), [("llava", "--dtype"), ("gguf", "--quantize")])
+def test_what_the_export_lost_is_looked_for_by_a_flag_that_it_takes(what, flag):
+    sees = alignment.scored(questions(), answers(right=90, swapped=30, blank=20), "ours")
+    lost = alignment.scored(questions(), answers(right=30, swapped=30, blank=30), "theirs", sees)
+    with pytest.raises(PhiSightError, match=f"so the export lost them: use another {flag}$"):
+        alignment.check_alignment(lost, 40, what)
+
+
 @pytest.mark.parametrize(("required", "refused"), [(None, False), (40, False), (55, True)])
 def test_the_gate_asks_for_points_that_are_certain(required, refused):
     found = alignment.scored(questions(), answers(right=90, swapped=30, blank=20), "a model")
@@ -146,6 +154,24 @@ def test_questions_of_conversations_are_asked_in_words_too():
         learnt = [i for i, s in zip(sample.input_ids, sample.supervised, strict=True) if s]
         text = run.parts.base.tokenizer.decode(learnt, skip_special_tokens=True)
         assert text.strip() == one.answer.strip() and one.messages[-1].role == "user"
+
+
+def test_questions_with_typed_marks_are_not_asked(tmp_path):
+    """Other programs read them otherwise, and transformers raises over the mark of a picture."""
+    run, name = runs.assistant(), "train_000000.png"
+    texts = ["What is <|placeholder1|>?", "Is </s> red?", "Is it <|end|>?", "Is it <red>? a < b >"]
+
+    def asked_of(chosen: list[str]) -> Assistant:
+        path = tmp_path / "questions.jsonl"
+        lines = [{"question_id": t, "image": name, "text": t, "label": "no"} for t in chosen]
+        path.write_text("\n".join(map(json.dumps, lines)))
+        return Assistant(run.parts, replace(run.config, held_out_questions=str(path)), run.source)
+
+    probe = measure.make_probe(asked_of(texts), 9)
+    assert [one.text for one in probe.asked] == texts[-1:]
+    assert probe.facts["questions"] == 1 and probe.facts["questions_left_out_for_marks"] == 3
+    with pytest.raises(PhiSightError, match="to ask without a typed mark such as <.end.>; give"):
+        measure.make_probe(asked_of(texts[:-1]), 9)
 
 
 @pytest.mark.parametrize(

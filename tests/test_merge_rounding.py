@@ -172,6 +172,20 @@ def test_in_bfloat16_the_rounded_weight_is_the_same_and_gradients_are_float32():
 
 
 @NEEDS_KERNELS
+def test_a_settled_layer_is_not_repacked_when_it_answers():
+    """bitsandbytes does it to every new layer on a CPU with AVX512-BF16, and what an export then
+    reads of it is no weight at all."""
+    layer = rounding(four_bit_linear(torch.bfloat16))
+    layer.base.weight.quant_state.dtype = torch.bfloat16
+    before = merged_weight(layer)
+    assert not layer.rounded().support_avx512bf16_for_cpu  # for CPUs without it, too
+    layer.settle()
+    layer.eval()
+    with torch.no_grad():
+        layer(draw(40, 128).to(torch.bfloat16))
+    assert torch.equal(merged_weight(layer), before)
+
+
 def test_by_integers_the_forward_is_that_of_answering_and_the_backward_exact():
     base = PanelLinear.of(four_bit_linear())
     base.by_integers = True

@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 
 from errors import PhiSightError, printable
+from exports.llama_cpp.language import context_for
 from paths import PROJECT
 
 PYTHON = "PHISIGHT_LLAMA_PYTHON"  # in the environment: the interpreter that has llama-cpp-python
@@ -23,7 +24,8 @@ INSTALL = (
     "python -m tools.llama_cpp ../llama builds it in 5 to 40 minutes; then give --llama-python"
     " ../llama/bin/python"
 )
-ROUND_TO = 256  # llama.cpp rounds contexts up to it
+AN_INTERPRETER = "give the file of an interpreter that has llama-cpp-python"
+LONGEST_IMPORT = 120  # seconds; of a cold disk it takes a few
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Asked:
     """tokens of an answer"""
     threads: int = 1
 
+    @property
+    def tokens(self) -> int:
+        """Of the longest conversation, its answer among them."""
+        every = [*self.conversations, *self.questions]
+        return max((len(one.ids) for one in every), default=1) + self.longest
+
 
 @dataclass(frozen=True)
 class Told:
@@ -78,41 +86,58 @@ def find_llama(python: str | None = None, modules: str = "llama_cpp") -> str | N
     one if it has them; None if not. Raises `PhiSightError` when one was named and lacks them."""
     named = python or os.environ.get(PYTHON)
     what = f"--llama-python {python}" if python else f"{PYTHON}={named}"
+    if named and (os.path.dirname(named) or os.path.isfile(named)):  # else it is a command's name
+        named = os.path.abspath(named)  # it is started in another folder than this one
     try:
         found = subprocess.run(
-            [named or sys.executable, "-c", f"import {modules}"],
+            [named or sys.executable, "-c", f"import {modules}; print({modules}.__name__)"],
             text=True,
+            errors="replace",
             capture_output=True,
             check=False,
+            timeout=LONGEST_IMPORT,
         )
     except OSError as error:
-        raise PhiSightError(f"{what}: {error.strerror}; give the file of an interpreter") from error
-    if found.returncode == 0:
+        raise PhiSightError(f"{what}: {error.strerror}; {AN_INTERPRETER}") from error
+    except subprocess.TimeoutExpired:
+        raise PhiSightError(
+            f"{what}: did not import {modules} within {LONGEST_IMPORT} s; {AN_INTERPRETER}"
+        ) from None
+    if found.returncode == 0 and found.stdout.split()[-1:] == [modules]:
         return named or sys.executable
     if named is None:
         return None
-    said = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
-    raise PhiSightError(f"{what}: {said}; install {modules.replace('_cpp', '-cpp-python')} there")
+    if found.returncode == 0:
+        raise PhiSightError(f"{what}: is not a Python interpreter; {AN_INTERPRETER}")
+    raise PhiSightError(
+        f"{what}: {reason_of(found)}; install {modules.replace('_cpp', '-cpp-python')} there"
+    )
+
+
+def reason_of(done: subprocess.CompletedProcess[str]) -> str:
+    """What a program that failed said first, which is what was wrong, and last, which is what came
+    of it; without where in our own code that was."""
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    said = [line for line in said if not line.startswith(("Traceback", " "))]
+    lines = dict.fromkeys([*said[:1], *said[-1:]])
+    return printable("; ".join(lines), 300) if said else f"exit code {done.returncode}"
 
 
 def ask(python: str, asked: Asked) -> Told:
     """Start llama.cpp, ask everything, and read what it said. Raises `PhiSightError` where it does
     not load a file, or ends."""
-    every = [*asked.conversations, *asked.questions]
-    longest = max((len(one.ids) for one in every), default=1) + asked.longest
     names = {name: str(number) for number, name in enumerate(asked.pictures)}
     with tempfile.TemporaryDirectory(prefix="phisight-") as folder:
         pixels, questions, answers = (
             Path(folder, name) for name in ("pixels.npz", "questions.json", "answers.npz")
         )
         shown: dict[str, Any] = {names[name]: data for name, data in asked.pictures.items()}
-        numpy.savez(pixels, allow_pickle=False, **shown)
         content = {
             "model": str(asked.model),
             "mmproj": None if asked.mmproj is None else str(asked.mmproj),
             "pixels": str(pixels),
             "image_id": asked.image_id,
-            "context": -(-longest // ROUND_TO) * ROUND_TO,
+            "context": context_for(asked.tokens),
             "threads": asked.threads,
             "longest": asked.longest,
             "texts": [[text, [*ids]] for text, ids in asked.texts],
@@ -124,21 +149,31 @@ def ask(python: str, asked: Asked) -> Told:
                 [[*one.ids], [names[name] for name in one.pictures]] for one in asked.questions
             ],
         }
-        questions.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            numpy.savez(pixels, allow_pickle=False, **shown)
+            questions.write_text(json.dumps(content), encoding="utf-8")
+        except OSError as error:
+            raise PhiSightError(
+                f"{folder}: not written ({error.strerror or error}); make room there, or name"
+                " another folder with TMPDIR"
+            ) from error
         run_llama(python, str(questions), str(answers))
         try:
             with numpy.load(answers, allow_pickle=False) as file:
                 made = dict(file)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise PhiSightError(f"llama.cpp: what it said cannot be read ({error})") from None
-    return Told(
-        made["wrong_texts"].tolist(),
-        [made[f"conversation/{n}"] for n in range(len(asked.conversations))],
-        [made[f"answer/{n}"].tolist() for n in range(len(asked.questions))],
-        {name: made[f"embeddings/{key}"] for name, key in names.items() if asked.mmproj},
-        str(made["version"]),
-        str(made["system"]),
-    )
+            return Told(
+                made["wrong_texts"].tolist(),
+                [made[f"conversation/{n}"] for n in range(len(asked.conversations))],
+                [made[f"answer/{n}"].tolist() for n in range(len(asked.questions))],
+                {name: made[f"embeddings/{key}"] for name, key in names.items() if asked.mmproj},
+                str(made["version"]),
+                str(made["system"]),
+            )
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise PhiSightError(
+                f"llama.cpp: what it said cannot be read ({printable(error, 200)}); see that"
+                f" {python} is the interpreter with llama-cpp-python"
+            ) from None
 
 
 def round_by_llama(python: str, source: Path, target: Path, kind: str) -> None:
@@ -151,18 +186,15 @@ def run_llama(python: str, *arguments: str) -> None:
     done = subprocess.run(
         [python, "-m", "exports.llama_cpp.reference", *arguments],
         cwd=PROJECT,
+        # Where llama.cpp ends itself it says why, and then lets a debugger write pages after it.
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},
         text=True,
         errors="replace",
         capture_output=True,
         check=False,
     )
     if done.returncode:
-        trace = ("Traceback", " ")  # where in our own code, which helps nobody
-        said = [line for line in done.stderr.splitlines() if line and not line.startswith(trace)]
-        # What was wrong first, and what came of it.
-        lines = dict.fromkeys([*said[:1], *said[-1:]])
-        reason = printable("; ".join(lines), 300) if said else f"exit code {done.returncode}"
         raise PhiSightError(
-            f"llama.cpp: {reason}; if its version is older than 0.3.36, install a newer"
-            " llama-cpp-python"
+            f"llama.cpp: {reason_of(done)}; if its version is older than 0.3.36,"
+            " install a newer llama-cpp-python"
         )

@@ -22,6 +22,7 @@ from errors import PhiSightError
 from evaluation.meter import CONDITIONS, packed_batches
 from evaluation.questions import answer_prompts
 from exports.alignment import LONGEST_ANSWER, pictures_under
+from exports.asked import marks_of
 from exports.folder import chat_template
 from exports.llama_cpp import eyes
 from exports.llama_cpp.asked import Asked, Conversation, Told, ask
@@ -120,6 +121,8 @@ class Theirs:
     told: Told
     texts: int
     """how many had the ids that they should have"""
+    tokens: int
+    """of the longest conversation that it was asked"""
 
 
 def ask_llama(
@@ -150,20 +153,18 @@ def ask_llama(
     said_before = [*samples, *probe.prompts]
     texts = chat_texts(said_before, parts.base.tokenizer, parts.chat_format, line_end)
     texts += template_texts(template_of(line_end), parts.chat_format)
-    told = ask(
-        python,
-        Asked(
-            model,
-            mmproj,
-            image_id,
-            pictures_of(assistant, probe),
-            texts,
-            conversations,
-            questions,
-            LONGEST_ANSWER,
-            torch.get_num_threads(),
-        ),
+    asked = Asked(
+        model,
+        mmproj,
+        image_id,
+        pictures_of(assistant, probe),
+        texts,
+        conversations,
+        questions,
+        LONGEST_ANSWER,
+        torch.get_num_threads(),
     )
+    told = ask(python, asked)
     if told.wrong_texts:
         text = texts[told.wrong_texts[0]][0]
         raise PhiSightError(
@@ -179,7 +180,7 @@ def ask_llama(
         "with_picture": Side(told.log_probabilities[: len(samples)], answers["right"]),
         "without_picture": Side(told.log_probabilities[len(samples) :], pieces[-1]),
     }
-    return Theirs(sides, answers, told, len(texts))
+    return Theirs(sides, answers, told, len(texts), asked.tokens)
 
 
 def pictures_of(assistant: Assistant, probe: Probe) -> dict[str, numpy.ndarray]:
@@ -205,8 +206,8 @@ def chat_texts(
     line_end: str,
 ) -> list[tuple[str, list[int]]]:
     """Conversations as the text of a chat, and their ids, in which a picture is one mark, and other
-    marks have a `line_end`. Left out
-    are those in which somebody typed what looks like a mark: there both programs read it."""
+    marks have a `line_end`. Left out are those in which somebody typed what the tokenizer has as a
+    mark: there it is read as one."""
     marks = {tokenizer.backend_tokenizer.token_to_id(mark): mark for mark in MARKS}
     alone = (chat_format.image_id, chat_format.end_of_text_id)  # no line ends behind these
     texts = []
@@ -219,7 +220,7 @@ def chat_texts(
                 continue
             if stretch:
                 words = decode(tokenizer, stretch)
-                typed |= any(mark in words for mark in (*MARKS, "</s>", "<s>", "<unk>"))
+                typed |= any(mark in words for mark in marks_of(tokenizer))
                 text += words
                 stretch = []
             if token is None or (token == chat_format.image_id and ids[-1:] == [token]):

@@ -59,7 +59,8 @@ def export_gguf(
             the result is past the tolerance, or the disk refuses. Nothing is left then.
     """
     check_pictures(assistant, "--gguf", "llama.cpp")
-    language.need_shape(assistant.parts.base.model.config)
+    config = assistant.parts.base.model.config
+    language.need_shape(config)
     with new_folder(out) as folder:
         ours = certificate.our_side(assistant, probe)
         model = write_language_model(assistant, folder, quantise, python)
@@ -82,6 +83,7 @@ def export_gguf(
             dtype=quantise,
             method=MERGE_METHODS[assistant.config.merge_rounding],
             texts_of_equal_ids=theirs.texts,
+            context={"note": language.context_note(config, theirs.tokens)},
             **{seen: certificate.compared(side, theirs.sides[seen]) for seen, side in ours.items()},
             pictures=certificate.picture_differences(assistant, probe, theirs.told),
             alignment=scored(probe, theirs.answers, version, run_sees),

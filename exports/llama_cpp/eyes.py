@@ -8,6 +8,7 @@ every picture square by padding it with the mean colour, which is our `--picture
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,6 +63,11 @@ def describe(writer: Any, spec: VisionSpec, text_dim: int) -> None:
         raise PhiSightError(
             f"{spec.folder}: its pictures are not normalised, and llama.cpp normalises every one;"
             " export it with --llava"
+        )
+    if not math.isclose(preparation.scale, 1 / 255, rel_tol=1e-6):
+        raise PhiSightError(
+            f"{spec.folder}: its pixels are multiplied by {preparation.scale:g}, and llama.cpp"
+            " multiplies them by 1/255; export it with --llava"
         )
     writer.add_type("mmproj")
     writer.add_clip_has_vision_encoder(True)

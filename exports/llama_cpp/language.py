@@ -27,6 +27,7 @@ _ELSEWHERE = {
     "lm_head": "output",
 }
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ROUND_TO = 256  # llama.cpp rounds contexts up to it
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
@@ -89,6 +90,28 @@ def usual_context(config: DecoderConfig) -> int:
     """Tokens up to which the factors of LongRoPE are the short ones. llama.cpp takes the long ones
     for every conversation of a larger context; we choose by conversation."""
     return min(context_of(config), config.rope.crossing or 2**31)
+
+
+def context_for(tokens: int) -> int:
+    """Of the context that llama.cpp makes for so many tokens."""
+    return -(-tokens // ROUND_TO) * ROUND_TO
+
+
+def context_note(config: DecoderConfig, tokens: int) -> str:
+    """Why llama.cpp, asked conversations of up to so many tokens, computes otherwise than we do;
+    else nothing."""
+    if tokens > context_of(config):
+        return (
+            f"it was asked conversations of up to {tokens} tokens, and llama.cpp, which has no"
+            f" sliding window, computes this base as we do up to {context_of(config)}"
+        )
+    crossing, context = config.rope.crossing, context_for(tokens)
+    if crossing and context > crossing:
+        return (
+            f"it was asked in a context of {context} tokens, and llama.cpp takes LongRoPE's long"
+            f" factors for all in one of more than {crossing}"
+        )
+    return ""
 
 
 def describe(writer: Any, config: DecoderConfig) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,17 +88,18 @@ class Model:
 
     def feed_embeddings(self, embeddings: np.ndarray, start: int) -> None:
         """Feed (tokens, width) embeddings of a picture from position `start` on."""
-        count = len(embeddings)
-        batch = self.lib.llama_batch_init(count, self.width, 1)
-        try:
-            ctypes.memmove(batch.embd, embeddings.ctypes.data, embeddings.nbytes)
-            for index in range(count):
-                batch.pos[index], batch.logits[index] = start + index, False
-                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
-            batch.n_tokens = count
-            self._decode(batch)
-        finally:
-            self.lib.llama_batch_free(batch)
+        for first in range(0, len(embeddings), PIECE):
+            piece = np.ascontiguousarray(embeddings[first : first + PIECE], dtype=np.float32)
+            batch = self.lib.llama_batch_init(len(piece), self.width, 1)
+            try:
+                ctypes.memmove(batch.embd, piece.ctypes.data, piece.nbytes)
+                for index in range(len(piece)):
+                    batch.pos[index], batch.logits[index] = start + first + index, False
+                    batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+                batch.n_tokens = len(piece)
+                self._decode(batch)
+            finally:
+                self.lib.llama_batch_free(batch)
 
     def _decode(self, batch: Any) -> None:
         if status := self.lib.llama_decode(self.context, batch):
@@ -242,7 +244,10 @@ def quantise(source: str, target: str, kind: str) -> None:
     told = llama_cpp.llama_log_callback(Model._tell)
     llama_cpp.llama_log_set(told, ctypes.c_void_p(0))
     if llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(settings)):
-        raise SystemExit(f"{source}: llama.cpp does not round it to {kind}")
+        free = shutil.disk_usage(Path(target).parent).free
+        raise SystemExit(
+            f"{source}: llama.cpp does not round it to {kind}, for which {free:,} bytes are free"
+        )
 
 
 def main() -> None:

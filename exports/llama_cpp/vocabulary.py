@@ -67,18 +67,24 @@ def vocabulary_of(content: Mapping[str, Any], size: int) -> Vocabulary:
     model = content["model"]
     if model.get("type") != "BPE":
         raise PhiSightError(f"--gguf: its tokenizer is {model.get('type')}, not BPE; {REMEDY}")
-    tokens = [f"[PAD{number}]" for number in range(size)]
-    kinds = [Kind.UNUSED.value] * size
-    for token, number in model["vocab"].items():
+    ids = dict(model["vocab"])
+    for mark in content["added_tokens"]:
+        ids.setdefault(mark["content"], mark["id"])  # a piece of the model keeps its own id
+    if (last := max(ids.values())) >= size:
+        raise PhiSightError(
+            f"--gguf: its tokenizer has the id {last} and the model {size} embeddings; {REMEDY}"
+        )
+    tokens, kinds = _unused(ids, size), [Kind.UNUSED.value] * size
+    for token, number in ids.items():
         tokens[number], kinds[number] = token, Kind.NORMAL.value
     merges = [(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     if _is_sentencepiece(content):
         kinds = [_piece_kind(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
-        _add_marks(content, model, tokens, kinds)
+        _add_marks(content, ids, kinds)
         scores = _scores(model["vocab"], merges, size)
         return Vocabulary("llama", "default", tokens, kinds, scores)
     split = _split_of(content)
-    _add_marks(content, model, tokens, kinds)
+    _add_marks(content, ids, kinds)
     return Vocabulary("gpt2", split, tokens, kinds, merges=[" ".join(pair) for pair in merges])
 
 
@@ -128,15 +134,22 @@ def _split_of(content: Mapping[str, Any]) -> str:
     )
 
 
-def _add_marks(
-    content: Mapping[str, Any], model: Mapping[str, Any], tokens: list[str], kinds: list[int]
-) -> None:
+def _add_marks(content: Mapping[str, Any], ids: Mapping[str, int], kinds: list[int]) -> None:
     """The tokens that are found in a text before it is split."""
     for mark in content["added_tokens"]:
-        tokens[mark["id"]] = mark["content"]
-        kinds[mark["id"]] = (Kind.CONTROL if mark["special"] else Kind.USER_DEFINED).value
-    if (unknown := model["vocab"].get(model.get("unk_token"))) is not None:
+        kind = Kind.CONTROL if mark["special"] else Kind.USER_DEFINED
+        kinds[ids[mark["content"]]] = kind.value
+    if (unknown := ids.get(content["model"].get("unk_token"))) is not None:
         kinds[unknown] = Kind.UNKNOWN.value
+
+
+def _unused(ids: Mapping[str, int], size: int) -> list[str]:
+    """Names for embeddings without a token, none of which a token has: llama.cpp ends where two are
+    equal."""
+    end = "]"
+    while any(token.startswith("[PAD") and token.endswith(end) for token in ids):
+        end = "_" + end
+    return [f"[PAD{number}{end}" for number in range(size)]
 
 
 def write_vocabulary(writer: Any, vocabulary: Vocabulary, marks: Mapping[str, int | None]) -> None:
