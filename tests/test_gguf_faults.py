@@ -51,7 +51,7 @@ def test_an_interpreter_is_found_from_another_folder(tmp_path, monkeypatch):
     [
         (
             "exit 0",
-            "program: is not a Python interpreter; give the file of an interpreter that has llama",
+            "program: is not a Python interpreter; give the file",
         ),
         (r"printf '\377\376'; exit 0", "is not a Python"),
         (r"printf '\377\033[2J' >&2; exit 1", r"program: .*x1b\[2J; install"),
