@@ -199,7 +199,8 @@ def test_a_base_that_nobody_else_has_is_refused_or_copied(tmp_path, assistant):
     assert (settings.base, settings.vision) == ("assets/own/base", "assets/own/vision")
     for name in ("base", "vision"):
         copied = {path.name for path in (out / f"assets/own/{name}").iterdir()}
-        assert copied == {path.name for path in (tmp_path / name).iterdir()} - {"notes.bin", "README.md"}
+        there = {path.name for path in (tmp_path / name).iterdir()}
+        assert copied == there - {"notes.bin", "README.md"}
     assert checkpoints.resolve(out / "run").config["config"]["base"] == "assets/own/base"
 
 
