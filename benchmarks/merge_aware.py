@@ -12,6 +12,9 @@ held-out questions are then measured of
     merge-aware            the run as it answers
     merge-aware, written   the same by `export.py --requantize`, which rounds it as it was trained
 
+With `--finish STEPS` the plain run goes on for so many steps at a small rate, both ways again:
+"finished plain", "finished merge-aware".
+
 The 4-bit models are written to a folder and read back. Every run is trained and measured once and
 kept under `--out`: a program that was stopped goes on where it was. Prints a table, mean and
 standard deviation over the seeds, and writes all figures to `--out`/merge_aware.json.
@@ -60,7 +63,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CALIBRATION = {"tiny": 200, "smollm2": 64}  # conversations that GPTQ sees
 ROUNDINGS = {"plain": "none", "merge-aware": "nf4"}
-MODELS = ("plain", "plain, naive", "plain, GPTQ", "merge-aware", "merge-aware, written")
+FINISHED = "finished "  # before the kind of a run that goes on from the plain one
+FINISHING = {"learning_rate": 5e-4, "warmup_fraction": 0.0}
 
 
 def train(run: Path, flags: Mapping[str, Any]) -> None:
@@ -89,14 +93,19 @@ def rounded_models(assistant: Assistant, kind: str, probe: Probe, calibration: i
     model = language_model_in(changed)
     empty = requantize.empty_four_bit(model.config, torch.float32)
     blocks = {name: block_of(layer) for name, layer in requantize.four_bit_layers(empty)}
-    if kind == "merge-aware":
-        return {"merge-aware, written": requantize.as_trained(changed, blocks)[0]}
+    if is_aware(kind):
+        return {f"{kind}, written": requantize.as_trained(changed, blocks)[0]}
     naive = {
         name: round_to_nearest(requantize.weight_of(model, name), block)
         for name, block in blocks.items()
     }
     batches = calibration_batches(assistant, probe, calibration)
-    return {"plain, naive": naive, "plain, GPTQ": requantize.compensate(changed, blocks, batches)}
+    compensated = requantize.compensate(changed, blocks, batches)
+    return {f"{kind}, naive": naive, f"{kind}, GPTQ": compensated}
+
+
+def is_aware(kind: str) -> bool:
+    return ROUNDINGS[kind.removeprefix(FINISHED)] == "nf4"
 
 
 def measured(
@@ -123,15 +132,20 @@ def measured(
 
 def figures_of(shape: str, seed: int, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """Of one run, which is trained and measured if it is not yet."""
-    run = Path(options.out).absolute() / f"{shape}-{seed}-{kind}"
+    out = Path(options.out).absolute()
+    run = out / f"{shape}-{seed}-{kind.replace(' ', '-')}"
     kept = run / "measured.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    flags = SHARED | RECIPES[shape] | {"seed": seed, "merge_rounding": ROUNDINGS[kind]}
+    rounding = "nf4" if is_aware(kind) else "none"
+    flags = SHARED | RECIPES[shape] | {"seed": seed, "merge_rounding": rounding}
     if shape == "smollm2":
         flags |= {"base": Path(options.smollm2).absolute(), "base_cache": run.parent / "bases"}
     if options.steps:
         flags["max_steps"] = options.steps
+    if kind.startswith(FINISHED):
+        started = {"start_from": out / f"{shape}-{seed}-plain", "max_steps": options.finish}
+        flags |= FINISHING | started
     train(run, flags)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clocks = [record["timing"]["seconds"] for record in log if record.get("kind") == "train"]
@@ -153,13 +167,13 @@ def table_of(all_figures: list[dict[str, Any]]) -> str:
     for shape in dict.fromkeys(figures["shape"] for figures in all_figures):
         here = [figures for figures in all_figures if figures["shape"] == shape]
         seeds = len({figures["seed"] for figures in here})
-        lines.append(f"{shape + f', {seeds} seeds':24}{'loss, nats a token':>22}{'exact, %':>18}")
-        for name in MODELS:
+        lines.append(f"{shape + f', {seeds} seeds':30}{'loss, nats a token':>22}{'exact, %':>18}")
+        for name in dict.fromkeys(name for figures in here for name in figures["models"]):
             found = [f["models"][name] for f in here if name in f["models"]]
             if found:
                 loss = spread([one["loss"] for one in found], 4)
                 exact = spread([one["exact"] for one in found], 1)
-                lines.append(f"{name:24}{loss:>22}{exact:>18}")
+                lines.append(f"{name:30}{loss:>22}{exact:>18}")
     return "\n".join(lines)
 
 
@@ -175,6 +189,7 @@ def main() -> None:
     parser.add_argument("--smollm2", default="", help="folder of SmolLM2 in Phi-3's layout")
     parser.add_argument("--out", default="runs/merge-aware", help="folder of the runs")
     parser.add_argument("--steps", type=int, default=0, help="of each run, in place of its own")
+    parser.add_argument("--finish", type=int, default=0, help="steps that plain runs go on for")
     parser.add_argument("--questions", type=int, default=300, help="held-out ones that are asked")
     parser.add_argument("--calibration", type=int, default=0, help="conversations, for GPTQ")
     options = parser.parse_args()
@@ -190,7 +205,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for seed in range(options.seeds):
         for shape in shapes:
-            for kind in ROUNDINGS:
+            for kind in [*ROUNDINGS, *(FINISHED + kind for kind in ROUNDINGS if options.finish)]:
                 all_figures.append(figures_of(shape, seed, kind, options))
                 print(json.dumps(all_figures[-1]), flush=True)
     result = {"machine": describe_machine(), "runs": all_figures}
