@@ -227,7 +227,7 @@ def measure_commands(folder: Path, tokens: int, llama: str | None = None) -> Non
     if llama:
         # Of random weights no answer is likelier than another: the log-probabilities tell.
         loose = ("--max-loss-difference", 1, "--min-greedy-equal", 0)
-        few = ("--greedy-answers", 1, "--evaluation-conversations", 2)
+        few = ("--greedy-answers", 1, "--evaluation-conversations", 2, "--quantize", "f16")
         asked = ("--gguf", folder / "gguf", "--llama-python", llama, *few, *loose)
         printed, exporting = run("export.py", "--run", folder / "run", *asked)
         certificate = json.loads((folder / "gguf" / "gguf_certificate.json").read_text())
