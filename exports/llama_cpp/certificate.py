@@ -297,7 +297,9 @@ def picture_differences(assistant: Assistant, probe: Probe, told: Told) -> dict[
 
     Raises `PhiSightError` for a llama.cpp that is known to read pictures wrongly.
     """
-    compared = [name.removeprefix(PREPARED) for name in told.embeddings if PREPARED in name]
+    compared = [
+        name.removeprefix(PREPARED) for name in told.embeddings if name.startswith(PREPARED)
+    ]
     folder = Path(assistant.config.images)
     device = assistant.parts.device
     features = torch.stack([probe.store.features_of(name) for name in compared]).to(device)
