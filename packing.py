@@ -119,17 +119,9 @@ def _base(config: Config, saved: Checkpoint) -> Iterator[Member]:
 
 def _vision(config: Config, saved: Checkpoint) -> Iterator[Member]:
     from model.base import find_weight_files
-    from model.vision import PICKLED, read_vision_spec
+    from model.vision import PICKLED, vision_of
 
-    spec = read_vision_spec(
-        config.vision,
-        config.vision_revision,
-        config.vision_features,
-        config.vision_layer,
-        config.feature_pooling,
-        config.picture_fit,
-        config.base_cache,
-    )
+    spec = vision_of(config)
     if spec.key != saved.config["vision_fingerprint"]:
         raise _other("vision", config.vision)
     weights = find_weight_files(spec.folder, PICKLED)

@@ -16,7 +16,7 @@ from lora.layer import LoRALinear
 from lora.state import load_lora_state, lora_state
 from model.base import BaseModel, choose_compute_dtype, load_base, settle_panels
 from model.projector import ImageProjector
-from model.vision import VisionSpec, read_vision_spec
+from model.vision import VisionSpec, vision_of
 from model.vlm import VisionLanguageModel
 from ops import kernels
 from ops.nf4 import PanelLinear
@@ -66,15 +66,7 @@ def assemble(config: Config) -> Assembled:
     )
     if config.compute_type == "int16":
         multiply_by_integers(base.model)
-    vision = read_vision_spec(
-        config.vision,
-        config.vision_revision,
-        config.vision_features,
-        config.vision_layer,
-        config.feature_pooling,
-        config.picture_fit,
-        config.base_cache,
-    )
+    vision = vision_of(config)
     chat_format = ChatFormat.from_tokenizer(base.tokenizer, vision.shape[0])
 
     generator = torch.Generator().manual_seed(config.seed)

@@ -99,6 +99,19 @@ def read_vision_spec(
     return VisionSpec(folder, features, layer, pooling, shape, key, preparation)
 
 
+def vision_of(config: Config) -> VisionSpec:
+    """The CLIP of a run, and how it is read. Raises as `read_vision_spec` does."""
+    return read_vision_spec(
+        config.vision,
+        config.vision_revision,
+        config.vision_features,
+        config.vision_layer,
+        config.feature_pooling,
+        config.picture_fit,
+        config.base_cache,
+    )
+
+
 def find_clip(id_or_folder: str, revision: str | None) -> Path:
     """The local folder of a CLIP: the one given, or a snapshot of the hub, in which the weights are
     safetensors if the hub has them so."""

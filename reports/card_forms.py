@@ -30,19 +30,24 @@ messages = [{{"role": "user", "content": "Hello"}}]
 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids)[0]))
 ```"""
-_PIPELINE = """```python
-from transformers import AutoProcessor, pipeline
-
-processor = AutoProcessor.from_pretrained("{where}", backend="pil")
-ask = pipeline("image-text-to-text", model="{where}", processor=processor)
-content = [
+_ASKED = """content = [
     {{"type": "image", "path": "picture.png"}},
     {{"type": "text", "text": "Describe the picture."}},
 ]
 asked = [{{"role": "user", "content": content}}]
 print(ask(text=asked, return_full_text=False)[0]["generated_text"])
 ```"""
-_APART = """```python
+_PIPELINE = (
+    """```python
+from transformers import AutoProcessor, pipeline
+
+processor = AutoProcessor.from_pretrained("{where}", backend="pil")
+ask = pipeline("image-text-to-text", model="{where}", processor=processor)
+"""
+    + _ASKED
+)
+_APART = (
+    """```python
 from peft import PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
 
@@ -50,13 +55,9 @@ base = LlavaForConditionalGeneration.from_pretrained("{where}")
 model = PeftModel.from_pretrained(base, "{where}/adapter").merge_and_unload()
 processor = AutoProcessor.from_pretrained("{where}", backend="pil")
 ask = pipeline("image-text-to-text", model=model, processor=processor)
-content = [
-    {{"type": "image", "path": "picture.png"}},
-    {{"type": "text", "text": "Describe the picture."}},
-]
-asked = [{{"role": "user", "content": content}}]
-print(ask(text=asked, return_full_text=False)[0]["generated_text"])
-```"""
+"""
+    + _ASKED
+)
 _PEFT = """```python
 from peft import PeftModel
 
