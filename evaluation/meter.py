@@ -1,7 +1,8 @@
 """The alignment meter: does the answer come from the picture?
 
 The same questions are answered with the right picture, with another conversation's picture, and
-with a blank one. A model that ignores the picture scores the same three times.
+with a blank one; by a task of `evaluate.py` also with the right one under noise. A model that
+ignores the picture scores the same each time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from model.vlm import VisionLanguageModel
 
 ROWS = 8
 CONDITIONS = ("right", "swapped", "blank")
+"""what training asks under, and writes into its log"""
+ALL_CONDITIONS = (*CONDITIONS, "noised")
+"""what a task can be asked under; for the last, see `evaluation.noise`"""
 LOSS = "loss"
 Rows = list[list[RenderedSample]]
 
@@ -40,9 +44,17 @@ def swapped_names(names: Sequence[str], content_of: Callable[[str], str] = str) 
 
 
 def features_under(
-    condition: str, store: FeatureStore, swapped: dict[str, str]
+    condition: str,
+    store: FeatureStore,
+    swapped: dict[str, str],
+    noised: FeatureStore | None = None,
 ) -> Callable[[str], Tensor]:
-    """What stands in for a picture's (tokens, dim) features under one of `CONDITIONS`."""
+    """What stands in for a picture's (tokens, dim) features under one of `ALL_CONDITIONS`.
+
+    noised: the store of `evaluation.noise.noised_store`, needed for "noised" alone.
+    """
+    if noised is not None and condition == "noised":
+        return noised.features_of
     return {
         "right": store.features_of,
         "swapped": lambda name: store.features_of(swapped[name]),

@@ -194,11 +194,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
 
+    def rotated(self, x: Tensor, layout: Layout) -> Tensor:
+        """(rows, length, dim) normed states -> (tokens, heads, head dim): queries and keys, turned
+        by their positions, and values; `heads` queries and `kv_heads` of either other."""
+        qkv = project(self.qkv_proj, x, layout)  # (rows, length, width)
+        qkv = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        heads = self.heads + self.kv_heads
+        return operations_for(x).rotate(qkv, layout.cosines, layout.sines, heads)
+
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         ops = operations_for(x)
-        qkv = project(self.qkv_proj, x, layout)  # (rows, length, width)
-        qkv = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)  # (tokens, heads, dim)
-        qkv = ops.rotate(qkv, layout.cosines, layout.sines, self.heads + self.kv_heads)
+        qkv = self.rotated(x, layout)
         if layout.caches is None:
             query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
             mixed = ops.packed_attention(query, key, value, layout.lengths, self.window)
