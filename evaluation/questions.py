@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -19,7 +19,6 @@ from data.chat import ChatFormat, RenderedSample, render
 from data.dataset import Message, Part, Question
 from data.features import FeatureStore
 from errors import PhiSightError
-from evaluation.meter import CONDITIONS, features_under, swapped_names
 from model.vision import VisionTower
 
 BATCH = 64
@@ -72,6 +71,20 @@ def answer_prompts(
     Args: `features_of`: the name of a picture -> its (tokens, vision dim) features; `label`: what
     the progress bar says.
     """
+    starts = range(0, len(prompts), BATCH)
+    bar = tqdm(starts, desc=label, unit="batch", leave=False, disable=None)
+    batches = (prompts[start : start + BATCH] for start in bar)
+    given = batch_answers(assistant, batches, features_of, max_new_tokens)
+    return [text for texts in given for text in texts]
+
+
+def batch_answers(
+    assistant: Assistant,
+    batches: Iterable[Sequence[RenderedSample]],
+    features_of: Callable[[str], Tensor],
+    max_new_tokens: int,
+) -> Generator[list[str]]:
+    """The same, batch by batch, each when it is there. A batch has at most `BATCH` prompts."""
     # Of its own: more rows than a conversation needs, and no memory of what was asked.
     engine = Engine(
         assistant.model,
@@ -80,22 +93,20 @@ def answer_prompts(
         max_rows=BATCH,
         queue_limit=0,
     )
-    texts: list[str] = []
-    starts = range(0, len(prompts), BATCH)
     try:
-        for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=None):
+        for prompts in batches:
             answers = []
-            for prompt in prompts[start : start + BATCH]:
+            for prompt in prompts:
                 features = [features_of(name) for name in prompt.images]
                 stacked = torch.stack(features) if features else assistant.features([])
                 answers.append(Answer(list(prompt.input_ids), max_new_tokens, stacked))
             engine.submit(*answers)
             for answer in answers:
                 answer.wait()
-                texts.append(decode(assistant.parts.base.tokenizer, answer.tokens))
+            tokenizer = assistant.parts.base.tokenizer
+            yield [decode(tokenizer, answer.tokens) for answer in answers]
     finally:
         engine.close()
-    return texts
 
 
 def add_pictures(
@@ -103,14 +114,20 @@ def add_pictures(
 ) -> None:
     """Put every picture that is asked about into the store. Raises `PhiSightError` for a bad one:
     a score over a part would mislead."""
-    bad = store.add(
-        [question.image for question in questions],
-        images,
-        lambda: VisionTower(assistant.parts.vision, assistant.parts.device),
-    )
+    add_named_pictures(assistant, [question.image for question in questions], images, store)
+
+
+def add_named_pictures(
+    assistant: Assistant, names: Sequence[str], images: Path, store: FeatureStore
+) -> None:
+    """The same by the names of the pictures."""
+    parts = assistant.parts
+    bad = store.add(names, images, lambda: VisionTower(parts.vision, parts.device))
     if bad:
         first = next(iter(bad.values()))
-        raise PhiSightError(f"{len(bad)} pictures cannot be used, first: {first}")
+        raise PhiSightError(
+            f"{len(bad)} pictures cannot be used, first: {first}; give their folder with --images"
+        )
 
 
 class Scores(TypedDict):
@@ -137,37 +154,6 @@ def scores_by_kind(questions: Sequence[Question], answers: Sequence[str]) -> Sco
         "by_kind": {k: round(100 * sum(v) / len(v), 2) for k, v in sorted(right.items())},
         "asked_by_kind": {k: len(v) for k, v in sorted(right.items())},
     }
-
-
-def scores_of_sets(
-    assistant: Assistant,
-    sets: dict[str, list[Question]],
-    images: Path,
-    store: FeatureStore,
-    max_new_tokens: int,
-) -> dict[str, Scores]:
-    """Scores by name: the first set under all three conditions, the others with the right one."""
-    add_pictures(
-        assistant,
-        [question for questions in sets.values() for question in questions],
-        images,
-        store,
-    )
-    results: dict[str, Scores] = {}
-    for number, (name, questions) in enumerate(sets.items()):
-        swapped = swapped_names([question.image for question in questions], store.hash_of)
-        for condition in CONDITIONS if number == 0 else CONDITIONS[:1]:
-            answers = answer_questions(
-                assistant,
-                questions,
-                features_under(condition, store, swapped),
-                max_new_tokens,
-                f"{name}, {condition} picture",
-            )
-            results[name if condition == "right" else condition] = scores_by_kind(
-                questions, answers
-            )
-    return results
 
 
 def score_table(results: dict[str, Scores]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from alone import opened_alone
 from assistant.answer import Answer
 from assistant.messages import user_message
 from data.dataset import Message
@@ -185,10 +185,10 @@ def answer_file(
         raise PhiSightError(f"{source}: {error.strerror}; give a JSONL file") from None
     try:
         with lines, contextlib.ExitStack() as stack:
-            out = stack.enter_context(_opened_alone(out_path))
+            out = stack.enter_context(opened_alone(out_path))
             done, failed = _what_is_there(out, out_path, retry_failed)
             if retry_failed and _is_file(out):
-                out = stack.enter_context(_opened_alone(out_path))  # it has been replaced
+                out = stack.enter_context(opened_alone(out_path))  # it has been replaced
                 out.seek(0, os.SEEK_END)
             answers = AnswersUnderWay(out, ask)
             _answer_all(lines, source, out_path, answers, done, in_flight)
@@ -252,21 +252,6 @@ def _answer_all(
         while len(answers):
             answers.write_oldest()
             bar.update()
-
-
-def _opened_alone(path: Path) -> BinaryIO:
-    """The output: a file, open for reading and writing by this process alone, or a pipe or device
-    to write to."""
-    try:
-        if path.exists() and not path.is_file():
-            return open(os.open(path, os.O_WRONLY), "wb")
-        out = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PhiSightError(f"{path}: another process writes it; wait, or give another") from None
-    except OSError as error:
-        raise PhiSightError(f"{path}: {error.strerror}; give another --out") from None
-    return out
 
 
 def run(options: argparse.Namespace, ask: Callable[[list[Message], int], Answer]) -> int:

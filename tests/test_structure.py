@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "threads",
     "errors",
+    "alone",
     "paths",
     "fields",
     "presets",

@@ -42,7 +42,17 @@ def questions_of(scene: Scene, name: str, rng: random.Random) -> list[dict]:
     ]
 
 
-def _settings_in(done: Path) -> dict | None:
+def numbered_scene(
+    seed: int, split: str, index: int, hard: bool = False
+) -> tuple[Scene, str, random.Random]:
+    """A scene of a world, the name of its picture, and the generator that drew it, which goes on to
+    draw what is asked about it. `split`: "train", "held_out" or "novel_pairs"."""
+    rng = random.Random(f"{seed}/{split}/{index}")
+    scene = make_scene(rng, "novel" if split == "novel_pairs" else "seen", hard)
+    return scene, f"{split}_{index:06d}.png", rng
+
+
+def settings_in(done: Path) -> dict | None:
     """What a finished world was made with; None where there is none, or none that can be read."""
     try:
         return read_json(done)
@@ -72,29 +82,27 @@ def write_world(
     }
     sweep_stale(out, ".tmp-*", by_age=False)
     done = out / "world.json"
-    if _settings_in(done) == settings:
+    if settings_in(done) == settings:
         print(f"{out}: already there ({pictures} pictures)")
         return
     done.unlink(missing_ok=True)
 
-    def scenes(split: str, count: int, pairs: str) -> Iterator[tuple[Scene, str, random.Random]]:
+    def scenes(split: str, count: int) -> Iterator[tuple[Scene, str, random.Random]]:
         for index in tqdm(range(count), desc=f"drawing {split}", unit="picture", disable=None):
-            rng = random.Random(f"{seed}/{split}/{index}")
-            scene = make_scene(rng, pairs, hard)
-            name = f"{split}_{index:06d}.png"
+            scene, name, rng = numbered_scene(seed, split, index, hard)
             draw(scene).save(out / "images" / name, compress_level=1)
             yield scene, name, rng
 
     records = [
         record
-        for scene, name, rng in scenes("train", pictures, "seen")
+        for scene, name, rng in scenes("train", pictures)
         for record in records_of(scene, name, rng, turns)
     ]
     write_whole(out / "train.json", json.dumps(records, indent=1).encode())
-    for split, pairs in (("held_out", "seen"), ("novel_pairs", "novel")):
+    for split in ("held_out", "novel_pairs"):
         rows = [
             row
-            for scene, name, rng in scenes(split, held_out, pairs)
+            for scene, name, rng in scenes(split, held_out)
             for row in questions_of(scene, name, rng)
         ]
         lines = [json.dumps({"question_id": i, **row}) for i, row in enumerate(rows)]

@@ -1,0 +1,29 @@
+"""A file that one process at a time writes to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from errors import PhiSightError
+
+
+def opened_alone(path: Path, flag: str = "--out") -> BinaryIO:
+    """A file, made where it is not there, open for reading and writing by this process alone until
+    it is closed; or a pipe or device to write to.
+
+    Raises `PhiSightError`, whose remedy names `flag`, where another process has it open so or it
+    cannot be opened.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            return open(os.open(path, os.O_WRONLY), "wb")
+        out = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PhiSightError(f"{path}: another process writes it; wait, or give another") from None
+    except OSError as error:
+        raise PhiSightError(f"{path}: {error.strerror}; give another {flag}") from None
+    return out

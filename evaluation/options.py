@@ -1,0 +1,95 @@
+"""The flags of `evaluate.py`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from assistant.flags import add_length_flag, add_model_flags, check_length
+from config import Config, Parser, replace
+from errors import PhiSightError
+from evaluation.meter import CONDITIONS
+from evaluation.runner import RIGHT, Settings
+from evaluation.tasks import TASKS
+
+DEFAULT = "world"
+
+
+def parser(about: str) -> Parser:
+    """The parser of `evaluate.py`."""
+    made = Parser(prog="evaluate.py", description=about)
+    add_model_flags(made)
+    tasks = "; ".join(f"{name}: {task.about}" for name, task in TASKS.items())
+    made.add_argument("--task", choices=TASKS, default=DEFAULT, help=f"{tasks} ({DEFAULT})")
+    made.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="of the task's form; without, the run's own or one made of its picture world",
+    )
+    made.add_argument("--limit", type=int, default=0, help="ask the first so many questions")
+    made.add_argument(
+        "--conditions",
+        metavar="NAMES",
+        help=f"which picture is shown, of {','.join(CONDITIONS)} (right; of world, all)",
+    )
+    made.add_argument(
+        "--instruction", default="", metavar="TEXT", help="a sentence behind every question"
+    )
+    made.add_argument("--out", type=Path, metavar="FILE", help="every answer as JSONL; resumable")
+    made.add_argument("--held-out-questions", help="JSONL, in place of the run's own (world)")
+    made.add_argument("--novel-pair-questions", help="JSONL, in place of the run's own (world)")
+    made.add_argument("--images", help="folder of the questions' pictures")
+    made.add_argument("--features", help="folder of the feature store")
+    add_length_flag(made, 0, "longest answer (the task's own)")
+    made.set_defaults(max_new_tokens=None)
+    made.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    return made
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """What the flags ask for. Raises `PhiSightError` for flags that do not go together."""
+    task = TASKS[options.task]
+    if options.max_new_tokens is None:
+        options.max_new_tokens = task.longest
+    check_length(options)  # no answer at all would be scored as a wrong one
+    if options.limit < 0:
+        raise PhiSightError(f"--limit {options.limit}: must be 0, for all, or more")
+    of_world = options.held_out_questions or options.novel_pair_questions
+    if of_world and (options.task != DEFAULT or options.data):
+        raise PhiSightError(
+            "--held-out-questions and --novel-pair-questions: belong to --task world without --data"
+        )
+    if options.instruction and not task.generates:
+        raise PhiSightError(f"--instruction: --task {options.task} asks nothing; leave it out")
+    default = ",".join(CONDITIONS) if options.task == DEFAULT else RIGHT
+    given = default if options.conditions is None else options.conditions
+    conditions = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
+    for name in conditions:
+        if name not in CONDITIONS:
+            raise PhiSightError(
+                f"--conditions: {name!r} is not one of them; use {', '.join(CONDITIONS)}"
+            )
+    return Settings(
+        options.task,
+        conditions,
+        options.max_new_tokens,
+        options.instruction,
+        options.limit,
+        options.out,
+    )
+
+
+def data_of(options: argparse.Namespace, config: Config) -> list[Path]:
+    """The task's own files; none for a task that reads the run's validation conversations."""
+    named = {
+        "held_out_questions": options.held_out_questions,
+        "novel_pair_questions": options.novel_pair_questions,
+    }
+    given = {name: path for name, path in named.items() if path}
+    return TASKS[options.task].default_data(replace(config, **given), images_of(options, config))
+
+
+def images_of(options: argparse.Namespace, config: Config) -> Path:
+    """The folder of the questions' pictures."""
+    return Path(options.images or config.images)
