@@ -8,6 +8,7 @@ ignores the picture scores the same each time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from model.vlm import VisionLanguageModel
 ROWS = 8
 CONDITIONS = ("right", "swapped", "blank")
 """what training asks under, and writes into its log"""
-ALL_CONDITIONS = (*CONDITIONS, "noised")
+NOISED = "noised"
+ALL_CONDITIONS = (*CONDITIONS, NOISED)
 """what a task can be asked under; for the last, see `evaluation.noise`"""
 LOSS = "loss"
 Rows = list[list[RenderedSample]]
@@ -53,13 +55,28 @@ def features_under(
 
     noised: the store of `evaluation.noise.noised_store`, needed for "noised" alone.
     """
-    if noised is not None and condition == "noised":
+    if noised is not None and condition == NOISED:
         return noised.features_of
     return {
         "right": store.features_of,
         "swapped": lambda name: store.features_of(swapped[name]),
         "blank": lambda name: store.by_hash(BLANK),
     }[condition]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a task's pictures are replaced by."""
+
+    store: FeatureStore
+    """of the pictures as they are"""
+    noised: FeatureStore | None = None
+    """of the same under noise, where that is asked for"""
+
+    def under(self, condition: str, names: Sequence[str]) -> Callable[[str], Tensor]:
+        """Name of one of these pictures -> (tokens, dim) features under a condition."""
+        swapped = swapped_names(names, self.store.hash_of)
+        return features_under(condition, self.store, swapped, self.noised)
 
 
 def in_batches(samples: Sequence[RenderedSample], row_tokens: int) -> list[Rows]:

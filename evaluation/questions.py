@@ -17,7 +17,7 @@ from assistant.engine import Engine
 from assistant.text_stream import decode
 from data.chat import ChatFormat, RenderedSample, render
 from data.dataset import Message, Part, Question
-from data.features import FeatureStore
+from data.features import Extract, FeatureStore
 from errors import PhiSightError
 from model.vision import VisionTower
 
@@ -118,11 +118,15 @@ def add_pictures(
 
 
 def add_named_pictures(
-    assistant: Assistant, names: Sequence[str], images: Path, store: FeatureStore
+    assistant: Assistant,
+    names: Sequence[str],
+    images: Path,
+    store: FeatureStore,
+    seen: Callable[[VisionTower], Extract] = lambda tower: tower,
 ) -> None:
-    """The same by the names of the pictures."""
+    """The same by the names of the pictures, as `seen` makes the run's tower see them."""
     parts = assistant.parts
-    bad = store.add(names, images, lambda: VisionTower(parts.vision, parts.device))
+    bad = store.add(names, images, lambda: seen(VisionTower(parts.vision, parts.device)))
     if bad:
         first = next(iter(bad.values()))
         raise PhiSightError(

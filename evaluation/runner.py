@@ -29,7 +29,8 @@ from data.prepare import prepare
 from errors import PhiSightError
 from evaluation.answers_file import AnswersFile, answers_file
 from evaluation.forms import first
-from evaluation.meter import Rows, features_under, in_batches, packed_batch, swapped_names
+from evaluation.meter import NOISED, Rows, Shown, in_batches, packed_batch
+from evaluation.noise import SIGMA, NoisedTower, noised_store
 from evaluation.questions import BATCH, add_named_pictures, batch_answers, question_prompt
 from evaluation.task import Answered, Asked, Task
 from evaluation.tasks.loss import TOKENS
@@ -88,15 +89,20 @@ def evaluated(
     samples = {} if task.generates else _samples(assistant, asked)
     names = [name for one in asked for name in _pictures(one, samples)]
     add_named_pictures(assistant, names, images, store)
+    noised = None
+    if NOISED in settings.conditions:
+        noised = noised_store(store.folder.parent, assistant.parts.vision, store.storage)
+        add_named_pictures(assistant, names, images, noised, NoisedTower)
+    shown = Shown(store, noised)
     header = _header(assistant, asked, store, names, settings)
     done: dict[str, list[Answered]] = {}
     with answers_file(settings.out, header) as file:
         for condition in settings.conditions:
             ours = [one for one in asked if condition == RIGHT or not one.subset]
             if task.generates:
-                given = _generated(assistant, task, ours, condition, store, settings, file)
+                given = _generated(assistant, task, ours, condition, shown, settings, file)
             else:
-                given = _measured(assistant, ours, samples, condition, store, file)
+                given = _measured(assistant, ours, samples, condition, shown, file)
             by_id = {one.asked.id: one for one in given}
             done[condition] = [by_id[one.id] for one in ours]
     own = {name: [one for one in given if not one.asked.subset] for name, given in done.items()}
@@ -132,6 +138,7 @@ def _header(
         "data_sha256": _digest(questions),
         "pictures_sha256": _digest(pictures),
         "conditions": list(settings.conditions),
+        **({"noise": SIGMA} if NOISED in settings.conditions else {}),
         "max_new_tokens": settings.max_new_tokens,
         "instruction": settings.instruction,
     }
@@ -149,7 +156,7 @@ def _generated(
     task: Task,
     asked: Sequence[Asked],
     condition: str,
-    store: FeatureStore,
+    shown: Shown,
     settings: Settings,
     file: AnswersFile,
 ) -> list[Answered]:
@@ -170,8 +177,7 @@ def _generated(
         [question_prompt(_question(one, settings.instruction), chat_format) for one in batch]
         for batch in batches
     )
-    swapped = swapped_names([one.image for one in asked], store.hash_of)
-    features_of = features_under(condition, store, swapped)
+    features_of = shown.under(condition, [one.image for one in asked])
     given = batch_answers(assistant, prompts, features_of, settings.max_new_tokens)
     bar = _bar(settings.name, condition, len(asked), len(known))
     with contextlib.closing(given), bar:
@@ -253,7 +259,7 @@ def _measured(
     asked: Sequence[Asked],
     samples: dict[str, RenderedSample],
     condition: str,
-    store: FeatureStore,
+    shown: Shown,
     file: AnswersFile,
 ) -> list[Answered]:
     """The loss of every conversation under one condition."""
@@ -266,15 +272,16 @@ def _measured(
     known = {one.asked.id for one in answered}
     asked_of = {id(samples[one.id]): one for one in asked}
     mine = [samples[one.id] for one in asked]
-    swapped = swapped_names([name for sample in mine for name in sample.images], store.hash_of)
-    features_of = features_under(condition, store, swapped)
+    features_of = shown.under(condition, [name for sample in mine for name in sample.images])
     chat_format, device = assistant.parts.chat_format, assistant.parts.device
     with _bar("loss", condition, len(asked), len(known)) as bar:
         for rows in _rows(assistant, mine):
             if all(asked_of[id(sample)].id in known for row in rows for sample in row):
                 continue
             padding, image = chat_format.end_of_text_id, chat_format.image_id
-            batch, in_order = packed_batch(rows, features_of, padding, image, store.shape, device)
+            batch, in_order = packed_batch(
+                rows, features_of, padding, image, shown.store.shape, device
+            )
             new = []
             for sample, scores in zip(in_order, losses(assistant, batch, in_order), strict=True):
                 if asked_of[id(sample)].id not in known:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.dataset import Question
-from evaluation.intervals import figure
-from evaluation.questions import REPORTED_ONLY, Scores, score_table, scores_by_kind
+from evaluation.alignment import alignments
+from evaluation.questions import Scores, score_table, scores_by_kind
 from evaluation.runner import RIGHT, Evaluation
 from evaluation.task import Answered, Figure, Task
 
@@ -34,7 +34,8 @@ def shown(one: Figure) -> str:
 
 
 def as_table(evaluation: Evaluation) -> str:
-    """Figures down, conditions across, each with its interval; then the main figure by kind."""
+    """Figures down, conditions across, each with its interval; the main figure by kind; and by how
+    much it is better with the right picture."""
     task, answered = evaluation.task, evaluation.answered
     figures = {condition: task.figures(given) for condition, given in answered.items()}
     kinds = {condition: figures_by_kind(task, given) for condition, given in answered.items()}
@@ -46,13 +47,18 @@ def as_table(evaluation: Evaluation) -> str:
     rows.append(["questions", *(str(len(given)) for given in answered.values())])
     heads = [f"{evaluation.header['task']}, 95 % intervals", *(f"{c} picture" for c in figures)]
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    return "\n".join(
+    lines = [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths))
         )
         for row in (heads, *rows)
-    )
+    ]
+    lines += [
+        f"alignment: {shown(gap)} {gap.unit} between the right picture and a {condition} one"
+        for condition, gap in alignments(task, answered).items()
+    ]
+    return "\n".join(lines)
 
 
 def named(name: str, figures: Mapping[str, Figures]) -> str:
@@ -62,8 +68,8 @@ def named(name: str, figures: Mapping[str, Figures]) -> str:
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Figures of the first condition by name, `intervals` of the same, and all of every condition
-    and kind under `conditions` and `by_kind`."""
+    """Figures of the first condition by name, `intervals` of the same, all of every condition and
+    kind under `conditions` and `by_kind`, and `alignment` against every other condition."""
     task, header = evaluation.task, evaluation.header
     figures = {condition: task.figures(given) for condition, given in evaluation.answered.items()}
     first = next(iter(figures.values()))
@@ -77,6 +83,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             condition: {kind: _all_of(of) for kind, of in figures_by_kind(task, given).items()}
             for condition, given in evaluation.answered.items()
         },
+        "alignment": _all_of(alignments(task, evaluation.answered)),
         "checkpoint": header["run"],
         "weights_digest": header["weights_digest"],
         "seconds": round(evaluation.seconds, 1),
@@ -133,21 +140,9 @@ def world_intervals(evaluation: Evaluation) -> dict[str, list[float]]:
         HELD_OUT if condition == RIGHT else condition: interval(task.figures(given)[task.main])
         for condition, given in (evaluation.answered | evaluation.further).items()
     }
-    if gap := alignment(evaluation):
+    if gap := alignments(task, evaluation.answered).get(WRONG):
         found["alignment"] = interval(gap)
     return found
-
-
-def alignment(evaluation: Evaluation) -> Figure | None:
-    """Points between the right picture and a swapped one; None where either was not shown."""
-    if not {RIGHT, WRONG} <= evaluation.answered.keys():
-        return None
-    main = evaluation.task.main
-    counted = evaluation.answered[RIGHT]
-    wrong = {one.asked.id: one.scores[main] for one in evaluation.answered[WRONG]}
-    reported = {one.asked.id for one in counted if one.asked.kind in REPORTED_ONLY}
-    counted = [one for one in counted if one.asked.id not in reported]
-    return figure(counted, lambda one: (one.scores[main] - wrong[one.asked.id], 1.0))
 
 
 def world_table(evaluation: Evaluation) -> str:
@@ -160,7 +155,7 @@ def world_table(evaluation: Evaluation) -> str:
         if name in results
     )
     lines.append(f"95 % intervals of all: {ends}")
-    if gap := alignment(evaluation):
+    if gap := alignments(evaluation.task, evaluation.answered).get(WRONG):
         source = f"({evaluation.header['run']}, {evaluation.seconds:.0f} s)"
         points = results[HELD_OUT]["exact"] - results[WRONG]["exact"]
         lines.append(

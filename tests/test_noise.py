@@ -11,10 +11,15 @@ import runs
 import torch
 from PIL import Image
 
+from data.dataset import load_questions
+from data.feature_form import as_stored
 from data.features import BLANK, FeatureStore
 from data.reading import fit_files
 from evaluation import meter
 from evaluation.noise import SIGMA, NoisedTower, noised, noised_store
+from evaluation.questions import answer_questions
+from evaluation.runner import Settings, evaluated
+from evaluation.tasks import TASKS
 from model.vision import VisionTower, vision_of
 from workers.fitting import Fitted
 
@@ -114,3 +119,26 @@ def test_the_seed_is_the_whole_digest():
     state = numpy.random.RandomState(numpy.frombuffer(content, "<u4"))
     expected = (state.standard_normal((1, 1, 3)) * 255 * SIGMA).round().clip(0, 255)
     assert noised(Fitted(numpy.zeros((1, 1, 3), numpy.uint8))).pixels.tolist() == expected.tolist()
+
+
+def test_a_task_is_answered_by_noised_pictures_where_it_says_so(tmp_path):
+    """The features that a runner shows are the noised tower's own, and its answers theirs."""
+    assistant = runs.assistant()
+    spec, storage = assistant.parts.vision, assistant.config.feature_storage
+    questions = load_questions(runs.world() / "held_out.jsonl")[:12]
+    task = TASKS["world"]
+    asked = task.questions([runs.world() / "held_out.jsonl"], 12)
+    store = FeatureStore(tmp_path, spec.key, spec.shape, storage)
+    settings = Settings("world", ("right", "noised"), 12)
+    found = evaluated(assistant, task, asked, runs.world() / "images", store, settings)
+    assert found.header["noise"] == SIGMA
+    tower = NoisedTower(VisionTower(spec))
+    names = [question.image for question in questions]
+    fitted = fit_files([runs.world() / "images" / name for name in names], tower.fit)
+    expected = {name: as_stored(tower([one])[0], storage) for name, one in zip(names, fitted)}
+    noisy = noised_store(tmp_path, spec, storage)
+    for name in names:
+        torch.testing.assert_close(noisy.by_hash(store.hash_of(name)), expected[name])
+    for condition, features in (("noised", expected.get), ("right", store.features_of)):
+        answers = answer_questions(assistant, questions, features, 12, "asking")
+        assert [one.answer for one in found.answered[condition]] == answers
