@@ -3,6 +3,7 @@
     python evaluate.py                          # the picture world's questions, a table
     python evaluate.py --task pope --json       # one object, every figure with its interval
     python evaluate.py --task vqa --data questions.json annotations.json --out answers.jsonl
+    python evaluate.py --report report.html     # one page about it, with pictures and curves
 
 Every question is asked on its own and answered by greedy decoding. The tasks are in
 evaluation/tasks/; docs/evaluation.md says what their files hold and what their figures mean.
@@ -20,13 +21,13 @@ from assistant.flags import load_assistant
 from errors import run_main
 from evaluation import table
 from evaluation.options import DEFAULT, data_of, images_of, parser, settings_of
-from evaluation.runner import Evaluation, evaluated, store_of, validation_conversations
+from evaluation.runner import RIGHT, Evaluation, evaluated, store_of, validation_conversations
 from evaluation.task import Asked
 from evaluation.tasks import TASKS
 
 
 def evaluation_of(options: argparse.Namespace) -> Evaluation:
-    """Ask what the flags ask for."""
+    """Ask what the flags ask for, and write the report."""
     settings, task = settings_of(options), TASKS[options.task]
     task.check()
     asked: list[Asked] = []
@@ -41,13 +42,20 @@ def evaluation_of(options: argparse.Namespace) -> Evaluation:
         else:
             asked = validation_conversations(assistant, store, settings.limit)
     images = images_of(options, assistant.config)
-    return evaluated(assistant, task, asked, images, store, settings)
+    if not options.report:
+        return evaluated(assistant, task, asked, images, store, settings)
+    from evaluation import report  # what it is made with takes time that others need not wait
+
+    records = report.training_records(assistant)
+    evaluation = evaluated(assistant, task, asked, images, store, settings)
+    shares = report.attention_of(assistant, evaluation.answered[RIGHT], store)
+    report.write_report(options.report, report.report_page(evaluation, shares, records, images))
+    return evaluation
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__.splitlines()[0]).parse_args(arguments)
     evaluation = evaluation_of(options)
-    # A report of the evaluation is written here.
     of_world = options.task == DEFAULT
     if options.json:
         shown = table.world_json(evaluation) if of_world else table.as_json(evaluation)

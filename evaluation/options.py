@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from assistant.flags import add_length_flag, add_model_flags, check_length
 from config import Config, Parser, replace
 from errors import PhiSightError
-from evaluation.meter import CONDITIONS
+from evaluation.meter import ALL_CONDITIONS, CONDITIONS
 from evaluation.runner import RIGHT, Settings
 from evaluation.tasks import TASKS
 
@@ -31,12 +32,14 @@ def parser(about: str) -> Parser:
     made.add_argument(
         "--conditions",
         metavar="NAMES",
-        help=f"which picture is shown, of {','.join(CONDITIONS)} (right; of world, all)",
+        help=f"which picture is shown, of {','.join(ALL_CONDITIONS)} (right; of world, the first"
+        " three; for a report, all)",
     )
     made.add_argument(
         "--instruction", default="", metavar="TEXT", help="a sentence behind every question"
     )
     made.add_argument("--out", type=Path, metavar="FILE", help="every answer as JSONL; resumable")
+    made.add_argument("--report", type=Path, metavar="FILE", help="one page about it, as HTML")
     made.add_argument("--held-out-questions", help="JSONL, in place of the run's own (world)")
     made.add_argument("--novel-pair-questions", help="JSONL, in place of the run's own (world)")
     made.add_argument("--images", help="folder of the questions' pictures")
@@ -62,14 +65,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
         )
     if options.instruction and not task.generates:
         raise PhiSightError(f"--instruction: --task {options.task} asks nothing; leave it out")
-    default = ",".join(CONDITIONS) if options.task == DEFAULT else RIGHT
-    given = default if options.conditions is None else options.conditions
-    conditions = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
-    for name in conditions:
-        if name not in CONDITIONS:
-            raise PhiSightError(
-                f"--conditions: {name!r} is not one of them; use {', '.join(CONDITIONS)}"
-            )
+    conditions = conditions_of(options)
+    if options.report:
+        check_report(options.report, conditions)
     return Settings(
         options.task,
         conditions,
@@ -78,6 +76,28 @@ def settings_of(options: argparse.Namespace) -> Settings:
         options.limit,
         options.out,
     )
+
+
+def conditions_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Which pictures are shown. Raises `PhiSightError` for one that is not known."""
+    if options.conditions is None:
+        default = CONDITIONS if options.task == DEFAULT else (RIGHT,)
+        return ALL_CONDITIONS if options.report else default
+    conditions = tuple(dict.fromkeys(name.strip() for name in options.conditions.split(",")))
+    for name in conditions:
+        if name not in ALL_CONDITIONS:
+            raise PhiSightError(
+                f"--conditions: {name!r} is not one of them; use {', '.join(ALL_CONDITIONS)}"
+            )
+    return conditions
+
+
+def check_report(path: Path, conditions: Sequence[str]) -> None:
+    """Raise `PhiSightError` where no report could be made or written: before anything is asked."""
+    if RIGHT not in conditions:
+        raise PhiSightError(f"--report: needs the {RIGHT} picture; add it to --conditions")
+    if path.is_dir() or not path.parent.is_dir():
+        raise PhiSightError(f"--report {path}: name a file in a folder that is there")
 
 
 def data_of(options: argparse.Namespace, config: Config) -> list[Path]:

@@ -23,7 +23,7 @@ _BLUE, _ORANGE, _GREEN, _PINK, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 
 
 @dataclass(frozen=True)
-class _Series:
+class Series:
     label: str
     colour: str
     points: list[tuple[float, float]]  # (step, value)
@@ -31,19 +31,19 @@ class _Series:
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
     title: str
     unit: str
     limits: tuple[float, float | None] | None
     """what the axis of values covers at least"""
-    series: list[_Series]
+    series: list[Series]
 
 
 def draw_curves(metrics: str | Path | Iterable[Mapping[str, Any]], out_png: str | Path) -> None:
     """Draw a log (a path or its records) as a PNG of 1200 x 800: loss, learning rate, gradient norm
     by owner, and alignment. A curve without points is left out; an empty panel says so."""
     records = read_metrics(metrics) if isinstance(metrics, (str, Path)) else list(metrics)
-    panels = _panels(records)
+    panels = panels_of(records)
     image = Image.new("RGB", (SIZE[0] * _SCALE, SIZE[1] * _SCALE), "white")
     canvas = ImageDraw.Draw(image)
     steps = [step for panel in panels for one in panel.series for step, _ in one.points]
@@ -63,7 +63,7 @@ def draw_curves(metrics: str | Path | Iterable[Mapping[str, Any]], out_png: str 
         raise PhiSightError(f"{out_png}: {error}; name a file in a writable folder") from error
 
 
-def _panels(records: Sequence[Mapping[str, Any]]) -> list[_Panel]:
+def panels_of(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
     """The four panels, in the order of reading; series without points are left out."""
     train = [record for record in records if record.get("kind") == "train"]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
@@ -72,24 +72,24 @@ def _panels(records: Sequence[Mapping[str, Any]]) -> list[_Panel]:
     )
     colours = (_BLUE, _ORANGE, _GREEN, _PINK, _SKY)
     norms = [
-        _Series(owner, colours[index % len(colours)], points(train, "gradient_norms", owner))
+        Series(owner, colours[index % len(colours)], points(train, "gradient_norms", owner))
         for index, owner in enumerate(owners)
     ]
     loss = [
-        _Series("training", _BLUE, points(train, "loss")),
-        _Series("validation", _ORANGE, points(evaluations, "validation_loss"), dots=True),
+        Series("training", _BLUE, points(train, "loss")),
+        Series("validation", _ORANGE, points(evaluations, "validation_loss"), dots=True),
     ]
     alignment = [
-        _Series(f"{name} picture", colour, points(evaluations, "alignment", name), dots=True)
+        Series(f"{name} picture", colour, points(evaluations, "alignment", name), dots=True)
         for name, colour in (("right", _BLUE), ("swapped", _ORANGE), ("blank", _GREEN))
     ]
-    rate = [_Series("learning rate", _BLUE, points(train, "lr"))]
-    all_norms = [_Series("all", _BLUE, points(train, "gradient_norm"))]
+    rate = [Series("learning rate", _BLUE, points(train, "lr"))]
+    all_norms = [Series("all", _BLUE, points(train, "gradient_norm"))]
     panels = [
-        _Panel("Loss per answer token", "", None, loss),
-        _Panel("Learning rate", "", (0.0, None), rate),
-        _Panel("Gradient norm by owner", "", (0.0, None), norms or all_norms),
-        _Panel("Alignment: right answers by picture shown", "%", (0.0, 100.0), alignment),
+        Panel("Loss per answer token", "", None, loss),
+        Panel("Learning rate", "", (0.0, None), rate),
+        Panel("Gradient norm by owner", "", (0.0, None), norms or all_norms),
+        Panel("Alignment: right answers by picture shown", "%", (0.0, 100.0), alignment),
     ]
     for panel in panels:
         panel.series[:] = [one for one in panel.series if one.points]
@@ -124,7 +124,7 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
     return [index * gap for index in range(first, last + 1)]
 
 
-def _tick_labels(ticks: list[float]) -> list[str]:
+def tick_labels(ticks: list[float]) -> list[str]:
     """As many digits as the gap between ticks needs, and one power of ten for all of them."""
     gap_power = math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9)
     power = math.floor(math.log10(max(map(abs, ticks))) + 1e-9)
@@ -137,7 +137,7 @@ def _tick_labels(ticks: list[float]) -> list[str]:
 def _draw_panel(
     canvas: ImageDraw.ImageDraw,
     corner: tuple[int, int],
-    panel: _Panel,
+    panel: Panel,
     span: tuple[float, float],
 ) -> None:
     """One panel of half the width and height of the picture, its top left at `corner`."""
@@ -164,8 +164,8 @@ def _draw_panel(
     if limits is not None:
         low, high = min(low, limits[0]), max(high, limits[1] if limits[1] is not None else high)
     rows = nice_ticks(low, high, 5)
-    x_of, y_of = _scale(*span, left, right), _scale(rows[0], rows[-1], bottom, top)
-    for tick, label in zip(rows, _tick_labels(rows)):
+    x_of, y_of = scale_of(*span, left, right), scale_of(rows[0], rows[-1], bottom, top)
+    for tick, label in zip(rows, tick_labels(rows)):
         canvas.line((left, y_of(tick), right, y_of(tick)), _GRID, _SCALE)
         canvas.text(
             (left - 8 * _SCALE, y_of(tick)), label + panel.unit, _FAINT, font(13), anchor="rm"
@@ -184,7 +184,7 @@ def _draw_panel(
         _draw_series(canvas, one, x_of, y_of)
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+def scale_of(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
@@ -192,7 +192,7 @@ def _draw_legend(
     canvas: ImageDraw.ImageDraw,
     x: float,
     y: float,
-    series: list[_Series],
+    series: list[Series],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
     """Names in a row above the panel, where they hide nothing, each with its last value."""
@@ -205,7 +205,7 @@ def _draw_legend(
 
 def _draw_series(
     canvas: ImageDraw.ImageDraw,
-    one: _Series,
+    one: Series,
     x_of: Callable[[float], float],
     y_of: Callable[[float], float],
 ) -> None:
