@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pages
 import pytest
 import runs
+from PIL import Image
 from reported import alike, evaluation
 from test_report import HOSTILE, RECORDS, SHARES
 
@@ -184,3 +187,27 @@ def test_a_report_that_cannot_be_made_is_refused_first(tmp_path, more, said):
 def test_a_report_without_a_place_is_refused_before_the_run_is_read(tmp_path):
     with pytest.raises(PhiSightError, match="name a file in a folder that is there"):
         evaluate.main(["--run", "absent", "--report", str(tmp_path / "absent" / "report.html")])
+
+
+# -- a picture of it ------------------------------------------------------------------------------
+
+LEFT_OUT = "#figures, #kinds, #training, #how { display: none }"  # tables that need no picture
+
+
+def test_its_picture(browser, written, tmp_path):
+    """Also writes the picture of the docs: an evaluation of the demo's run, and where to put it.
+
+    python evaluate.py --report runs/report.html
+    PHISIGHT_REPORT=runs/report.html PHISIGHT_REPORT_PICTURE=docs/evaluation.png \\
+        python -m pytest tests/test_report_page.py -k test_its_picture
+    """
+    source = Path(os.environ.get("PHISIGHT_REPORT", written)).resolve()
+    path = Path(os.environ.get("PHISIGHT_REPORT_PICTURE", tmp_path / "evaluation.png"))
+    with Reader(browser, source, 1080) as reader:
+        reader.page.add_style_tag(content=LEFT_OUT)
+        height = reader.page.evaluate("document.documentElement.scrollHeight")
+        clip = {"x": 0, "y": 0, "width": 1080, "height": min(height, 1800)}
+        shot = reader.page.screenshot(full_page=True, clip=clip)
+    picture = Image.open(io.BytesIO(shot)).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    assert path.stat().st_size < 400_000
