@@ -2,8 +2,8 @@
 evaluation defines them (arXiv 1504.00325).
 
 Texts are cut into lower-case words without punctuation. COCO's own tool cuts them with a Java
-program (PTBTokenizer), whose words differ in a few places, such as "don't"; figures that are to be
-compared with printed ones to the last digit need it.
+program (PTBTokenizer), whose words differ in a few places, such as "don't"; who compares figures
+with printed ones to the last digit needs it.
 """
 
 from __future__ import annotations

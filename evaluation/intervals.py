@@ -56,12 +56,14 @@ def resampled(sums: Sums, resamples: int = RESAMPLES, seed: int = SEED) -> Sums:
     (resamples, columns)."""
     count = len(sums)
     generator = numpy.random.default_rng(seed)
-    chances = numpy.full(count, 1 / count)
     totals = []
     done = 0
     while done < resamples:
         some = min(resamples - done, max(1, CELLS // count))
-        totals.append(generator.multinomial(count, chances, size=some).astype(float) @ sums)
+        drawn = generator.integers(count, size=(some, count))
+        drawn += count * numpy.arange(some)[:, None]  # one place for each picture of each resample
+        times = numpy.bincount(drawn.ravel(), minlength=some * count).reshape(some, count)
+        totals.append(times.astype(float) @ sums)
         done += some
     return numpy.concatenate(totals)
 

@@ -378,10 +378,15 @@ def test_evaluate_as_json(capsys):
         "by_kind",
         "novel_by_kind",
         "alignment",
+        "intervals",
         "checkpoint",
+        "weights_digest",
         "seconds",
     }
     assert all(0 <= found[name] <= 100 for name in percentages)
+    assert found["intervals"].keys() == {*percentages, "alignment"}
+    for name, (low, high) in found["intervals"].items():
+        assert low - 0.01 <= found[name] <= high + 0.01
     assert found["alignment"] == pytest.approx(found["held_out"] - found["swapped"], abs=0.011)
     asked = load_questions(runs.world() / "held_out.jsonl")
     assert set(found["by_kind"]) == {question.kind for question in asked}

@@ -61,7 +61,7 @@ class Caption(Task):
             "bleu_4": figure(answered, lambda one: counts[id(one)], _bleu, 1.0, "points"),
             "rouge_l": mean_figure(answered, "rouge_l"),
             "cider": figure(
-                answered, lambda one: (scores[id(one)], 1.0), scale=10.0, unit="points"
+                answered, lambda one: (scores[id(one)], 1.0), scale=100.0, unit="points"
             ),
         }
 
@@ -91,7 +91,7 @@ def _bleu(sums: Sums) -> Sums:
                 ref_len=row[-1],
                 smooth_method="exp",
             ).score
-            for row in sums.tolist()
+            for row in sums.astype(int).tolist()
         ]
     )
 
