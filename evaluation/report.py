@@ -40,9 +40,9 @@ ATTENDED = 400  # answers whose attention is computed: spread over all of them
 LONG = 90  # characters of an answer that is written below its picture instead of beside it
 LETTERS = 12  # of a digest, in view
 MEANINGS = {
-    "swapped": "above another question's picture",
-    "blank": "above a grey picture",
-    "noised": "above the right picture under noise",
+    "swapped": "another question's picture",
+    "blank": "a grey picture",
+    "noised": "the right picture under noise",
 }
 
 
@@ -184,13 +184,14 @@ def _figures(
     task = evaluation.task
     main = {column: table[task.main] for column, table in figures.items()}
     gaps = alignments(task, evaluation.answered)
+    than = "above" if task.generates else "below"  # of a loss, less is better
     names = list(dict.fromkeys(name for table in figures.values() for name in table))
     is_partial = main[RIGHT].count < len(columns[RIGHT])
     kinds = _by_kind(task, columns, is_partial)
     return {
         "bars": charts.bars(main),
         "gaps": [
-            (one, charts.number(gap), gap.unit, charts.interval(gap), MEANINGS[one])
+            (one, charts.number(gap), gap.unit, charts.interval(gap), f"{than} {MEANINGS[one]}")
             for one, gap in gaps.items()
         ],
         "columns": list(columns),

@@ -50,6 +50,8 @@ NOT_RUN = {
     "python -m pytest tests/test_sampler.py": "is a part of this suite",
     "PHISIGHT_APP_RUN=runs/tiny PHISIGHT_APP_PICTURE=docs/app.png"
     " python -m pytest tests/test_app.py -k test_its_picture": "writes docs/app.png",
+    "PHISIGHT_REPORT=runs/report.html PHISIGHT_REPORT_PICTURE=docs/evaluation.png"
+    " python -m pytest tests/test_report_page.py -k test_its_picture": "writes docs/evaluation.png",
     "python train.py --preset phi35 --data llava_instruct_150k.json --images train2017": FULL_SIZE,
     "python -m data.preflight --data llava_instruct_150k.json --images train2017"
     " --tokenizer PHI35": FULL_SIZE,

@@ -317,7 +317,8 @@ def test_the_page_of_a_loss_has_no_answers():
     made = losses(("right", [(1.0, 1), (2.0, 3)]), ("blank", [(4.0, 1), (3.0, 3)]))
     page = page_of("loss", made)
     assert "1.7500" in page.text["header"] and "perplexity" in page.text["figures"]
-    assert "measures how likely given ones are" in page.text["confusions"] + page.text["wrong"]
+    assert "measures how likely given ones are" in page.text["wrong"]
+    assert "below a grey picture" in page.text["alignment"] and "confusions" not in page.text
     assert not page.count("article") and not page.count("details")
 
 

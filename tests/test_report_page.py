@@ -206,7 +206,7 @@ def test_its_picture(browser, written, tmp_path):
     with Reader(browser, source, 1080) as reader:
         reader.page.add_style_tag(content=LEFT_OUT)
         height = reader.page.evaluate("document.documentElement.scrollHeight")
-        clip = {"x": 0, "y": 0, "width": 1080, "height": min(height, 1800)}
+        clip = {"x": 0, "y": 0, "width": 1080, "height": min(height, 2060)}
         shot = reader.page.screenshot(full_page=True, clip=clip)
     picture = Image.open(io.BytesIO(shot)).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -139,7 +139,8 @@ def test_a_table_has_every_condition_and_kind(capsys):
     capsys.readouterr()
     assert evaluate.main([*run, "--limit", "12", "--max-new-tokens", "3"]) == 0
     table = capsys.readouterr().out
-    head, *rows = table.splitlines()
+    head, *rows, alignment = table.splitlines()
+    assert alignment.startswith("alignment: ") and alignment.endswith("and a swapped one")
     assert head.split("  ")[0] == "vqa, 95 % intervals"
     assert "right picture" in head and "swapped picture" in head
     assert len({len(row) for row in (head, *rows)}) == 1
