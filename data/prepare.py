@@ -18,6 +18,7 @@ from data.chat import (
     ChatFormat,
     Limits,
     RenderedSample,
+    all_learnt,
     first_exchange,
     render_to_limit,
     to_first_answer,
@@ -107,7 +108,14 @@ def prepare(
     )
     asked = evenly_spaced(validation, config.evaluation_conversations)
     rendered_train, rendered_validation, first_exchanges, first_messages = _render(
-        path, everything, train, validation, asked, chat_format, limits
+        path,
+        everything,
+        train,
+        validation,
+        asked,
+        chat_format,
+        limits,
+        config.supervise == "all",
     )
     quarantined += rendered_train.quarantined + rendered_validation.quarantined
     _stop_if_strict(config, quarantined)
@@ -127,10 +135,11 @@ def prepare(
 
 
 class _Rendered:
-    """One side of the split: its samples, and its conversations that were too long."""
+    """One side of the split: its samples, and its conversations that were too long. With
+    `learns_all` the samples that are kept have all of their text learnt, and not answers alone."""
 
-    def __init__(self, chat_format: ChatFormat) -> None:
-        self.chat_format = chat_format
+    def __init__(self, chat_format: ChatFormat, learns_all: bool = False) -> None:
+        self.chat_format, self.learns_all = chat_format, learns_all
         self.samples = PackedSamples(chat_format)
         self.quarantined: list[Quarantined] = []
         self.shortened = 0
@@ -144,7 +153,7 @@ class _Rendered:
             self.quarantined.append(Quarantined("conversation", shown_id, str(error)))
             return None
         self.shortened += dropped > 0
-        self.samples.append(sample)
+        self.samples.append(all_learnt(sample, self.chat_format) if self.learns_all else sample)
         return sample
 
 
@@ -156,13 +165,15 @@ def _render(
     asked: Sequence[Outline],
     chat_format: ChatFormat,
     limits: Limits,
+    learns_all: bool,
 ) -> tuple[_Rendered, _Rendered, list[RenderedSample], list[tuple[Message, ...]]]:
     """Read the file again and tokenise the conversations that are used, each once.
 
     Returns the training side, the validation side, and the first exchanges of the conversations in
     `asked` that were not too long, as ids and as messages.
     """
-    rendered_train, rendered_validation = _Rendered(chat_format), _Rendered(chat_format)
+    # Validation is over answers whatever is learnt: one yardstick for both ways of training.
+    rendered_train, rendered_validation = _Rendered(chat_format, learns_all), _Rendered(chat_format)
     side_of = dict.fromkeys((outline.number for outline in train), rendered_train)
     side_of |= dict.fromkeys((outline.number for outline in validation), rendered_validation)
     asked_numbers = {outline.number for outline in asked}

@@ -21,6 +21,7 @@ ORDER = (
     "paths",
     "fields",
     "presets",
+    "command_line",
     "config",
     "files",
     "hub",
