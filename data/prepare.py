@@ -108,14 +108,7 @@ def prepare(
     )
     asked = evenly_spaced(validation, config.evaluation_conversations)
     rendered_train, rendered_validation, first_exchanges, first_messages = _render(
-        path,
-        everything,
-        train,
-        validation,
-        asked,
-        chat_format,
-        limits,
-        config.supervise == "all",
+        config, everything, train, validation, asked, chat_format, limits
     )
     quarantined += rendered_train.quarantined + rendered_validation.quarantined
     _stop_if_strict(config, quarantined)
@@ -158,14 +151,13 @@ class _Rendered:
 
 
 def _render(
-    path: Path,
+    config: Config,
     everything: Sequence[Outline],
     train: Sequence[Outline],
     validation: Sequence[Outline],
     asked: Sequence[Outline],
     chat_format: ChatFormat,
     limits: Limits,
-    learns_all: bool,
 ) -> tuple[_Rendered, _Rendered, list[RenderedSample], list[tuple[Message, ...]]]:
     """Read the file again and tokenise the conversations that are used, each once.
 
@@ -173,12 +165,13 @@ def _render(
     `asked` that were not too long, as ids and as messages.
     """
     # Validation is over answers whatever is learnt: one yardstick for both ways of training.
-    rendered_train, rendered_validation = _Rendered(chat_format, learns_all), _Rendered(chat_format)
+    rendered_train = _Rendered(chat_format, learns_all=config.supervise == "all")
+    rendered_validation = _Rendered(chat_format)
     side_of = dict.fromkeys((outline.number for outline in train), rendered_train)
     side_of |= dict.fromkeys((outline.number for outline in validation), rendered_validation)
     asked_numbers = {outline.number for outline in asked}
     first_exchanges, first_messages = [], []
-    for number, conversation in _read_again(path, everything):
+    for number, conversation in _read_again(Path(config.data), everything):
         if number not in side_of:
             continue
         sample = side_of[number].add(conversation, limits)

@@ -338,8 +338,8 @@ def recipe(facts: Facts) -> str:
         f" {config.weight_decay:g}; gradients clipped to {config.max_gradient_norm:g}",
         "learning rate": f"{config.learning_rate:g} at its peak, {name(config.schedule)} after"
         f" {100 * config.warmup_fraction:g} % of the steps",
-        "batch": f"{batch} {'packed rows' if config.pack else 'conversations'} a step, {config.batch_size} at a time, on"
-        f" {processes} process{'es' if processes != 1 else ''}",
+        "batch": f"{batch} {'packed rows' if config.pack else 'conversations'} a step,"
+        f" {config.batch_size} at a time, on {processes} process{'es' if processes != 1 else ''}",
         "steps": f"{steps}, of {config.epochs} epoch{'s' if config.epochs > 1 else ''}",
         "computed in": f"{name(saved.get('compute_dtype', '?'))} on"
         f" {name(saved.get('device', '?'))}",
