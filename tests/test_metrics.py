@@ -262,7 +262,7 @@ def test_ticks_are_few_and_cover_the_values(first: float, second: float) -> None
     slack = (ticks[-1] - ticks[0]) * 1e-6
     assert 2 <= len(ticks) <= 8 and ticks == sorted(set(ticks))
     assert ticks[0] <= low + slack and ticks[-1] >= high - slack
-    labels = curves._tick_labels(ticks)
+    labels = curves.tick_labels(ticks)
     assert len(set(labels)) == len(labels)
 
 
@@ -276,4 +276,4 @@ def test_ticks_are_few_and_cover_the_values(first: float, second: float) -> None
     ],
 )
 def test_tick_labels(low: float, high: float, labels: list[str]) -> None:
-    assert curves._tick_labels(curves.nice_ticks(low, high, 5)) == labels
+    assert curves.tick_labels(curves.nice_ticks(low, high, 5)) == labels
