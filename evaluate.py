@@ -2,6 +2,7 @@
 
     python evaluate.py                # a table
     python evaluate.py --json         # one object, percentages
+    python evaluate.py compare RUN RUN    # runs side by side
 
 Every question is asked on its own, answered by greedy decoding, and compared with its label after
 folding case and dropping a final full stop. The questions about held-out pictures are asked three
@@ -11,6 +12,7 @@ times: with the right picture, with another one, and with a blank one.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -22,11 +24,14 @@ from data.dataset import load_questions
 from data.features import FeatureStore
 from data.prepare import DATA_REMEDY
 from errors import run_main
+from evaluation import compare
 from evaluation.questions import score_table, scores_of_sets
 from paths import need_file
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if (arguments if arguments is not None else sys.argv[1:])[:1] == ["compare"]:
+        return compare.main((arguments if arguments is not None else sys.argv[1:])[1:])
     parser = configs.Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
     add_model_flags(parser)
     parser.add_argument("--held-out-questions", help="JSONL, in place of the run's own")
