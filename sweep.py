@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    with RunLock(folder):  # one sweep in a folder, as one training in a run
+    with RunLock(folder, "--folder"):  # one sweep in a folder, as one training in a run
         outcomes, stopped = Sweep(folder, options.jobs, options.evaluate, say).run(runs)
         summary = Summary(folder, outcomes)
         summary.write()

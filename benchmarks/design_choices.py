@@ -118,7 +118,7 @@ class Setup:
 
 
 def prepared(config: Config) -> tuple[TrainingData, FeatureStore]:
-    """The data of a run; features that are not there are computed, before two runs do so at once."""
+    """The data of a run; features that are not there are computed, before two runs do so."""
     vision = vision_of(config)
     store = FeatureStore(config.features, vision.key, vision.shape, config.feature_storage)
     chat_format = ChatFormat.from_tokenizer(load_tokenizer(config.base), vision.shape[0])
