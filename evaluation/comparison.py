@@ -122,7 +122,7 @@ def notes_of(runs: Sequence[RunFigures]) -> list[str]:
     """What is not as it should be, a line each; and that lengths differ, where they do."""
     named = zip(names_of(runs), runs, strict=True)
     notes = [f"{name}: {note}" for name, run in named for note in run.notes]
-    steps = sorted({run.step for run in runs})
+    steps = sorted({run.step for run in runs if run.step})
     if len(steps) > 1:
         notes.append(
             f"the runs are of different lengths, {steps[0]:,} to {steps[-1]:,} steps: figures at"

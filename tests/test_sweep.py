@@ -43,6 +43,7 @@ def modified(folder: Path) -> dict[str, int]:
 def test_a_run_that_fails_is_told_of_and_the_others_go_on(tmp_path, capsys):
     file = file_of(tmp_path, f'start_from = ["{tmp_path}/gone", ""]')
     arguments = [str(file), "--folder", str(tmp_path / "out"), "--evaluate", "--json"]
+    capsys.readouterr()  # of the run that computed the features
     assert sweep.main(arguments) == 1
     printed = capsys.readouterr()
     found = json.loads(printed.out)
@@ -67,21 +68,21 @@ def test_a_run_that_fails_is_told_of_and_the_others_go_on(tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_all_of_it_to_be_gone_on_with_to_the_bit(tmp_path):
-    file = file_of(tmp_path, "seed = [0, 1]", max_steps=40, evaluate_steps=0)
+    file = file_of(tmp_path, "seed = [0, 1]", max_steps=20, evaluate_steps=0)
     command = ("sweep.py", file, "--folder", tmp_path / "out", "--jobs", 2)
     process = runs.started(*command)
     both = [tmp_path / f"out/seed={seed}" for seed in range(2)]
-    runs.wait_until(lambda: all(checkpoints.checkpoints_in(run) for run in both), process)
+    runs.wait_until(lambda: any(checkpoints.checkpoints_in(run) for run in both), process)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 130, (printed, errors)
     assert "the same command goes on from there" in errors
-    stopped = [checkpoints.resolve(run) for run in both]
-    assert not all(one.trainer_state["finished"] for one in stopped)
+    stopped = [checkpoints.resolve(run) for run in both if checkpoints.checkpoints_in(run)]
+    assert stopped and not any(one.trainer_state["finished"] for one in stopped)
     done = runs.command(*command)
     assert done.returncode == 0, done
     whole = tmp_path / "whole"
-    runs.start(whole, **(SHORT | {"max_steps": 40, "evaluate_steps": 0, "seed": 1}))
+    runs.start(whole, **(SHORT | {"max_steps": 20, "evaluate_steps": 0, "seed": 1}))
     assert checkpoints.diff(whole, both[1]).identical
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -114,6 +115,15 @@ def test_a_file_is_read(tmp_path):
             read_sweep(str(file))
     with pytest.raises(PhiSightError, match="gone.toml: No such file"):
         read_sweep("gone.toml")
+
+
+def test_the_file_in_the_documentation_is_a_sweep(tmp_path):
+    page = (Path(__file__).resolve().parent.parent / "docs/training.md").read_text()
+    [block] = [part for part in re.findall(r"```toml\n(.*?)```", page, re.S) if "[sweep]" in part]
+    (tmp_path / "sweep.toml").write_text(block)
+    runs = read_sweep(str(tmp_path / "sweep.toml"))
+    assert len(runs) == 12 and "seed=0,learning_rate=0.001,adapter=small" in page
+    assert runs[0].name == "seed=0,learning_rate=0.001,adapter=small"
 
 
 values = st.recursive(
