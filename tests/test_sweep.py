@@ -74,13 +74,14 @@ def test_ctrl_c_leaves_all_of_it_to_be_gone_on_with_to_the_bit(tmp_path):
     both = [tmp_path / f"out/seed={seed}" for seed in range(2)]
     runs.wait_until(lambda: any(checkpoints.checkpoints_in(run) for run in both), process)
     process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=400)
     assert process.returncode == 130, (printed, errors)
     assert "the same command goes on from there" in errors
     stopped = [checkpoints.resolve(run) for run in both if checkpoints.checkpoints_in(run)]
     assert stopped and not any(one.trainer_state["finished"] for one in stopped)
-    done = runs.command(*command)
-    assert done.returncode == 0, done
+    again = runs.started(*command)
+    printed, errors = again.communicate(timeout=400)
+    assert again.returncode == 0, (printed, errors)
     whole = tmp_path / "whole"
     runs.start(whole, **(SHORT | {"max_steps": 20, "evaluate_steps": 0, "seed": 1}))
     assert checkpoints.diff(whole, both[1]).identical
