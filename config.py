@@ -8,16 +8,15 @@ a key of a `--config` file.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import paths
+from command_line import Parser as Parser  # where the commands look for it
 from errors import PhiSightError
 from fields import (
     AT_LEAST_1,
@@ -32,6 +31,7 @@ from fields import (
     UNDER_1,
     Bounds,
     declared,
+    of_kind,
     shown,
 )
 from presets import DEFAULT_PRESET, PRESETS
@@ -42,6 +42,7 @@ FEATURE_STORAGES = ("float16", "int8")
 PICTURE_FITS = ("pad", "crop")
 COMPUTE_TYPES = ("auto", "float32", "bfloat16", "float16", "int16")
 COMPUTE_TYPE_HELP = "of the forward; int16: float32, but 4-bit weights times integers, on a CPU"
+SUPERVISED = ("answers", "all")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -111,6 +112,11 @@ class Config:
     )
     train_lora: bool = declared(
         True, "train the adapter too; without, the projector alone, as LLaVA's first stage does"
+    )
+    train_projector: bool = declared(
+        True,
+        "train the projector too; without, it stays as it was drawn, or as --start-from gives it",
+        old_checkpoints=True,
     )
     start_from: str = declared(
         "",
@@ -186,6 +192,18 @@ class Config:
         256, "longest conversation, picture tokens not counted", bounds=AT_LEAST_1
     )
     row_tokens: int = declared(0, "length of a packed row; 0: the longest sample", bounds=ROWS)
+    pack: bool = declared(
+        True,
+        "lay conversations end to end in a row; without, one a row and padding behind it",
+        old_checkpoints=True,
+    )
+    supervise: str = declared(
+        "answers",
+        "what is learnt to be predicted: the answers, or all text behind the first token. The"
+        " validation loss is over answers either way",
+        choices=SUPERVISED,
+        old_checkpoints="answers",
+    )
     strict: bool = declared(
         False, "stop at the first bad record instead of quarantining it", changes_result=False
     )
@@ -285,7 +303,6 @@ class Config:
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def default_config(preset: str = DEFAULT_PRESET) -> Config:
@@ -366,20 +383,12 @@ def of_declared_type(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     numbers floats where the field is one. Raises PhiSightError naming the field."""
     clean = {}
     for name, value in values.items():
-        kind, formerly = TYPES[name], FIELDS[name].metadata["formerly"]
-        if type(value) in map(type, formerly):
-            value = formerly[value]
-        if kind is float and type(value) is int and abs(value) < 2**1023:  # else too large for one
-            value = float(value)
-        is_names = typing.get_origin(kind) is tuple
-        if is_names and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            value = tuple(value)
-        if type(value) is not (tuple if is_names else kind):
-            wanted = "a list of texts" if is_names else TYPE_NAMES[kind]
+        try:
+            clean[name] = of_kind(value, TYPES[name], FIELDS[name].metadata["formerly"])
+        except TypeError as error:
             raise PhiSightError(
-                f"{where}: config field {name} is {shown(value)}; expected {wanted}"
-            )
-        clean[name] = value
+                f"{where}: config field {name} is {shown(value)}; expected {error}"
+            ) from error
     return clean
 
 
@@ -416,34 +425,3 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
     config = Config(**located(fields))
     validate(config)
     return config
-
-
-# -- the command line -----------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `PhiSightError`s and name the nearest flag."""
-
-    def error(self, message: str) -> NoReturn:
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            unknown = message.removeprefix(prefix).split()[0]
-            commands = [
-                p
-                for action in self._actions
-                if isinstance(action, argparse._SubParsersAction)
-                for p in action.choices.values()
-            ]
-            flags = [
-                flag
-                for parser in (self, *commands)
-                for action in parser._actions
-                for flag in action.option_strings
-            ]
-            near = difflib.get_close_matches(unknown.split("=")[0], flags, n=1, cutoff=0.5)
-            remedy = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
-            raise PhiSightError(f"{unknown}: no such flag; {remedy}")
-        raise PhiSightError(f"{self.prog}: {message}; see {self.prog} --help")
-
-    def __init__(self, **settings: typing.Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)

@@ -4,6 +4,7 @@
     python evaluate.py --task pope --json       # one object, every figure with its interval
     python evaluate.py --task vqa --data questions.json annotations.json --out answers.jsonl
     python evaluate.py --report report.html     # one page about it, with pictures and curves
+    python evaluate.py compare RUN RUN          # runs side by side
 
 Every question is asked on its own and answered by greedy decoding. The tasks are in
 evaluation/tasks/; docs/evaluation.md says what their files hold and what their figures mean.
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import threads  # noqa: F401 (before torch is loaded)
 
 from assistant.flags import load_assistant
 from errors import run_main
-from evaluation import table
+from evaluation import compare, table
 from evaluation.options import DEFAULT, data_of, images_of, parser, settings_of
 from evaluation.runner import RIGHT, Evaluation, evaluated, store_of, validation_conversations
 from evaluation.task import Asked
@@ -54,6 +56,9 @@ def evaluation_of(options: argparse.Namespace) -> Evaluation:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        return compare.main(arguments[1:])
     options = parser(__doc__.splitlines()[0]).parse_args(arguments)
     evaluation = evaluation_of(options)
     of_world = options.task == DEFAULT

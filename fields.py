@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,3 +80,25 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
         return "a value too long to be shown"
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def of_kind(value: Any, kind: Any, formerly: Mapping[Any, Any]) -> Any:
+    """A value from JSON or TOML as a field of type `kind` holds it: a list becomes a tuple and a
+    whole number a float where the field is one; `formerly` as in `declared`.
+
+    Raises:
+        TypeError: it is of another type; the message is what was expected.
+    """
+    if type(value) in map(type, formerly):
+        value = formerly[value]
+    if kind is float and type(value) is int and abs(value) < 2**1023:  # else too large for one
+        value = float(value)
+    is_names = typing.get_origin(kind) is tuple
+    if is_names and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = tuple(value)
+    if type(value) is not (tuple if is_names else kind):
+        raise TypeError("a list of texts" if is_names else TYPE_NAMES[kind])
+    return value

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -277,6 +277,13 @@ def _first_turn_length(messages: Sequence[Message], chat_format: ChatFormat) -> 
         if message.role == "assistant":
             break
     return text_tokens, pictures, text_tokens + pictures * chat_format.tokens_per_image
+
+
+def all_learnt(sample: RenderedSample, chat_format: ChatFormat) -> RenderedSample:
+    """The sample with every token of text learnt, whoever says it, but the first, before which
+    nothing stands. Pictures' tokens are no text: there is nothing that the model could say."""
+    learnt = [token != chat_format.image_id for token in sample.input_ids]
+    return replace(sample, supervised=[False, *learnt[1:]])
 
 
 def first_exchange(sample: RenderedSample, chat_format: ChatFormat) -> RenderedSample:

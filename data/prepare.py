@@ -18,6 +18,7 @@ from data.chat import (
     ChatFormat,
     Limits,
     RenderedSample,
+    all_learnt,
     first_exchange,
     render_to_limit,
     to_first_answer,
@@ -107,7 +108,7 @@ def prepare(
     )
     asked = evenly_spaced(validation, config.evaluation_conversations)
     rendered_train, rendered_validation, first_exchanges, first_messages = _render(
-        path, everything, train, validation, asked, chat_format, limits
+        config, everything, train, validation, asked, chat_format, limits
     )
     quarantined += rendered_train.quarantined + rendered_validation.quarantined
     _stop_if_strict(config, quarantined)
@@ -127,10 +128,11 @@ def prepare(
 
 
 class _Rendered:
-    """One side of the split: its samples, and its conversations that were too long."""
+    """One side of the split: its samples, and its conversations that were too long. With
+    `learns_all` the samples that are kept have all of their text learnt, and not answers alone."""
 
-    def __init__(self, chat_format: ChatFormat) -> None:
-        self.chat_format = chat_format
+    def __init__(self, chat_format: ChatFormat, learns_all: bool = False) -> None:
+        self.chat_format, self.learns_all = chat_format, learns_all
         self.samples = PackedSamples(chat_format)
         self.quarantined: list[Quarantined] = []
         self.shortened = 0
@@ -144,12 +146,12 @@ class _Rendered:
             self.quarantined.append(Quarantined("conversation", shown_id, str(error)))
             return None
         self.shortened += dropped > 0
-        self.samples.append(sample)
+        self.samples.append(all_learnt(sample, self.chat_format) if self.learns_all else sample)
         return sample
 
 
 def _render(
-    path: Path,
+    config: Config,
     everything: Sequence[Outline],
     train: Sequence[Outline],
     validation: Sequence[Outline],
@@ -162,12 +164,14 @@ def _render(
     Returns the training side, the validation side, and the first exchanges of the conversations in
     `asked` that were not too long, as ids and as messages.
     """
-    rendered_train, rendered_validation = _Rendered(chat_format), _Rendered(chat_format)
+    # Validation is over answers whatever is learnt: one yardstick for both ways of training.
+    rendered_train = _Rendered(chat_format, learns_all=config.supervise == "all")
+    rendered_validation = _Rendered(chat_format)
     side_of = dict.fromkeys((outline.number for outline in train), rendered_train)
     side_of |= dict.fromkeys((outline.number for outline in validation), rendered_validation)
     asked_numbers = {outline.number for outline in asked}
     first_exchanges, first_messages = [], []
-    for number, conversation in _read_again(path, everything):
+    for number, conversation in _read_again(Path(config.data), everything):
         if number not in side_of:
             continue
         sample = side_of[number].add(conversation, limits)

@@ -58,8 +58,10 @@ def plan(
     without: Collection[int] = frozenset(),
 ) -> list[list[int]]:
     """The rows of one epoch, each a list of conversation indices, in the order of training; those
-    `without` are left out."""
+    `without` are left out. With 0 `row_tokens` each conversation has a row of its own."""
     order = [i for i in shuffled(len(lengths), seed, epoch, "order") if i not in without]
+    if not row_tokens:
+        return [[i] for i in order]
     rows: list[list[int]] = []
     for start in range(0, len(order), PACKING_WINDOW):
         rows += pack(order[start : start + PACKING_WINDOW], lengths, row_tokens)

@@ -82,8 +82,9 @@ def assemble(config: Config) -> Assembled:
     projector = ImageProjector(vision.shape[1], base.model.config.hidden_size)
     projector.reset_parameters(generator)
     model = VisionLanguageModel(base.model, projector, chat_format.image_id).to(device)
-    for _, parameter in model.owners()["lora"]:
-        parameter.requires_grad_(config.train_lora)
+    for owner, is_trained in (("lora", config.train_lora), ("projector", config.train_projector)):
+        for _, parameter in model.owners()[owner]:
+            parameter.requires_grad_(is_trained)
     return Assembled(model, base, vision, chat_format, device, reason)
 
 

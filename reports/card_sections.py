@@ -60,10 +60,11 @@ def opening(facts: Facts) -> str:
     pictures = (
         "every patch of the picture" if config.vision_features == "patches" else "one pooled vector"
     )
+    together = "trained with it" if config.train_projector else "left as it was"
     return (
         f"This folder holds {facts.form.what}.\n\n"
         f"The base is {_model(facts, 'base')}. Pictures are read by {_model(facts, 'vision')}"
-        f" ({pictures}) and a projector that was trained with it. It was trained by PhiSight for"
+        f" ({pictures}) and a projector that was {together}. It was trained by PhiSight for"
         f" {facts.saved.step:,} steps, and this card was made of its checkpoint and its log."
     )
 
@@ -154,6 +155,8 @@ def _limits(facts: Facts) -> Iterator[str]:
         yield "Its training was not finished when this was saved."
     if not config.train_lora:
         yield "Only the projector was trained: the language model is that of the base."
+    if not config.train_projector and not config.start_from:
+        yield "Its projector was never trained: it is as it was drawn."
     if config.vision_features == "pooled":
         yield "It sees one vector a picture: where things are, and small things, are lost."
     elif config.feature_pooling > 1:
@@ -326,7 +329,7 @@ def recipe(facts: Facts) -> str:
     batch = config.batch_size * config.accumulation
     rows = {
         "adapter": adapter if config.train_lora else f"{adapter}; not trained",
-        "projector": "trained",
+        "projector": "trained" if config.train_projector else "not trained",
         "base kept in": name(config.quantization),
         "pictures": f"{name(config.vision_features)} of CLIP layer {config.vision_layer}"
         + (f", the mean of {side} x {side} each" if side > 1 else "")
@@ -335,8 +338,8 @@ def recipe(facts: Facts) -> str:
         f" {config.weight_decay:g}; gradients clipped to {config.max_gradient_norm:g}",
         "learning rate": f"{config.learning_rate:g} at its peak, {name(config.schedule)} after"
         f" {100 * config.warmup_fraction:g} % of the steps",
-        "batch": f"{batch} packed rows a step, {config.batch_size} at a time, on"
-        f" {processes} process{'es' if processes != 1 else ''}",
+        "batch": f"{batch} {'packed rows' if config.pack else 'conversations'} a step,"
+        f" {config.batch_size} at a time, on {processes} process{'es' if processes != 1 else ''}",
         "steps": f"{steps}, of {config.epochs} epoch{'s' if config.epochs > 1 else ''}",
         "computed in": f"{name(saved.get('compute_dtype', '?'))} on"
         f" {name(saved.get('device', '?'))}",

@@ -16,8 +16,8 @@ from reports.log import read_metrics
 
 SIZE = (1200, 800)
 DRAWABLE = 1e30  # what is larger has no place on an axis, and no loss or rate is
-_SCALE = 2  # drawn twice as large and reduced, which smooths the lines
-_INK, _FAINT, _GRID = "#222222", "#6b6b6b", "#e6e6e6"
+SCALE = 2  # drawn twice as large and reduced, which smooths the lines
+INK, FAINT, GRID = "#222222", "#6b6b6b", "#e6e6e6"
 # Told apart by people who do not see all colours (Okabe and Ito's palette).
 _BLUE, _ORANGE, _GREEN, _PINK, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 
@@ -44,23 +44,43 @@ def draw_curves(metrics: str | Path | Iterable[Mapping[str, Any]], out_png: str 
     by owner, and alignment. A curve without points is left out; an empty panel says so."""
     records = read_metrics(metrics) if isinstance(metrics, (str, Path)) else list(metrics)
     panels = panels_of(records)
-    image = Image.new("RGB", (SIZE[0] * _SCALE, SIZE[1] * _SCALE), "white")
-    canvas = ImageDraw.Draw(image)
-    steps = [step for panel in panels for one in panel.series for step, _ in one.points]
-    span = (min(steps), max(steps)) if steps else (0.0, 1.0)  # one axis of steps for all panels
-    if span[0] == span[1]:
-        span = (span[0] - 1, span[1] + 1)
-    for index, panel in enumerate(panels):
-        column, row = index % 2, index // 2
-        corner = (SIZE[0] // 2 * column * _SCALE, SIZE[1] // 2 * row * _SCALE)
-        _draw_panel(canvas, corner, panel, span)
+    image, canvas = blank_picture(SIZE)
+    draw_panels(canvas, panels)
+    save_picture(image, SIZE, out_png)
+
+
+def blank_picture(size: tuple[int, int]) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """White, `SCALE` times as large as it will be, and what draws on it."""
+    image = Image.new("RGB", (size[0] * SCALE, size[1] * SCALE), "white")
+    return image, ImageDraw.Draw(image)
+
+
+def save_picture(image: Image.Image, size: tuple[int, int], out_png: str | Path) -> None:
+    """Reduce what was drawn to its size and write it as a PNG, whole or not at all. Raises
+    `PhiSightError` where it cannot be written."""
     out_png = Path(out_png)
     try:
         out_png.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(out_png) as temporary:  # a viewer never sees half a picture
-            image.resize(SIZE, Image.Resampling.LANCZOS).save(temporary, format="PNG")
+            image.resize(size, Image.Resampling.LANCZOS).save(temporary, format="PNG")
     except OSError as error:
         raise PhiSightError(f"{out_png}: {error}; name a file in a writable folder") from error
+
+
+def draw_panels(canvas: ImageDraw.ImageDraw, panels: Sequence[Panel], legends: bool = True) -> None:
+    """Panels two in a row, over one axis of steps."""
+    steps = [step for panel in panels for one in panel.series for step, _ in one.points]
+    span = (min(steps), max(steps)) if steps else (0.0, 1.0)
+    if span[0] == span[1]:
+        span = (span[0] - 1, span[1] + 1)
+    for index, panel in enumerate(panels):
+        column, row = index % 2, index // 2
+        corner = (SIZE[0] // 2 * column * SCALE, SIZE[1] // 2 * row * SCALE)
+        _draw_panel(canvas, corner, panel, span, legends)
+
+
+def font_of(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size * SCALE)
 
 
 def panels_of(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
@@ -139,23 +159,20 @@ def _draw_panel(
     corner: tuple[int, int],
     panel: Panel,
     span: tuple[float, float],
+    legend: bool,
 ) -> None:
     """One panel of half the width and height of the picture, its top left at `corner`."""
-
-    def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-        return ImageFont.load_default(size * _SCALE)
-
-    left, top = corner[0] + 78 * _SCALE, corner[1] + 72 * _SCALE
-    right, bottom = corner[0] + 576 * _SCALE, corner[1] + 342 * _SCALE
-    canvas.text((left, corner[1] + 16 * _SCALE), panel.title, _INK, font(18))
+    left, top = corner[0] + 78 * SCALE, corner[1] + 72 * SCALE
+    right, bottom = corner[0] + 576 * SCALE, corner[1] + 342 * SCALE
+    canvas.text((left, corner[1] + 16 * SCALE), panel.title, INK, font_of(18))
     series, limits = panel.series, panel.limits
     if not series:
-        canvas.rectangle((left, top, right, bottom), outline=_GRID, width=_SCALE)
+        canvas.rectangle((left, top, right, bottom), outline=GRID, width=SCALE)
         canvas.text(
             ((left + right) / 2, (top + bottom) / 2),
             "nothing recorded yet",
-            _FAINT,
-            font(15),
+            FAINT,
+            font_of(15),
             anchor="mm",
         )
         return
@@ -166,20 +183,21 @@ def _draw_panel(
     rows = nice_ticks(low, high, 5)
     x_of, y_of = scale_of(*span, left, right), scale_of(rows[0], rows[-1], bottom, top)
     for tick, label in zip(rows, tick_labels(rows)):
-        canvas.line((left, y_of(tick), right, y_of(tick)), _GRID, _SCALE)
+        canvas.line((left, y_of(tick), right, y_of(tick)), GRID, SCALE)
         canvas.text(
-            (left - 8 * _SCALE, y_of(tick)), label + panel.unit, _FAINT, font(13), anchor="rm"
+            (left - 8 * SCALE, y_of(tick)), label + panel.unit, FAINT, font_of(13), anchor="rm"
         )
     for tick in nice_ticks(*span, 6):
         if tick != int(tick) or not span[0] <= tick <= span[1]:  # steps are whole numbers
             continue
-        canvas.line((x_of(tick), bottom, x_of(tick), bottom + 5 * _SCALE), _INK, _SCALE)
+        canvas.line((x_of(tick), bottom, x_of(tick), bottom + 5 * SCALE), INK, SCALE)
         canvas.text(
-            (x_of(tick), bottom + 9 * _SCALE), f"{int(tick):,}", _FAINT, font(13), anchor="mt"
+            (x_of(tick), bottom + 9 * SCALE), f"{int(tick):,}", FAINT, font_of(13), anchor="mt"
         )
-    canvas.line((left, top, left, bottom, right, bottom), _INK, _SCALE)
-    canvas.text(((left + right) / 2, bottom + 30 * _SCALE), "step", _FAINT, font(13), anchor="mt")
-    _draw_legend(canvas, left, corner[1] + 53 * _SCALE, series, font(13))
+    canvas.line((left, top, left, bottom, right, bottom), INK, SCALE)
+    canvas.text(((left + right) / 2, bottom + 30 * SCALE), "step", FAINT, font_of(13), anchor="mt")
+    if legend:
+        _draw_legend(canvas, left, corner[1] + 53 * SCALE, series, font_of(13))
     for one in series:
         _draw_series(canvas, one, x_of, y_of)
 
@@ -197,10 +215,10 @@ def _draw_legend(
 ) -> None:
     """Names in a row above the panel, where they hide nothing, each with its last value."""
     for one in series:
-        canvas.line((x, y, x + 18 * _SCALE, y), one.colour, 3 * _SCALE)
+        canvas.line((x, y, x + 18 * SCALE, y), one.colour, 3 * SCALE)
         text = f"{one.label}: {one.points[-1][1]:.4g}"
-        canvas.text((x + 24 * _SCALE, y), text, _INK, font, anchor="lm")
-        x += (24 + 18) * _SCALE + canvas.textlength(text, font)
+        canvas.text((x + 24 * SCALE, y), text, INK, font, anchor="lm")
+        x += (24 + 18) * SCALE + canvas.textlength(text, font)
 
 
 def _draw_series(
@@ -211,8 +229,8 @@ def _draw_series(
 ) -> None:
     places = [(x_of(step), y_of(value)) for step, value in one.points]
     if len(places) > 1:
-        canvas.line(places, one.colour, 2 * _SCALE)
+        canvas.line(places, one.colour, 2 * SCALE)
     if one.dots or len(set(places)) == 1:
-        radius = 4 * _SCALE
+        radius = 4 * SCALE
         for x, y in places:
             canvas.ellipse((x - radius, y - radius, x + radius, y + radius), one.colour)

@@ -302,6 +302,7 @@ BAD: dict[str, tuple] = {
     "picture_fit": ("stretch", ""),
     "merge_rounding": ("int4", ""),
     "gradient_checkpointing": ("all", ""),
+    "supervise": ("questions", ""),
 }
 FREE = {  # any value of the right type is one; whether it is there is found out on use
     "base",
@@ -318,6 +319,8 @@ FREE = {  # any value of the right type is one; whether it is there is found out
     "features",
     "deterministic",
     "train_lora",
+    "train_projector",
+    "pack",
     "start_from",
     "base_cache",
     "speech",

@@ -110,6 +110,10 @@ NOT_RUN = {
     "python -m benchmarks.mixed_load": MINUTES,
     "python -m benchmarks.full_shape": MINUTES,
     "python -m benchmarks.ears": MINUTES,
+    "python -m benchmarks.design_choices --picture docs/design_choices.png": "takes half an hour:"
+    " tests/test_design_choices.py runs it small",
+    "python sweep.py sweep.toml --list": "tests/test_sweep_plan.py reads the page's own file",
+    "python sweep.py sweep.toml --jobs 2 --evaluate": "tests/test_sweep.py runs one as processes",
 }
 SERVERS = ("app.py", "serve.py")
 

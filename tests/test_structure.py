@@ -22,6 +22,7 @@ ORDER = (
     "paths",
     "fields",
     "presets",
+    "command_line",
     "config",
     "files",
     "hub",
@@ -44,12 +45,14 @@ ORDER = (
     "assistant",
     "evaluation",
     "training",
+    "sweeps",
     "speech",
     "terminal",
     "exports",
     "api",
     "web",
     "train",
+    "sweep",
     "infer",
     "evaluate",
     "export",
@@ -57,7 +60,7 @@ ORDER = (
     "serve",
 )
 OUTSIDE = ("tests", "tools", "benchmarks")  # may import everything, and nobody imports them
-COMMANDS = ("train", "infer", "evaluate", "export", "app", "serve")  # nothing imports them
+COMMANDS = ("train", "sweep", "infer", "evaluate", "export", "app", "serve")  # nothing imports them
 FILE_LINES, FUNCTION_LINES = 450, 60  # at most, outside tests
 COMMAND_LINES = dict.fromkeys(COMMANDS, 150) | {"train": 250}
 README_LINES = 170

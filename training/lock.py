@@ -17,7 +17,7 @@ LOCK = ".lock"
 
 
 class RunLock:
-    """Holds a run folder for this process, from `with` to the end of it.
+    """Holds a run folder, or that of a sweep, for this process, from `with` to the end of it.
 
     The kernel gives the lock back when its holder ends, however it ends: one that a dead process
     left is taken over without asking, and none is ever taken from a living one.
@@ -27,8 +27,8 @@ class RunLock:
             cannot be written to.
     """
 
-    def __init__(self, run: str | Path) -> None:
-        self.run = Path(run)
+    def __init__(self, run: str | Path, flag: str = "--run") -> None:
+        self.run, self.flag = Path(run), flag
         self.path = self.run / LOCK
 
     def __enter__(self) -> RunLock:
@@ -45,7 +45,7 @@ class RunLock:
                 self._file.close()
                 raise PhiSightError(
                     f"{self.run}: {holder} is training there; wait for it, stop it,"
-                    " or choose another --run"
+                    f" or choose another {self.flag}"
                 ) from None
             except FileNotFoundError:
                 continue  # removed between two of the calls above
@@ -56,7 +56,7 @@ class RunLock:
                     ) from error
                 raise PhiSightError(
                     f"{self.run}: {error.strerror}; make the folder writable, or"
-                    " choose another --run"
+                    f" choose another {self.flag}"
                 ) from error
         self._file.truncate(0)
         self._file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}))

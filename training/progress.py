@@ -37,7 +37,7 @@ class Progress:
     """sha256 over the digest before and the loss, gradient norm and place of every step"""
     repacked: list[list[int]] = field(default_factory=list)
     """[epoch, seed, row tokens, rows] for each packing that this epoch was begun with and that was
-    changed after so many rows"""
+    changed after so many rows; 0 row tokens where each conversation had its own row"""
     schedule: dict[str, float] = field(default_factory=dict)
     """{"step", "position", "total"}: from this step and this position on, the learning rate goes
     its way to "total" in the steps that are left; empty where a position is the step itself"""

@@ -77,6 +77,7 @@ def announce(run: Run) -> None:
 
 def announce_owners(run: Run) -> None:
     """Print whose weights are trained and whose are not, and warn where that is unexpected."""
+    wanted = {"lora": run.config.train_lora, "projector": run.config.train_projector}
     for owner, parameters in run.parts.model.owners().items():
         trained = any(p.requires_grad for _, p in parameters)
         count = sum(logical_size(p) for _, p in parameters)
@@ -84,7 +85,7 @@ def announce_owners(run: Run) -> None:
             f"  {'TRAINED' if trained else 'FROZEN ':8} {owner:10} {len(parameters):4} tensors"
             f" {count:>14,} weights"
         )
-        if owner != "base" and not trained and (run.config.train_lora or owner != "lora"):
+        if wanted.get(owner) and not trained:
             print(f"warning: the weights of {owner!r} are frozen and will not be trained")
 
 

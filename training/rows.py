@@ -13,7 +13,8 @@ class Rows:
     """The rows of every epoch, computed from the config when they are asked for.
 
     Attributes:
-        row_tokens: length of a packed row.
+        row_tokens: length of a row.
+        room: tokens of a row that conversations are packed into; 0 where each has its own.
         repacked: `Progress.repacked`: an epoch that was begun with rows of another packing goes on
             with what it has not seen yet, packed anew.
     """
@@ -24,6 +25,7 @@ class Rows:
         self.seed, self.epochs, self.max_steps = config.seed, config.epochs, config.max_steps
         self.rows_per_step = config.batch_size * config.accumulation
         self.row_tokens = row_tokens_of(config, lengths)
+        self.room = room_of(config, lengths)
         self.lengths, self.repacked = lengths, repacked
         self._known: dict[int, list[list[int]]] = {}  # epoch -> its rows, of at most two
 
@@ -47,16 +49,14 @@ class Rows:
 
     def _computed(self, epoch: int) -> list[list[int]]:
         rows: list[list[int]] = []
-        for of_epoch, seed, row_tokens, count in self.repacked:
+        for of_epoch, seed, room, count in self.repacked:
             if of_epoch == epoch:
-                rows = (rows + self._packed(epoch, seed, row_tokens, rows))[:count]
-        return rows + self._packed(epoch, self.seed, self.row_tokens, rows)
+                rows = (rows + self._packed(epoch, seed, room, rows))[:count]
+        return rows + self._packed(epoch, self.seed, self.room, rows)
 
-    def _packed(
-        self, epoch: int, seed: int, row_tokens: int, seen: list[list[int]]
-    ) -> list[list[int]]:
+    def _packed(self, epoch: int, seed: int, room: int, seen: list[list[int]]) -> list[list[int]]:
         """Rows of the conversations of an epoch that are not in the rows `seen`."""
-        return plan(seed, epoch, self.lengths, row_tokens, {i for row in seen for i in row})
+        return plan(seed, epoch, self.lengths, room, {i for row in seen for i in row})
 
     def place(self, epoch: int, row: int) -> tuple[int, int]:
         """The place, with the end of an epoch as the beginning of the next: fewer rows than there
@@ -76,13 +76,18 @@ class Rows:
 
 
 def row_tokens_of(config: Config, lengths: Sequence[int]) -> int:
-    """Tokens of a packed row; without a setting, as many as the longest conversation has."""
+    """Tokens of a row; without a setting, as many as the longest conversation has."""
     return config.row_tokens or max(lengths)
+
+
+def room_of(config: Config, lengths: Sequence[int]) -> int:
+    """Tokens of a row that conversations are packed into; 0 where each has a row of its own."""
+    return row_tokens_of(config, lengths) if config.pack else 0
 
 
 def note_packing(progress: Progress, saved: Config, config: Config, lengths: Sequence[int]) -> None:
     """Remember in `progress` up to which row its epoch was packed as `saved` says, where the run
     goes on with another packing of the same data."""
-    before, now = ((c.seed, row_tokens_of(c, lengths)) for c in (saved, config))
+    before, now = ((c.seed, room_of(c, lengths)) for c in (saved, config))
     if progress.row and before != now:
         progress.repacked = [*progress.repacked, [progress.epoch, *before, progress.row]]

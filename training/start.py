@@ -86,6 +86,10 @@ def check_demands(
             f" gone on with; {begin_anew(config.run, config)}"
         )
     check_rounding(config)
+    if not config.train_lora and not config.train_projector:
+        raise PhiSightError(
+            "--no-train-lora --no-train-projector: nothing would be trained; give one of them"
+        )
     asked = options.given if checkpoint is not None else vars(config)
     for name in ("early_stopping", "keep_best"):
         if not getattr(config, name) or not asked.keys() & {name, "evaluate_steps"}:
