@@ -8,16 +8,15 @@ a key of a `--config` file.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import paths
+from command_line import Parser as Parser  # others call it by this module
 from errors import PhiSightError
 from fields import (
     AT_LEAST_1,
@@ -27,6 +26,7 @@ from fields import (
     PATH_OR_NAME,
     POSITIVE,
     ROWS,
+    SAMPLES,
     SEEDS,
     THREADS,
     UNDER_1,
@@ -43,6 +43,7 @@ PICTURE_FITS = ("pad", "crop")
 COMPUTE_TYPES = ("auto", "float32", "bfloat16", "float16", "int16")
 COMPUTE_TYPE_HELP = "of the forward; int16: float32, but 4-bit weights times integers, on a CPU"
 SCHEDULES = ("linear", "cosine", "constant")
+WARN, ROLLBACK = "warn", "rollback"  # what follows a jump of the gradient norm
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,13 @@ class Config:
     max_gradient_norm: float = declared(
         1.0, "gradients are clipped to this global norm", bounds=POSITIVE
     )
+    on_spike: str = declared(
+        WARN,
+        "when the gradient norm jumps: nothing; a warning; or back to the last checkpoint of"
+        " --save-steps, to go on behind the rows that were trained on since",
+        choices=("none", WARN, ROLLBACK),
+        old_checkpoints="none",
+    )
     gradient_checkpointing: str = declared(
         "auto",
         "computed again in the backward: none; products: all but the products with frozen weights;"
@@ -230,6 +238,13 @@ class Config:
     )
     evaluation_conversations: int = declared(
         200, "validation conversations an evaluation looks at", bounds=AT_LEAST_1
+    )
+    evaluation_samples: int = declared(
+        4,
+        "questions with a picture, always the same, whose answers every evaluation writes into the"
+        " log; 0 for none",
+        bounds=SAMPLES,
+        old_checkpoints=0,
     )
     early_stopping: int = declared(
         0,
@@ -416,34 +431,3 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
     config = Config(**located(fields))
     validate(config)
     return config
-
-
-# -- the command line -----------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `PhiSightError`s and name the nearest flag."""
-
-    def error(self, message: str) -> NoReturn:
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            unknown = message.removeprefix(prefix).split()[0]
-            commands = [
-                p
-                for action in self._actions
-                if isinstance(action, argparse._SubParsersAction)
-                for p in action.choices.values()
-            ]
-            flags = [
-                flag
-                for parser in (self, *commands)
-                for action in parser._actions
-                for flag in action.option_strings
-            ]
-            near = difflib.get_close_matches(unknown.split("=")[0], flags, n=1, cutoff=0.5)
-            remedy = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
-            raise PhiSightError(f"{unknown}: no such flag; {remedy}")
-        raise PhiSightError(f"{self.prog}: {message}; see {self.prog} --help")
-
-    def __init__(self, **settings: typing.Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)

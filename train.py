@@ -38,11 +38,12 @@ from training.reporting import (
     report_finished,
     report_standing,
 )
+from training.rollback import go_back_or_stop, went_back_from_spike
 from training.run import prepare_run
 from training.saving import BackgroundSaver, save_checkpoint
 from training.signals import StopSignals
 from training.start import check_demands, is_at_stop, is_finished, starting_point
-from training.step import train_step
+from training.step import Diverged, train_step
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,17 +96,17 @@ def train(
             rows, rate = run.next_rows(), run.learning_rate()
             batches = ahead.take(rows)  # and have those of the next step made beside this one
             will_log = (progress.step + 1) % config.log_steps == 0
-            result = train_step(
-                run.parts.model,
-                run.optimizer,
-                run.scaler,
-                batches,
-                rate,
-                config.max_gradient_norm,
-                measure_updates=will_log,
-                ranks=ranks,
-            )
+            try:
+                result = train_step(
+                    run.parts.model, run.optimizer, run.scaler, batches, rate,
+                    config.max_gradient_norm, measure_updates=will_log, ranks=ranks,
+                )  # fmt: skip
+            except Diverged as error:  # nothing was updated
+                go_back_or_stop(run, rows, error, saver, bar)
+                continue
             run.advance(result, rows, seconds=time.perf_counter() - step_started)
+            if went_back_from_spike(run, result, saver, bar):  # `--on-spike rollback`
+                continue
 
             if will_log or progress.finished:
                 log_window(run, rate, result, bar)

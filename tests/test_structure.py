@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "threads",
     "errors",
+    "command_line",
     "paths",
     "fields",
     "presets",
