@@ -4,6 +4,7 @@
     python train.py --resume                 # go on from the newest valid checkpoint, bit for bit
     python train.py --preset phi35 --data llava_instruct_150k.json --images train2017
     python train.py --print-config > run.toml; python train.py --config run.toml
+    python train.py --status                 # where a run stands, while it trains or after
     torchrun --nproc-per-node 2 -- train.py  # the same run on two processes
 
 config -> data -> features -> rows -> model + LoRA -> step -> checkpoint.
@@ -17,6 +18,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+
+from training.status import answer_if_asked, show_status
+
+if __name__ == "__main__":
+    answer_if_asked()  # before torch is loaded, which takes seconds
 
 import threads  # noqa: F401 (before torch is loaded)
 
@@ -49,6 +55,8 @@ from training.step import Diverged, train_step
 def main(arguments: list[str] | None = None) -> int:
     """The command: print the config, or train the run, go on with it, or say that it is done."""
     config, options = parse(arguments)
+    if options.status is not None:
+        return show_status(options.status or config.run, options.json)
     if options.print_config:
         if options.resume or options.resume_if_any:
             config, _ = starting_point(config, options, Ranks())

@@ -37,6 +37,7 @@ TIMING = "timing"
 NON_FINITE = "non_finite"
 CHAIN = "chain"
 TOLD = ("alert", "rollback")  # kinds of records that hold no figures of a step
+DRAWABLE = 1e30  # what is larger has no place on an axis, and no loss or rate is
 LINE_LIMIT = 2**20  # bytes of a record; the longest have a few hundred
 _RECORD = {
     "kind?": TEXT,
