@@ -2,84 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import math
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import poisoned
 import pytest
 import runs
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rollbacks import (
+    FIELDS,
+    JUMPED,
+    POISON,
+    SAVED,
+    SKIPPED,
+    assert_same_run,
+    assert_same_weights,
+    log_of,
+    poison,
+    went_back,
+)
 from test_hostile_run import edit, newest
-from test_ranks import torchrun
 
 import checkpoints
 from errors import PhiSightError
 from reports.alerts import alerts_of
 from reports.compare import parting
 from reports.curves import points
-from reports.log import deterministic_part, read_metrics, without_abandoned
-from training import alerts, rollback, step
-
-SCRIPT = Path(poisoned.__file__)
-FIELDS = runs.SHORT | {
-    "data_fraction": 1.0,
-    "max_steps": 14,
-    "save_steps": 4,
-    "log_steps": 2,
-    "evaluate_steps": 5,
-    "keep_best": True,
-    "on_spike": "rollback",
-}
-POISON = {"0/10": 1e6}  # a row of the 11th step; the checkpoint before it is of the 8th
-SAVED, JUMPED, SKIPPED = 8, 11, 3
-
-
-@contextmanager
-def poison(factors: dict[str, float]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "add_gradients", poisoned.poisoned(factors))
-        patch.setattr(alerts, "SPIKE_AFTER", poisoned.SPIKE_AFTER)
-        yield
-
-
-@functools.cache
-def went_back() -> Path:
-    """A run that went back once and was never stopped. Tests only read it."""
-    run = runs.shared() / "went_back"
-    with poison(POISON):
-        runs.start(run, **FIELDS)
-    return run
-
-
-def log_of(run: Path) -> list[dict]:
-    return [deterministic_part(record) for record in read_metrics(run / "metrics.jsonl")]
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    a, b = checkpoints.resolve(first), checkpoints.resolve(second)
-    for stem in checkpoints.OWNERS:
-        assert a.state[stem] and a.state[stem].keys() == b.state[stem].keys()
-        for name, tensor in a.state[stem].items():
-            assert torch.equal(tensor, b.state[stem][name]), f"{stem}: {name}"
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    """To the bit: tensors, place, log, and which checkpoints are left."""
-    assert checkpoints.diff(first, second).identical
-    assert_same_weights(first, second)
-    assert log_of(first) == log_of(second)
-    assert [p.name for p in checkpoints.checkpoints_in(first)] == [
-        p.name for p in checkpoints.checkpoints_in(second)
-    ]
-    assert not any(checkpoints.verify_run(second).values())
-
+from reports.log import without_abandoned
+from training import rollback
 
 # -- what a rollback is ---------------------------------------------------------------------------
 
@@ -168,41 +118,6 @@ def test_saves_by_the_clock_change_nothing_and_those_that_were_undone_go(tmp_pat
     assert_same_weights(went_back(), run)
     assert log_of(went_back()) == log_of(run)
     assert not any(checkpoints.verify_run(run).values())
-
-
-@pytest.mark.parametrize(
-    "place",
-    [
-        "training.rollback:restore_tensors",
-        "training.rollback:restore_tensors!",
-        "checkpoints:remove_all!",
-    ],
-)
-def test_a_kill_in_a_rollback_loses_nothing(place, tmp_path):
-    run = tmp_path / "run"
-    arguments = runs.flags(run, **FIELDS)
-    killed = runs.command(SCRIPT, json.dumps(POISON), place, "--", *arguments)
-    assert killed.returncode == -signal.SIGKILL, killed
-    # The record of the rollback was written, and is cut off with what it tells of.
-    assert log_of(run)[-1]["kind"] == "rollback" and runs.newest_step(run) in (SAVED, 10)
-    with poison(POISON):
-        runs.resume(run)
-    assert_same_run(went_back(), run)
-
-
-def test_two_processes_go_back_together_and_resume_to_the_bit(tmp_path):
-    fields = FIELDS | {"batch_size": 2, "max_steps": 12}
-    poison_of_second = json.dumps({"0/21": 1e6})  # a row of the 11th step, of rank 1's share
-    for name, more in (("whole", ()), ("stopped", ("--stop-at-step=10",))):
-        flags = runs.flags(tmp_path / name, **fields)
-        done = torchrun(2, poison_of_second, "", "--", *flags, *more, script=SCRIPT)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "went back from step 11 to 8" in done.stdout or more
-    again = ("--resume", f"--run={tmp_path / 'stopped'}")
-    done = torchrun(2, poison_of_second, "", "--", *again, script=SCRIPT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("went back from step 11 to 8") == 1
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 # -- a warning, a limit, and what cannot be undone ------------------------------------------------
@@ -309,7 +224,7 @@ def test_a_run_of_before_goes_on_as_it_would_have(tmp_path, capsys):
 def test_readers_take_the_steps_that_were_kept():
     records = log_of(went_back())
     steps = [r["step"] for r in records if r["kind"] == "train"]
-    assert steps != sorted(steps), "the log tells what was undone too"
+    assert len(steps) > len(set(steps)), "the log tells what was undone too"
     kept = without_abandoned(records)
     steps = [r["step"] for r in kept if r["kind"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 14
