@@ -66,6 +66,6 @@ def samples_html(samples: Mapping[str, Any] | None, language: str) -> str:
         cells = "".join(f"<td>{html.escape(sample.get(key, ''))}</td>" for key in COLUMNS)
         rows += f'<tr class="{"right" if is_right else "wrong"}">{cells}</tr>'
     return (
-        f'<h3>{title}</h3><table class="samples"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table>"
+        f'<h3 class="samples-title">{title}</h3><table class="samples">'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     )
