@@ -19,12 +19,12 @@ import contextlib
 import sys
 import time
 
+import threads  # noqa: F401 (before torch is loaded)
+
 from training.status import answer_if_asked, show_status
 
 if __name__ == "__main__":
     answer_if_asked()  # before torch is loaded, which takes seconds
-
-import threads  # noqa: F401 (before torch is loaded)
 
 import checkpoints
 from config import Config
