@@ -194,6 +194,11 @@ _PROGRESS = {
     "best_step?": COUNT_OR_NULL,
     "repacked?": [Kind("four whole numbers from 0 on", lambda v: _is_packing(v))],
     "schedule?": Kind("{} or step, position and total", lambda v: _is_schedule(v)),
+    "recent_norms?": [FINITE],
+    "standing_alerts?": [TEXT],
+    "rollback_step?": COUNT_OR_NULL,
+    "rollback_best?": COUNT_OR_NULL,
+    "rollbacks?": COUNT,
 }
 """what trainer_state.json says beside the place, of every run that was trained here"""
 _STARTED_FROM = {"step": COUNT, "finished": TEXT}

@@ -61,6 +61,7 @@ from reports.chain import log_problems as log_problems
 from reports.chain import records_of as records_of
 from reports.log import METRICS, chain_problems, read_metrics
 
+NAMED = ("best_step", "rollback_step", "rollback_best")  # of trainer_state, and kept
 BEST = "best"  # RUN/best names the checkpoint of the lowest validation loss that is kept
 FORMER_LATEST = "LATEST"  # former versions wrote the newest one's name there; nothing reads it
 # What a run's folder holds beside checkpoints and is written whole, under a temporary name first.
@@ -86,8 +87,7 @@ def save(
 
 
 def commit(run_dir: str | Path, snapshot: Snapshot, keep: int = 1) -> Path:
-    """Put a snapshot on the disk, then remove all but the `keep` newest up to its step, and but the
-    best that each of them knows of ("best_step" of its trainer_state).
+    """Put a snapshot on the disk, then remove all but the `keep` newest up to its step and `NAMED`.
 
     One process saves to a run, one save at a time. Raises PhiSightError with the path, the reason
     and the remedy; the temporary folder is then gone and the earlier checkpoints are as they were.
@@ -152,20 +152,20 @@ def _prune(run_dir: Path, step: int, keep: int) -> None:
     # A damaged one must not count among those to keep: an intact one would go for it.
     spared = list(itertools.islice((path for path in newest_first if not verify(path)), keep - 1))
     kept = [run_dir / f"checkpoint-{step:06d}", *spared]
-    bests = {read_json(path / TRAINER_STATE).get("best_step") for path in kept}
+    named = {read_json(path / TRAINER_STATE).get(name) for path in kept for name in NAMED}
     for path in reversed(newest_first):
-        if path not in spared and _step_of(path) not in bests:
+        if path not in spared and _step_of(path) not in named:
             files.remove_folder(path)
 
 
-def remove_all(run_dir: str | Path) -> None:
-    """Remove every checkpoint of a run that starts anew, damaged ones too; links and all else stay.
+def remove_all(run_dir: str | Path, after: int = -1) -> None:
+    """Remove every checkpoint of steps after `after`, damaged ones too; links and all else stay.
     Raises PhiSightError."""
     run_dir = Path(run_dir)
     with _tidying(run_dir):
         sweep(run_dir)
         for path in checkpoints_in(run_dir):
-            if not path.is_symlink() and _step_of(path) is not None:
+            if not path.is_symlink() and (step := _step_of(path)) is not None and step > after:
                 files.remove_folder(path)
 
 

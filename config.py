@@ -26,6 +26,7 @@ from fields import (
     PATH_OR_NAME,
     POSITIVE,
     ROWS,
+    SAMPLES,
     SEEDS,
     THREADS,
     UNDER_1,
@@ -44,6 +45,7 @@ COMPUTE_TYPES = ("auto", "float32", "bfloat16", "float16", "int16")
 COMPUTE_TYPE_HELP = "of the forward; int16: float32, but 4-bit weights times integers, on a CPU"
 SUPERVISED = ("answers", "all")
 SCHEDULES = ("linear", "cosine", "constant")
+WARN, ROLLBACK = "warn", "rollback"  # what follows a jump of the gradient norm
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,13 @@ class Config:
     max_gradient_norm: float = declared(
         1.0, "gradients are clipped to this global norm", bounds=POSITIVE
     )
+    on_spike: str = declared(
+        WARN,
+        "when the gradient norm jumps: nothing; a warning; or back to the last checkpoint of"
+        " --save-steps, to go on behind the rows that were trained on since",
+        choices=("none", WARN, ROLLBACK),
+        old_checkpoints="none",
+    )
     gradient_checkpointing: str = declared(
         "auto",
         "computed again in the backward: none; products: all but the products with frozen weights;"
@@ -248,6 +257,13 @@ class Config:
     )
     evaluation_conversations: int = declared(
         200, "validation conversations an evaluation looks at", bounds=AT_LEAST_1
+    )
+    evaluation_samples: int = declared(
+        4,
+        "questions with a picture, always the same, whose answers every evaluation writes into the"
+        " log; 0 for none",
+        bounds=SAMPLES,
+        old_checkpoints=0,
     )
     early_stopping: int = declared(
         0,

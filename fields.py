@@ -28,6 +28,8 @@ UNDER_1 = Bounds("from 0 to under 1", lambda value: 0 <= value < 1)
 ROWS = Bounds("from 0 to 1048576", lambda value: 0 <= value <= 2**20)
 # Far more threads than any machine has would end the process when they are started.
 THREADS = Bounds("from 0 to 1024", lambda value: 0 <= value <= 1024)
+# A list for people, who read it in one look.
+SAMPLES = Bounds("from 0 to 16", lambda value: 0 <= value <= 16)
 SEEDS = Bounds("from 0 to 4294967295", lambda value: 0 <= value < 2**32)  # what generators take
 
 

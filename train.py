@@ -4,6 +4,7 @@
     python train.py --resume                 # go on from the newest valid checkpoint, bit for bit
     python train.py --preset phi35 --data llava_instruct_150k.json --images train2017
     python train.py --print-config > run.toml; python train.py --config run.toml
+    python train.py --status                 # where a run stands, while it trains or after
     torchrun --nproc-per-node 2 -- train.py  # the same run on two processes
 
 config -> data -> features -> rows -> model + LoRA -> step -> checkpoint.
@@ -19,6 +20,11 @@ import sys
 import time
 
 import threads  # noqa: F401 (before torch is loaded)
+
+from training.status import answer_if_asked, show_status
+
+if __name__ == "__main__":
+    answer_if_asked()  # before torch is loaded, which takes seconds
 
 import checkpoints
 from config import Config
@@ -38,16 +44,19 @@ from training.reporting import (
     report_finished,
     report_standing,
 )
+from training.rollback import go_back_or_stop, went_back_from_spike
 from training.run import prepare_run
 from training.saving import BackgroundSaver, save_checkpoint
 from training.signals import StopSignals
 from training.start import check_demands, is_at_stop, is_finished, starting_point
-from training.step import train_step
+from training.step import Diverged, train_step
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: print the config, or train the run, go on with it, or say that it is done."""
     config, options = parse(arguments)
+    if options.status is not None:
+        return show_status(options.status or config.run, options.json)
     if options.print_config:
         if options.resume or options.resume_if_any:
             config, _ = starting_point(config, options, Ranks())
@@ -95,17 +104,17 @@ def train(
             rows, rate = run.next_rows(), run.learning_rate()
             batches = ahead.take(rows)  # and have those of the next step made beside this one
             will_log = (progress.step + 1) % config.log_steps == 0
-            result = train_step(
-                run.parts.model,
-                run.optimizer,
-                run.scaler,
-                batches,
-                rate,
-                config.max_gradient_norm,
-                measure_updates=will_log,
-                ranks=ranks,
-            )
+            try:
+                result = train_step(
+                    run.parts.model, run.optimizer, run.scaler, batches, rate,
+                    config.max_gradient_norm, measure_updates=will_log, ranks=ranks,
+                )  # fmt: skip
+            except Diverged as error:  # nothing was updated
+                go_back_or_stop(run, rows, error, saver, bar)
+                continue
             run.advance(result, rows, seconds=time.perf_counter() - step_started)
+            if went_back_from_spike(run, result, saver, bar):  # `--on-spike rollback`
+                continue
 
             if will_log or progress.finished:
                 log_window(run, rate, result, bar)

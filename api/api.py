@@ -26,6 +26,7 @@ from api.origins import Allowed, OriginGuard
 from api.places import KINDS, Kind, Place, Places
 from api.requests import ChatRequest
 from api.responses import AsciiJSON
+from api.run_measures import RunMeasures
 from api.senses import Listen
 from api.spoken import SPEECH, Speak
 from api.stream import in_thread, pieces_of
@@ -90,6 +91,7 @@ class Api(FastAPI):
         self.listen, self.transcribe, self.speak = listen, transcribe, speak
         self.places = Places(dict.fromkeys(KINDS, max_requests) | {"arriving": MOST + BEYOND})
         self.measures, self.budget = Measures(self.places), Budget(limits.body_bytes * BODIES)
+        self.run_measures, self.run_turn = RunMeasures(assistant.source), asyncio.Semaphore(1)
         self.created = int(time.time())
         self.running: set[Answer] = set()
         self.closing = False
@@ -300,4 +302,6 @@ async def health(request: Request) -> Response:
 @router.api_route(METRICS, methods=READ)
 async def metrics(request: Request) -> Response:
     page = request.app.measures.page(request.app.assistant.statistics())
-    return Response(page, media_type=MEDIA_TYPE)
+    # In a thread: a log that has grown is read from the disk.
+    of_run = await in_thread(request.app.run_turn, request.app.run_measures.page)
+    return Response(page + of_run, media_type=MEDIA_TYPE)

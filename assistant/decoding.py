@@ -57,12 +57,16 @@ def piece_of(total: int, unread: int) -> int:
 class Decoding(Generic[AnyRow]):
     """Rows with a cache each, and the logits of their next tokens; and those still being read."""
 
-    def __init__(self, model: VisionLanguageModel) -> None:
+    def __init__(self, model: VisionLanguageModel, compiles: bool = True) -> None:
+        """`compiles`: choose what computes a token as `compiled_for` does; without, it is the
+        decoder itself, and the model stays as it is: one that is being trained."""
         self.model = model
         self.decoder = model.language_model.model
         self.crossing = model.language_model.config.rope.crossing
         self.device = next(model.parameters()).device
-        self.compiled, self.reason = compiled_for(model.language_model)
+        self.compiled, self.reason = (
+            compiled_for(model.language_model) if compiles else (None, "as it is trained")
+        )
         """what computes a token of every row, or None for the decoder itself; and why"""
         self.reading: list[Reading[AnyRow]] = []
         self.rows: list[AnyRow] = []

@@ -25,6 +25,7 @@ from reports.card_sections import hub_id as hub_id
 from reports.chain import provenance as provenance  # others call it by this module
 from reports.chain import records_to
 from reports.compare import Saved
+from reports.log import without_abandoned
 from reports.markdown import LONGEST, name
 
 CARD = "README.md"
@@ -103,7 +104,7 @@ def model_card(
     facts = Facts(
         config=config,
         saved=saved,
-        records=known,
+        records=without_abandoned(known),
         form=FORMS[form],
         title=repository.rpartition("/")[2] or Path(config.run).name or "run",
         repository=repository,

@@ -16,7 +16,14 @@ from tensors import as_float64, dtype_name, finite, raw_bytes
 
 # Fields of trainer_state, at any depth, that tell when or how fast a run went: two runs that are
 # equal bit for bit differ in them. The metrics offset counts the bytes of the timings in the log.
-VOLATILE_FIELDS = ("saved_at", "seconds", "timing", "metrics_offset", "save_stall_seconds")
+VOLATILE_FIELDS = (
+    "saved_at",
+    "seconds",
+    "timing",
+    "metrics_offset",
+    "save_stall_seconds",
+    "wait_seconds",
+)
 # Dotted paths in config.json that say where a run lies, not what it is.
 RUN_FIELDS = ("name", "run", "config.name", "config.run")
 SHOWN = 20  # differences that are printed

@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from errors import PhiSightError
 from files import whole_file
-from reports.log import read_metrics
+from reports.log import DRAWABLE, read_metrics, without_abandoned
 
 SIZE = (1200, 800)
-DRAWABLE = 1e30  # what is larger has no place on an axis, and no loss or rate is
 SCALE = 2  # drawn twice as large and reduced, which smooths the lines
 INK, FAINT, GRID = "#222222", "#6b6b6b", "#e6e6e6"
 # Told apart by people who do not see all colours (Okabe and Ito's palette).
@@ -85,6 +84,7 @@ def font_of(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def panels_of(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
     """The four panels, in the order of reading; series without points are left out."""
+    records = without_abandoned(records)
     train = [record for record in records if record.get("kind") == "train"]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     owners = dict.fromkeys(

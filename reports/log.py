@@ -9,6 +9,10 @@ Records:
      "timing": {"seconds", "tokens_per_second", "memory_mb", ...}}
     {"kind": "evaluation", "step", "validation_loss",
      "alignment": {"right", "swapped", "blank"}}         (percentages, 0 to 100)
+    {"kind": "samples", "step", "samples": [{"question", "picture", "answer", "right_answer"}]}
+    {"kind": "alert", "step", "alert", ...}              (see `reports.alerts`)
+    {"kind": "rollback", "step", "from_step", "to_step", "skipped": {"from", "to", "rows"},
+     "reason"}                                           (steps after "to_step" are made again)
 
 Every record bears a "chain": a digest of the record before it and of its own content, in which a
 training record includes the digests of its steps' losses and of the weights after the last one.
@@ -20,13 +24,9 @@ import hashlib
 import json
 import math
 import os
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from documents import COUNT, NUMBER_OR_NULL, OBJECT_OR_NULL, TEXT, parse_json, problems
 from errors import PhiSightError
@@ -36,6 +36,8 @@ METRICS = "metrics.jsonl"  # its name in a run's folder
 TIMING = "timing"
 NON_FINITE = "non_finite"
 CHAIN = "chain"
+TOLD = ("alert", "rollback")  # kinds of records that hold no figures of a step
+DRAWABLE = 1e30  # what is larger has no place on an axis, and no loss or rate is
 LINE_LIMIT = 2**20  # bytes of a record; the longest have a few hundred
 _RECORD = {
     "kind?": TEXT,
@@ -48,6 +50,10 @@ _RECORD = {
     "validation_loss?": NUMBER_OR_NULL,
     "gradient_norms?": OBJECT_OR_NULL,
     "alignment?": OBJECT_OR_NULL,
+    "samples?": [{"*": TEXT}],
+    "alert?": TEXT,
+    "to_step?": COUNT,
+    "total_steps?": COUNT,
 }
 
 
@@ -198,6 +204,18 @@ def deterministic_part(record: Mapping[str, Any]) -> dict:
     return kept | ({NON_FINITE: names} if names else {})
 
 
+def without_abandoned(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records of the steps that led to the weights: where the run went back, what it had logged
+    after the step that it went back to is left out, but for the alerts and rollbacks themselves."""
+    kept: list[Mapping[str, Any]] = []
+    for record in records:
+        if record.get("kind") == "rollback":
+            to_step = record.get("to_step", 0)
+            kept = [r for r in kept if r.get("kind") in TOLD or r.get("step", 0) <= to_step]
+        kept.append(record)
+    return kept
+
+
 # ---- the chain -----------------------------------------------------------------------------------
 
 
@@ -249,18 +267,3 @@ def contradictions(
     if logged and logged[-1]["weights_digest"] != weights_digest:
         return [f"its weights are not those that the log has for step {step}"]
     return []
-
-
-# ---- what goes into a record ---------------------------------------------------------------------
-
-
-def peak_memory_mb() -> dict[str, float]:
-    """The most memory this process has held, in MiB, to go into a record's timing:
-    {"memory_mb": resident} and, once CUDA is in use, "cuda_memory_mb" over all devices."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    peak = {"memory_mb": round(resident / 2**20, 1)}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        held = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-        peak["cuda_memory_mb"] = round(held / 2**20, 1)
-    return peak

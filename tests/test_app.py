@@ -455,6 +455,25 @@ def test_its_picture(user, site, tmp_path):
     assert Image.open(path).size == (1280, 860)
 
 
+def test_the_picture_of_its_training_tab(browser, site, tmp_path):
+    """The picture in docs/training.md is taken of the runs below PHISIGHT_APP_RUNS by
+    PHISIGHT_APP_RUNS=runs PHISIGHT_TRAINING_PICTURE=docs/training.png
+    """
+    path = Path(os.environ.get("PHISIGHT_TRAINING_PICTURE", tmp_path / "training.png"))
+    folder = Path(os.environ.get("PHISIGHT_APP_RUNS", runs.finished_run().parent))
+    with served(site.assistant, site.conversations, folder) as other:
+        user = User(browser, other)
+        user.page.get_by_role("tab", name="Training").click()
+        user.page.locator("#status .figures").wait_for()
+        user.page.locator("#meter .samples tbody tr").first.wait_for()
+        user.page.locator("#plot-loss svg.marks").wait_for()
+        user.page.mouse.move(640, 800)
+        user.page.wait_for_timeout(500)
+        user.page.screenshot(path=str(path))
+        user.close()
+    assert path.stat().st_size < 300_000
+
+
 # -- the command ---------------------------------------------------------------------------------
 
 

@@ -209,7 +209,7 @@ def test_the_best_is_other_weights_than_the_newest(run):
         for name in ("", "best")
     ]
     assert not torch.equal(*states)
-    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 1, 2, 2]
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 1, 1, 2, 2, 2]
 
 
 def test_a_folder_that_is_called_best_is_a_folder(run, tmp_path):

@@ -148,6 +148,7 @@ def values_of(field: dataclasses.Field) -> st.SearchStrategy:
     """Valid values of a field."""
     special = {
         "lora_dropout": SHARES,
+        "evaluation_samples": st.integers(0, 16),
         "warmup_fraction": SHARES,
         "adam_beta1": SHARES,
         "adam_beta2": SHARES,
@@ -289,6 +290,8 @@ BAD: dict[str, tuple] = {
     "seed": (-1, 2**32),
     "evaluate_steps": (-1,),
     "evaluation_conversations": (0,),
+    "evaluation_samples": (-1, 17),
+    "on_spike": ("stop", ""),
     "early_stopping": (-1,),
     "save_steps": (0,),
     "keep_checkpoints": (0,),

@@ -14,6 +14,7 @@ from PIL import Image
 from errors import PhiSightError
 from reports import compare, curves, show
 from reports import log as logs
+from training import memory
 
 
 def train(step: int, seconds: float = 1.2, **more) -> dict:
@@ -185,7 +186,7 @@ def test_console_lines() -> None:
 
 
 def test_peak_memory() -> None:
-    assert 10 < logs.peak_memory_mb()["memory_mb"] < 1e6
+    assert 10 < memory.peak_memory_mb()["memory_mb"] < 1e6
 
 
 # ---- the curves ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
+from time import perf_counter
 from typing import TypeVar
 
 from data.collate import Batch, collate
@@ -41,10 +42,14 @@ class BatchesAhead:
             PhiSightError: a picture's features cannot be read, whenever that was noticed.
         """
         run, step = self._run, (self._run.progress.epoch, rows)
-        if self._ahead is None or self._ahead[0] != step:
+        is_ahead = self._ahead is not None and self._ahead[0] == step
+        if not is_ahead:
             self._begin(*step)
         assert self._ahead is not None
+        clock = perf_counter()
         made = self._ahead[1].result()
+        if is_ahead:  # else nothing was begun that could have been ready
+            run.progress.add_to_window("wait_seconds", perf_counter() - clock)
         if run.progress.step + 1 < run.total_steps:
             self._begin(*run.rows.of_next_step(*step))
         return [batch.to(run.parts.device) for batch in made]

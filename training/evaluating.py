@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from evaluation import meter
+from evaluation.samples import sample_answers, sample_questions
 from reports.show import console_line
 from training.run import Run
 
@@ -22,6 +23,7 @@ def run_evaluation(run: Run, bar: tqdm) -> None:
     processes share the work, and all of them learn the result."""
     clock = time.perf_counter()
     measured = evaluated(run)
+    log_samples(run)
     record = {
         "kind": "evaluation",
         "step": run.progress.step,
@@ -34,6 +36,23 @@ def run_evaluation(run: Run, bar: tqdm) -> None:
     run.progress.add_validation_loss(
         measured["validation_loss"], run.config.early_stopping, run.config.keeps_best
     )
+
+
+def log_samples(run: Run) -> None:
+    """Write the answers to a few questions, always the same, into the log; the first process alone
+    gives them: a few tokens, of weights that all processes have."""
+    parts, config = run.parts, run.config
+    questions = sample_questions(
+        run.data.first_exchanges, run.data.first_messages, config.evaluation_samples
+    )
+    if run.log is None or not questions:
+        return
+    clock = time.perf_counter()
+    stop_ids = (parts.chat_format.end_id, parts.chat_format.end_of_text_id)
+    answers = sample_answers(parts.model, parts.base.tokenizer, questions, run.store, stop_ids)
+    seconds = round(time.perf_counter() - clock, 3)
+    record = {"kind": "samples", "step": run.progress.step, "samples": answers}
+    run.log.write(record | {"timing": {"seconds": seconds}})
 
 
 def evaluated(run: Run) -> dict[str, Any]:

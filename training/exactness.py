@@ -89,7 +89,10 @@ def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any], *free: 
 
     `free`: dotted names of more fields that may differ.
     """
-    without_effect = (f"config.{name}" for name in configs.fields_without_effect())
+    without = set(configs.fields_without_effect())
+    if current["config"].get("on_spike") == configs.ROLLBACK:
+        without.remove("save_steps")  # which say what a rollback goes back to
+    without_effect = (f"config.{name}" for name in without)
     # As this version would write it: with what describes the checkpoints of before a field.
     written = configs.to_dict(configs.from_dict(saved["config"], "the checkpoint"))
     # The counts follow from the data, of which the fingerprint is compared; checkpoints of former

@@ -7,13 +7,44 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
-from errors import PhiSightError
+from errors import PhiSightError, printable
 from files import make_folder, open_regular, remove_empty
 
 LOCK = ".lock"
+PATIENCE, PAUSE = 5, 0.02  # times that a lock is asked for, and seconds between
+
+
+def holder_of(run: str | Path) -> str:
+    """Who trains a run, in words; empty for nobody. A lock that nobody holds is held for the moment
+    of looking, and nothing is written. Raises PhiSightError for what is no lock."""
+    path = Path(run) / LOCK
+    try:
+        with open_regular(path, follow_links=False) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return signature_in(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise PhiSightError(
+            f"{path}: {error.strerror}; remove it, training makes it anew"
+        ) from error
+    return ""
+
+
+def signature_in(file: IO) -> str:
+    """The holder of a lock, by what it has written into the file."""
+    file.seek(0)
+    try:
+        owner = json.loads(file.read(1000))
+        return f"process {int(owner['process'])} on {printable(owner['machine'], 100)}"
+    except (ValueError, KeyError, TypeError):  # it has taken the lock and not yet signed
+        return "another process"
 
 
 class RunLock:
@@ -32,6 +63,7 @@ class RunLock:
         self.path = self.run / LOCK
 
     def __enter__(self) -> RunLock:
+        tries = PATIENCE
         while True:
             try:
                 self._made = make_folder(self.run)
@@ -41,8 +73,11 @@ class RunLock:
                     break
                 self._file.close()  # its former holder was just removing it: this one is nobody's
             except BlockingIOError:
-                holder = self._holder()
+                holder = signature_in(self._file)
                 self._file.close()
+                if tries := tries - 1:  # `holder_of` may have been looking
+                    time.sleep(PAUSE)
+                    continue
                 raise PhiSightError(
                     f"{self.run}: {holder} is training there; wait for it, stop it,"
                     f" or choose another {self.flag}"
@@ -70,14 +105,6 @@ class RunLock:
         with contextlib.suppress(FileNotFoundError):
             open_regular(self.path, follow_links=False).close()
         return open(os.open(self.path, flags, 0o666), "a+")
-
-    def _holder(self) -> str:
-        self._file.seek(0)
-        try:
-            owner = json.loads(self._file.read(1000))
-            return f"process {int(owner['process'])} on {owner['machine']}"
-        except (ValueError, KeyError, TypeError):  # it has taken the lock and not yet signed
-            return "another process"
 
     def __exit__(self, *_: object) -> None:
         try:  # a run that could not even start leaves nothing behind

@@ -23,6 +23,8 @@ from config import (
 from errors import PhiSightError
 from training.config_file import read_config_file
 
+STATUS = "--status"
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -36,6 +38,9 @@ class RunOptions:
     stop_at_step: int = 0
     max_minutes: float = 0.0
     print_config: bool = False
+    status: str | None = None
+    """the run whose status is asked for, empty for that of the config; None: train"""
+    json: bool = False
     given: dict[str, Any] = field(default_factory=dict)
     """the config fields that the person gave, as flags or in a file"""
 
@@ -57,6 +62,8 @@ def parse(arguments: list[str] | None) -> tuple[Config, RunOptions]:
         raise PhiSightError(f"--stop-at-step {options.stop_at_step}: must be 0 (never) or more")
     if not 0 <= options.max_minutes < float("inf"):
         raise PhiSightError(f"--max-minutes {options.max_minutes}: must be 0 (never) or more")
+    if options.json and options.status is None:
+        raise PhiSightError(f"--json: goes with {STATUS}; leave it out, or ask for a status")
     config = config_from_options(options)
     if hub.is_reference(config.run):
         raise PhiSightError(
@@ -72,6 +79,8 @@ def parse(arguments: list[str] | None) -> tuple[Config, RunOptions]:
         stop_at_step=options.stop_at_step,
         max_minutes=options.max_minutes,
         print_config=options.print_config,
+        status=options.status,
+        json=options.json,
         given=given_fields(options),
     )
 
@@ -86,6 +95,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     switch("--resume-if-any", "--resume where the run has a checkpoint, else start")
     switch("--overwrite", "start anew in a run folder that has checkpoints, and remove them")
     switch("--allow-changes", "resume although the result will not be exact")
+    parser.add_argument(
+        STATUS,
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="tell where a run stands, while it trains or after, and train nothing",
+    )
+    switch("--json", f"with {STATUS}: print a JSON object")
     switch("--print-config", "print the whole config as a file for --config, and train nothing")
     parser.add_argument(
         "--stop-at-step",

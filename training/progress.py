@@ -9,7 +9,16 @@ from typing import Any
 
 from training.step import StepResult
 
-NEWER = ("best_step", "repacked", "schedule")  # absent in checkpoints of former versions
+NEWER = (
+    "best_step",
+    "repacked",
+    "schedule",
+    "recent_norms",
+    "standing_alerts",
+    "rollback_step",
+    "rollback_best",
+    "rollbacks",
+)  # absent in checkpoints of former versions
 RECENT_LOSSES = 5  # enough for `checkpoints.py show` to say where the loss is going
 
 
@@ -41,12 +50,36 @@ class Progress:
     schedule: dict[str, float] = field(default_factory=dict)
     """{"step", "position", "total"}: from this step and this position on, the learning rate goes
     its way to "total" in the steps that are left; empty where a position is the step itself"""
+    recent_norms: list[float] = field(default_factory=list)
+    """gradient norms of the latest steps, which `alerts.is_spike` compares the next one with"""
+    standing_alerts: list[str] = field(default_factory=list)
+    """what was told already and has not ceased since"""
+    rollback_step: int | None = None
+    """step of the checkpoint that `--on-spike rollback` goes back to, kept until the next one"""
+    rollback_best: int | None = None
+    """`best_step` of that checkpoint, whose folder is kept as long"""
+    rollbacks: int = 0
+    """how often the run went back"""
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
         """What a checkpoint's trainer_state holds of it."""
         names = [spec.name for spec in fields(cls) if spec.name in state or spec.name not in NEWER]
         return cls(**{name: state[name] for name in names})
+
+    def become(self, other: Progress) -> None:
+        """Take over all that another one remembers: whoever holds this one sees it."""
+        for spec in fields(self):
+            setattr(self, spec.name, getattr(other, spec.name))
+
+    def begins(self, alert: str, holds: bool) -> bool:
+        """Whether what an alert tells of holds and was not told yet; remembered until it ceases."""
+        told = alert in self.standing_alerts
+        if told and not holds:
+            self.standing_alerts = [name for name in self.standing_alerts if name != alert]
+        elif holds and not told:
+            self.standing_alerts = [*self.standing_alerts, alert]
+        return holds and not told
 
     def schedule_place(self, total_steps: int) -> tuple[float, float]:
         """The position of the next step in the schedule of the learning rate, and its end."""

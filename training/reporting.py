@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from errors import printable
 from model.build import model_state
 from ops import choose as choose_operations
 from paths import command
+from reports.alerts import UNMOVED, alert_text
 from reports.curves import draw_curves
-from reports.log import peak_memory_mb
 from reports.show import console_line
+from training.memory import peak_memory_mb
 from training.ranks import Ranks
 from training.run import Run
 from training.step import StepResult, trained_digests
@@ -115,17 +117,21 @@ def log_window(run: Run, rate: float, result: StepResult, bar: tqdm) -> None:
     if run.log:
         run.log.write(record)
         bar.write(console_line(record))
-        if rate > 0:  # the first rate of a warm-up is 0
-            warn_of_unmoved_weights(run, result)
+    for alert in record["timing"].get("alerts", ()):
+        warn(run, alert, bar)
+    if rate > 0:  # the first rate of a warm-up is 0
+        tell_of_unmoved_weights(run, result, bar)
 
 
 def window_record(run: Run, rate: float, result: StepResult) -> dict[str, Any]:
     """The metrics record of the steps since the last one; their sums start anew."""
     progress = run.progress
     loss, window = progress.take_window()
+    alerts = run.clock.of_window(window)
     return {
         "kind": "train",
         "step": progress.step,
+        "total_steps": run.total_steps,
         "epoch": progress.epoch,
         "row": progress.row,
         "loss": loss,
@@ -142,21 +148,38 @@ def window_record(run: Run, rate: float, result: StepResult) -> dict[str, Any]:
         "timing": {
             "seconds": round(window["seconds"], 3),
             "save_stall_seconds": round(window.get("save_stall_seconds", 0.0), 4),
+            "wait_seconds": round(window.get("wait_seconds", 0.0), 4),
             "tokens_per_second": round(window["tokens"] / window["seconds"], 1),
             **peak_memory_mb(),
+            **({"alerts": alerts} if alerts else {}),
         },
     }
 
 
-def warn_of_unmoved_weights(run: Run, result: StepResult) -> None:
+def tell_of_unmoved_weights(run: Run, result: StepResult, bar: tqdm) -> None:
     """A projector without a gradient trains without an error and answers without the picture."""
     for owner, moved in (result.update_norms or {}).items():
-        if moved == 0 and not result.skipped:
+        unmoved = moved == 0 and not result.skipped
+        if unmoved:
             run.unmoved.pop(owner, None)
-            print(
-                f"warning: the weights of {owner!r} did not move in this step (gradient norm"
-                f" {result.gradient_norms[owner]:.3g})"
-            )
+        if run.progress.begins(f"{UNMOVED}:{owner}", unmoved):
+            norm = result.gradient_norms[owner]
+            tell(run, {"alert": UNMOVED, "owner": owner, "gradient_norm": norm}, bar)
+
+
+def tell(run: Run, alert: Mapping[str, Any], bar: tqdm) -> None:
+    """Write down an alert that the computation decides, and warn of it. An alert without a kind is
+    one of the step that the run stands at."""
+    record = {"kind": "alert", "step": run.progress.step, **alert}
+    if run.log:
+        run.log.write(record)
+    warn(run, record, bar)
+
+
+def warn(run: Run, alert: Mapping[str, Any], bar: tqdm) -> None:
+    """Print an alert."""
+    if run.log:
+        bar.write(f"warning: step {alert.get('step', run.progress.step)}: {alert_text(alert)}")
 
 
 def report_end(run: Run, out_of_time: bool) -> None:

@@ -23,6 +23,7 @@ from model.cache import default_kv_bytes
 from model.recompute import LAYERS, PRODUCTS
 from model.vision import VisionTower
 from reports.log import MetricsLog
+from training.alerts import ClockAlerts
 from training.exactness import check_place, check_same_run, choose_algorithms, describe_run
 from training.loss_scaler import LossScaler
 from training.optimizer import AdamW
@@ -60,6 +61,7 @@ class Run:
     unmoved: dict[str, str] = field(default_factory=dict)
     """owner of trained weights -> their digest when this process began; without those that the
     person was told of as not moving"""
+    clock: ClockAlerts = field(default_factory=ClockAlerts)
 
     def next_rows(self) -> range:
         """Numbers of the rows of the next step, within this epoch's plan; an epoch's last step may
@@ -171,6 +173,8 @@ def place_of(
         progress.repacked = []  # the numbers of the conversations mean others now
     if not config.keeps_best:
         progress.best_step = None  # the next save removes it
+    if config.on_spike != configs.ROLLBACK:
+        progress.rollback_step = progress.rollback_best = None
     return progress
 
 
@@ -237,13 +241,8 @@ def check_resume(run: Run, checkpoint: checkpoints.Checkpoint, allow_changes: bo
 
 def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     """Put every tensor, generator and the log back to where the checkpoint was saved."""
-    load_model_state(run.parts.model, checkpoint.state)
-    run.optimizer.load_state_tensors(checkpoint.state["optimizer"])
-    set_rng_state(
-        state_of_rank(checkpoint.state["rng"], checkpoint.config["world_size"], run.ranks)
-    )
+    restore_tensors(run, checkpoint)
     state = checkpoint.trainer_state
-    run.scaler.load_state_dict(state["loss_scaler"])
     if run.log:
         if cut := run.log.truncate_to(state["metrics_offset"], state["chain"]):
             print(
@@ -252,6 +251,16 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
             )
         # Only now: a checkpoint of another run must not cost this one its own.
         checkpoints.tidy(run.config.run, checkpoint, run.config.keep_checkpoints)
+
+
+def restore_tensors(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
+    """Put weights, optimizer, generators and loss scale back to what they were."""
+    load_model_state(run.parts.model, checkpoint.state)
+    run.optimizer.load_state_tensors(checkpoint.state["optimizer"])
+    set_rng_state(
+        state_of_rank(checkpoint.state["rng"], checkpoint.config["world_size"], run.ranks)
+    )
+    run.scaler.load_state_dict(checkpoint.trainer_state["loss_scaler"])
 
 
 def go_on_changed(run: Run, checkpoint: checkpoints.Checkpoint) -> None:

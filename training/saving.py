@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import checkpoints
+from config import ROLLBACK
 from errors import PhiSightError
 from model.build import model_state
 from training.rng import merged_states, rng_state
@@ -70,11 +71,12 @@ class BackgroundSaver:
 def save_checkpoint(run: Run, saver: BackgroundSaver) -> None:
     """Copy all that the next step depends on; the first process writes it beside the training."""
     clock = time.perf_counter()
+    config, progress, log = run.config, run.progress, run.log
+    note_rollback_step(run)
     generators = run.ranks.gather(rng_state())
-    if run.log is None:
+    if log is None:
         return
     saver.wait()
-    config, progress, log = run.config, run.progress, run.log
     state = model_state(run.parts.model) | {
         "optimizer": run.optimizer.state_tensors(),
         "rng": merged_states(generators),
@@ -97,3 +99,13 @@ def save_checkpoint(run: Run, saver: BackgroundSaver) -> None:
 
     saver.start(write)
     progress.add_to_window("save_stall_seconds", time.perf_counter() - clock)
+
+
+def note_rollback_step(run: Run) -> None:
+    """Remember the checkpoint that a rollback goes back to: the last one of `--save-steps`. When
+    the others are saved, the clock and whoever stops the run decide, which no result depends on."""
+    config, progress = run.config, run.progress
+    if progress.finished:
+        progress.rollback_step = progress.rollback_best = None
+    elif config.on_spike == ROLLBACK and progress.step % config.save_steps == 0:
+        progress.rollback_step, progress.rollback_best = progress.step, progress.best_step

@@ -19,6 +19,17 @@ from training.optimizer import AdamW
 from training.ranks import Ranks
 
 
+class Diverged(PhiSightError):
+    """The loss of a step or its gradient is not finite; nothing was updated."""
+
+    def __init__(self, loss: float, gradient_norm: float) -> None:
+        self.loss, self.gradient_norm = loss, gradient_norm
+        super().__init__(
+            f"step: the gradient norm is {gradient_norm}, the loss {loss};"
+            " training has diverged: resume an earlier checkpoint with a lower --learning-rate"
+        )
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The numbers of one optimiser step, all of them over the batches of all processes."""
@@ -55,7 +66,7 @@ def train_step(
     processes, so that the gradient does not depend on how the window was cut.
 
     Raises:
-        PhiSightError: the loss or its gradient is not finite, and no loss scale is to blame.
+        Diverged: the loss or its gradient is not finite, and no loss scale is to blame.
     """
     parameters = optimizer.parameters
     supervised, tokens, places = count_tokens(batches, ranks)
@@ -68,10 +79,7 @@ def train_step(
     gradient_norm = clip_gradients(parameters.values(), max_norm).item()
     finite = gradient_norm < float("inf")  # False for NaN too
     if not finite and not scaler.enabled:
-        raise PhiSightError(
-            f"step: the gradient norm is {gradient_norm}, the loss {loss_sum / max(supervised, 1)};"
-            " training has diverged: resume an earlier checkpoint with a lower --learning-rate"
-        )
+        raise Diverged(loss_sum / max(supervised, 1), gradient_norm)
     before = copy_of(parameters) if measure_updates else {}
     if finite:
         optimizer.step(learning_rate)

@@ -1,8 +1,9 @@
-"""The training tab: the curves and the alignment meter of a run, read from its log as it grows."""
+"""The training tab: how a run stands, its curves and alignment meter, as its log grows."""
 
 from __future__ import annotations
 
 import html
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,15 @@ from checkpoints import METRICS
 from errors import PhiSightError
 from evaluation.meter import CONDITIONS
 from reports.curves import points
-from reports.log import read_metrics
+from reports.log import read_metrics, without_abandoned
+from training.status import StatusReader
 from web import texts
 from web.page import QUEUED, Translated, Updates
 from web.session import Session
+from web.training_status import samples_html, status_html
 
 REFRESH_SECONDS = 3
+RUNS_READ = 8  # whose status is remembered for all who look
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito's palette
 
 Series = dict[str, list[tuple[float, float]]]
@@ -74,6 +78,7 @@ class TrainingPage:
 
     def __init__(self, folder: str | Path, translated: Translated, session: gr.State) -> None:
         self.folder, self.translated, self.session = Path(folder), translated, session
+        self._readers: dict[str, StatusReader] = {}
 
     def build(self) -> None:
         t = self.translated
@@ -82,6 +87,7 @@ class TrainingPage:
         self.run = t(
             gr.Dropdown(names, value=names[0] if names else None, elem_id="run"), label="run"
         )
+        self.status = gr.HTML(elem_id="status")
         self.meter = gr.HTML(elem_id="meter")
         self.plots = []
         for row in (("loss", "right_answers"), ("learning_rate", "gradient_norm")):
@@ -110,7 +116,7 @@ class TrainingPage:
 
     def connect(self, tab: gr.Tab, blocks: gr.Blocks) -> None:
         inputs = [self.session, self.run, self.drawn]
-        outputs = [self.run, self.meter, self.drawn, *self.plots]
+        outputs = [self.run, self.status, self.meter, self.drawn, *self.plots]
         for event in (self.timer.tick, self.run.input, tab.select):
             event(self.on_look, inputs, outputs, **QUEUED)
 
@@ -120,23 +126,27 @@ class TrainingPage:
         language = session.language if session else texts.DEFAULT
         name = name if name in names else (names[0] if names else None)
         if name is None:
-            return {self.meter: message_html(texts.text("no_runs", language))}
+            return {self.status: "", self.meter: message_html(texts.text("no_runs", language))}
         path = self.folder / name / METRICS
         try:
+            stands = self._reader_of(name).read()
+            shown = status_html(stands, time.time(), language)  # its ages grow without the log
             status = path.stat()
             now: Drawn = (name, language, status.st_size, status.st_mtime_ns, tuple(names))
             if now == drawn:
-                return {self.drawn: drawn}
-            records = read_metrics(path)
+                return {self.status: shown, self.drawn: drawn}
+            records = without_abandoned(read_metrics(path))
         except OSError as error:
-            return {self.meter: message_html(f"{path}: {error.strerror}")}
+            return {self.status: "", self.meter: message_html(f"{path}: {error.strerror}")}
         except PhiSightError as error:
-            return {self.meter: message_html(str(error)), self.drawn: None}
+            return {self.status: "", self.meter: message_html(str(error)), self.drawn: None}
         curves = Curves.from_records(records, language)
         return {
             self.run: gr.update(choices=names, value=name),
             self.drawn: now,
-            self.meter: meter_html(records, curves, language),
+            self.status: shown,
+            self.meter: meter_html(records, curves, language)
+            + samples_html(stands.samples, language),
             **dict(
                 zip(
                     self.plots,
@@ -150,6 +160,12 @@ class TrainingPage:
                 )
             ),
         }
+
+    def _reader_of(self, name: str) -> StatusReader:
+        if name not in self._readers:
+            self._readers = dict([*self._readers.items()][-RUNS_READ:])  # of the latest runs
+            self._readers[name] = StatusReader(self.folder / name)
+        return self._readers[name]
 
 
 def _plot(
