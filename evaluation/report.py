@@ -33,7 +33,7 @@ from evaluation.questions import REPORTED_ONLY
 from evaluation.runner import RIGHT, Evaluation
 from evaluation.task import Answered, Figure, Task
 from files import write_whole
-from reports.log import METRICS, read_metrics
+from reports.log import METRICS, read_metrics, without_abandoned
 
 PAGE = Path(__file__).with_name("report_page.html")
 ATTENDED = 400  # answers whose attention is computed: spread over all of them
@@ -52,8 +52,8 @@ def training_records(assistant: Assistant) -> list[dict[str, Any]]:
     anything is asked."""
     log = Path(assistant.source).parent / METRICS
     step = assistant.provenance.get("step")
-    records = read_metrics(log) if log.is_file() else []
-    return [one for one in records if step is None or one.get("step", 0) <= step]
+    records = without_abandoned(read_metrics(log)) if log.is_file() else []
+    return [dict(one) for one in records if step is None or one.get("step", 0) <= step]
 
 
 def write_report(path: Path, page: str) -> None:

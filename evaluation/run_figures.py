@@ -7,7 +7,7 @@ note, so that the other runs of a comparison can still be looked at.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from config import Config
 from documents import COUNT, FINITE, OBJECT, TEXT, parse_json, problems
 from errors import PhiSightError
 from files import read_regular, write_whole
-from reports.log import METRICS, TIMING, chain_problems, read_metrics
+from reports.log import METRICS, TIMING, chain_problems, read_metrics, without_abandoned
 
 EVALUATION = "evaluation.json"  # in a run's folder: what `evaluate.py --json` printed of it
 FILE_LIMIT = 2**24  # bytes
@@ -38,7 +38,7 @@ class RunFigures:
     total_steps: int = 0
     finished: str = ""
     """why it is over, or empty"""
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: Sequence[Mapping[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     """what was asked of its newest checkpoint, in percent"""
     notes: tuple[str, ...] = ()
@@ -182,8 +182,8 @@ def _newest(saved: list[Path], notes: list[str]) -> tuple[Config | None, dict[st
     return None, {}
 
 
-def _records(log: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Those of the log up to where it is damaged."""
+def _records(log: Path, notes: list[str]) -> list[Mapping[str, Any]]:
+    """Those of the log up to where it is damaged, without the steps that a rollback undid."""
     if not log.is_file():
         notes.append(f"has no {METRICS}")
         return []
@@ -200,7 +200,7 @@ def _records(log: Path, notes: list[str]) -> list[dict[str, Any]]:
         notes.append(f"{METRICS}: {problems_of_chain[0]}")
     if not records:
         notes.append(f"{METRICS} has no record yet")
-    return records
+    return without_abandoned(records)
 
 
 def _evaluation(file: Path, step: int, notes: list[str]) -> dict[str, Any]:
