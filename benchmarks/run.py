@@ -1,0 +1,162 @@
+"""Whether a change made anything slower, or worse: ratios to references of the same run.
+
+    python benchmarks/run.py                        # all measures: a few minutes on two idle cores
+    python benchmarks/run.py --quick                # three of them
+    python benchmarks/run.py --only decode,pictures --turns 30
+    python benchmarks/run.py --update               # commit what was measured
+    python benchmarks/run.py --compare FILE         # what an earlier --json FILE says
+
+Ends with 1 where a ratio is worse than that of benchmarks/results.json by more than its band. A
+measure that is past its band is measured once more before it counts, by the turns of both tries.
+benchmarks/suite/table.py says what each measure is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from benchmarks.processes import in_a_process
+from benchmarks.suite import results
+from benchmarks.suite.material import Material
+from benchmarks.suite.table import GROUPS, MEASURES
+from benchmarks.suite.turns import Taken, take
+from benchmarks.suite.verdict import WORSE, Found, notes, table, verdict, verdicts
+from config import Parser
+from documents import json_bytes
+from errors import PhiSightError, run_main
+from files import write_whole
+
+MOST_TURNS = 1000
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """Names of the measures that were asked for, in the table's order."""
+    if options.only is None:
+        return [name for name, one in MEASURES.items() if one.quick or not options.quick]
+    given = options.only.split(",")
+    for name in given:
+        if name not in MEASURES:
+            raise PhiSightError(f"--only {name}: no such measure; choose of {', '.join(MEASURES)}")
+    return [name for name in MEASURES if name in given]
+
+
+def measure(
+    names: list[str], committed: dict[str, float], threads: int, turns: int | None
+) -> dict[str, Found]:
+    """Take the turns of these measures; what is worse than committed is measured twice."""
+    measured: dict[str, Found] = {}
+    with tempfile.TemporaryDirectory(prefix="phisight-bench-") as folder:
+        material, started = Material(Path(folder), threads), time.perf_counter()
+        asked = {"folder": folder, "threads": threads}
+        in_a_process("benchmarks.suite.material", asked, threads)
+        print(f"material: {time.perf_counter() - started:.1f} s", flush=True)
+        for group in GROUPS.values():
+            wanted = [name for name in names if MEASURES[name].group == group.name]
+            if not wanted:
+                continue
+            taken = Taken(group)
+            for attempt in (1, 2):
+                take(taken, material, turns if group.turns > 1 else None)
+                own = {name: taken.of(MEASURES[name]) for name in wanted}
+                slow = [
+                    name
+                    for name, one in own.items()
+                    if verdict(MEASURES[name], one.ratio, committed.get(name)) == WORSE
+                ]
+                if attempt == 1 and slow and group.turns > 1:
+                    print(f"{', '.join(slow)}: worse than committed; measured again", flush=True)
+                    continue
+                break
+            measured |= own
+            print(f"{group.name}: {taken.seconds:.1f} s", flush=True)
+    return {name: measured[name] for name in names}
+
+
+def report_of(
+    measured: dict[str, Found], machine: dict[str, Any], machine_class: str, seconds: float
+) -> dict[str, Any]:
+    """What --json writes and --compare reads."""
+    return {
+        "class": machine_class,
+        "machine": machine,
+        "seconds": round(seconds, 1),
+        "measures": {name: one.to_json() for name, one in measured.items()},
+    }
+
+
+def compare(measured: dict[str, Found], committed: dict[str, float], asked: list[str]) -> int:
+    """Print the table; 1 where a measure is worse than committed by more than its band, else 0."""
+    print(table(measured, committed))
+    ratios = {name: one.ratio for name, one in measured.items()}
+    for note in notes(ratios, committed, asked):
+        print(note)
+    worse = [name for name, said in verdicts(ratios, committed).items() if said == WORSE]
+    if worse:
+        print(f"worse than committed by more than their bands: {', '.join(worse)}")
+    return 1 if worse else 0
+
+
+def read_report(path: Path) -> tuple[dict[str, Found], str]:
+    """The figures and the class of machine in a file of --json. Raises `PhiSightError`."""
+    content = results.read_checked(path, results.REPORT, "give a file that --json wrote")
+    for name in content["measures"]:
+        if name not in MEASURES:
+            raise PhiSightError(f"{path}: {name}: no such measure; give a file of this version")
+    found = {name: Found(**one) for name, one in content["measures"].items()}
+    return found, content["class"]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="run.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(MEASURES)}")
+    quick = ", ".join(name for name, one in MEASURES.items() if one.quick)
+    parser.add_argument("--quick", action="store_true", help=f"only {quick}")
+    parser.add_argument("--threads", type=int, default=1, help="of every process (%(default)s)")
+    parser.add_argument("--turns", type=int, help="of each side, instead of each measure's own")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--update", action="store_true", help="commit what is measured")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="measure nothing; read --json")
+    parser.add_argument(
+        "--results", type=Path, default=results.FILE, metavar="FILE", help="the committed ones"
+    )
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        raise PhiSightError("--threads: must be at least 1")
+    if options.turns is not None and not 1 <= options.turns <= MOST_TURNS:
+        raise PhiSightError(f"--turns: must be 1 to {MOST_TURNS}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    asked, known = chosen(options), results.read_results(options.results)
+    if options.compare:
+        measured, machine_class = read_report(options.compare)
+        return compare(measured, results.committed_ratios(known, machine_class), [])
+    machine, started = describe_machine(), time.perf_counter()
+    machine_class = results.class_of(machine, options.threads)
+    committed = results.committed_ratios(known, machine_class)
+    print(f"{machine['processor']}; {machine_class}; load {machine['load']}", flush=True)
+    if not committed:
+        print("nothing is committed for this kind of machine: --update does it", flush=True)
+    measured = measure(asked, {} if options.update else committed, options.threads, options.turns)
+    seconds = time.perf_counter() - started
+    if options.json:
+        report = report_of(measured, machine, machine_class, seconds)
+        write_whole(options.json, json_bytes(options.json.name, report))
+    code = compare(measured, committed, asked)
+    print(f"{seconds / 60:.1f} minutes")
+    if options.update:
+        results.update(options.results, machine_class, machine, measured)
+        print(f"{options.results}: updated")
+        return 0
+    return code
+
+
+if __name__ == "__main__":
+    run_main(main)
