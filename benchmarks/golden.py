@@ -114,12 +114,11 @@ def outputs(folder: Path) -> dict[str, Any]:
 
 def assets_of(config: Config) -> dict[str, str]:
     """Fingerprints of what the outputs depend on beside the code; of the world, its content."""
-    world = hashlib.sha256()
-    for path in (config.data, config.held_out_questions):
-        world.update(Path(path).read_bytes())
+    world, base = hashlib.sha256(), Path(config.base)
+    for name in (config.data, config.held_out_questions):
+        world.update(Path(name).read_bytes())
     for path in sorted(Path(config.images).iterdir()):
         world.update(Image.open(path).tobytes())
-    base = Path(config.base)
     return {
         "base": hash_files(sorted(base.glob("*.json")) + sorted(base.glob("*.safetensors")))[:16],
         "clip": vision_of(config).key,
@@ -229,9 +228,11 @@ def compare(committed: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
     """All differences between outputs. Raises `PhiSightError` where the assets are others."""
     need_same_assets(committed, found)
     tolerance = 0.0 if is_same_kind(committed, found) else TOLERANCE
-    left_out = ("machine", "assets")
-    both = [{k: v for k, v in one.items() if k not in left_out} for one in (committed, found)]
-    return list(differences(*both, tolerance))
+    return list(differences(without_origin(committed), without_origin(found), tolerance))
+
+
+def without_origin(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: one for name, one in outputs.items() if name not in ("machine", "assets")}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -52,7 +52,8 @@ def measure(
     measured: dict[str, Found] = {}
     with tempfile.TemporaryDirectory(prefix="phisight-bench-") as folder:
         material, started = Material(Path(folder), threads), time.perf_counter()
-        asked = {"folder": folder, "threads": threads}
+        needs = {need for name in names for need in GROUPS[MEASURES[name].group].needs}
+        asked = {"folder": folder, "threads": threads, "needs": sorted(needs)}
         in_a_process("benchmarks.suite.material", asked, threads)
         print(f"material: {time.perf_counter() - started:.1f} s", flush=True)
         for group in GROUPS.values():

@@ -5,6 +5,7 @@ python -m benchmarks.suite.material '{"folder": DIR, "threads": 1}'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.processes import ROOT, command
 from errors import run_main
 
 PICTURES, HELD_OUT = 600, 20
+RUN, EXPORT = NEEDS = ("run", "export")  # the export is the run's
 STEPS = 60  # of the run, which stands after the first of them
 
 
@@ -64,21 +66,25 @@ class Material:
         """The tiny preset on this world, with some fields replaced."""
         return configs.replace(configs.default_config("tiny"), **(self.fields(run) | fields))
 
-    def make(self) -> None:
-        """Write it all, by the commands that a person types."""
+    def make(self, needs: Sequence[str]) -> None:
+        """Write the world, and what of `NEEDS` is needed, by the commands that a person types."""
         from data.world import write_world
 
         write_world(self.world, pictures=PICTURES, held_out=HELD_OUT)
+        if not needs:
+            return
         given = self.fields(self.run) | {"max_steps": STEPS, "stop_at_step": 1}
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         command("train.py", "--preset", "tiny", *flags, threads=self.threads)
+        if EXPORT not in needs:
+            return
         export = ("export.py", "--llava", self.llava, "--run", self.run)
         command(*export, "--greedy-answers", 8, threads=self.threads)
 
 
 def main() -> None:
     asked = measuring.argument()
-    Material(Path(asked["folder"]), asked["threads"]).make()
+    Material(Path(asked["folder"]), asked["threads"]).make(asked["needs"])
     measuring.report({})
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.suite.material import EXPORT, RUN
+
 HIGHER, LOWER = "higher", "lower"
 OURS, REFERENCE = "ours", "reference"
 
@@ -26,6 +28,8 @@ class Group:
     in_processes: bool = True
     """whether a side is a process that waits for its turns; else a turn starts processes itself"""
     warms_up: bool = True
+    needs: tuple[str, ...] = ()
+    """of `NEEDS` in benchmarks/suite/material.py"""
     agrees: tuple[str, float] | None = None
     """a figure that both sides must have alike, and by which share it may differ: the sides do the
     same work"""
@@ -55,11 +59,13 @@ GROUPS = {
     group.name: group
     for group in (
         Group("training", "training.ours", "training.plain", 5, agrees=("first_loss", 1e-3)),
-        Group("resume", "starting.resume", "starting.plain_resume", 3, in_processes=False),
+        Group("resume", "starting.resume", "starting.plain_resume", 3, in_processes=False,
+              needs=(RUN,)),
         Group("pictures", "seeing.ours", "seeing.transformers", 15, agrees=("norm", 1e-3)),
         Group("answering", "answering.ours", "answering.transformers", 15,
-              agrees=("prompt_tokens", 0.0)),
-        Group("cold_start", "starting.answer", "starting.plain_answer", 5, in_processes=False),
+              needs=(RUN, EXPORT), agrees=("prompt_tokens", 0.0)),
+        Group("cold_start", "starting.answer", "starting.plain_answer", 5, in_processes=False,
+              needs=(RUN, EXPORT)),
         Group("quality", "quality.ours", "quality.whole", 1, warms_up=False),
     )
 }  # fmt: skip
