@@ -4,7 +4,7 @@
     python benchmarks/run.py --quick                # three of them
     python benchmarks/run.py --only decode,pictures --turns 30
     python benchmarks/run.py --update               # commit what was measured
-    python benchmarks/run.py --compare FILE         # what an earlier --json FILE says
+    python benchmarks/run.py --compare FILE         # what an earlier --json FILE says; --update too
 
 Ends with 1 where a ratio is worse than that of benchmarks/results.json by more than its band. A
 measure that is past its band is measured once more before it counts, by the turns of both tries.
@@ -102,14 +102,15 @@ def compare(measured: dict[str, Found], committed: dict[str, float], asked: list
     return 1 if worse else 0
 
 
-def read_report(path: Path) -> tuple[dict[str, Found], str]:
-    """The figures and the class of machine in a file of --json. Raises `PhiSightError`."""
+def read_report(path: Path) -> tuple[dict[str, Found], str, dict[str, Any]]:
+    """The figures, the class of machine, and the machine in a file of --json. Raises
+    `PhiSightError`."""
     content = results.read_checked(path, results.REPORT, "give a file that --json wrote")
     for name in content["measures"]:
         if name not in MEASURES:
             raise PhiSightError(f"{path}: {name}: no such measure; give a file of this version")
     found = {name: Found(**one) for name, one in content["measures"].items()}
-    return found, content["class"]
+    return found, content["class"], content["machine"]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -121,7 +122,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, help="of each side, instead of each measure's own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--update", action="store_true", help="commit what is measured")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="measure nothing; read --json")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="measure nothing: of --json")
     parser.add_argument(
         "--results", type=Path, default=results.FILE, metavar="FILE", help="the committed ones"
     )
@@ -136,22 +137,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     asked, known = chosen(options), results.read_results(options.results)
+    started = time.perf_counter()
     if options.compare:
-        measured, machine_class = read_report(options.compare)
-        return compare(measured, results.committed_ratios(known, machine_class), [])
-    machine, started = describe_machine(), time.perf_counter()
-    machine_class = results.class_of(machine, options.threads)
-    committed = results.committed_ratios(known, machine_class)
-    print(f"{machine['processor']}; {machine_class}; load {machine['load']}", flush=True)
-    if not committed:
-        print("nothing is committed for this kind of machine: --update does it", flush=True)
-    measured = measure(asked, {} if options.update else committed, options.threads, options.turns)
-    seconds = time.perf_counter() - started
+        measured, machine_class, machine = read_report(options.compare)
+        asked, committed = [], results.committed_ratios(known, machine_class)
+    else:
+        machine = describe_machine()
+        machine_class = results.class_of(machine, options.threads)
+        committed = results.committed_ratios(known, machine_class)
+        print(f"{machine['processor']}; {machine_class}; load {machine['load']}", flush=True)
+        if not committed:
+            print("nothing is committed for this kind of machine: --update does it", flush=True)
+        again = {} if options.update else committed
+        measured = measure(asked, again, options.threads, options.turns)
+        print(f"{(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
     if options.json:
+        seconds = time.perf_counter() - started
         report = report_of(measured, machine, machine_class, seconds)
         write_whole(options.json, json_bytes(options.json.name, report))
     code = compare(measured, committed, asked)
-    print(f"{seconds / 60:.1f} minutes")
     if options.update:
         results.update(options.results, machine_class, machine, measured)
         print(f"{options.results}: updated")

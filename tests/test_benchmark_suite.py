@@ -216,6 +216,13 @@ def test_without_a_regression_it_ends_well(tmp_path, committed, ratio, says, cap
     assert f"  {says}" in capsys.readouterr().out
 
 
+def test_what_an_earlier_run_gave_can_be_committed(tmp_path, committed):
+    given = ["--compare", str(report(tmp_path, 1.0)), "--results", str(committed)]
+    assert run.main(given) == 1
+    assert run.main([*given, "--update"]) == 0
+    assert run.main(given) == 0
+
+
 def test_another_kind_of_machine_has_nothing_to_compare_with(tmp_path, committed, capsys):
     path = report(tmp_path, 1.0, **{"class": "another"})
     assert run.main(["--compare", str(path), "--results", str(committed)]) == 0
@@ -235,19 +242,18 @@ def test_an_update_keeps_other_measures_and_other_machines(tmp_path, committed):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("change", "reason"),
     [
-        ("{", "not JSON"),
-        ("{}", "classes is missing"),
-        ('{"classes": {"a": {"date": "", "processor": "", "measures": {"decode": {"ratio": -1,'
-         ' "ours": 1, "reference": 1}}}}}', "ratio is -1, not a number above 0"),
+        (lambda text: text[:-5], "not JSON"),
+        (lambda text: "{}", "classes is missing"),
+        (lambda text: text.replace('"ratio": 2.0', '"ratio": -1'), "ratio is -1, not a number ab"),
+        (lambda text: text.replace('"cores": 2,', ""), "cores is missing"),
     ],
-)  # fmt: skip
-def test_damaged_results_are_told_in_a_line(tmp_path, content, reason):
-    path = tmp_path / "results.json"
-    path.write_text(content)
-    with pytest.raises(PhiSightError, match=reason):
-        run.main(["--compare", str(report(tmp_path, 1.0)), "--results", str(path)])
+)
+def test_damaged_results_are_told_in_a_line(tmp_path, committed, change, reason):
+    committed.write_text(change(committed.read_text()))
+    with pytest.raises(PhiSightError, match=f"results.json: .*{reason}.*; put back"):
+        run.main(["--compare", str(report(tmp_path, 1.0)), "--results", str(committed)])
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from files import write_whole
 
 FILE = ROOT / "benchmarks/results.json"
 MEASURE = {"ratio": POSITIVE, "ours": POSITIVE, "reference": POSITIVE}
-SHOULD = {"classes": {"*": {"date": TEXT, "processor": TEXT, "measures": {"*": MEASURE}}}}
+MACHINE = {"date": TEXT, "processor": TEXT, "cores": COUNT, "load": FINITE, "versions": {"*": TEXT}}
+SHOULD = {"classes": {"*": {**MACHINE, "measures": {"*": MEASURE}}}}
 REPORT = {
     "class": TEXT,
-    "machine": {"date": TEXT, "processor": TEXT},
+    "machine": MACHINE,
     "measures": {"*": {**MEASURE, "spread": FINITE, "turns": COUNT, "seconds": POSITIVE}},
 }
 FILE_BYTES = 1 << 20
@@ -71,7 +72,7 @@ def update(
     }
     both = kept | now
     results["classes"][machine_class] = {
-        **{name: machine[name] for name in ("date", "processor", "cores", "load", "versions")},
+        **{name: machine[name] for name in MACHINE},
         "measures": {name: both[name] for name in MEASURES if name in both},
     }
     write_whole(path, json_bytes(path.name, results))
