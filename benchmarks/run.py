@@ -3,7 +3,7 @@
     python benchmarks/run.py                        # all measures: a few minutes on two idle cores
     python benchmarks/run.py --quick                # three of them
     python benchmarks/run.py --only decode,pictures --turns 30
-    python benchmarks/run.py --update               # commit what was measured
+    python benchmarks/run.py --update --repeat 3    # commit what three runs gave, and their bands
     python benchmarks/run.py --compare FILE         # what an earlier --json FILE says; --update too
 
 Ends with 1 where a ratio is worse than that of benchmarks/results.json by more than its band. A
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from benchmarks.machine import describe_machine
 from benchmarks.processes import in_a_process
 from benchmarks.suite import results
 from benchmarks.suite.material import Material
-from benchmarks.suite.table import GROUPS, MEASURES
+from benchmarks.suite.table import GROUPS, MEASURES, Measure
 from benchmarks.suite.turns import Taken, take
-from benchmarks.suite.verdict import WORSE, Found, notes, table, verdict, verdicts
+from benchmarks.suite.verdict import WORSE, Found, notes, repeated, table, verdict, verdicts
 from config import Parser
 from documents import json_bytes
 from errors import PhiSightError, run_main
@@ -46,7 +47,11 @@ def chosen(options: argparse.Namespace) -> list[str]:
 
 
 def measure(
-    names: list[str], committed: dict[str, float], threads: int, turns: int | None
+    names: list[str],
+    committed: Mapping[str, float],
+    measures: Mapping[str, Measure],
+    threads: int,
+    turns: int | None,
 ) -> dict[str, Found]:
     """Take the turns of these measures; what is worse than committed is measured twice."""
     measured: dict[str, Found] = {}
@@ -67,14 +72,15 @@ def measure(
                 slow = [
                     name
                     for name, one in own.items()
-                    if verdict(MEASURES[name], one.ratio, committed.get(name)) == WORSE
+                    if verdict(measures[name], one.ratio, committed.get(name)) == WORSE
                 ]
                 if attempt == 1 and slow and group.turns > 1:
                     print(f"{', '.join(slow)}: worse than committed; measured again", flush=True)
                     continue
                 break
             measured |= own
-            print(f"{group.name}: {taken.seconds:.1f} s", flush=True)
+            ratios = ", ".join(f"{name} {one.ratio:.3f}" for name, one in own.items())
+            print(f"{group.name}: {taken.seconds:.1f} s; {ratios}", flush=True)
     return {name: measured[name] for name in names}
 
 
@@ -90,13 +96,19 @@ def report_of(
     }
 
 
-def compare(measured: dict[str, Found], committed: dict[str, float], asked: list[str]) -> int:
+def compare(
+    measured: Mapping[str, Found],
+    committed: Mapping[str, float],
+    measures: Mapping[str, Measure],
+    asked: list[str],
+) -> int:
     """Print the table; 1 where a measure is worse than committed by more than its band, else 0."""
-    print(table(measured, committed))
+    print(table(measured, committed, measures))
     ratios = {name: one.ratio for name, one in measured.items()}
-    for note in notes(ratios, committed, asked):
+    for note in notes(ratios, committed, asked, measures):
         print(note)
-    worse = [name for name, said in verdicts(ratios, committed).items() if said == WORSE]
+    said = verdicts(ratios, committed, measures)
+    worse = [name for name, word in said.items() if word == WORSE]
     if worse:
         print(f"worse than committed by more than their bands: {', '.join(worse)}")
     return 1 if worse else 0
@@ -120,6 +132,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"only {quick}")
     parser.add_argument("--threads", type=int, default=1, help="of every process (%(default)s)")
     parser.add_argument("--turns", type=int, help="of each side, instead of each measure's own")
+    parser.add_argument("--repeat", type=int, default=1, help="run the suite so often (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--update", action="store_true", help="commit what is measured")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="measure nothing: of --json")
@@ -131,6 +144,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise PhiSightError("--threads: must be at least 1")
     if options.turns is not None and not 1 <= options.turns <= MOST_TURNS:
         raise PhiSightError(f"--turns: must be 1 to {MOST_TURNS}")
+    if not 1 <= options.repeat <= MOST_TURNS:
+        raise PhiSightError(f"--repeat: must be 1 to {MOST_TURNS}")
     return options
 
 
@@ -140,22 +155,27 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     if options.compare:
         measured, machine_class, machine = read_report(options.compare)
-        asked, committed = [], results.committed_ratios(known, machine_class)
+        asked = []
+        committed, measures = results.committed_of(known, machine_class)
     else:
         machine = describe_machine()
         machine_class = results.class_of(machine, options.threads)
-        committed = results.committed_ratios(known, machine_class)
+        committed, measures = results.committed_of(known, machine_class)
         print(f"{machine['processor']}; {machine_class}; load {machine['load']}", flush=True)
         if not committed:
             print("nothing is committed for this kind of machine: --update does it", flush=True)
         again = {} if options.update else committed
-        measured = measure(asked, again, options.threads, options.turns)
+        runs = [
+            measure(asked, again, measures, options.threads, options.turns)
+            for _ in range(options.repeat)
+        ]
+        measured = runs[0] if len(runs) == 1 else repeated(runs)
         print(f"{(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
     if options.json:
         seconds = time.perf_counter() - started
         report = report_of(measured, machine, machine_class, seconds)
         write_whole(options.json, json_bytes(options.json.name, report))
-    code = compare(measured, committed, asked)
+    code = compare(measured, committed, measures, asked)
     if options.update:
         results.update(options.results, machine_class, machine, measured)
         print(f"{options.results}: updated")

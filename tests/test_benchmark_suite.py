@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -20,7 +21,17 @@ from benchmarks.suite import results, turns
 from benchmarks.suite.material import Material
 from benchmarks.suite.table import GROUPS, HIGHER, LOWER, MEASURES, OURS, REFERENCE, Group
 from benchmarks.suite.turns import Taken, take
-from benchmarks.suite.verdict import BETTER, NEW, SAME, WORSE, found, notes, table, verdict
+from benchmarks.suite.verdict import (
+    BETTER,
+    NEW,
+    SAME,
+    WORSE,
+    found,
+    notes,
+    repeated,
+    table,
+    verdict,
+)
 from errors import PhiSightError
 
 MACHINE = {"date": "2026-01-02", "processor": "A", "cores": 2, "load": 0.1, "versions": {},
@@ -166,7 +177,7 @@ def test_what_is_worse_is_measured_again_with_the_turns_of_both(monkeypatch, sec
 
     monkeypatch.setattr(run, "take", take_one)
     monkeypatch.setattr(run, "in_a_process", lambda *_: {})
-    measured = run.measure(["pictures"], {"pictures": 1.0}, 1, None)
+    measured = run.measure(["pictures"], {"pictures": 1.0}, MEASURES, 1, None)
     assert measured["pictures"].ratio == expected and next(rates, None) is None
 
 
@@ -223,6 +234,20 @@ def test_what_an_earlier_run_gave_can_be_committed(tmp_path, committed):
     assert run.main(given) == 0
 
 
+def test_the_band_is_three_deviations_of_repeated_runs(committed):
+    """And stays when one run is committed later."""
+    each = [{"decode": found([ratio], [1.0], 1.0)} for ratio in (2.0, 2.2, 1.5)]
+    results.update(committed, CLASS, MACHINE, repeated(each))
+    ratio, measures = results.committed_of(results.read_results(committed), CLASS)
+    assert ratio["decode"] == 2.0 and measures["decode"].band == pytest.approx(0.3)
+    assert measures["pictures"].band == MEASURES["pictures"].band
+    results.update(committed, CLASS, MACHINE, {"decode": found([3.0], [1.0], 1.0)})
+    ratio, measures = results.committed_of(results.read_results(committed), CLASS)
+    assert ratio["decode"] == 3.0 and measures["decode"].band == pytest.approx(0.3)
+    results.update(committed, CLASS, MACHINE, repeated([each[0]] * 3))
+    assert results.committed_of(results.read_results(committed), CLASS)[1] == MEASURES
+
+
 def test_another_kind_of_machine_has_nothing_to_compare_with(tmp_path, committed, capsys):
     path = report(tmp_path, 1.0, **{"class": "another"})
     assert run.main(["--compare", str(path), "--results", str(committed)]) == 0
@@ -231,14 +256,16 @@ def test_another_kind_of_machine_has_nothing_to_compare_with(tmp_path, committed
 
 def test_an_update_keeps_other_measures_and_other_machines(tmp_path, committed):
     content = json.loads(committed.read_text())
-    content["classes"]["another"] = content["classes"][CLASS]
-    content["classes"][CLASS]["measures"]["gone"] = {"ratio": 1.0, "ours": 1.0, "reference": 1.0}
+    content["classes"]["another"] = copy.deepcopy(content["classes"][CLASS])
+    content["classes"][CLASS]["measures"]["gone"] = content["classes"]["another"]["measures"][
+        "decode"
+    ]
     committed.write_text(json.dumps(content))
     results.update(committed, CLASS, MACHINE, {"decode": found([3.0], [1.0], 1.0)})
     after = results.read_results(committed)
     assert after["classes"]["another"] == content["classes"]["another"]
     expected = dict.fromkeys(MEASURES, 2.0) | {"decode": 3.0}
-    assert results.committed_ratios(after, CLASS) == expected
+    assert results.committed_of(after, CLASS)[0] == expected
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import ROOT
-from benchmarks.suite.table import MEASURES
-from benchmarks.suite.verdict import Found
+from benchmarks.suite.table import MEASURES, Measure
+from benchmarks.suite.verdict import Found, band_of
 from documents import COUNT, FINITE, POSITIVE, TEXT, json_bytes, problems, read_json
 from errors import PhiSightError
 from files import write_whole
@@ -17,11 +18,13 @@ from files import write_whole
 FILE = ROOT / "benchmarks/results.json"
 MEASURE = {"ratio": POSITIVE, "ours": POSITIVE, "reference": POSITIVE}
 MACHINE = {"date": TEXT, "processor": TEXT, "cores": COUNT, "load": FINITE, "versions": {"*": TEXT}}
-SHOULD = {"classes": {"*": {**MACHINE, "measures": {"*": MEASURE}}}}
+SHOULD = {"classes": {"*": {**MACHINE, "measures": {"*": {**MEASURE, "band": POSITIVE}}}}}
 REPORT = {
     "class": TEXT,
     "machine": MACHINE,
-    "measures": {"*": {**MEASURE, "spread": FINITE, "turns": COUNT, "seconds": POSITIVE}},
+    "measures": {
+        "*": {**MEASURE, "spread": FINITE, "turns": COUNT, "seconds": FINITE, "runs": COUNT}
+    },
 }
 FILE_BYTES = 1 << 20
 
@@ -52,10 +55,22 @@ def read_results(path: Path) -> dict[str, Any]:
     return read_checked(path, SHOULD, "put back the committed one, or remove it and --update")
 
 
-def committed_ratios(results: Mapping[str, Any], machine_class: str) -> dict[str, float]:
-    """Measure -> committed ratio of a class; nothing where it has none."""
-    measures = results["classes"].get(machine_class, {"measures": {}})["measures"]
-    return {name: one["ratio"] for name, one in measures.items()}
+def committed_of(
+    results: Mapping[str, Any], machine_class: str
+) -> tuple[dict[str, float], dict[str, Measure]]:
+    """Measure -> committed ratio of a class, nothing where it has none; and all measures, with the
+    bands that are committed for it."""
+    committed = results["classes"].get(machine_class, {"measures": {}})["measures"]
+    bands = {
+        name: max(MEASURES[name].band, one["band"])
+        for name, one in committed.items()
+        if name in MEASURES
+    }
+    measures = {
+        name: dataclasses.replace(one, band=bands.get(name, one.band))
+        for name, one in MEASURES.items()
+    }
+    return {name: one["ratio"] for name, one in committed.items()}, measures
 
 
 def update(
@@ -66,10 +81,11 @@ def update(
     results = read_results(path)
     before = results["classes"].get(machine_class, {"measures": {}})["measures"]
     kept = {name: one for name, one in before.items() if name in MEASURES}
-    now = {
-        name: {"date": machine["date"], **{k: rounded(v) for k, v in one.to_json().items()}}
-        for name, one in measured.items()
-    }
+    now = {}
+    for name, one in measured.items():
+        band = band_of(MEASURES[name], one, kept[name]["band"] if name in kept else None)
+        figures = {**one.to_json(), "band": band}
+        now[name] = {"date": machine["date"], **{k: rounded(v) for k, v in figures.items()}}
     both = kept | now
     results["classes"][machine_class] = {
         **{name: machine[name] for name in MACHINE},

@@ -1,8 +1,7 @@
 """The measures: what each is, beside what, and how far a ratio may move by chance.
 
-The bands come from runs of the whole suite on one machine that did other work meanwhile; see
-benchmarks/RESULTS.md. Each is three times the median absolute deviation of those ratios from their
-median, and at least 15 %; the one of `quality` comes from other seeds of the same training.
+A band is three times the median absolute deviation of the ratios of repeated runs from their
+median, as `--update --repeat 3` measures and commits it, and at least what stands here.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Measure:
     better: str
     """HIGHER or LOWER"""
     band: float
-    """share by which the ratio may be worse than the committed one"""
+    """share by which the ratio may be worse than the committed one, at least"""
     quick: bool = False
     """whether --quick measures it"""
 

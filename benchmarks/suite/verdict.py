@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ SAME, WORSE, BETTER, NEW = (
     "better: commit it by --update",
     "not committed yet: --update",
 )
+ENOUGH_RUNS, DEVIATIONS = 3, 3
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Found:
     turns: int
     seconds: float
     """that all turns of its group took, of both sides"""
+    runs: int = 1
+    """of the whole suite; of several, `spread` is that of their ratios"""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,6 +53,29 @@ def found(ours: Sequence[float], reference: Sequence[float], seconds: float) -> 
         turns=len(ratios),
         seconds=seconds,
     )
+
+
+def repeated(runs: Sequence[Mapping[str, Found]]) -> dict[str, Found]:
+    """The figures of several runs of the suite: medians, and the spread of the runs' ratios."""
+    return {
+        name: dataclasses.replace(
+            found([run[name].ratio for run in runs], [1.0] * len(runs), 0.0),
+            ours=statistics.median(run[name].ours for run in runs),
+            reference=statistics.median(run[name].reference for run in runs),
+            seconds=sum(run[name].seconds for run in runs),
+            turns=sum(run[name].turns for run in runs),
+            runs=len(runs),
+        )
+        for name in runs[0]
+    }
+
+
+def band_of(measure: Measure, one: Found, before: float | None) -> float:
+    """The band to commit: by the spread of the runs' ratios where there are enough of them, else as
+    it was committed before; never less than the measure's own."""
+    if one.runs >= ENOUGH_RUNS:
+        return max(measure.band, DEVIATIONS * one.spread)
+    return max(measure.band, before or 0.0)
 
 
 def gain(measure: Measure, ratio: float, committed: float) -> float:
