@@ -115,11 +115,11 @@ def waiting(module: str, asked: Mapping[str, Any], threads: int) -> Iterator[Tur
             with contextlib.suppress(BrokenPipeError):
                 to_process.close()
             from_process.close()
-            try:
-                process.wait(timeout=30)  # no more lines come: it ends by itself
-            finally:
-                process.kill()
-                process.wait()
+            # No more lines come, so that it ends by itself, and removes what it wrote.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            process.kill()
+            process.wait()
 
 
 def take_turns(turn: Turn) -> None:
