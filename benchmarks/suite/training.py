@@ -11,7 +11,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,58 +86,66 @@ def ours(material: Material) -> Turn:
     return turn
 
 
-def plain(material: Material) -> Turn:
+class PlainLoop:
     """The loop as a user of PyTorch writes it: AdamW, clipping, a warm-up, and `torch.save`."""
-    folder = tempfile.TemporaryDirectory()
-    config = material.config(Path(folder.name) / "run", max_steps=WARM_UP + STEPS + 1)
-    run = prepared(config)
-    torch.use_deterministic_algorithms(False)  # as PyTorch runs unless told otherwise
-    steps = samples_of_steps(run, WARM_UP + STEPS)
-    samples, collator, model = Samples(run), padding_collator(run), peft_model(run).train()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
 
-    def step(micro_batches: list[list[int]]) -> tuple[float, int]:
-        """One step; its mean loss, and tokens."""
-        optimizer.zero_grad()
-        batches = [collator([samples[i] for i in micro]) for micro in micro_batches]
+    def __init__(self, run: Run) -> None:
+        self.samples, self.collator = Samples(run), padding_collator(run)
+        self.model = peft_model(run).train()
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        config = run.config
+        self.max_norm, self.path = config.max_gradient_norm, Path(config.run) / "checkpoint.pt"
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / 100)
+        )
+
+    def step(self, micro_batches: Sequence[Sequence[int]]) -> tuple[float, int]:
+        """One step over the samples of these numbers; its mean loss, and tokens."""
+        self.optimizer.zero_grad()
+        batches = [self.collator([self.samples[i] for i in micro]) for micro in micro_batches]
         supervised = sum((batch["labels"] != IGNORED).sum().item() for batch in batches)
         total = 0.0
         for batch in batches:
-            loss = model(**batch, num_items_in_batch=supervised).loss
+            loss = self.model(**batch, num_items_in_batch=supervised).loss
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained.values(), config.max_gradient_norm)
-        optimizer.step()
-        schedule.step()
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_norm)
+        self.optimizer.step()
+        self.schedule.step()
         return total, sum(int(batch["attention_mask"].sum()) for batch in batches)
 
-    def save(number: int) -> float:
+    def save(self, number: int) -> float:
         """A checkpoint that is on the disk when this returns, as ours is; seconds."""
-        started, path = time.perf_counter(), Path(folder.name) / "checkpoint.pt"
-        weights = {name: p.detach() for name, p in trained.items()}
-        state = {"model": weights, "optimizer": optimizer.state_dict(), "step": number}
-        with path.with_suffix(".new").open("wb") as file:
+        started, new = time.perf_counter(), self.path.with_suffix(".new")
+        weights = {name: p.detach() for name, p in self.trained.items()}
+        state = {"model": weights, "optimizer": self.optimizer.state_dict(), "step": number}
+        with new.open("wb") as file:
             torch.save(state, file)
             os.fsync(file.fileno())
-        path.with_suffix(".new").replace(path)
+        new.replace(self.path)
         return time.perf_counter() - started
 
+
+def plain(material: Material) -> Turn:
+    folder = tempfile.TemporaryDirectory()  # until the process ends: `turn` holds it
+    run = prepared(material.config(Path(folder.name) / "run", max_steps=WARM_UP + STEPS + 1))
+    torch.use_deterministic_algorithms(False)  # as PyTorch runs unless told otherwise
+    steps, loop = samples_of_steps(run, WARM_UP + STEPS), PlainLoop(run)
     first_loss: list[float] = []
 
-    def turn() -> dict[str, float]:
+    def turn(kept: tempfile.TemporaryDirectory = folder) -> dict[str, float]:
         saves, tokens, started = list[float](), 0, 0.0
         for number, micro_batches in enumerate(steps):
             if number == WARM_UP:
                 saves, tokens, started = [], 0, time.perf_counter()
-            loss, seen = step(micro_batches)
+            loss, seen = loop.step(micro_batches)
             first_loss.append(loss)
             tokens += seen
             if (number + 1) % SAVE_EVERY == 0:
-                saves.append(save(number))
+                saves.append(loop.save(number))
         seconds = time.perf_counter() - started
         return {
             "tokens_per_second": tokens / seconds,
