@@ -1,6 +1,6 @@
 """Whether a change made anything slower, or worse: ratios to references of the same run.
 
-    python benchmarks/run.py                        # all measures: a few minutes on two idle cores
+    python benchmarks/run.py                        # all measures
     python benchmarks/run.py --quick                # three of them
     python benchmarks/run.py --only decode,pictures --turns 30
     python benchmarks/run.py --update --repeat 3    # commit what three runs gave, and their bands
