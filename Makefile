@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m tools.demo
@@ -15,6 +15,11 @@ lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Not in CI: times of a machine that does other work fail by chance. The golden outputs are.
+bench: .venv/test.stamp
+	$(BIN)/python -m benchmarks.golden
+	$(BIN)/python benchmarks/run.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

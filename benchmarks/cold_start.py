@@ -14,19 +14,24 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
+from benchmarks.processes import ROOT, environment
 from config import Parser
 from errors import PhiSightError, run_main
 
-ROOT = Path(__file__).resolve().parent.parent
 
+def start(command: Sequence[str], threads: int | None = None) -> tuple[float, float, float]:
+    """Seconds of `python COMMAND` to the first byte that it prints, and from the last one of that
+    line to the end; processor seconds of it all. `threads`: None for what the command itself takes.
 
-def start(arguments: list[str]) -> tuple[float, float, float]:
-    """Seconds to the first token and from the last one to the end; processor seconds of it all."""
+    Raises `PhiSightError` when it fails.
+    """
     before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    command = [sys.executable, str(ROOT / "infer.py"), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+    own = None if threads is None else environment(threads)
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, cwd=ROOT, env=own
+    ) as process:
         assert process.stdout is not None
         output = process.stdout.fileno()
         newest = os.read(output, 1)
@@ -37,7 +42,7 @@ def start(arguments: list[str]) -> tuple[float, float, float]:
         code = process.wait()
         ended = time.perf_counter() - answered
     if code:
-        raise PhiSightError("infer.py: gave no answer; see what it said above")
+        raise PhiSightError(f"{command[0]}: gave no answer; see what it said above")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     return first, ended, spent
@@ -52,9 +57,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.repeats < 1:
         raise PhiSightError("--repeats: must be at least 1")
-    arguments = ["--run", options.run, "--image", options.image, "--prompt", options.prompt]
-    start(arguments)
-    found = zip(*(start(arguments) for _ in range(options.repeats)), strict=True)
+    command = [
+        "infer.py",
+        "--run",
+        options.run,
+        "--image",
+        options.image,
+        "--prompt",
+        options.prompt,
+    ]
+    start(command)
+    found = zip(*(start(command) for _ in range(options.repeats)), strict=True)
     names = ("first_token_seconds", "end_seconds", "processor_seconds")
     facts = {
         name: {"median": sorted(values)[len(values) // 2], "least": min(values)}

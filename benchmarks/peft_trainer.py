@@ -143,19 +143,27 @@ class Samples(torch.utils.data.Dataset):
         }
 
 
-def trainer_of(run: Run, model: nn.Module, batches: list[list[int]], total: int) -> Any:
-    """A Trainer that takes these micro-batches in this order."""
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+def padding_collator(run: Run) -> Callable[[list[dict]], dict[str, Tensor]]:
+    """Some of `Samples` -> a batch of rows of one sample each, padded to the longest."""
+    from transformers import DataCollatorForSeq2Seq
 
-    config, tokenizer = run.config, run.parts.base.tokenizer.full
+    tokenizer = run.parts.base.tokenizer.full
     tokenizer.pad_token_id, tokenizer.padding_side = run.parts.chat_format.end_of_text_id, "right"
     pad = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    samples = Samples(run)
 
     def collator(features: list[dict]) -> dict[str, Tensor]:
         pictures = [one for feature in features for one in feature.pop("image_features")]
         stacked = torch.stack(pictures) if pictures else torch.zeros(0, *run.store.shape)
         return {**pad(features), "image_features": stacked}
+
+    return collator
+
+
+def trainer_of(run: Run, model: nn.Module, batches: list[list[int]], total: int) -> Any:
+    """A Trainer that takes these micro-batches in this order."""
+    from transformers import Trainer, TrainingArguments
+
+    config, samples, collator = run.config, Samples(run), padding_collator(run)
 
     class InThisOrder(Trainer):
         def get_train_dataloader(self) -> DataLoader:

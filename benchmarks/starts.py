@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_shape import ROOT
-from benchmarks.turns import LLAMA, LLAMA_OF_FILE, Shape, in_a_process
+from benchmarks.processes import command, in_a_process, seconds_of
+from benchmarks.turns import LLAMA, LLAMA_OF_FILE, Shape
 from data.world import write_world
-from errors import PhiSightError
 
 QUESTION = "What is there?"
-
-
-def command(*words: object, threads: int) -> None:
-    """A command of the project to its end. Raises `PhiSightError` with what it said if it fails."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise PhiSightError(f"{words[0]}: ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
 def short_run(shape: Shape, work: Path) -> Path:
@@ -99,12 +81,6 @@ def cold_starts(
         }
         for side, seconds in seen.items()
     ]
-
-
-def seconds_of(start: Callable[[], object]) -> float:
-    clock = time.perf_counter()
-    start()
-    return time.perf_counter() - clock
 
 
 def table(cold: Sequence[Mapping[str, Any]]) -> str:

@@ -4,11 +4,7 @@ of what they gave."""
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import measuring
-from benchmarks.full_shape import ROOT
 from benchmarks.measuring import Plan
-from errors import PhiSightError
+from benchmarks.processes import in_a_process
 from model.phi3 import decoder_config
 
 LLAMA = "llama_cpp_q4_0"
@@ -105,29 +99,6 @@ class Measurement:
 def rounded(figure: float | None) -> float | None:
     """Four digits that count."""
     return None if figure is None else float(f"{figure:.4g}")
-
-
-def in_a_process(
-    module: str, asked: Mapping[str, Any], threads: int, python: str = sys.executable
-) -> dict[str, Any]:
-    """What `python -m module`, asked with a JSON object, reports in its last line.
-
-    Raises `PhiSightError` with the end of what it said when it fails.
-    """
-    limits = dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads)
-    )
-    done = subprocess.run(
-        [python, "-m", module, json.dumps(asked)],
-        cwd=ROOT,
-        env=os.environ | limits,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise PhiSightError(f"{module}: ended with {done.returncode}: {done.stderr[-2000:]}")
-    return measuring.last_line(done.stdout)
 
 
 def gguf_files(

@@ -44,6 +44,7 @@ NOT_RUN = {
     "make demo": WHOLE_SET_UP,
     "make test": WHOLE_SET_UP,
     "make lint": WHOLE_SET_UP,
+    "make bench": WHOLE_SET_UP,
     "python infer.py --batch /dev/stdin --out /dev/stdout < questions.jsonl": "reads the process's"
     " own input: tests/test_batch.py runs it as a process",
     "python -m tools.demo": "trains for minutes; it is `make demo`",
@@ -109,6 +110,14 @@ NOT_RUN = {
     "python -m benchmarks.serve_load": MINUTES,
     "python -m benchmarks.mixed_load": MINUTES,
     "python -m benchmarks.full_shape": MINUTES,
+    "python -m benchmarks.golden": "tests/test_golden.py runs it",
+    "python -m benchmarks.golden --update": "writes benchmarks/golden.json",
+    "python benchmarks/run.py --quick": MINUTES,
+    "python benchmarks/run.py --only decode,first_token --turns 40": MINUTES,
+    "python benchmarks/run.py --json /tmp/figures.json": MINUTES,
+    "python benchmarks/run.py --compare /tmp/figures.json": "reads what the one before wrote;"
+    " tests/test_benchmark_suite.py compares",
+    "python benchmarks/run.py --update --repeat 3": MINUTES,
     "python -m benchmarks.ears": MINUTES,
     "python -m benchmarks.design_choices --picture docs/design_choices.png": "takes half an hour:"
     " tests/test_design_choices.py runs it small",

@@ -1,0 +1,1 @@
+"""What benchmarks/run.py measures, beside what, and what counts as a change."""
