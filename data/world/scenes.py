@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -152,15 +153,16 @@ def _draw_pair(
 # -- drawings -------------------------------------------------------------------------------------
 
 
-def draw(scene: Scene) -> Image.Image:
-    """The scene as a 96 x 96 RGB picture, drawn larger and averaged down for smooth edges."""
+def draw(scene: Scene, palette: Mapping[str, tuple[int, int, int]] = COLOURS) -> Image.Image:
+    """The scene as a 96 x 96 RGB picture, drawn larger and averaged down for smooth edges.
+    `palette`: the name of a colour -> RGB, 0 to 255."""
     scale = SUPERSAMPLING
     picture = Image.new("RGB", (PIXELS * scale, PIXELS * scale), scene.background)
     for thing in scene.things:
         mask = Image.new("L", picture.size, 0)
         _draw_mask(ImageDraw.Draw(mask), thing, scale)
-        fill = Image.new("RGB", picture.size, COLOURS[thing.colour])
-        _draw_texture(ImageDraw.Draw(fill), thing, scale)
+        fill = Image.new("RGB", picture.size, palette[thing.colour])
+        _draw_texture(ImageDraw.Draw(fill), thing, palette[thing.colour], scale)
         picture.paste(fill, (0, 0), mask)
     return picture.reduce(scale)
 
@@ -185,10 +187,12 @@ def _draw_mask(pen: ImageDraw.ImageDraw, thing: Thing, scale: int) -> None:
     )
 
 
-def _draw_texture(pen: ImageDraw.ImageDraw, thing: Thing, scale: int) -> None:
+def _draw_texture(
+    pen: ImageDraw.ImageDraw, thing: Thing, colour: tuple[int, int, int], scale: int
+) -> None:
     if thing.texture == "plain":
         return
-    dark = tuple(int(channel * 0.7) for channel in COLOURS[thing.colour])
+    dark = tuple(int(channel * 0.7) for channel in colour)
     side = PIXELS * scale
     for offset in range(0, side, 4 * scale):
         if thing.texture == "stripes":

@@ -65,9 +65,16 @@ def four_batches(
         rng = random.Random(f"{SEED}/base/{step}/{index}")
         drawn = lesson if rng.random() < 0.85 else rng.randint(0, lesson)
         pool.append(encoder.render(text_conversation(rng, LESSONS[drawn])))
-    pool.sort(key=lambda row: len(row[0]))
+    return batches_of_pool(pool, batch, f"{SEED}/base/{step}")
+
+
+def batches_of_pool(
+    pool: list[tuple[list[int], list[int]]], batch: int, seed: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Four batches of rendered conversations of about one length each, in a drawn order."""
+    pool = sorted(pool, key=lambda row: len(row[0]))
     batches = [pool[i * batch : (i + 1) * batch] for i in range(4)]
-    random.Random(f"{SEED}/base/{step}").shuffle(batches)
+    random.Random(seed).shuffle(batches)
     return [pad_batch(rows) for rows in batches]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from dataclasses import replace
@@ -17,10 +18,13 @@ from transformers import CLIPConfig, CLIPModel
 from data import world
 from tools.tiny.report import SEED, write_report
 from tools.tiny.tokenizer import CAPTION_VOCABULARY, Encoder, build_tokenizer
+from tools.tiny.told import every_thing
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 PAIRS = [(shape, colour) for shape in world.SHAPES for colour in world.COLOURS]
+ATTRIBUTES = ("shape", "colour", "size")
+UNLIKE = 70  # distance in RGB, 0 to 255 a channel, from which two colours are not alike
 
 
 def one_changed(scene: world.Scene, rng: random.Random) -> world.Scene:
@@ -59,19 +63,95 @@ def all_phrases(pairs: list[tuple[str, str]]) -> list[str]:
     ]
 
 
-def draw_many(split: str, count: int, pairs: str) -> tuple[list[world.Scene], torch.Tensor]:
-    """Scenes and their pictures, (count, 3, 96, 96) uint8."""
+def attribute_phrase(thing: world.Thing, attribute: str) -> str:
+    """One attribute of a thing and its place: "a star in the top left", "a red object in ..."."""
+    words = thing.shape if attribute == "shape" else f"{getattr(thing, attribute)} object"
+    return f"{world.with_article(words)} in the {thing.place}"
+
+
+def attribute_phrases(attribute: str) -> list[str]:
+    """All that `attribute_phrase` can say."""
+    return sorted({attribute_phrase(thing, attribute) for thing in every_thing()})
+
+
+def unnamed_palette(rng: random.Random) -> dict[str, tuple[int, int, int]]:
+    """A colour for every name that none of the named ones is like: a picture drawn with it shows
+    what a shape is whatever its colour, and shows no held-out pair."""
+    palette = {}
+    for name in world.COLOURS:
+        while True:
+            red, green, blue = (rng.randrange(256) for _ in range(3))
+            seen = min(red, green, blue) < 150  # against the background, which is bright
+            if seen and all(
+                math.dist((red, green, blue), named) > UNLIKE for named in world.COLOURS.values()
+            ):
+                break
+        palette[name] = (red, green, blue)
+    return palette
+
+
+def draw_many(
+    split: str, count: int, pairs: str, unnamed: bool = False
+) -> tuple[list[world.Scene], torch.Tensor]:
+    """Scenes and their pictures, (count, 3, 96, 96) uint8; `unnamed`: in other colours than the
+    scenes say."""
     scenes, pixels = [], torch.empty(count, 3, world.PIXELS, world.PIXELS, dtype=torch.uint8)
     for index in tqdm(range(count), desc=f"drawing {split}", mininterval=10):
-        scene = world.make_scene(random.Random(f"{SEED}/clip-{split}/{index}"), pairs)
+        rng = random.Random(f"{SEED}/clip-{split}/{index}")
+        scene = world.make_scene(rng, pairs)
         scenes.append(scene)
-        pixels[index] = torch.from_numpy(np.array(world.draw(scene))).permute(2, 0, 1)
+        picture = world.draw(scene, unnamed_palette(rng) if unnamed else world.COLOURS)
+        pixels[index] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return scenes, pixels
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     mean = torch.tensor(IMAGE_MEAN).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / torch.tensor(IMAGE_STD).view(3, 1, 1)
+
+
+class Phrases:
+    """What patches are told apart by, in groups that are contrasted each by itself: whole things
+    ("a big red star in the top left"), and one attribute and the place.
+
+    A pair of shape and colour that no picture shows is in none of them. The attributes alone are
+    what makes the features say shape and colour apart, so that a pair never shown is known by its
+    parts.
+
+    Attributes:
+        texts: all of them.
+        spans: group -> where in `texts` it lies.
+    """
+
+    def __init__(self) -> None:
+        groups = {"thing": all_phrases([p for p in PAIRS if p not in world.HELD_OUT_PAIRS])}
+        groups |= {attribute: attribute_phrases(attribute) for attribute in ATTRIBUTES}
+        self.texts = [text for group in groups.values() for text in group]
+        self.spans: dict[str, slice] = {}
+        self._index: dict[str, dict[str, int]] = {}
+        start = 0
+        for name, group in groups.items():
+            self.spans[name] = slice(start, start + len(group))
+            self._index[name] = {text: i for i, text in enumerate(group)}
+            start += len(group)
+
+    def true_of(self, scenes: list[world.Scene], group: str) -> torch.Tensor:
+        """(scenes, phrases of the group) bool: what is true of which scene."""
+        index = self._index[group]
+        true = torch.zeros(len(scenes), len(index), dtype=torch.bool)
+        for number, scene in enumerate(scenes):
+            for thing in scene.things:
+                text = thing.phrase() if group == "thing" else attribute_phrase(thing, group)
+                true[number, index[text]] = True
+        return true
+
+
+def phrase_loss(scores: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """Every true phrase against all that are untrue of its picture; both (pictures, phrases)."""
+    row, column = true.nonzero(as_tuple=True)
+    others = scores.masked_fill(true, float("-inf")).logsumexp(dim=1)  # untrue phrases only
+    own = scores[row, column]
+    return (torch.logaddexp(others[row], own) - own).mean()
 
 
 class ClipTrainer:
@@ -122,19 +202,26 @@ class ClipTrainer:
         self,
         scenes: list[world.Scene],
         pixels: torch.Tensor,
-        phrase_texts: list[str],
-        phrase_index: dict[str, int],
+        unnamed: int,
+        phrases: Phrases,
         rng: random.Random,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Both contrasts' losses, added, and each alone."""
+        """All contrasts' losses, added, and each alone. The last `unnamed` pictures are in other
+        colours than their scenes say: they are told of in words without a colour only."""
+        named = len(scenes) - unnamed
         with torch.autocast("cpu", torch.bfloat16):
-            captions = [world.describe(scene) for scene in scenes]
-            captions += [world.describe(one_changed(scene, rng)) for scene in scenes]
-            texts, phrases = self.text(captions), self.text(phrase_texts)
+            captions = [world.describe(scene) for scene in scenes[:named]]
+            captions += [world.describe(one_changed(scene, rng)) for scene in scenes[:named]]
+            texts, of_phrases = self.text(captions), self.text(phrases.texts)
             whole, patches = self.pictures(pixels)
-        whole_loss = self.caption_loss(whole, texts)
-        phrase_loss = self.phrase_loss(patches, phrases, scenes, phrase_index)
-        return whole_loss + phrase_loss, {"whole": whole_loss.item(), "phrase": phrase_loss.item()}
+        losses = {"whole": self.caption_loss(whole[:named], texts)}
+        scores = self.phrase_scores(patches, of_phrases)
+        for name, span in phrases.spans.items():
+            of = scenes if name in ("shape", "size") else scenes[:named]
+            true = phrases.true_of(of, name)
+            losses[name] = phrase_loss(scores[: len(of), span], true)
+        total = torch.stack(list(losses.values())).sum()
+        return total, {name: value.item() for name, value in losses.items()}
 
     def caption_loss(self, whole: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         """CLIP's contrast; `texts` are the pictures' own captions and then the changed ones."""
@@ -144,23 +231,6 @@ class ClipTrainer:
         return (
             F.cross_entropy(to_text, target) + F.cross_entropy(to_text[:, :count].T, target)
         ) / 2
-
-    def phrase_loss(
-        self,
-        patches: torch.Tensor,
-        phrases: torch.Tensor,
-        scenes: list[world.Scene],
-        phrase_index: dict[str, int],
-    ) -> torch.Tensor:
-        """Every true phrase against all that are untrue of its picture."""
-        scores = self.phrase_scores(patches, phrases)
-        true = torch.zeros_like(scores, dtype=torch.bool)
-        for number, scene in enumerate(scenes):
-            true[number, [phrase_index[thing.phrase()] for thing in scene.things]] = True
-        row, column = true.nonzero(as_tuple=True)
-        others = scores.masked_fill(true, float("-inf")).logsumexp(dim=1)  # untrue phrases only
-        own = scores[row, column]
-        return (torch.logaddexp(others[row], own) - own).mean()
 
     @torch.no_grad()
     def check(self, scenes: list[world.Scene], pixels: torch.Tensor) -> dict[str, float]:
@@ -234,16 +304,21 @@ def build_clip(out: Path, steps: int, batch: int, learning_rate: float, pictures
         "held_out": draw_many("held-out", 400, "seen"),
         "novel_pairs": draw_many("novel", 400, "novel"),
     }
-    phrase_texts = all_phrases([pair for pair in PAIRS if pair not in world.HELD_OUT_PAIRS])
-    phrase_index = {text: i for i, text in enumerate(phrase_texts)}
+    others, other_pixels = draw_many("unnamed", pictures // 2, "all", unnamed=True)
+    phrases = Phrases()
     started = time.time()
     rng = random.Random(f"{SEED}/clip")
     for step in (bar := tqdm(range(steps), desc="clip", mininterval=10)):
         chosen = [rng.randrange(pictures) for _ in range(batch)]
+        more = [rng.randrange(len(others)) for _ in range(batch // 2)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
         loss, parts = trainer.loss(
-            [scenes[i] for i in chosen], pixels[chosen], phrase_texts, phrase_index, rng
+            [scenes[i] for i in chosen] + [others[i] for i in more],
+            torch.cat([pixels[chosen], other_pixels[more]]),
+            len(more),
+            phrases,
+            rng,
         )
         optimizer.zero_grad()
         loss.backward()

@@ -28,13 +28,13 @@ def every_thing() -> list[world.Thing]:
     ]
 
 
-def tell(scene: world.Scene, rng: random.Random, told: str) -> str:
+def tell(scene: world.Scene, rng: random.Random, told: str, fewest: int = 2) -> str:
     """The scene in words, one of four ways, so that the base learns to read and not to match.
 
     Two are prose, for `told` "any" only. Two are shorthand with one word a thing: a list ("list"
     tells this way alone), and a raster of 6 x 6 words in which a thing fills some of the four
-    places of its cell. Reading a raster takes what reading patches takes: find the word that fits,
-    count things and not words, skip what is empty.
+    places of its cell, `fewest` of them or more. Reading a raster takes what reading patches takes:
+    find the word that fits, count things and not words, skip what is empty.
     """
     if told == "any" and rng.random() < 0.2:
         if rng.random() < 0.5:
@@ -47,7 +47,7 @@ def tell(scene: world.Scene, rng: random.Random, told: str) -> str:
     for thing in scene.things:
         corner = 12 * thing.row + 2 * thing.column
         places = [corner, corner + 1, corner + 6, corner + 7]
-        for place in rng.sample(places, rng.randint(2, 4)):
+        for place in rng.sample(places, rng.randint(fewest, 4)):
             raster[place] = code_word(thing)
     return " ".join(raster)
 
@@ -56,12 +56,14 @@ def tell(scene: world.Scene, rng: random.Random, told: str) -> str:
 class Lesson:
     """One part of the base's curriculum: how scenes are told, what is asked, how many turns.
 
-    Without `kinds` everything is asked, descriptions and two-step questions too.
+    Without `kinds` everything is asked, descriptions and two-step questions too; `review` asks more
+    of what takes several steps: counting some of the things, finding one by another, telling all.
     """
 
     told: str
     kinds: tuple[str, ...]
     turns: int
+    review: bool = False
 
 
 # Looking up one attribute by another is what every other kind builds on, and it is learnt at once
@@ -79,6 +81,10 @@ LESSONS = (
     Lesson("shorthand", world.KINDS, 10),
     Lesson("any", (), 10),
 )
+# What the lessons leave half learnt, asked evenly: after them 43 % of the descriptions, 71 % of the
+# two-step questions and 86 % of the counts by property are right, and 96 % of the rest.
+REVIEW = Lesson("any", (), 10, review=True)
+REVIEWED = (world.TWO_STEP, world.TWO_STEP, "count_by_property", "count_by_property", "existence")
 PASSED = 90.0  # percent of its own questions that ends a lesson
 
 
@@ -90,19 +96,27 @@ def text_conversation(rng: random.Random, lesson: Lesson) -> list[Turn]:
         if not lesson.kinds:
             exchanges = world.ask_many(scene, rng, lesson.turns)
         elif len(scene.things) > 1:  # one thing alone leaves nothing to tell apart
-            asked = [
+            drawn = [
                 world.ask(scene, rng.choice(lesson.kinds), rng) for _ in range(3 * lesson.turns)
             ]
-            unique = {exchange[1]: exchange for exchange in asked if exchange is not None}
+            unique = {exchange[1]: exchange for exchange in drawn if exchange is not None}
             exchanges = list(unique.values())[: lesson.turns]
-    if not lesson.kinds:
+    if lesson.review:
+        more = [world.ask(scene, kind, rng) for kind in REVIEWED if rng.random() < 0.8]
+        more += [world.detail(scene, rng)] if rng.random() < 0.5 else []
+        asked = {exchange[1] for exchange in exchanges}
+        for exchange in more:
+            if exchange is not None and exchange[1] not in asked:
+                asked.add(exchange[1])
+                exchanges.insert(rng.randint(0, len(exchanges)), exchange)
+    elif not lesson.kinds:
         two_step = world.ask(scene, world.TWO_STEP, rng)
         if two_step is not None and rng.random() < 0.7:
             exchanges.insert(rng.randint(0, len(exchanges)), two_step)
         if rng.random() < 0.2:
             exchanges.insert(rng.randint(0, len(exchanges)), world.detail(scene, rng))
     kind, question, answer = exchanges[0]
-    told = tell(scene, rng, lesson.told)
+    told = tell(scene, rng, lesson.told, fewest=1 if lesson.review else 2)
     # The lessons tell first and ask then, as do half of the conversations that follow them.
     first = f"{told}\n{question}"
     if not lesson.kinds and rng.random() < 0.5:
