@@ -21,7 +21,7 @@ from tools.tiny.base import (
 )
 from tools.tiny.report import SEED, write_report
 from tools.tiny.tokenizer import Encoder
-from tools.tiny.told import REVIEW, text_conversation
+from tools.tiny.told import LESSONS, REVIEW, text_conversation
 
 
 def review_batches(
@@ -85,6 +85,6 @@ def review_base(out: Path, steps: int, batch: int, learning_rate: float) -> None
             "batch": batch,
             "seconds": round(time.time() - started),
             "loss": running,
-            "exact_answers_percent": answer_accuracy(model, encoder, REVIEW, 960),
+            "exact_answers_percent": answer_accuracy(model, encoder, LESSONS[-1], 960),
         },
     )
