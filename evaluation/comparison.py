@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import config as configs
-from evaluation.run_figures import FIGURES, RunFigures
+from evaluation.run_figures import DIGESTS, FIGURES, RunFigures
 from reports.overlay import Curves
 
 # The seed repeats a setting; another number of threads changes the last bits of its figures alone.
@@ -53,13 +53,15 @@ def names_of(runs: Sequence[RunFigures]) -> list[str]:
 
 def differing_fields(runs: Sequence[RunFigures]) -> list[str]:
     """Config fields in which the runs differ whose config could be read, in the config's order;
-    those that no result depends on, such as where features lie, are left out."""
+    those that no result depends on, such as where features lie, are left out. Weights that lie in
+    one place and are others follow by their digest."""
     known, free = [run.fields for run in runs if run.fields], configs.fields_without_effect()
-    return [
-        name
-        for name in configs.FIELDS
-        if name not in free and any(fields[name] != known[0][name] for fields in known)
-    ]
+
+    def differs(name: str) -> bool:
+        return any(fields[name] != known[0][name] for fields in known)
+
+    found = [name for name in configs.FIELDS if name not in free and differs(name)]
+    return found + [of for name, of in DIGESTS.items() if name not in found and differs(of)]
 
 
 def settings_of(runs: Sequence[RunFigures]) -> list[Setting]:

@@ -23,6 +23,9 @@ from reports.log import METRICS, TIMING, chain_problems, read_metrics, without_a
 
 EVALUATION = "evaluation.json"  # in a run's folder: what `evaluate.py --json` printed of it
 FILE_LIMIT = 2**24  # bytes
+DIGESTS = {"base": "base_fingerprint", "vision": "vision_fingerprint"}
+"""field that names weights -> where a checkpoint has their digest"""
+_CONFIG = {"config": OBJECT} | {f"{digest}?": TEXT for digest in DIGESTS.values()}
 _STATE = {"step": COUNT, "finished?": TEXT, "total_steps?": COUNT}
 _EVALUATION = {"checkpoint": TEXT, "held_out?": FINITE, "swapped?": FINITE, "alignment?": FINITE}
 
@@ -43,6 +46,8 @@ class RunFigures:
     """what was asked of its newest checkpoint, in percent"""
     notes: tuple[str, ...] = ()
     """what is not as it should be, a line each"""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """field that names them, "base" or "vision" -> the digest of the weights it was trained on"""
 
     @property
     def name(self) -> str:
@@ -50,8 +55,12 @@ class RunFigures:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Its config as plain values; nothing where none could be read."""
-        return configs.plain(self.config) if self.config else {}
+        """Its config as plain values, and digests of the weights that two of its fields name; empty
+        where none could be read."""
+        if self.config is None:
+            return {}
+        digests = {of: self.weights.get(name, "")[:12] for name, of in DIGESTS.items()}
+        return configs.plain(self.config) | digests
 
     @property
     def state(self) -> str:
@@ -153,7 +162,7 @@ def read_run(path: str | Path) -> RunFigures:
     if not saved and not log.is_file():
         raise PhiSightError(f"{path}: holds no run; name a folder that train.py wrote to")
     notes: list[str] = []
-    config, state = _newest(saved, notes)
+    config, weights, state = _newest(saved, notes)
     records = _records(log, notes)
     step = state.get("step", 0)
     total = state.get("total_steps", 0)
@@ -161,25 +170,30 @@ def read_run(path: str | Path) -> RunFigures:
     if not finished and saved:
         notes.append(f"is not finished: it stands at step {step:,} of {total:,}")
     evaluation = _evaluation(path / EVALUATION, step, notes)
-    return RunFigures(path, config, step, total, finished, records, evaluation, tuple(notes))
+    return RunFigures(
+        path, config, step, total, finished, records, evaluation, tuple(notes), weights
+    )
 
 
-def _newest(saved: list[Path], notes: list[str]) -> tuple[Config | None, dict[str, Any]]:
-    """Config and trainer_state of the newest checkpoint whose two can be read."""
+def _newest(
+    saved: list[Path], notes: list[str]
+) -> tuple[Config | None, dict[str, str], dict[str, Any]]:
+    """Config, digests of weights and trainer_state of the newest checkpoint that can be read."""
     for folder in reversed(saved):
         try:
             read = [
                 parse_json(read_regular(folder / name, FILE_LIMIT))
                 for name in (CONFIG, TRAINER_STATE)
             ]
-            if wrong := [*problems(read[0], {"config": OBJECT}), *problems(read[1], _STATE)]:
+            if wrong := [*problems(read[0], _CONFIG), *problems(read[1], _STATE)]:
                 raise PhiSightError(wrong[0])
-            return configs.from_dict(read[0]["config"], folder.name), read[1]
+            weights = {name: read[0].get(of, "") for name, of in DIGESTS.items()}
+            return configs.from_dict(read[0]["config"], folder.name), weights, read[1]
         except (OSError, PhiSightError) as error:
             notes.append(f"{folder.name} cannot be read: {_reason(error)}")
     if not saved:
         notes.append("has no checkpoint, so that its config is not known")
-    return None, {}
+    return None, {}, {}
 
 
 def _records(log: Path, notes: list[str]) -> list[Mapping[str, Any]]:

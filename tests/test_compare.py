@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -32,6 +33,17 @@ def made(name: str, loss: float = 1.0, step: int = 10, **fields: object) -> RunF
     ]  # fmt: skip
     config = configs.replace(GOOD, **fields)
     return RunFigures(Path(name), config, step, step, "all steps done", records)
+
+
+def test_other_weights_in_one_place_are_a_setting_of_their_own():
+    first, second = made("a"), made("b", seed=1)
+    same = dataclasses.replace(second, weights=first.weights)
+    other = dataclasses.replace(second, weights={"base": "1" * 64, "vision": ""})
+    assert differing_fields([first, same]) == ["seed"] and len(settings_of([first, same])) == 1
+    assert differing_fields([first, other]) == ["seed", "base_fingerprint"]
+    assert len(settings_of([first, other])) == 2
+    elsewhere = dataclasses.replace(other, config=configs.replace(GOOD, base="elsewhere"))
+    assert differing_fields([first, elsewhere]) == ["base"]  # said by the place alone
 
 
 # -- one run --------------------------------------------------------------------------------------
