@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from errors import printable
 
 LONGEST = 400  # characters of a text that are shown
-_HARMLESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+:-]*")
+_HARMLESS = re.compile(r"[A-Za-z0-9/][A-Za-z0-9._/+:,=-]*")
+_NUMBER = r"\(?[+-]?\d[\d,]*(?:\.\d+)?%?\)?"
+_NUMBERS = re.compile(rf"-|{_NUMBER}(?: (?:to |of )?{_NUMBER})*")
 # Any ASCII punctuation may stand behind a backslash (CommonMark 0.31, 2.4).
 _ESCAPED = {ord(character): f"\\{character}" for character in string.punctuation}
 
@@ -28,6 +30,12 @@ def name(text: object) -> str:
 def escaped(text: object) -> str:
     """A text on one line in which every mark stands for itself."""
     return printable(text, LONGEST).translate(_ESCAPED) or "(empty)"
+
+
+def cell(text: object) -> str:
+    """A text for a cell of a table: numbers as they are, else as `name`."""
+    line = printable(text, LONGEST)
+    return line if _NUMBERS.fullmatch(line) else name(line)
 
 
 def number(value: object, pattern: str) -> str:

@@ -11,7 +11,7 @@ from errors import PhiSightError
 from evaluation.comparison import Table, as_json, names_of, notes_of, tables_of
 from evaluation.run_figures import FIGURES, RunFigures
 from files import write_whole
-from reports.markdown import escaped, table
+from reports.markdown import cell, escaped, table
 from sweeps.children import FAILED, Outcome, figures_of
 
 JSON, MARKDOWN = "summary.json", "summary.md"
@@ -97,7 +97,7 @@ class Summary:
             lines = "\n".join(f"- {escaped(line)}" for line in self.failures)
             parts.append(f"## Failed\n\n{lines}\n")
         for one in self.tables():
-            cells = [[escaped(cell) for cell in row] for row in one.rows]
+            cells = [[cell(text) for text in row] for row in one.rows]
             parts.append(f"## {one.title}\n\n{table(one.heads, cells)}\n")
         if notes := notes_of(self.runs):
             parts.append("## Notes\n\n" + "\n".join(f"- {escaped(note)}" for note in notes) + "\n")

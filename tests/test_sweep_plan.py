@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import string
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import PhiSightError
+from reports.markdown import cell
 from sweeps.plan import PlannedRun, planned, read_sweep
 
 
@@ -144,3 +146,12 @@ def test_whatever_a_file_holds_it_is_runs_or_an_error(tables):
     except PhiSightError:
         return
     assert runs
+
+
+def test_a_cell_of_a_summary_shows_numbers_as_they_are_and_nothing_else():
+    for plain in ("0.0614 (0.0614 to 0.0697)", "9,300", "-", "955 of 955", "-1.5"):
+        assert cell(plain) == plain
+    assert cell("learning_rate=0.001,seed=0") == "`learning_rate=0.001,seed=0`"
+    for hostile in ("1. list", "a | b", "<b>", "[x](y)", "1|2", "`code`", "- 1", "# 1"):
+        marks = re.sub(r"\\[^\w\s]", "", cell(hostile))
+        assert not set(marks) & set(string.punctuation)
