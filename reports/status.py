@@ -50,7 +50,7 @@ class Status:
     holder: str
     """who trains it, empty for nobody"""
     step: int
-    """of the last record of the log, or of the newest checkpoint without one"""
+    """of the last record of the log, or of the newest checkpoint where that is later"""
     total_steps: int | None
     logged_at: float | None
     """when the log was last written to"""
@@ -170,19 +170,18 @@ def _figures(records: Sequence[Mapping[str, Any]], save: Save | None) -> dict[st
     ]
     losses = [loss for r in train if (loss := _finite(r.get("loss"))) is not None]
     last = train[-1] if train else {}
-    totals = [r["total_steps"] for r in train[-1:] if "total_steps" in r]
-    total = totals[0] if totals else save.total_steps if save else None
-    step = max(last.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
-    if not step and save:
-        step = save.step
+    total = last.get("total_steps")
+    if save and save.total_steps is not None and (total is None or save.step >= last["step"]):
+        total = save.total_steps  # a run that went back from its last step has fewer by then
+    logged = max(last.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
     rates = [_of_timing(r, "tokens_per_second") for r in train[-WINDOWS:]]
     return {
-        "step": step,
+        "step": max(logged, save.step if save else 0),
         "total_steps": total,
         "loss": _finite(last.get("loss")),
         "loss_before": statistics.median(losses[-WINDOWS - 1 : -1]) if losses[1:] else None,
         "tokens_per_second": statistics.median(some) if (some := _known(rates)) else None,
-        "seconds_left": _seconds_left(train, evaluations, step, total),
+        "seconds_left": _seconds_left(train, evaluations, logged, total),
         "evaluation": _evaluation_of(evaluations[-1]) if evaluations else None,
         "samples": {n: samples[-1][n] for n in ("step", "samples")} if samples else None,
     }
