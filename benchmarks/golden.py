@@ -33,15 +33,15 @@ from assistant.assistant import Assistant
 from assistant.messages import user_message
 from benchmarks.machine import describe_machine
 from benchmarks.processes import ROOT
-from benchmarks.suite.results import read_checked
+from benchmarks.suite.results import read_checked, write_json
 from config import Config, Parser
 from data.chat import ChatFormat
 from data.dataset import load_questions
 from data.world import write_world
-from documents import FINITE, LIST, TEXT, json_bytes
+from documents import FINITE, LIST, TEXT
 from errors import PhiSightError, run_main
 from evaluation.questions import question_messages
-from files import hash_files, write_whole
+from files import hash_files
 from model.base import load_base
 from model.vision import VisionTower, vision_of
 from speech.recordings import SAMPLE_RATE
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="phisight-golden-") as folder:
         found = json.loads(json.dumps(outputs(Path(folder))))
     if options.update:
-        write_whole(FILE, json_bytes(FILE.name, found))
+        write_json(FILE, found)
         print(f"{FILE}: updated")
         return 0
     committed = read_checked(FILE, SHOULD, REMEDY)

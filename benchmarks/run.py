@@ -14,6 +14,7 @@ benchmarks/suite/table.py says what each measure is.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping
@@ -28,9 +29,7 @@ from benchmarks.suite.table import GROUPS, MEASURES, Measure
 from benchmarks.suite.turns import Taken, take
 from benchmarks.suite.verdict import WORSE, Found, notes, repeated, table, verdict, verdicts
 from config import Parser
-from documents import json_bytes
 from errors import PhiSightError, run_main
-from files import write_whole
 
 MOST_TURNS = 1000
 
@@ -121,7 +120,11 @@ def read_report(path: Path) -> tuple[dict[str, Found], str, dict[str, Any]]:
     for name in content["measures"]:
         if name not in MEASURES:
             raise PhiSightError(f"{path}: {name}: no such measure; give a file of this version")
-    found = {name: Found(**one) for name, one in content["measures"].items()}
+    figures = [spec.name for spec in dataclasses.fields(Found)]
+    found = {
+        name: Found(**{figure: one[figure] for figure in figures})
+        for name, one in content["measures"].items()
+    }
     return found, content["class"], content["machine"]
 
 
@@ -146,6 +149,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise PhiSightError(f"--turns: must be 1 to {MOST_TURNS}")
     if not 1 <= options.repeat <= MOST_TURNS:
         raise PhiSightError(f"--repeat: must be 1 to {MOST_TURNS}")
+    for path in (options.json, options.results if options.update else None):
+        if path is not None and not path.parent.is_dir():  # known before minutes are spent
+            raise PhiSightError(f"{path}: there is no such folder; make it, or name another file")
     return options
 
 
@@ -174,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         seconds = time.perf_counter() - started
         report = report_of(measured, machine, machine_class, seconds)
-        write_whole(options.json, json_bytes(options.json.name, report))
+        results.write_json(options.json, report)
     code = compare(measured, committed, measures, asked)
     if options.update:
         results.update(options.results, machine_class, machine, measured)

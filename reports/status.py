@@ -22,6 +22,7 @@ from reports.log import DRAWABLE, METRICS, TIMING, read_metrics, without_abandon
 RUNNING, FINISHED, STOPPED, CRASHED = "running", "finished", "stopped", "crashed"
 WINDOWS = 5  # of the log, that rate and ETA are the median of
 SHOWN_ALERTS = 5  # the newest, on the screen; --json has all
+SHARES = {"right": "right picture", "swapped": "swapped", "blank": "blank"}  # of the meter
 _NAME = re.compile(r"checkpoint-([0-9]{6,18})")
 _STATE = {"step": COUNT, "finished": TEXT, "total_steps?": COUNT, "metrics_offset?": COUNT}
 
@@ -49,7 +50,7 @@ class Status:
     holder: str
     """who trains it, empty for nobody"""
     step: int
-    """of the last record of the log, or of the newest checkpoint without one"""
+    """of the last record of the log, or of the newest checkpoint where that is later"""
     total_steps: int | None
     logged_at: float | None
     """when the log was last written to"""
@@ -60,7 +61,8 @@ class Status:
     seconds_left: float | None
     """from the last record on, with the evaluations to come"""
     evaluation: Mapping[str, Any] | None
-    """the last one: step, validation_loss, alignment"""
+    """the last one: step, validation_loss, and the shares that the alignment meter names; None for
+    what is not finite"""
     samples: Mapping[str, Any] | None
     """the last ones: step, samples"""
     save: Save | None
@@ -163,24 +165,25 @@ def _figures(records: Sequence[Mapping[str, Any]], save: Save | None) -> dict[st
     """What the log says of the steps that were kept."""
     train = [r for r in records if r.get("kind") == "train" and "step" in r]
     evaluations = [r for r in records if r.get("kind") == "evaluation" and "step" in r]
-    samples = [r for r in records if r.get("kind") == "samples" and r.get("samples")]
+    samples = [
+        r for r in records if r.get("kind") == "samples" and "step" in r and r.get("samples")
+    ]
     losses = [loss for r in train if (loss := _finite(r.get("loss"))) is not None]
     last = train[-1] if train else {}
-    totals = [r["total_steps"] for r in train[-1:] if "total_steps" in r]
-    total = totals[0] if totals else save.total_steps if save else None
-    step = max(last.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
-    if not step and save:
-        step = save.step
+    total = last.get("total_steps")
+    if save and save.total_steps is not None and (total is None or save.step >= last["step"]):
+        total = save.total_steps  # a run that went back from its last step has fewer by then
+    logged = max(last.get("step", 0), evaluations[-1]["step"] if evaluations else 0)
     rates = [_of_timing(r, "tokens_per_second") for r in train[-WINDOWS:]]
     return {
-        "step": step,
+        "step": max(logged, save.step if save else 0),
         "total_steps": total,
         "loss": _finite(last.get("loss")),
         "loss_before": statistics.median(losses[-WINDOWS - 1 : -1]) if losses[1:] else None,
         "tokens_per_second": statistics.median(some) if (some := _known(rates)) else None,
-        "seconds_left": _seconds_left(train, evaluations, step, total),
-        "evaluation": _only(evaluations, "step", "validation_loss", "alignment"),
-        "samples": _only(samples, "step", "samples"),
+        "seconds_left": _seconds_left(train, evaluations, logged, total),
+        "evaluation": _evaluation_of(evaluations[-1]) if evaluations else None,
+        "samples": {n: samples[-1][n] for n in ("step", "samples")} if samples else None,
     }
 
 
@@ -221,9 +224,13 @@ def _known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _only(records: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any] | None:
-    """These fields of the last record."""
-    return {name: records[-1].get(name) for name in names} if records else None
+def _evaluation_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    meter = record.get("alignment") or {}
+    return {
+        "step": record["step"],
+        "validation_loss": _finite(record.get("validation_loss")),
+        "alignment": {name: _finite(meter[name]) for name in SHARES if name in meter},
+    }
 
 
 # -- on the screen ---------------------------------------------------------------------------------
@@ -294,10 +301,9 @@ def _save_text(save: Save, now: float) -> str:
 
 
 def _evaluation_text(evaluation: Mapping[str, Any]) -> str:
-    loss = _finite(evaluation["validation_loss"])
+    loss = evaluation["validation_loss"]
     parts = [f"validation loss {'not finite' if loss is None else format(loss, '.4f')}"]
-    alignment = evaluation["alignment"] or {}
-    for name, label in (("right", "right picture"), ("swapped", "swapped"), ("blank", "blank")):
-        if (value := _finite(alignment.get(name))) is not None:
-            parts.append(f"{label} {value:.1f} %")
+    for name, value in evaluation["alignment"].items():
+        if value is not None:
+            parts.append(f"{SHARES[name]} {value:.1f} %")
     return f"step {evaluation['step']:,}: {', '.join(parts)}"

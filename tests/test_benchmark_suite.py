@@ -291,6 +291,33 @@ def test_what_cannot_be_measured_is_told(given):
         run.main(given)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--json", "/nowhere/figures.json", "--only", "quality"],
+        ["--update", "--results", "/nowhere/results.json", "--only", "quality"],
+        ["--json", "FOLDER"],
+        ["--json", "FOLDER/taken"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_no_regression(given, tmp_path, committed):
+    """Such as the code 1 that a traceback ends with would say."""
+    (tmp_path / "taken").mkdir()
+    given = [one.replace("FOLDER", str(tmp_path)) for one in given]
+    measured = [] if "--only" in given else ["--compare", report(tmp_path, 2.0)]
+    code, _, errors = command(*measured, "--results", committed, *given)
+    assert code == 2 and len(errors.splitlines()) == 1 and errors.startswith("error: /"), errors
+
+
+def test_figures_of_a_later_version_are_read_too(tmp_path, committed, capsys):
+    path = report(tmp_path, 2.0)
+    content = json.loads(path.read_text())
+    for one in content["measures"].values():
+        one["power"] = 3.0
+    path.write_text(json.dumps(content))
+    assert run.main(["--compare", str(path), "--results", str(committed)]) == 0
+
+
 def test_the_committed_results_are_of_this_suite():
     content = results.read_results(results.FILE)
     assert content["classes"]

@@ -30,6 +30,7 @@ from reports.compare import parting
 from reports.curves import points
 from reports.log import without_abandoned
 from training import rollback
+from training.status import run_status
 
 # -- what a rollback is ---------------------------------------------------------------------------
 
@@ -85,15 +86,23 @@ def test_without_max_steps_the_run_is_shorter_and_its_rate_ends_where_it_would(t
 
 
 def test_a_jump_in_the_last_step_ends_the_run_at_its_checkpoint(tmp_path):
-    fields = FIELDS | {"max_steps": 0, "epochs": 1, "save_steps": 3}
+    fields = FIELDS | {"max_steps": 0, "epochs": 1, "save_steps": 3, "log_steps": 50}
     with poison({}):
         runs.start(tmp_path / "whole", **fields)
     last = checkpoints.resolve(tmp_path / "whole").step - 1
-    with poison({f"0/{last}": 1e6}):
-        runs.start(tmp_path / "run", **fields)
-    ended = checkpoints.resolve(tmp_path / "run")
-    assert ended.step == last // 3 * 3 and ended.trainer_state["finished"] == "all steps done"
-    assert not any(checkpoints.verify_run(tmp_path / "run").values())
+    step = last // 3 * 3
+    for every in (50, step):
+        run = tmp_path / f"every-{every}"
+        with poison({f"0/{last}": 1e6}):
+            runs.start(run, **fields | {"evaluate_steps": every})
+        ended = checkpoints.resolve(run)
+        assert ended.step == step and ended.trainer_state["finished"] == "all steps done"
+        assert not any(checkpoints.verify_run(run).values())
+        # What it ends with is evaluated, as that of every run, and once.
+        kept = without_abandoned(log_of(run))
+        assert [r["step"] for r in kept if r["kind"] == "evaluation"] == [step]
+        assert ended.trainer_state["best_step"] == step
+        assert (run_status(run).step, run_status(run).total_steps) == (step, step)
 
 
 # -- the same run, however it was stopped ---------------------------------------------------------

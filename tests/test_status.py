@@ -119,6 +119,30 @@ def test_looking_does_not_keep_a_trainer_from_starting(tmp_path):
         assert holder_of(run)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"",
+        b"[1]",
+        b"\xff",
+        b"[" * 1000,
+        b'{"process":1e400,"machine":"here"}',
+        b'{"process":NaN,"machine":"here"}',
+        b'{"process":' + b"9" * 900 + b',"machine":"here"}',
+        b'{"process":"7","machine":"here"}',
+        b'{"process":7,"machine":null}',
+    ],
+)
+def test_a_lock_that_names_no_process_is_held_by_another_one(written, tmp_path):
+    run = runs.copy_of(runs.stopped_run(), tmp_path)
+    (run / LOCK).write_bytes(written)
+    with open(run / LOCK, "rb") as holding:
+        fcntl.flock(holding, fcntl.LOCK_EX)
+        assert holder_of(run) == "another process"
+        with pytest.raises(PhiSightError, match="another process is training there"), RunLock(run):
+            pass
+
+
 def test_no_torch_is_loaded_for_it():
     code = (
         "import runpy, sys\n"
@@ -237,12 +261,16 @@ VALUES = st.one_of(
     st.floats(),
     st.text(max_size=8),
     st.lists(st.integers(0, 3), max_size=2),
-    st.dictionaries(st.sampled_from(["alert", "seconds", "rows", "alerts"]), st.integers()),
+    st.dictionaries(
+        st.sampled_from(["alert", "seconds", "rows", "alerts", "right"]),
+        st.one_of(st.integers(), st.floats()),
+    ),
 )
 NAMES = (
     "kind",
     "step",
     "loss",
+    "validation_loss",
     "timing",
     "alert",
     "to_step",
@@ -251,6 +279,18 @@ NAMES = (
     "samples",
 )
 KINDS = st.sampled_from(["train", "evaluation", "samples", "alert", "rollback"])
+
+
+def test_a_loss_that_is_not_finite_is_null_and_samples_of_no_step_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind":"evaluation","step":1,"validation_loss":NaN,"alignment":{"right":1e400}}\n'
+        '{"kind":"samples","samples":[{"answer":"x"}]}\n'
+    )
+    status = status_of(tmp_path, "")
+    figures = {"step": 1, "validation_loss": None, "alignment": {"right": None}}
+    assert json.loads(json.dumps(status.as_json(), allow_nan=False))["evaluation"] == figures
+    assert "evaluation  step 1: validation loss not finite" in status_lines(status)
+    assert status.samples is None
 
 
 @given(st.lists(st.tuples(KINDS, st.dictionaries(st.sampled_from(NAMES), VALUES)), max_size=6))
@@ -264,7 +304,7 @@ def test_any_record_is_shown_or_refused_in_a_line(tmp_path_factory, drawn):
         assert "\n" not in str(error)
         return
     assert all(line.isprintable() for line in status_lines(status))
-    json.dumps(status.as_json())
+    json.dumps(status.as_json(), allow_nan=False)
     assert status_html(status, 0.0, "en") + samples_html(status.samples, "de")
 
 

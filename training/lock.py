@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import IO, TextIO
 
+from documents import COUNT, TEXT, parse_json, require
 from errors import PhiSightError, printable
 from files import make_folder, open_regular, remove_empty
 
@@ -39,12 +40,12 @@ def holder_of(run: str | Path) -> str:
 
 def signature_in(file: IO) -> str:
     """The holder of a lock, by what it has written into the file."""
-    file.seek(0)
     try:
-        owner = json.loads(file.read(1000))
-        return f"process {int(owner['process'])} on {printable(owner['machine'], 100)}"
-    except (ValueError, KeyError, TypeError):  # it has taken the lock and not yet signed
+        owner = parse_json(os.pread(file.fileno(), 1000, 0))
+        require(owner, {"process": COUNT, "machine": TEXT})
+    except PhiSightError:  # it has taken the lock and not yet signed, or is no process of ours
         return "another process"
+    return f"process {owner['process']} on {printable(owner['machine'], 100)}"
 
 
 class RunLock:

@@ -24,6 +24,7 @@ from config import ROLLBACK, WARN
 from errors import PhiSightError
 from reports.alerts import NOT_FINITE, SPIKE
 from training.alerts import MOST_ROLLBACKS, SPIKE_MEMORY, is_spike
+from training.evaluating import evaluation_is_due, run_evaluation
 from training.progress import Progress
 from training.reporting import tell
 from training.run import Run, restore_tensors
@@ -107,6 +108,9 @@ def go_back(
     bar.total, bar.n = run.total_steps, progress.step
     bar.refresh()
     if progress.finished:
+        # The weights that the run ends with, unless the step that made them was evaluated.
+        if evaluation_is_due(run) and progress.step % run.config.evaluate_steps:
+            run_evaluation(run, bar)
         save_checkpoint(run, saver)
 
 

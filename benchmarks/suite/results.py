@@ -91,7 +91,18 @@ def update(
         **{name: machine[name] for name in MACHINE},
         "measures": {name: both[name] for name in MEASURES if name in both},
     }
-    write_whole(path, json_bytes(path.name, results))
+    write_json(path, results)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all. Raises `PhiSightError`: an uncaught error would end with the code of
+    something that became worse."""
+    try:
+        write_whole(path, json_bytes(path.name, content))
+    except OSError as error:
+        raise PhiSightError(
+            f"{path}: {error.strerror}; name a file in a folder that can be written to"
+        ) from error
 
 
 def rounded(figure: float) -> float:
