@@ -56,7 +56,7 @@ class Status:
     """when the log was last written to"""
     loss: float | None
     loss_before: float | None
-    """median of the losses of the `WINDOWS` records before it"""
+    """median of the losses of the records before it, `WINDOWS` of them at most"""
     tokens_per_second: float | None
     seconds_left: float | None
     """from the last record on, with the evaluations to come"""
@@ -246,7 +246,7 @@ def status_lines(status: Status, now: float | None = None) -> list[str]:
 
     if status.loss is not None:
         before = status.loss_before
-        trend = "" if before is None else f"  (median of the {WINDOWS} before: {before:.4f})"
+        trend = "" if before is None else f"  (median of those before: {before:.4f})"
         add("loss", f"{status.loss:.4f}{trend}")
     if status.tokens_per_second is not None:
         add("rate", f"{status.tokens_per_second:,.0f} tokens/s")

@@ -23,20 +23,14 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.pictures, options.held_out, options.turns) < 1:
         raise PhiSightError("--pictures, --held-out and --turns: must be at least 1; ask for more")
-    try:
-        write_world(
-            options.out,
-            options.pictures,
-            options.held_out,
-            options.seed,
-            options.turns,
-            options.hard,
-        )
-    except OSError as error:
-        raise PhiSightError(
-            f"{options.out}: cannot be written ({error.strerror or error}); make room or give"
-            " another --out"
-        ) from None
+    write_world(
+        options.out,
+        options.pictures,
+        options.held_out,
+        options.seed,
+        options.turns,
+        options.hard,
+    )
 
 
 if __name__ == "__main__":

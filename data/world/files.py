@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -71,8 +72,8 @@ def write_world(
     """Write `train.json`, `held_out.jsonl`, `novel_pairs.jsonl`, `world.json` and `images/`.
 
     `world.json` says what was asked for and is written last: a folder without it is unfinished.
+    Raises `PhiSightError` where the folder cannot be written to.
     """
-    (out / "images").mkdir(parents=True, exist_ok=True)
     settings = {
         "pictures": pictures,
         "held_out": held_out,
@@ -80,6 +81,17 @@ def write_world(
         "turns": turns,
         "hard": hard,
     }
+    try:
+        _write_world(out, settings)
+    except OSError as error:
+        raise PhiSightError(
+            f"{out}: cannot be written ({error.strerror or error}); make room or give another --out"
+        ) from None
+
+
+def _write_world(out: Path, settings: dict[str, Any]) -> None:
+    pictures, held_out, seed, turns, hard = settings.values()
+    (out / "images").mkdir(parents=True, exist_ok=True)
     sweep_stale(out, ".tmp-*", by_age=False)
     done = out / "world.json"
     if settings_in(done) == settings:
