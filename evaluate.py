@@ -50,7 +50,8 @@ def evaluation_of(options: argparse.Namespace) -> Evaluation:
 
     records = report.training_records(assistant)
     evaluation = evaluated(assistant, task, asked, images, store, settings)
-    shares = report.attention_of(assistant, evaluation.answered[RIGHT], store)
+    given = evaluation.answered[RIGHT]
+    shares = report.attention_of(assistant, given, store, settings.instruction)
     report.write_report(options.report, report.report_page(evaluation, shares, records, images))
     return evaluation
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import threads  # noqa: F401 (before torch is loaded)
 
 import config as configs
-from errors import INTERRUPTED, PhiSightError, run_main
+from errors import INTERRUPTED, PhiSightError, SurvivingOutput, run_main
 from evaluation.compare import text_of, write_comparison
 from paths import located
 from sweeps.children import FINISHED, Sweep
@@ -86,4 +86,5 @@ def print_plan(runs: list[PlannedRun], as_json: bool) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout = SurvivingOutput(sys.stdout)  # runs go on where nobody reads what is told of them
     run_main(main)

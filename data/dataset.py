@@ -30,6 +30,7 @@ from data.record_keys import (
     BadRecord,
     check_keys,
     check_record_is_learnt,
+    check_written_once,
     checked_text,
     says_learn,
     system_text,
@@ -359,6 +360,7 @@ def _parse_question(record: object) -> Question:
         raise BadRecord(f"not JSON ({record.reason})")
     if not isinstance(record, dict):
         raise BadRecord(f"the line is {kind_of(record)}, not an object")
+    check_written_once(record, "the line")
     identity = record.get("question_id")
     if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
         raise BadRecord(f"`question_id` is {kind_of(identity)}, not a name or a number")

@@ -89,6 +89,12 @@ def checked_text(text: str, what: str) -> str:
     return text
 
 
+def check_written_once(fields: Mapping[str, Any], what: str) -> None:
+    """Raise BadRecord for a key that stands there twice: one of its values would silently win."""
+    if isinstance(fields, RepeatedKeys):
+        raise BadRecord(f"{what} has {named(fields.repeated)} twice; keep one of them")
+
+
 def check_keys(
     fields: Mapping[str, Any], what: str, has_pictures: bool, is_record: bool = False
 ) -> None:
@@ -97,8 +103,7 @@ def check_keys(
     `what` begins the reason ("the record", "turn 2"); `has_pictures`: some are named where they are
     looked for, so that another key that looks like a picture's is data about it.
     """
-    if isinstance(fields, RepeatedKeys):
-        raise BadRecord(f"{what} has {named(fields.repeated)} twice; keep one of them")
+    check_written_once(fields, what)
     for key, value in fields.items():
         if key in ORDINARY:
             continue

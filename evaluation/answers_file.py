@@ -11,20 +11,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from alone import opened_alone
-from documents import FINITE, TEXT, parse_json, require
+from documents import NUMBER, TEXT, parse_json, require
 from errors import PhiSightError
 from evaluation.task import Answered
 
 LINE_BYTES = 2**24  # a question, its labels and its answer are far shorter
 HEADER_START = b'{"task": '
 MAY_DIFFER = ("run",)  # a run that was moved is the same: its weights' digest says so
-LINE = {"id": TEXT, "condition": TEXT, "answer": TEXT, "scores": {"*": FINITE}}
+# Not finite: the loss of a run that diverged.
+LINE = {"id": TEXT, "condition": TEXT, "answer": TEXT, "scores": {"*": NUMBER}}
 
 Key = tuple[str, str]  # (condition, id)
 Given = tuple[str, dict[str, float]]  # (answer, scores)
@@ -48,15 +48,11 @@ class AnswersFile:
         self._write(lines.encode(errors="backslashreplace"))
 
     def _write(self, data: bytes) -> None:
-        assert self._out is not None
-        try:
-            self._out.write(data)
-            self._out.flush()
-        except OSError as error:
-            raise PhiSightError(
-                f"{self._path}: {error.strerror or error}; make room and run again, it goes on"
-                " there"
-            ) from None
+        assert self._out is not None and self._path is not None
+        left = memoryview(data)
+        with _told(self._path):
+            while left:  # past the buffer, which would try again what the disk refused, at the end
+                left = left[os.write(self._out.fileno(), left) :]
 
 
 @contextlib.contextmanager
@@ -70,17 +66,28 @@ def answers_file(path: Path | None, header: Mapping[str, Any]) -> Iterator[Answe
     if path is None:
         yield AnswersFile(None, None, {})
         return
-    with opened_alone(path) as out:
-        if not stat.S_ISREG(os.fstat(out.fileno()).st_mode):
-            raise PhiSightError(f"{path}: is not a regular file; give another --out")
-        known, kept = _read(out, path, header)
-        out.truncate(kept)
-        out.seek(kept)
+    with opened_alone(path, is_read=True) as out:
+        with _told(path):
+            known, kept = _read(out, path, header)
+            out.truncate(kept)
+            os.lseek(out.fileno(), kept, os.SEEK_SET)
         file = AnswersFile(out, path, known)
         if not kept:
             file._write((json.dumps(header) + "\n").encode())
         yield file
-        os.fsync(out.fileno())
+        with _told(path):
+            os.fsync(out.fileno())
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Raise `PhiSightError` for what the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise PhiSightError(
+            f"{path}: {error.strerror or error}; make room and run again, it goes on there"
+        ) from None
 
 
 def read_answers(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

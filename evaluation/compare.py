@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 def read_runs(names: Sequence[str]) -> list[RunFigures]:
     """Each run once, in the order in which they are named."""
-    paths = list({Path(name).resolve(): Path(name) for name in names}.values())
+    paths = list({os.path.realpath(name): Path(name) for name in names}.values())
     if len(paths) > MOST_RUNS:
         raise PhiSightError(f"compare: {len(paths)} runs; name at most {MOST_RUNS}")
     return [read_run(path) for path in paths]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from data.dataset import KIND_LENGTH
 from data.record_content import picture_name
-from data.record_keys import BadRecord, checked_text
+from data.record_keys import BadRecord, check_written_once, checked_text
 from data.stream import NotJson, kind_of, read_records
 from documents import parse_json
 from errors import PhiSightError
@@ -55,6 +55,8 @@ def read_file(path: Path) -> Record | list[tuple[str, Record]]:
             raise PhiSightError(f"{where}: not JSON ({record.reason}); mend or remove the line")
         if not isinstance(record, dict):
             raise PhiSightError(f"{where}: {kind_of(record)}, not an object; mend or remove it")
+        with at(where):
+            check_written_once(record, "the record")
         records.append((where, record))
     return records
 
@@ -127,11 +129,17 @@ def unique(asked: Sequence[Asked], path: Path) -> list[Asked]:
 
 def numbered(asked: Sequence[Asked]) -> list[Asked]:
     """The same with the place behind ids that stand there before: LLaVA's records share the id of
-    their picture."""
+    their picture. No such name is an id of the file."""
+    taken = {one.id for one in asked}
     seen: dict[str, int] = {}
     found = []
     for one in asked:
         seen[one.id] = seen.get(one.id, 0) + 1
-        again = seen[one.id] > 1
-        found.append(replace(one, id=f"{one.id}#{seen[one.id]}") if again else one)
+        if seen[one.id] == 1:
+            found.append(one)
+            continue
+        while (name := f"{one.id}#{seen[one.id]}") in taken:
+            seen[one.id] += 1
+        taken.add(name)
+        found.append(replace(one, id=name))
     return found

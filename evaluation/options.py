@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from assistant.flags import add_length_flag, add_model_flags, check_length
@@ -66,8 +65,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if options.instruction and not task.generates:
         raise PhiSightError(f"--instruction: --task {options.task} asks nothing; leave it out")
     conditions = conditions_of(options)
-    if options.report:
-        check_report(options.report, conditions)
+    if options.report and RIGHT not in conditions:
+        raise PhiSightError(f"--report: needs the {RIGHT} picture; add it to --conditions")
+    check_written(options)
     return Settings(
         options.task,
         conditions,
@@ -92,12 +92,21 @@ def conditions_of(options: argparse.Namespace) -> tuple[str, ...]:
     return conditions
 
 
-def check_report(path: Path, conditions: Sequence[str]) -> None:
-    """Raise `PhiSightError` where no report could be made or written: before anything is asked."""
-    if RIGHT not in conditions:
-        raise PhiSightError(f"--report: needs the {RIGHT} picture; add it to --conditions")
-    if path.is_dir() or not path.parent.is_dir():
-        raise PhiSightError(f"--report {path}: name a file in a folder that is there")
+def check_written(options: argparse.Namespace) -> None:
+    """Raise `PhiSightError` where a report or a file of answers could not be written, or would take
+    the place of something that is read or written too: before anything is asked."""
+    others = [Path(path).absolute() for path in options.data or ()]
+    for flag, path in (("--out", options.out), ("--report", options.report)):
+        if path is None:
+            continue
+        try:
+            if path.is_dir() or not path.parent.is_dir():
+                raise PhiSightError(f"{flag} {path}: name a file in a folder that is there")
+        except OSError as error:
+            raise PhiSightError(f"{flag} {path}: {error.strerror}; name another file") from None
+        if path.absolute() in others:
+            raise PhiSightError(f"{flag} {path}: is named by another flag too; name another file")
+        others.append(path.absolute())
 
 
 def data_of(options: argparse.Namespace, config: Config) -> list[Path]:

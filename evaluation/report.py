@@ -30,7 +30,7 @@ from evaluation.attention import AttentionShares, attention_shares
 from evaluation.meter import ALL_CONDITIONS, in_batches, packed_batch
 from evaluation.noise import SIGMA
 from evaluation.questions import REPORTED_ONLY
-from evaluation.runner import RIGHT, Evaluation
+from evaluation.runner import RIGHT, Evaluation, with_instruction
 from evaluation.task import Answered, Figure, Task
 from files import write_whole
 from reports.log import METRICS, read_metrics, without_abandoned
@@ -70,11 +70,12 @@ def write_report(path: Path, page: str) -> None:
 # -- attention ------------------------------------------------------------------------------------
 
 
-def sample_of(one: Answered, chat_format: ChatFormat) -> RenderedSample:
-    """A question with what was answered as ids; of a conversation whose loss was measured, that."""
+def sample_of(one: Answered, chat_format: ChatFormat, instruction: str = "") -> RenderedSample:
+    """A question, as it was asked, with what was answered as ids; of a conversation whose loss was
+    measured, that."""
     if one.asked.sample is not None:
         return one.asked.sample
-    question = [Part("text", one.asked.text)]
+    question = [Part("text", with_instruction(one.asked.text, instruction))]
     if one.asked.image:
         question.insert(0, Part("image", one.asked.image))
     answer = Message("assistant", (Part("text", one.answer),))
@@ -82,17 +83,18 @@ def sample_of(one: Answered, chat_format: ChatFormat) -> RenderedSample:
 
 
 def attention_of(
-    assistant: Assistant, answered: Sequence[Answered], store: FeatureStore
+    assistant: Assistant, answered: Sequence[Answered], store: FeatureStore, instruction: str = ""
 ) -> AttentionShares | None:
     """How much attention answers give to their pictures, see `evaluation.attention`.
 
     Args:
         answered: with the right picture. Of many, `ATTENDED` spread over all are looked at.
         store: which has the features of the pictures.
+        instruction: what was asked behind every question.
     """
     chat, model = assistant.parts.chat_format, assistant.model
     some = answered[:: -(-len(answered) // ATTENDED) or 1]
-    samples = [sample for sample in (sample_of(one, chat) for one in some) if sample.images]
+    samples = [s for s in (sample_of(one, chat, instruction) for one in some) if s.images]
     if not samples:
         return None
     row_tokens = max(assistant.config.row_tokens, *(len(one.input_ids) for one in samples), 1)

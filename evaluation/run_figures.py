@@ -158,8 +158,12 @@ FIGURES = {
 def read_run(path: str | Path) -> RunFigures:
     """All of one run that can be read. Raises `PhiSightError` where no run is."""
     path = Path(path)
-    saved, log = checkpoints.checkpoints_in(path), path / METRICS
-    if not saved and not log.is_file():
+    log = path / METRICS
+    try:
+        saved, has_log = checkpoints.checkpoints_in(path), log.is_file()
+    except OSError as error:
+        raise PhiSightError(f"{path}: {error.strerror}; name a run's folder") from None
+    if not saved and not has_log:
         raise PhiSightError(f"{path}: holds no run; name a folder that train.py wrote to")
     notes: list[str] = []
     config, weights, state = _newest(saved, notes)
@@ -167,7 +171,7 @@ def read_run(path: str | Path) -> RunFigures:
     step = state.get("step", 0)
     total = state.get("total_steps", 0)
     finished = state.get("finished", "")
-    if not finished and saved:
+    if not finished and state:
         notes.append(f"is not finished: it stands at step {step:,} of {total:,}")
     evaluation = _evaluation(path / EVALUATION, step, notes)
     return RunFigures(

@@ -36,7 +36,7 @@ from evaluation.task import Answered, Asked, Task
 from evaluation.tasks.loss import TOKENS
 from model.vision import VisionTower
 
-RIGHT = "right"
+RIGHT, SWAPPED = "right", "swapped"
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ def evaluated(
     samples = {} if task.generates else _samples(assistant, asked)
     names = [name for one in asked for name in _pictures(one, samples)]
     add_named_pictures(assistant, names, images, store)
+    if SWAPPED in settings.conditions:
+        own_names = [name for one in asked if not one.subset for name in _pictures(one, samples)]
+        check_swappable(own_names, store)
     noised = None
     if NOISED in settings.conditions:
         noised = noised_store(store.folder.parent, assistant.parts.vision, store.storage)
@@ -111,6 +114,16 @@ def evaluated(
         if one.asked.subset:
             further.setdefault(one.asked.subset, []).append(one)
     return Evaluation(task, header, own, further, time.perf_counter() - started)
+
+
+def check_swappable(names: Sequence[str], store: FeatureStore) -> None:
+    """Raise `PhiSightError` where there is no other picture: the right one would be shown for it,
+    and no answer could show whether it comes from the picture."""
+    if len({store.hash_of(name) for name in names}) == 1:
+        raise PhiSightError(
+            f"--conditions: {SWAPPED} needs two different pictures, and all questions are about"
+            " one; ask more, or name other conditions"
+        )
 
 
 def _pictures(one: Asked, samples: dict[str, RenderedSample]) -> tuple[str, ...]:
@@ -194,8 +207,13 @@ def _generated(
 
 
 def _question(one: Asked, instruction: str) -> Question:
-    text = f"{one.text}\n{instruction}" if instruction else one.text
+    text = with_instruction(one.text, instruction)
     return Question(one.id, one.image, text, one.labels[0], one.kind)
+
+
+def with_instruction(text: str, instruction: str) -> str:
+    """A question as it is asked."""
+    return f"{text}\n{instruction}" if instruction else text
 
 
 def _bar(name: str, condition: str, total: int, done: int) -> tqdm:

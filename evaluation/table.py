@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.dataset import Question
 from evaluation.alignment import alignments
-from evaluation.questions import Scores, score_table, scores_by_kind
-from evaluation.runner import RIGHT, Evaluation
+from evaluation.questions import REPORTED_ONLY, Scores, score_table, scores_by_kind
+from evaluation.runner import RIGHT, SWAPPED, Evaluation
 from evaluation.task import Answered, Figure, Task
 
 DIGITS = {"%": 1, "points": 1, "nats": 4, "": 3}  # unit -> digits behind the point
-HELD_OUT, WRONG = "held_out", "swapped"
+HELD_OUT = "held_out"
 
 Figures = dict[str, Figure]
 
@@ -102,12 +103,12 @@ def _all_of(figures: Figures) -> dict[str, dict[str, Any]]:
     }
 
 
-def rounded(value: float) -> float:
-    """As JSON shows it."""
-    return round(value, 4)
+def rounded(value: float) -> float | None:
+    """As JSON shows it; it has no NaN and no infinity, which a run that diverged gives."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
-def interval(one: Figure) -> list[float]:
+def interval(one: Figure) -> list[float | None]:
     """Both ends."""
     return [rounded(one.low), rounded(one.high)]
 
@@ -132,15 +133,21 @@ def _scores(given: Sequence[Answered]) -> Scores:
     return scores_by_kind(questions, [one.answer for one in given])
 
 
-def world_intervals(evaluation: Evaluation) -> dict[str, list[float]]:
+def world_intervals(evaluation: Evaluation) -> dict[str, list[float | None]]:
     """The interval of every column's total, and of the alignment: how much further right answers
-    come with the right picture than with a swapped one, question by question."""
+    come with the right picture than with a swapped one, question by question. A column that has no
+    total, as all of its questions are only reported, has none."""
     task = evaluation.task
     found = {
         HELD_OUT if condition == RIGHT else condition: interval(task.figures(given)[task.main])
         for condition, given in (evaluation.answered | evaluation.further).items()
+        if any(one.asked.kind not in REPORTED_ONLY for one in given)
     }
-    if gap := alignments(task, evaluation.answered).get(WRONG):
+    if (
+        HELD_OUT in found
+        and SWAPPED in found
+        and (gap := alignments(task, evaluation.answered).get(SWAPPED))
+    ):
         found["alignment"] = interval(gap)
     return found
 
@@ -154,12 +161,14 @@ def world_table(evaluation: Evaluation) -> str:
         for name, (low, high) in intervals.items()
         if name in results
     )
-    lines.append(f"95 % intervals of all: {ends}")
-    if gap := alignments(evaluation.task, evaluation.answered).get(WRONG):
+    if ends:
+        lines.append(f"95 % intervals of all: {ends}")
+    if "alignment" in intervals:
+        low, high = intervals["alignment"]
         source = f"({evaluation.header['run']}, {evaluation.seconds:.0f} s)"
-        points = results[HELD_OUT]["exact"] - results[WRONG]["exact"]
+        points = results[HELD_OUT]["exact"] - results[SWAPPED]["exact"]
         lines.append(
-            f"alignment: {points:.1f} points [{gap.low:.1f}, {gap.high:.1f}] between the right"
+            f"alignment: {points:.1f} points [{low:.1f}, {high:.1f}] between the right"
             f" picture and a swapped one {source}"
         )
     return "\n".join(lines)
@@ -171,14 +180,15 @@ def world_json(evaluation: Evaluation) -> dict[str, Any]:
     summary: dict[str, Any] = {name: result["exact"] for name, result in results.items()}
     first = next(iter(results.values()))
     others = next((results[name] for name in evaluation.further), None)
-    if HELD_OUT in results and WRONG in results:
-        gap = results[HELD_OUT]["exact"] - results[WRONG]["exact"]
+    intervals = world_intervals(evaluation)
+    if "alignment" in intervals:
+        gap = results[HELD_OUT]["exact"] - results[SWAPPED]["exact"]
         summary["alignment"] = round(gap, 2)
     return summary | {
         "questions": first["questions"],
         "by_kind": first["by_kind"],
         "novel_by_kind": others["by_kind"] if others else {},
-        "intervals": world_intervals(evaluation),
+        "intervals": intervals,
         "checkpoint": evaluation.header["run"],
         "weights_digest": evaluation.header["weights_digest"],
         "seconds": round(evaluation.seconds, 1),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import config as configs
 from checkpoints import checkpoints_in
 from errors import PhiSightError, printable
 from evaluation.run_figures import RunFigures, keep_evaluation, read_run
@@ -194,14 +195,21 @@ def _plain(run: PlannedRun) -> dict[str, Any]:
 
 
 def is_finished(folder: Path, run: PlannedRun) -> bool:
-    """Whether a finished run lies there and is the one that is planned. One with other fields is
-    not: `train.py` says then what differs."""
+    """Whether a finished run lies there and is the one that is planned, also in the fields that the
+    file leaves to the preset. One with others is not: `train.py` says then what differs."""
     if not checkpoints_in(folder):
         return False
     found = read_run(folder)
     if not found.finished or found.config is None:
         return False
-    return all(getattr(found.config, name) == value for name, value in run.fields.items())
+    planned = configs.replace(configs.default_config(run.preset), **run.fields)
+    # These say where things lie and how they are computed, not what the run is.
+    free = {*configs.fields_without_effect(), *configs.fields_known_by_facts(), "threads"}
+    return all(
+        getattr(found.config, name) == getattr(planned, name)
+        for name in configs.FIELDS
+        if name in run.fields or name not in free
+    )
 
 
 def why_ended(program: str, code: int, log: Path) -> str:

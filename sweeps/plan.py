@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ TABLES = ("run", "sweep")
 OF_THE_SWEEP = ("run",)  # fields that it gives itself
 NAME, LABEL = "name", re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 MOST_RUNS = 1000
+BESIDE = (".toml", ".log", ".evaluation.log")  # what a run's name is given for a file of its own
 LONGEST_NAME = 100  # characters; what is longer is numbered
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+=-]+")
 
@@ -149,8 +151,8 @@ def _joint(name: str, number: int, table: Mapping[str, Any], place: str) -> _Cho
 
 
 def _distinct(choices: list[_Choice], name: str, place: str) -> list[_Choice]:
-    texts = [choice.text for choice in choices]
-    if twice := [text for text in dict.fromkeys(texts) if texts.count(text) > 1]:
+    counts = Counter(choice.text for choice in choices)
+    if twice := [text for text, count in counts.items() if count > 1]:
         raise PhiSightError(f"{place}: {name} has {shown(twice[0])} twice; write it once")
     return choices
 
@@ -174,11 +176,14 @@ def _name(choices: Mapping[str, str]) -> str:
 
 
 def _numbered(runs: list[PlannedRun]) -> list[PlannedRun]:
-    """The runs under names that no two share and that a folder can have."""
+    """The runs under names that no two share and that a folder can have, with the files beside
+    them."""
     made = []
-    names = [run.name for run in runs]
+    names = Counter(run.name for run in runs)
+    beside = {f"{name}{ending}" for name in names for ending in BESIDE}
     for number, run in enumerate(runs):
-        is_usable = len(run.name) <= LONGEST_NAME and names.count(run.name) == 1
+        is_short = len(run.name) <= LONGEST_NAME
+        is_usable = is_short and names[run.name] == 1 and run.name not in beside
         name = run.name if is_usable else f"run-{number:04d}"
         made.append(PlannedRun(name, run.fields, run.preset, run.choices))
     return made

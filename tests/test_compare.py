@@ -127,6 +127,10 @@ def test_an_unfinished_run_says_so():
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(PhiSightError, match="holds no run"):
         read_run(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, said in ((tmp_path / "loop", "loop: holds no run"), ("a" * 300, "name too long")):
+        with pytest.raises(PhiSightError, match=said):
+            read_runs([str(name)])
 
 
 # -- several --------------------------------------------------------------------------------------

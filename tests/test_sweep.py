@@ -11,9 +11,9 @@ import runs
 
 import checkpoints
 import sweep
-from evaluation.run_figures import EVALUATION, RunFigures
+from evaluation.run_figures import EVALUATION, RunFigures, read_run
 from files import write_whole
-from sweeps.children import FAILED, FINISHED, Outcome, why_ended
+from sweeps.children import FAILED, FINISHED, Outcome, is_finished, why_ended
 from sweeps.plan import PlannedRun
 from sweeps.summary import Summary, ranked
 from training.config_file import toml_lines
@@ -65,6 +65,16 @@ def test_a_run_that_fails_is_told_of_and_the_others_go_on(tmp_path, capsys):
     assert sweep.main(arguments) == 1
     assert before == (modified(run), (run / EVALUATION).stat().st_mtime_ns)
     assert "finished before" in capsys.readouterr().err
+
+
+def test_a_run_is_the_planned_one_also_in_what_the_file_leaves_out():
+    run = runs.finished_run()
+    fields = read_run(run).fields
+    planned = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    del planned["run"], planned["features"]  # say where things lie
+    assert is_finished(run, PlannedRun("a", planned))
+    del planned["learning_rate"]  # as if it had been taken out of the file
+    assert not is_finished(run, PlannedRun("a", planned))
 
 
 def test_ctrl_c_leaves_all_of_it_to_be_gone_on_with_to_the_bit(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import re
 import string
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def test_what_is_wrong_is_said_in_one_line(tables, said):
     with pytest.raises(PhiSightError) as caught:
         planned(tables, "here")
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_runs_folder_is_a_file_of_another_run():
+    first, second, third = planned({"sweep": {"data": ["a", "a.toml", "a.log"]}}, "here")
+    assert [first.name, second.name, third.name] == ["data=a", "run-0001", "run-0002"]
+
+
+def test_a_long_list_is_refused_at_once():
+    started = time.process_time()
+    with pytest.raises(PhiSightError, match="makes 100,000 runs"):
+        planned({"sweep": {"seed": [*range(10**5)]}}, "here")
+    assert time.process_time() - started < 30  # a minute and more, where each is counted in all
 
 
 def test_a_file_is_read(tmp_path):

@@ -97,6 +97,34 @@ def test_conversations_may_share_an_id(tmp_path):
     asked = LOSS.questions(written(tmp_path, [record, record]), 0)
     assert [one.id for one in asked] == ["a", "a#2"]
     assert asked[0].labels == ("A dog.",) and asked[0].image == "a.png"
+    named = [record, record, record | {"id": "a#2"}, record]
+    asked = LOSS.questions(written(tmp_path, named), 0)
+    assert [one.id for one in asked] == ["a", "a#3", "a#2", "a#4"]
+
+
+QUESTION = {"question_id": 1, "image": "a.png", "text": "?", "label": "yes"}
+NOVEL = "novel_pairs/1"  # what the second file's question 1 is called
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ([QUESTION, QUESTION, QUESTION], "one file of novel pairs at most"),
+        ([QUESTION | {"question_id": NOVEL}, QUESTION], f"'{NOVEL}' stands there twice"),
+    ],
+)
+def test_no_file_and_no_answer_of_the_world_is_taken_for_another(contents, message, tmp_path):
+    paths = written(tmp_path, *([one] for one in contents))
+    with pytest.raises(PhiSightError, match=message):
+        TASKS["world"].questions(paths, 0)
+
+
+@pytest.mark.parametrize("task", ["world", "pope", "vqa"])
+def test_a_key_that_stands_twice_is_refused(task, tmp_path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text(json.dumps(QUESTION)[:-1] + ', "label": "no"}\n')
+    with pytest.raises(PhiSightError, match="line 1: .* has `label` twice"):
+        TASKS[task].questions([path], 0)
 
 
 GOOD = {"question_id": 1, "image": "a.png", "text": "?", "label": "yes"}
@@ -111,6 +139,11 @@ WRONG = {
     "one of two": (VQA, [QUESTIONS, QUESTIONS], "not `questions` and `annotations`"),
     "three": (VQA, [QUESTIONS, ANNOTATIONS, ANNOTATIONS], "give VQA v2's"),
     "no annotation": (VQA, [QUESTIONS, {"annotations": []}], "question 1: .* has no annotation"),
+    "two annotations": (
+        VQA,
+        [QUESTIONS, {"annotations": ANNOTATIONS["annotations"][:1] * 2}],
+        "annotation 2: .* has an annotation before",
+    ),
     "gqa": (VQA, [{"1": {"imageId": "a"}}], "question 1: "),
     "no question": (VQA, [{}], "holds no question"),
     "no caption": (

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -293,3 +296,65 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path):
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(PhiSightError, match="No such file.*give another --out"):
         whole(tmp_path / "none/answers.jsonl", "pope")
+    assert "a folder that is there" in refusal("--out", tmp_path / "none/answers.jsonl")
+
+
+def test_files_that_cannot_be_written_are_told_before_anything_is_asked(tmp_path):
+    data = tmp_path / "questions.jsonl"
+    for flag in ("--out", "--report"):
+        assert "File name too long" in refusal(flag, tmp_path / ("a" * 300))
+        assert "named by another flag too" in refusal("--data", data, flag, data)
+        assert "a folder that is there" in refusal(flag, tmp_path)
+    same = tmp_path / "one"
+    assert "named by another flag too" in refusal("--out", same, "--report", same)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PhiSightError, match="pipe: is not a regular file; give another --out"):
+        whole(tmp_path / "pipe", "pope")
+
+
+@pytest.mark.parametrize("room", [0, 100, 2500])
+def test_a_full_disk_is_told_and_gone_on_from(room, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    expected = whole(tmp_path / "whole.jsonl", "pope")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(PhiSightError, match="make room and run again, it goes on there"):
+            whole(out, "pope")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
+    assert out.stat().st_size == room
+    assert whole(out, "pope") == expected
+
+
+def test_a_loss_that_is_not_finite_is_kept_and_is_null_in_json(tmp_path, capsys, monkeypatch):
+    def diverged(assistant, batch, samples):
+        return [{"loss": math.nan if n else math.inf, "tokens": 1.0} for n, _ in enumerate(samples)]
+
+    monkeypatch.setattr("evaluation.runner.losses", diverged)
+    out = tmp_path / "answers.jsonl"
+    common = ("--task", "loss", "--limit", 4, "--out", out)
+    first = answer(capsys, *common)
+    assert first["loss"] is None and first["intervals"]["perplexity"] == [None, None]
+    monkeypatch.setattr("evaluation.runner.losses", None)  # nothing is asked again
+    assert answer(capsys, *common) | {"seconds": 0} == first | {"seconds": 0}
+
+
+def test_swapped_pictures_need_two(tmp_path):
+    one = {"question_id": 1, "image": "held_out_000000.png", "text": "Is it red?", "label": "yes"}
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(one | {"question_id": n}) + "\n" for n in range(3)))
+    assert "swapped needs two different pictures" in refusal("--data", data)
+
+
+def test_questions_that_are_only_reported_have_no_total_and_no_interval(tmp_path, capsys):
+    lines = (runs.world() / "held_out.jsonl").read_text().splitlines()[:12]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(json.loads(x) | {"kind": "two_step"}) + "\n" for x in lines))
+    found = answer(capsys, "--data", data, "--max-new-tokens", 2)
+    assert found["questions"] == 0 and found["intervals"] == {} and "alignment" not in found

@@ -18,7 +18,8 @@ TOKENS = "tokens"  # score of an answer beside its loss: how many tokens the mea
 
 
 def _perplexity(sums: Sums) -> Sums:
-    return numpy.exp(mean(sums))
+    with numpy.errstate(over="ignore"):  # of a run that diverged it is infinite
+        return numpy.exp(mean(sums))
 
 
 class Loss(Task):

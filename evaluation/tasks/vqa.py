@@ -76,7 +76,10 @@ def _of_vqa_v2(data: Sequence[Path], whole: Sequence[forms.Record]) -> list[Aske
     answers: dict[str, forms.Record] = {}
     for number, record in enumerate(annotations["annotations"], 1):
         with forms.at(f"{data[by_part['annotations']].name} annotation {number}"):
-            answers[forms.identity(record, "question_id")] = record
+            name = forms.identity(record, "question_id")
+            if name in answers:
+                raise PhiSightError(f"the question {name[:60]} has an annotation before")
+            answers[name] = record
     asked = []
     for number, record in enumerate(questions["questions"], 1):
         with forms.at(f"{data[by_part['questions']].name} question {number}"):

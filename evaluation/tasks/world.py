@@ -8,12 +8,15 @@ from pathlib import Path
 from config import Config
 from data.dataset import load_questions
 from data.prepare import DATA_REMEDY
+from errors import PhiSightError
+from evaluation import forms
 from evaluation.intervals import mean_figure
 from evaluation.questions import REPORTED_ONLY, normalised
 from evaluation.task import Answered, Asked, Figure, Task
 from paths import need_file
 
 NOVEL = "novel_pairs"
+SUBSETS = ("", NOVEL)  # of the first file, and of the second
 
 
 class World(Task):
@@ -32,14 +35,16 @@ class World(Task):
         return given
 
     def questions(self, data: Sequence[Path], limit: int) -> list[Asked]:
+        if len(data) > len(SUBSETS):
+            raise PhiSightError("--data: give the questions, and one file of novel pairs at most")
         asked = []
-        for path, subset in zip(data, ("", NOVEL)):
+        for path, subset in zip(data, SUBSETS):
             questions = load_questions(path)
             for question in questions[:limit] if limit else questions:
                 name = f"{subset}/{question.id}" if subset else question.id
                 labels, kind = (question.answer,), question.kind
                 asked.append(Asked(name, question.image, question.text, labels, kind, subset))
-        return asked
+        return forms.unique(asked, data[0])
 
     def scored(self, asked: Asked, answer: str) -> dict[str, float]:
         return {"exact": float(normalised(answer) == normalised(asked.labels[0]))}
