@@ -90,19 +90,6 @@ def _told(path: Path) -> Iterator[None]:
         ) from None
 
 
-def read_answers(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The header and the records of a finished or unfinished file, for what reads it later. Raises
-    `PhiSightError` for a file that this command has not written."""
-    try:
-        with path.open("rb") as file:
-            lines = [line for _, line in _whole_lines(file, path)]
-    except OSError as error:
-        raise PhiSightError(f"{path}: {error.strerror}; give a file that --out wrote") from None
-    if not lines:
-        raise _foreign(path)
-    return lines[0], lines[1:]
-
-
 def _record(one: Answered) -> dict[str, Any]:
     asked = one.asked
     return {
