@@ -460,7 +460,8 @@ def test_the_picture_of_its_training_tab(browser, site, tmp_path):
     PHISIGHT_APP_RUNS=runs PHISIGHT_TRAINING_PICTURE=docs/training.png
     """
     path = Path(os.environ.get("PHISIGHT_TRAINING_PICTURE", tmp_path / "training.png"))
-    folder = Path(os.environ.get("PHISIGHT_APP_RUNS", runs.finished_run().parent))
+    shutil.copytree(runs.finished_run(), tmp_path / "runs" / "finished")  # beside no newer one
+    folder = Path(os.environ.get("PHISIGHT_APP_RUNS", tmp_path / "runs"))
     with served(site.assistant, site.conversations, folder) as other:
         user = User(browser, other)
         user.page.get_by_role("tab", name="Training").click()
