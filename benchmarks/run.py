@@ -134,13 +134,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     quick = ", ".join(name for name, one in MEASURES.items() if one.quick)
     parser.add_argument("--quick", action="store_true", help=f"only {quick}")
     parser.add_argument("--threads", type=int, default=1, help="of every process (%(default)s)")
-    parser.add_argument("--turns", type=int, help="of each side, instead of each measure's own")
-    parser.add_argument("--repeat", type=int, default=1, help="run the suite so often (1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--update", action="store_true", help="commit what is measured")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="measure nothing: of --json")
+    parser.add_argument("--turns", type=int, help="of each side (each measure has its own number)")
+    parser.add_argument("--repeat", type=int, default=1, help="so often; the medians count (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
+    parser.add_argument("--update", action="store_true", help="write what is measured to --results")
     parser.add_argument(
-        "--results", type=Path, default=results.FILE, metavar="FILE", help="the committed ones"
+        "--compare", type=Path, metavar="FILE", help="measure nothing: compare a file of --json"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results.FILE,
+        metavar="FILE",
+        help="the committed figures (%(default)s)",
     )
     options = parser.parse_args(arguments)
     if options.threads < 1:

@@ -17,9 +17,14 @@ DEFAULT = "world"
 
 def parser(about: str) -> Parser:
     """The parser of `evaluate.py`."""
-    made = Parser(prog="evaluate.py", description=about)
+    made = Parser(
+        prog="evaluate.py",
+        description=about,
+        epilog="evaluate.py compare RUN RUN shows runs side by side (evaluate.py compare --help)."
+        " docs/evaluation.md says what the figures mean.",
+    )
     add_model_flags(made)
-    tasks = "; ".join(f"{name}: {task.about}" for name, task in TASKS.items())
+    tasks = "; ".join(f"{name}: {task.about} ({task.form})" for name, task in TASKS.items())
     made.add_argument("--task", choices=TASKS, default=DEFAULT, help=f"{tasks} ({DEFAULT})")
     made.add_argument(
         "--data",
@@ -27,7 +32,9 @@ def parser(about: str) -> Parser:
         metavar="FILE",
         help="of the task's form; without, the run's own or one made of its picture world",
     )
-    made.add_argument("--limit", type=int, default=0, help="ask the first so many questions")
+    made.add_argument(
+        "--limit", type=int, default=0, help="ask the first so many questions; 0 for all"
+    )
     made.add_argument(
         "--conditions",
         metavar="NAMES",
@@ -37,12 +44,22 @@ def parser(about: str) -> Parser:
     made.add_argument(
         "--instruction", default="", metavar="TEXT", help="a sentence behind every question"
     )
-    made.add_argument("--out", type=Path, metavar="FILE", help="every answer as JSONL; resumable")
-    made.add_argument("--report", type=Path, metavar="FILE", help="one page about it, as HTML")
+    made.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="every answer as JSONL; the same command goes on after a kill",
+    )
+    made.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="one page about it, as HTML, with all conditions",
+    )
     made.add_argument("--held-out-questions", help="JSONL, in place of the run's own (world)")
     made.add_argument("--novel-pair-questions", help="JSONL, in place of the run's own (world)")
     made.add_argument("--images", help="folder of the questions' pictures")
-    made.add_argument("--features", help="folder of the feature store")
+    made.add_argument("--features", help="folder of the picture feature store")
     add_length_flag(made, 0, "longest answer (the task's own)")
     made.set_defaults(max_new_tokens=None)
     made.add_argument("--json", action="store_true", help="one JSON object instead of the table")

@@ -159,12 +159,12 @@ def _head(evaluation: Evaluation, main: Figure) -> dict[str, Any]:
     task, header = evaluation.task, evaluation.header
     digest, step = str(header.get("weights_digest") or ""), header.get("step")
     right = evaluation.answered[RIGHT]
-    name, figure = _words(header["task"]), _words(task.main)
+    name, figure = header["task"], task.main  # by the names of the table and of docs/evaluation.md
     title = f"{name}: {charts.number(main)} {main.unit}"
     return {
         "title": title if name == figure else f"{title} {figure}",
         "about": task.about,
-        "main": figure.capitalize(),
+        "main": figure,
         "facts": [
             ("run", printable(header.get("run", ""), parts.TEXT), ""),
             ("step", "not known" if step is None else f"{step:,}", ""),
@@ -200,7 +200,7 @@ def _figures(
         "counts": [f"{one.count:,}" for one in main.values()],
         "figures": [
             (
-                _words(name),
+                name,
                 figures[RIGHT][name].unit,
                 [_cell(table.get(name)) for table in figures.values()],
             )
@@ -308,7 +308,3 @@ def _cell(one: Figure | None) -> tuple[str, str] | None:
 
 def _partly(score: float) -> str:
     return f"{100 * score:.0f} % right" if score > 0 else ""
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

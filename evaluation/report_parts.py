@@ -25,7 +25,7 @@ from workers.fitting import Fit
 NO_KIND = "question"  # what a question without a kind is called
 KINDS = 40  # rows of the table by kind, and confusion tables
 LABELS, SAID = 10, 4  # rows of a confusion table, and columns beside those
-COVERED = 0.5  # of the answers, by the labels that have rows: else a table says nothing
+COVERED = 0.5  # of the answers, by labels that have rows, uncut: else a table says nothing
 WRONG = 24  # pictures shown
 TEXT, WORD = 400, 32  # characters shown of a question or answer, and of a label in a table
 THUMBNAIL = 160  # pixels of its shorter side; the longer has twice as many at most
@@ -50,7 +50,7 @@ class Confusion:
     """columns: the rows' own labels first, so that the diagonal is what was right"""
     rows: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """the n-th has its right answers in the n-th column; none where nearly every question has a
-    right answer of its own"""
+    right answer of its own, or one that is a sentence"""
     labels: int = 0
     """different right answers"""
 
@@ -61,7 +61,8 @@ def confusion_of(kind: str, answered: Sequence[Answered], main: str) -> Confusio
     pairs = [_label_and_said(one, main) for one in answered]
     right = sum(one.scores[main] >= 1 for one in answered)
     frequent = Counter(label for label, _ in pairs).most_common()
-    if sum(count for _, count in frequent[:LABELS]) < COVERED * len(pairs):
+    told = sum(count for label, count in frequent[:LABELS] if len(label) <= WORD)
+    if told < COVERED * len(pairs):
         return Confusion(kind, len(pairs), right, labels=len(frequent))
     labels: list[str | None] = [*sorted(label for label, _ in frequent[:LABELS])]
     further = Counter(said for _, said in pairs if said not in labels)

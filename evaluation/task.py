@@ -64,7 +64,9 @@ class Task(ABC):
     """One file of `evaluation/tasks/`. Its name in the table of tasks is what `--task` takes."""
 
     about: ClassVar[str]
-    """one line for --help"""
+    """one line for --help and the report"""
+    form: ClassVar[str]
+    """of its files, for --help"""
     main: ClassVar[str]
     """the figure that the alignment meter compares between pictures; every answer has a score of
     this name"""

@@ -460,7 +460,8 @@ def test_the_picture_of_its_training_tab(browser, site, tmp_path):
     PHISIGHT_APP_RUNS=runs PHISIGHT_TRAINING_PICTURE=docs/training.png
     """
     path = Path(os.environ.get("PHISIGHT_TRAINING_PICTURE", tmp_path / "training.png"))
-    folder = Path(os.environ.get("PHISIGHT_APP_RUNS", runs.finished_run().parent))
+    shutil.copytree(runs.finished_run(), tmp_path / "runs" / "finished")  # beside no newer one
+    folder = Path(os.environ.get("PHISIGHT_APP_RUNS", tmp_path / "runs"))
     with served(site.assistant, site.conversations, folder) as other:
         user = User(browser, other)
         user.page.get_by_role("tab", name="Training").click()
@@ -472,6 +473,26 @@ def test_the_picture_of_its_training_tab(browser, site, tmp_path):
         user.page.screenshot(path=str(path))
         user.close()
     assert path.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_sample_answers_of_many_words_leave_room_for_the_others(browser, site, tmp_path, width):
+    log = (runs.finished_run() / "metrics.jsonl").read_bytes()
+    sample = {"picture": "train_000002.png", "question": "What does the picture show?"}
+    sample |= dict.fromkeys(("answer", "right_answer"), "a big purple circle and " * 9)
+    (tmp_path / "mine").mkdir()
+    record = json.dumps({"kind": "samples", "step": 9, "samples": [sample]}).encode()
+    (tmp_path / "mine" / "metrics.jsonl").write_bytes(log + record + b"\n")
+    with served(site.assistant, site.conversations, tmp_path) as other:
+        user = User(browser, other, viewport={"width": width, "height": 860})
+        user.page.get_by_role("tab", name="Training").click()
+        cells = user.page.locator("#meter .samples td")
+        cells.first.wait_for()
+        boxes = cells.evaluate_all(
+            "cells => cells.map(cell => cell.getBoundingClientRect().toJSON())"
+        )
+        user.close()
+    assert min(box["width"] for box in boxes) > 150 and boxes[0]["height"] < 200
 
 
 # -- the command ---------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def test_every_field_is_a_flag_with_a_help_text(field):
     action = parser._option_string_actions[flag_of(field.name)]
     assert field.metadata["help"] and field.metadata["help"] in action.help
     assert repr(field.default) in action.help
+    assert all(choice in action.help for choice in field.metadata["choices"] or ())
     assert flag_of(field.name) in parser.format_help()
 
 

@@ -66,6 +66,8 @@ NOT_RUN = {
     "python train.py --run runs/b --resume --allow-changes --lora-dropout 0.1": "its runs were"
     " made to differ; tests/test_train.py resumes with changes",
     "python checkpoints.py diff runs/a runs/b": "goes on from the one before",
+    "python train.py --status runs/watched": "shows a run that was training:"
+    " tests/test_status.py has such ones",
     "python tools/torture_resume.py --kills 40": MINUTES,
     "python export.py --merge --out runs/merged": EXPORTS,
     "python export.py --llava runs/llava": EXPORTS,

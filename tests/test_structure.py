@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import threads
@@ -335,6 +338,32 @@ def test_a_function_that_is_too_long_is_found():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def names_of_the_map() -> list[str]:
+    """The files and rooms in the README's map, each as often as it has a place there."""
+    page = (ROOT / "README.md").read_text().partition("## Where things are")[2]
+    return [
+        name
+        for line in page.split("```")[1].splitlines()[1:]
+        for name in takewhile(lambda word: word.endswith((".py", "/")), line.split())
+    ]
+
+
+def test_the_map_names_every_room_once():
+    """Two lines of one room are what a merge of two changes leaves."""
+    names = names_of_the_map()
+    assert sorted(names) == sorted(set(names))
+    rooms = {room + ("/" if (ROOT / room).is_dir() else ".py") for room in ORDER}
+    assert rooms <= set(names), rooms - set(names)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_a_table_has_one_row_for_one_thing(page):
+    rows = [line.split("|") for line in (ROOT / page).read_text().splitlines() if line[:1] == "|"]
+    pages = Counter(name for row in rows for name in re.findall(r"\]\(([^)]*)\)", row[-2]))
+    begins = Counter(re.sub(r" of `.*", "", row[1]).strip() for row in rows)
+    assert [name for name, count in (pages + begins).items() if count > 1 and name != "---"] == []
 
 
 def changes_of_the_path(tree: ast.AST) -> list[int]:

@@ -151,7 +151,7 @@ def test_a_table_has_every_condition_and_kind(capsys):
 
 def test_every_task_says_what_it_is_for():
     for name, task in TASKS.items():
-        assert task.about and task.main, name
+        assert task.about and task.form and task.main, name
 
 
 def test_flags_that_do_not_go_together_are_refused(tmp_path):

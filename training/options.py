@@ -148,7 +148,11 @@ def _names(text: str) -> tuple[str, ...]:
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per config field, plus `--preset` and `--config`; what is not given keeps the
     preset's value."""
-    parser.add_argument("--preset", default=None, help=f"one of {', '.join(sorted(PRESETS))}")
+    parser.add_argument(
+        "--preset",
+        help=f"one of {', '.join(sorted(PRESETS))} (default: {DEFAULT_PRESET!r}); the defaults"
+        " below are phi35's, and --print-config shows those of any",
+    )
     parser.add_argument(
         "--config",
         type=read_config_file,
@@ -158,7 +162,9 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, spec in FIELDS.items():
         flag, kind = flag_of(name), TYPES[name]
-        text = f"{spec.metadata['help']} (default: {spec.default!r})".replace("%", "%%")
+        choices = spec.metadata["choices"]
+        one_of = f"; one of {', '.join(choices)}" if choices else ""
+        text = f"{spec.metadata['help']}{one_of} (default: {spec.default!r})".replace("%", "%%")
         formerly = spec.metadata["formerly"]
         if kind is bool or formerly:
             const = {True: True, False: False} | formerly

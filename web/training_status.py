@@ -59,11 +59,15 @@ def samples_html(samples: Mapping[str, Any] | None, language: str) -> str:
     if not samples:
         return ""
     title = html.escape(texts.text("samples", language, step=samples["step"]))
-    head = "".join(f"<th>{html.escape(texts.text(key, language))}</th>" for key in COLUMNS)
+    labels = {key: html.escape(texts.text(key, language)) for key in COLUMNS}
+    head = "".join(f"<th>{label}</th>" for label in labels.values())
     rows = ""
     for sample in samples["samples"]:
         is_right = sample.get("answer") == sample.get("right_answer")
-        cells = "".join(f"<td>{html.escape(sample.get(key, ''))}</td>" for key in COLUMNS)
+        cells = "".join(  # on a phone, where a row is a block, each cell bears its label
+            f'<td data-label="{label}">{html.escape(sample.get(key, ""))}</td>'
+            for key, label in labels.items()
+        )
         rows += f'<tr class="{"right" if is_right else "wrong"}">{cells}</tr>'
     return (
         f'<h3 class="samples-title">{title}</h3><table class="samples">'

@@ -24,7 +24,8 @@ ORDERS = 4  # words of BLEU's longest n-gram
 class Caption(Task):
     """One description a picture."""
 
-    about = "descriptions against people's (COCO captions, or JSONL); needs sacrebleu"
+    about = "descriptions, beside several that people gave"
+    form = "COCO captions, or JSONL; needs sacrebleu"
     main = "rouge_l"
     longest = 96
 

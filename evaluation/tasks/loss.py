@@ -26,7 +26,8 @@ class Loss(Task):
     """Conversations as training reads them. Without a file: the validation conversations that the
     run's training evaluates, so that the figure is the one of its log."""
 
-    about = "nats a token and perplexity of given answers (conversations, as for training)"
+    about = "nats a token and perplexity of given answers"
+    form = "conversations, as for training"
     main = "loss"
     generates = False
 

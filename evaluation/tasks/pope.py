@@ -54,7 +54,8 @@ def _f1(sums: Sums) -> Sums:
 class Pope(Task):
     """One question a line: `question_id`, `image`, `text`, `label` ("yes" or "no")."""
 
-    about = "is it in the picture, yes or no (POPE's own file form)"
+    about = "is it in the picture, yes or no"
+    form = "POPE's own"
     main = "accuracy"
 
     def default_data(self, config: Config, images: Path) -> list[Path]:

@@ -23,7 +23,8 @@ ABSTRACT = "{type}_{subset}_{id:012d}.png"
 class Vqa(Task):
     """VQA accuracy, exact match and token F1."""
 
-    about = "short answers (VQA v2's two files, GQA's, or JSONL)"
+    about = "short answers, beside those that people gave"
+    form = "VQA v2's two files, GQA's, or JSONL"
     main = "accuracy"
 
     def default_data(self, config: Config, images: Path) -> list[Path]:

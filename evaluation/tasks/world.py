@@ -23,7 +23,8 @@ class World(Task):
     """The first file's questions; a second file's are those about novel pairs, asked with the right
     picture alone."""
 
-    about = "the run's held-out questions, exactly right or not (JSONL of POPE's form with `kind`)"
+    about = "the run's held-out questions, exactly right or not"
+    form = "JSONL of POPE's form with `kind`"
     main = "exact"
     longest = 96
 
