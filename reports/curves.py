@@ -106,7 +106,7 @@ def panels_of(records: Sequence[Mapping[str, Any]]) -> list[Panel]:
     rate = [Series("learning rate", _BLUE, points(train, "lr"))]
     all_norms = [Series("all", _BLUE, points(train, "gradient_norm"))]
     panels = [
-        Panel("Loss per answer token", "", None, loss),
+        Panel("Loss per learnt token", "", None, loss),
         Panel("Learning rate", "", (0.0, None), rate),
         Panel("Gradient norm by owner", "", (0.0, None), norms or all_norms),
         Panel("Alignment: right answers by picture shown", "%", (0.0, 100.0), alignment),

@@ -22,7 +22,9 @@ def answer(asked: dict[str, Any]) -> None:
     """Print the first token of the answer to a question about a picture."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(asked["threads"])
     processor = AutoProcessor.from_pretrained(asked["folder"])
     model: Any = LlavaForConditionalGeneration.from_pretrained(asked["folder"], dtype=torch.float32)
