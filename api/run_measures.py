@@ -10,7 +10,7 @@ from checkpoints import checkpoints_in
 from errors import PhiSightError
 from reports.log import METRICS
 from reports.status import RUNNING
-from training.status import StatusReader
+from reports.watching import StatusReader
 
 
 class RunMeasures:

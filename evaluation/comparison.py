@@ -55,7 +55,7 @@ def differing_fields(runs: Sequence[RunFigures]) -> list[str]:
     """Config fields in which the runs differ whose config could be read, in the config's order;
     those that no result depends on, such as where features lie, are left out. Weights that lie in
     one place and are others follow by their digest."""
-    known, free = [run.fields for run in runs if run.fields], configs.fields_without_effect()
+    known, free = [run.settings for run in runs if run.settings], configs.fields_without_effect()
 
     def differs(name: str) -> bool:
         return any(fields[name] != known[0][name] for fields in known)
@@ -71,8 +71,10 @@ def settings_of(runs: Sequence[RunFigures]) -> list[Setting]:
     grouped: dict[Any, list[RunFigures]] = {}
     names = dict(zip((run.path for run in runs), names_of(runs), strict=True))
     for run in runs:
-        own = tuple(f"{field}={value_text(run.fields[field])}" for field in differing if run.fields)
-        grouped.setdefault(own if run.fields else run.path, []).append(run)
+        own = tuple(
+            f"{field}={value_text(run.settings[field])}" for field in differing if run.settings
+        )
+        grouped.setdefault(own if run.settings else run.path, []).append(run)
     return [
         Setting(names[alike[0].path] if len(alike) == 1 else ", ".join(key) or "all runs", alike)
         for key, alike in grouped.items()
@@ -105,7 +107,7 @@ def tables_of(runs: Sequence[RunFigures]) -> list[Table]:
     ]
     if differing := differing_fields(runs):
         rows = [
-            [name, *(value_text(run.fields[f]) if run.fields else ABSENT for f in differing)]
+            [name, *(value_text(run.settings[f]) if run.settings else ABSENT for f in differing)]
             for name, run in zip(names, runs, strict=True)
         ]
         tables.append(Table("Settings that differ", ["run", *differing], rows))
@@ -148,7 +150,7 @@ def as_json(runs: Sequence[RunFigures]) -> dict[str, Any]:
                 "step": run.step,
                 "total_steps": run.total_steps,
                 "finished": run.finished,
-                "fields": {f: run.fields.get(f) for f in differing_fields(runs)},
+                "fields": {f: run.settings.get(f) for f in differing_fields(runs)},
                 **run.figures,
                 "notes": list(run.notes),
             }

@@ -55,12 +55,14 @@ class RunFigures:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Its config as plain values, and digests of the weights that two of its fields name; empty
-        where none could be read."""
-        if self.config is None:
-            return {}
+        """Its config as plain values; nothing where none could be read."""
+        return configs.plain(self.config) if self.config else {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its fields, and digests of the weights that two of them name."""
         digests = {of: self.weights.get(name, "")[:12] for name, of in DIGESTS.items()}
-        return configs.plain(self.config) | digests
+        return self.fields | digests if self.config else {}
 
     @property
     def state(self) -> str:

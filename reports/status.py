@@ -87,7 +87,7 @@ class Status:
 
 
 def status_of(run: Path, holder: str) -> Status:
-    """Read the files of a run. `holder`: who trains it, as `training.lock.holder_of` finds.
+    """Read the files of a run. `holder`: who trains it, as `reports.watching.holder_of` finds.
 
     Raises:
         PhiSightError: there is no run, or a file of it cannot be read.

@@ -90,7 +90,7 @@ def test_every_variant_is_a_run_that_can_be_and_changes_one_thing():
 
 def test_the_program_once_and_again(tmp_path, capsys):
     arguments = [
-        "--only", "pooled", "--seeds", "1", "--steps", "2", "--pictures", "30", "--held-out", "1",
+        "--only", "pooled", "--seeds", "1", "--steps", "2", "--pictures", "30", "--held-out", "2",
         "--jobs", "2", "--out", str(tmp_path),
     ]  # fmt: skip
     assert design_choices.main(arguments) == 0

@@ -231,7 +231,7 @@ def test_in_company_each_answer_is_what_it_is_alone(client):
     def say(form: object) -> str | None:
         more = {} if form is None else {"response_format": form}
         said = client.chat.completions.create(
-            model="tiny", messages=QUESTION, max_tokens=60, **more
+            model="tiny", messages=QUESTION, max_tokens=200, **more
         )
         return said.choices[0].message.content
 

@@ -29,8 +29,8 @@ from reports.alerts import alerts_of
 from reports.compare import parting
 from reports.curves import points
 from reports.log import without_abandoned
+from reports.watching import run_status
 from training import rollback
-from training.status import run_status
 
 # -- what a rollback is ---------------------------------------------------------------------------
 

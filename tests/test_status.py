@@ -23,10 +23,10 @@ from errors import PhiSightError
 from reports.alerts import alert_text, alerts_of
 from reports.log import LINE_LIMIT, MetricsLog, read_metrics
 from reports.status import Status, span, status_lines, status_of
+from reports.watching import LOCK, StatusReader, holder_of, run_status
 from training.alerts import RATE_AFTER, ClockAlerts
-from training.lock import LOCK, RunLock, holder_of
+from training.lock import RunLock
 from training.progress import Progress
-from training.status import StatusReader, run_status
 from web.training_status import samples_html, status_html
 
 
@@ -378,7 +378,7 @@ def test_a_status_is_read_again_only_when_something_changed(tmp_path, monkeypatc
         read.append(folder)
         return status_of(folder, holder)
 
-    monkeypatch.setattr("training.status.status_of", counted)
+    monkeypatch.setattr("reports.watching.status_of", counted)
     assert reader.read() is reader.read() and len(read) == 1
     log = MetricsLog(run / "metrics.jsonl")
     log.write(record(2))

@@ -9,43 +9,13 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import IO, TextIO
+from typing import TextIO
 
-from documents import COUNT, TEXT, parse_json, require
-from errors import PhiSightError, printable
+from errors import PhiSightError
 from files import make_folder, open_regular, remove_empty
+from reports.watching import LOCK, signature_in
 
-LOCK = ".lock"
 PATIENCE, PAUSE = 5, 0.02  # times that a lock is asked for, and seconds between
-
-
-def holder_of(run: str | Path) -> str:
-    """Who trains a run, in words; empty for nobody. A lock that nobody holds is held for the moment
-    of looking, and nothing is written. Raises PhiSightError for what is no lock."""
-    path = Path(run) / LOCK
-    try:
-        with open_regular(path, follow_links=False) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return signature_in(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-    except OSError as error:
-        raise PhiSightError(
-            f"{path}: {error.strerror}; remove it, training makes it anew"
-        ) from error
-    return ""
-
-
-def signature_in(file: IO) -> str:
-    """The holder of a lock, by what it has written into the file."""
-    try:
-        owner = parse_json(os.pread(file.fileno(), 1000, 0))
-        require(owner, {"process": COUNT, "machine": TEXT})
-    except PhiSightError:  # it has taken the lock and not yet signed, or is no process of ours
-        return "another process"
-    return f"process {owner['process']} on {printable(owner['machine'], 100)}"
 
 
 class RunLock:

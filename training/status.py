@@ -7,41 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
-from errors import PhiSightError, run_main
-from files import stamp_of
-from reports.log import METRICS
-from reports.status import Status, status_lines, status_of
-from training.lock import holder_of
+from errors import run_main
+from reports.status import status_lines
+from reports.watching import run_status
 from training.options import STATUS, parse
-
-
-def run_status(run: str | Path) -> Status:
-    """Where a run stands. Raises PhiSightError."""
-    return status_of(Path(run), holder_of(run))
-
-
-class StatusReader:
-    """The status of one run, read again only when its log, its checkpoints or its trainer have
-    changed: whoever asks every few seconds reads a long log once for each record."""
-
-    def __init__(self, run: str | Path) -> None:
-        self.run = Path(run)
-        self._known: tuple[object, Status] | None = None
-
-    def read(self) -> Status:
-        """Raises PhiSightError."""
-        holder = holder_of(self.run)
-        try:
-            found = [self.run / METRICS, *self.run.glob("checkpoint-*")]
-            stamps = [(p.name, *stamp_of(p.stat())) for p in sorted(found) if p.exists()]
-        except OSError as error:
-            raise PhiSightError(f"{self.run}: {error.strerror}; look there") from error
-        now = holder, stamps
-        if self._known is None or self._known[0] != now:
-            self._known = now, status_of(self.run, holder)
-        return self._known[1]
 
 
 def show_status(run: str, as_json: bool) -> int:

@@ -17,7 +17,7 @@ from errors import PhiSightError
 from evaluation.meter import CONDITIONS
 from reports.curves import points
 from reports.log import read_metrics, without_abandoned
-from training.status import StatusReader
+from reports.watching import StatusReader
 from web import texts
 from web.page import QUEUED, Translated, Updates
 from web.session import Session
