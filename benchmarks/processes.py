@@ -39,31 +39,22 @@ def in_a_process(
 
     Raises `PhiSightError` with the end of what it said when it fails.
     """
-    done = subprocess.run(
-        [python, "-m", module, json.dumps(asked)],
-        cwd=ROOT,
-        env=environment(threads),
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise PhiSightError(f"{module}: ended with {done.returncode}: {done.stderr[-SAID:]}")
-    return measuring.last_line(done.stdout)
+    words = [python, "-m", module, json.dumps(asked)]
+    return measuring.last_line(_printed(module, words, threads))
 
 
 def command(*words: object, threads: int) -> None:
     """A command of the project to its end. Raises `PhiSightError` with what it said if it fails."""
+    _printed(str(words[0]), [sys.executable, *map(str, words)], threads)
+
+
+def _printed(name: str, words: list[str], threads: int) -> str:
     done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=environment(threads),
-        text=True,
-        capture_output=True,
-        check=False,
+        words, cwd=ROOT, env=environment(threads), text=True, capture_output=True, check=False
     )
     if done.returncode:
-        raise PhiSightError(f"{words[0]}: ended with {done.returncode}: {done.stderr[-SAID:]}")
+        raise PhiSightError(f"{name}: ended with {done.returncode}: {done.stderr[-SAID:]}")
+    return done.stdout
 
 
 def seconds_of(start: Callable[[], object]) -> float:

@@ -13,11 +13,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
 import config as configs
 from errors import PhiSightError, printable
 from evaluation.comparison import Table, as_json, curves_of, notes_of, tables_of
+from evaluation.pages import rendered
 from evaluation.run_figures import RunFigures, read_run
 from files import write_whole
 from paths import located
@@ -73,12 +72,8 @@ def write_comparison(runs: Sequence[RunFigures], out: Path) -> None:
 
 def page_of(runs: Sequence[RunFigures], picture: bytes) -> str:
     """One HTML file that needs no other: tables, notes and the picture. All text is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("compare_page.html").render(
+    return rendered(
+        "compare_page.html",
         title="Runs side by side",
         count=len(runs),
         notes=[printable(note) for note in notes_of(runs)],

@@ -8,14 +8,12 @@ that a question, an answer or a file's name stays text whatever it holds.
 from __future__ import annotations
 
 import datetime
-import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, StrictUndefined, Template
 
 from assistant.assistant import Assistant
 from data.chat import ChatFormat, RenderedSample, render
@@ -29,13 +27,13 @@ from evaluation.alignment import alignments
 from evaluation.attention import AttentionShares, attention_shares
 from evaluation.meter import ALL_CONDITIONS, in_batches, packed_batch
 from evaluation.noise import SIGMA
+from evaluation.pages import rendered
 from evaluation.questions import REPORTED_ONLY
 from evaluation.runner import RIGHT, Evaluation, with_instruction
 from evaluation.task import Answered, Figure, Task
 from files import write_whole
 from reports.log import METRICS, read_metrics, without_abandoned
 
-PAGE = Path(__file__).with_name("report_page.html")
 ATTENDED = 400  # answers whose attention is computed: spread over all of them
 LONG = 90  # characters of an answer that is written below its picture instead of beside it
 LETTERS = 12  # of a digest, in view
@@ -131,7 +129,7 @@ def report_page(
     if not columns.get(RIGHT):
         raise PhiSightError(f"--report: needs answers with the {RIGHT} picture; ask under it too")
     figures = {column: task.figures(given) for column, given in columns.items()}
-    return _template().render(
+    values = (
         _head(evaluation, figures[RIGHT][task.main])
         | _figures(evaluation, columns, figures)
         | _answers(task, columns, images)
@@ -146,13 +144,7 @@ def report_page(
             "bottom": charts.BOTTOM,
         }
     )
-
-
-@functools.cache
-def _template() -> Template:
-    return Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(PAGE.read_text("utf-8"))
+    return rendered("report_page.html", **values)
 
 
 def _head(evaluation: Evaluation, main: Figure) -> dict[str, Any]:

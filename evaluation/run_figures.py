@@ -208,14 +208,14 @@ def _records(log: Path, notes: list[str]) -> list[Mapping[str, Any]]:
         notes.append(f"has no {METRICS}")
         return []
     try:
-        records = read_metrics(log, to_first_fault=True)
-    except PhiSightError as error:
-        notes.append(f"{METRICS} cannot be read: {_reason(error)}")
-        return []
-    try:
-        read_metrics(log)
-    except PhiSightError as error:
-        notes.append(f"{METRICS} is damaged, what comes before is shown: {_reason(error)}")
+        records = read_metrics(log)
+    except PhiSightError as damage:
+        try:
+            records = read_metrics(log, to_first_fault=True)
+        except PhiSightError as error:
+            notes.append(f"{METRICS} cannot be read: {_reason(error)}")
+            return []
+        notes.append(f"{METRICS} is damaged, what comes before is shown: {_reason(damage)}")
     if problems_of_chain := chain_problems(records):
         notes.append(f"{METRICS}: {problems_of_chain[0]}")
     if not records:
