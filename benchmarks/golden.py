@@ -37,7 +37,7 @@ from benchmarks.suite.results import read_checked, write_json
 from config import Config, Parser
 from data.chat import ChatFormat
 from data.dataset import load_questions
-from data.world import write_world
+from data.world import world_fields, write_world
 from documents import FINITE, LIST, TEXT
 from errors import PhiSightError, run_main
 from evaluation.questions import question_messages
@@ -76,10 +76,7 @@ def golden_config(folder: Path) -> Config:
     write_world(folder / "world", pictures=PICTURES, held_out=3, seed=5, turns=4)
     return configs.replace(
         configs.default_config("tiny"),
-        data=str(folder / "world/train.json"),
-        images=str(folder / "world/images"),
-        held_out_questions=str(folder / "world/held_out.jsonl"),
-        novel_pair_questions=str(folder / "world/novel_pairs.jsonl"),
+        **world_fields(folder / "world"),
         features=str(folder / "features"),
         run=str(folder / "run"),
         batch_size=2,

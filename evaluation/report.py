@@ -44,14 +44,14 @@ MEANINGS = {
 }
 
 
-def training_records(assistant: Assistant) -> list[dict[str, Any]]:
+def training_records(assistant: Assistant) -> list[Mapping[str, Any]]:
     """The log of the training that led to an assistant's weights, up to them; nothing where no log
     lies beside them. Raises `PhiSightError` for one that cannot be read: to be called before
     anything is asked."""
     log = Path(assistant.source).parent / METRICS
     step = assistant.provenance.get("step")
     records = without_abandoned(read_metrics(log)) if log.is_file() else []
-    return [dict(one) for one in records if step is None or one.get("step", 0) <= step]
+    return [one for one in records if step is None or one.get("step", 0) <= step]
 
 
 def write_report(path: Path, page: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errors import printable
-from reports.log import TIMING
+from reports.log import TIMING, number_text
 
 NOT_FINITE, SPIKE, UNMOVED = "loss_not_finite", "gradient_spike", "unmoved_owner"
 STARVED, SLOWER = "data_starvation", "falling_rate"
@@ -85,7 +85,6 @@ def _alerts_in(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _number(value: Any, pattern: str = ".3g") -> str:
-    """A number for people; null in a record stands for NaN or an infinity."""
-    if isinstance(value, int) and pattern == ".3g":
-        return f"{value:,}"
-    return format(value, pattern) if isinstance(value, (int, float)) else "not finite"
+    """A number for people; a whole one in full."""
+    is_whole = isinstance(value, int) and pattern == ".3g"
+    return number_text(value, "," if is_whole else pattern)

@@ -216,6 +216,11 @@ def without_abandoned(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str,
     return kept
 
 
+def number_text(value: Any, pattern: str) -> str:
+    """A number of a record for people; null stands for NaN or an infinity."""
+    return format(value, pattern) if isinstance(value, (int, float)) else "not finite"
+
+
 # ---- the chain -----------------------------------------------------------------------------------
 
 

@@ -9,15 +9,10 @@ from typing import Any
 
 from reports.card import provenance
 from reports.compare import Saved
-from reports.log import TIMING
+from reports.log import TIMING, number_text
 from tensors import finite
 
 # -- a record of the log --------------------------------------------------------------------------
-
-
-def _number(value: Any, pattern: str) -> str:
-    """A value for people; null in a record stands for NaN or an infinity."""
-    return format(value, pattern) if isinstance(value, (int, float)) else "not finite"
 
 
 def console_line(record: Mapping[str, Any]) -> str:
@@ -26,7 +21,7 @@ def console_line(record: Mapping[str, Any]) -> str:
 
     def add(source: Mapping[str, Any], key: str, label: str, pattern: str, unit: str = "") -> None:
         if key in source:
-            parts.append(f"{label} {_number(source[key], pattern)}{unit}".lstrip())
+            parts.append(f"{label} {number_text(source[key], pattern)}{unit}".lstrip())
 
     if record.get("kind") == "evaluation":
         add(record, "validation_loss", "validation loss", ".4f")
@@ -38,7 +33,7 @@ def console_line(record: Mapping[str, Any]) -> str:
     add(record, "lr", "lr", ".3g")
     add(record, "gradient_norm", "gradient", ".3g")
     if norms := record.get("gradient_norms"):
-        text = ", ".join(f"{owner} {_number(norm, '.3g')}" for owner, norm in norms.items())
+        text = ", ".join(f"{owner} {number_text(norm, '.3g')}" for owner, norm in norms.items())
         parts.append(("" if "gradient_norm" in record else "gradient ") + f"({text})")
     add(record, "supervised_tokens", "answer tokens", ",")
     add(record, "padding_share", "padding", ".1%")

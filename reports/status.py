@@ -97,7 +97,8 @@ def status_of(run: Path, holder: str) -> Status:
     size = stamp = None
     if log.exists() or log.is_symlink():
         try:
-            size, stamp = log.stat().st_size, log.stat().st_mtime
+            found = log.stat()
+            size, stamp = found.st_size, found.st_mtime
         except OSError as error:
             raise PhiSightError(f"{log}: {error.strerror}; name the folder of a run") from error
     elif save is None and not holder:

@@ -11,7 +11,7 @@ from hypothesis import settings
 from config import Config, default_config, replace
 from data.features import FeatureStore
 from data.prepare import TrainingData, prepare
-from data.world import write_world
+from data.world import world_fields, write_world
 from model.build import Assembled, assemble
 from model.vision import VisionTower
 from model.vlm import VisionLanguageModel
@@ -39,10 +39,7 @@ def tiny_config(world, tmp_path_factory) -> Config:
         default_config("tiny"),
         base=str(ROOT / "assets/tiny/phi3"),
         vision=str(ROOT / "assets/tiny/clip"),
-        data=str(world / "train.json"),
-        images=str(world / "images"),
-        held_out_questions=str(world / "held_out.jsonl"),
-        novel_pair_questions=str(world / "novel_pairs.jsonl"),
+        **world_fields(world),
         run=str(folder / "run"),
         features=str(folder / "features"),
         validation_fraction=0.3,

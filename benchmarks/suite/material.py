@@ -48,13 +48,12 @@ class Material:
 
     def fields(self, run: Path) -> dict[str, Any]:
         """The tiny preset's fields on this world, for a run in this folder."""
+        from data.world import world_fields
+
         return {
             "base": str(ROOT / "assets/tiny/phi3"),
             "vision": str(ROOT / "assets/tiny/clip"),
-            "data": str(self.world / "train.json"),
-            "images": str(self.world / "images"),
-            "held_out_questions": str(self.questions),
-            "novel_pair_questions": str(self.world / "novel_pairs.jsonl"),
+            **world_fields(self.world),
             "features": str(self.folder / "features"),
             "run": str(run),
             "device": "cpu",

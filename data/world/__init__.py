@@ -8,7 +8,7 @@ PNGs, a JSON in the form of LLaVA-Instruct-150K, and question files in the form 
     python -m data.world --out cache/hard --hard      # free places, more objects, rotation, texture
 """
 
-from data.world.files import questions_of, records_of, write_world
+from data.world.files import questions_of, records_of, world_fields, write_world
 from data.world.questions import (
     DETAIL,
     KINDS,
@@ -59,5 +59,6 @@ __all__ = [
     "questions_of",
     "records_of",
     "with_article",
+    "world_fields",
     "write_world",
 ]

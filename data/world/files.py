@@ -61,6 +61,16 @@ def settings_in(done: Path) -> dict | None:
         return None
 
 
+def world_fields(out: Path) -> dict[str, str]:
+    """The config fields that name what `write_world` writes, for a run on that world."""
+    return {
+        "data": str(out / "train.json"),
+        "images": str(out / "images"),
+        "held_out_questions": str(out / "held_out.jsonl"),
+        "novel_pair_questions": str(out / "novel_pairs.jsonl"),
+    }
+
+
 def write_world(
     out: Path,
     pictures: int = 8000,
