@@ -9,7 +9,8 @@ demo: .venv/demo.stamp
 	$(BIN)/python -m tools.demo
 
 test: .venv/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 from typing import BinaryIO
 
 from errors import PhiSightError
+from system import locks
 
 
 def opened_alone(path: Path, flag: str = "--out", is_read: bool = False) -> BinaryIO:
@@ -23,7 +23,7 @@ def opened_alone(path: Path, flag: str = "--out", is_read: bool = False) -> Bina
                 raise PhiSightError(f"{path}: is not a regular file; give another {flag}")
             return open(os.open(path, os.O_WRONLY), "wb")
         out = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.take(out)
     except BlockingIOError:
         raise PhiSightError(f"{path}: another process writes it; wait, or give another") from None
     except OSError as error:

@@ -31,9 +31,8 @@ from documents import (
     problems,
 )
 from errors import PhiSightError
-from manifest import MANIFEST, WEIGHTS
+from manifest import MANIFEST
 from reports.log import METRICS
-from tensors import distance
 
 OWNERS = {
     "lora_weights": "lora",
@@ -108,7 +107,7 @@ class Snapshot:
     state: dict[str, dict[str, Tensor]]
     documents: dict[str, bytes]  # config.json and trainer_state.json as they will be written
     tokenizer: Tokenizer | None = None
-    change: dict | None = None  # since the save before: {"since_step", owner: L2 norm}
+    change: dict | None = None  # as `training.weight_change` has it
 
 
 # -- copied to be saved ---------------------------------------------------------------------------
@@ -120,10 +119,8 @@ def take_snapshot(
     config: dict,
     trainer_state: dict,
     tokenizer: Tokenizer | None = None,
-    previous: Snapshot | Checkpoint | None = None,
 ) -> Snapshot:
     """Copy everything to the CPU. `state` holds every stem of OWNERS; tensors may share memory.
-    With the save before as `previous`, how far the weights moved since is written down too.
 
     Raises PhiSightError for a missing or unknown stem, a bad step, a value that JSON cannot hold.
     """
@@ -148,17 +145,7 @@ def take_snapshot(
         CONFIG: json_bytes(CONFIG, config),
         TRAINER_STATE: json_bytes(TRAINER_STATE, trainer_state),
     }
-    return Snapshot(step, copies, documents, tokenizer, _change(previous, copies))
-
-
-def _change(
-    previous: Snapshot | Checkpoint | None, now: Mapping[str, Mapping[str, Tensor]]
-) -> dict | None:
-    """The L2 norm of what each owner's weights moved; None where there is nothing to compare."""
-    if previous is None or any(previous.state[stem].keys() != now[stem].keys() for stem in WEIGHTS):
-        return None
-    moved = {OWNERS[stem]: distance(previous.state[stem], now[stem]) for stem in WEIGHTS}
-    return {"since_step": previous.step, **moved}
+    return Snapshot(step, copies, documents, tokenizer)
 
 
 # -- what its files must say ----------------------------------------------------------------------

@@ -11,7 +11,7 @@ The order of a save is what makes it safe: write and sync a temporary sibling fo
 and verify it, rename it, sync the parent, and only then remove what is older. So a folder that
 bears a checkpoint's name has been verified, and one is there at every instant.
 
-    python checkpoints.py show [RUN_OR_CHECKPOINT] | verify RUN_OR_CHECKPOINT | diff A B   [--json]
+    python checkpoints.py show [RUN] [--base] | verify RUN | diff A B [--by-layer]   [--json]
     python checkpoints.py pack RUN OUT.tar | unpack OUT.tar FOLDER
 """
 
@@ -36,6 +36,7 @@ from torch import Tensor
 import config as configs
 import files
 import hub
+import hub_runs
 import manifest as manifests
 import packing
 from checkpoint_state import (
@@ -55,8 +56,8 @@ from documents import read_json
 from errors import PhiSightError, run_main
 from manifest import MANIFEST, DamagedFolder
 from manifest import weights_digest as weights_digest  # others call it by this module
-from paths import command, located
-from reports import compare, show
+from paths import EXAMPLES, command, located
+from reports import compare, layers, show
 from reports.chain import log_problems as log_problems
 from reports.chain import records_of as records_of
 from reports.log import METRICS, chain_problems, read_metrics
@@ -65,7 +66,7 @@ NAMED = ("best_step", "rollback_step", "rollback_best")  # of trainer_state, and
 BEST = "best"  # RUN/best names the checkpoint of the lowest validation loss that is kept
 FORMER_LATEST = "LATEST"  # former versions wrote the newest one's name there; nothing reads it
 # What a run's folder holds beside checkpoints and is written whole, under a temporary name first.
-WRITTEN = (FORMER_LATEST, "curves.png", "quarantine.jsonl")
+WRITTEN = (FORMER_LATEST, "curves.png", "quarantine.jsonl", "starts.jsonl", EXAMPLES)
 
 _NAME = re.compile(CHECKPOINT)
 
@@ -322,9 +323,7 @@ def resolve(path: str | Path) -> Checkpoint:
 def fetched(run: str | Path) -> hub.Fetched:
     """The folder of a run: the one given, or that of hf:owner/name[@revision], which is fetched if
     it is not on this machine yet. Raises `PhiSightError`."""
-    if hub.is_reference(run):
-        return hub.fetch_run(hub.parse(run), published_files, verify_run)
-    return hub.Fetched(Path(run))
+    return hub_runs.fetch_run(run, published_files, verify_run)
 
 
 # ---- runs and their logs -------------------------------------------------------------------------
@@ -391,58 +390,58 @@ def _pack(options: argparse.Namespace) -> str:
     return packing.pack(newest, folders, records, options.out, parts, license)
 
 
-def _verify_command(target: Path, as_json: bool) -> int:
-    target = fetched(target).folder
+def _verify_command(options: argparse.Namespace) -> int:
+    target = fetched(options.target).folder
     if target.name == BEST and not target.exists():
         target = load_best(target.parent).path
     if not target.is_dir():
         raise PhiSightError(f"{target}: no such folder; name a run or a checkpoint")
     is_run = not (target / MANIFEST).exists() and bool(checkpoints_in(target))
-    results = verify_run(target) if is_run else {str(target): verify(target)}
-    if as_json:
-        print(json.dumps({"intact": not any(results.values()), "problems": results}))
-    else:
-        show.print_verified(results)
-    return 1 if any(results.values()) else 0
+    problems = verify_run(target) if is_run else {str(target): verify(target)}
+    found = {"intact": not any(problems.values()), "problems": problems}
+    print(json.dumps(found) if options.json else show.verified_text(problems))
+    return 0 if found["intact"] else 1
+
+
+def _by_layer(options: argparse.Namespace, saved: Checkpoint, *other: Checkpoint) -> layers.Changes:
+    folder = options.base_folder or packing.packed_parts(saved.path.parent).get("base", "")
+    return layers.changes(saved, *other, folder=folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1 when two checkpoints differ or one is damaged; 2 on errors."""
     parser = configs.Parser(prog="checkpoints.py", description="Look into checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, targets, text in (
-        ("show", ["target"], "what a checkpoint holds"),
-        ("verify", ["target"], "check every file and tensor"),
-        ("diff", ["first", "second"], "compare two to the bit"),
+    about = "a run folder, a checkpoint folder, or hf:owner/name[@revision]"
+    for name, nargs, targets, text in (
+        ("show", "?", ["target"], "what a checkpoint holds"),
+        ("verify", None, ["target"], "check every file and tensor"),
+        ("diff", None, ["first", "second"], "compare two to the bit, or layer by layer"),
     ):
         command = commands.add_parser(name, help=text)
         for target in targets:
-            command.add_argument(
-                target,
-                type=Path,
-                nargs="?" if name == "show" else None,
-                help="a run folder, a checkpoint folder, or hf:owner/name[@revision]",
-            )
+            command.add_argument(target, type=Path, nargs=nargs, help=about)
         command.add_argument("--json", action="store_true", help="print JSON")
+    layers.add_flags(commands.choices["show"], commands.choices["diff"])
     packing.add_commands(commands)
     options = parser.parse_args(arguments)
+    if options.command == "verify":
+        return _verify_command(options)
     if options.command == "unpack":
         print(packing.unpack(options.archive, options.folder, _verified))
         return 0
     if options.command == "pack":
         print(_pack(options))
         return 0
-    if options.command == "verify":
-        return _verify_command(options.target, options.json)
+    by_layer = options.by_layer or options.base_folder
     if options.command == "diff":
-        result = diff(options.first, options.second)
+        both = options.first, options.second
+        result = _by_layer(options, *map(resolve, both)) if by_layer else diff(*both)
         print(json.dumps(result.as_json()) if options.json else result)
         return 0 if result.identical else 1
-    summary = show.summarise(resolve(options.target or _newest_run()), OWNERS)
-    if options.json:
-        print(json.dumps(summary))
-    else:
-        show.print_summary(summary)
+    saved = resolve(options.target or _newest_run())
+    told = _by_layer(options, saved) if by_layer else show.summarise(saved, OWNERS)
+    print(json.dumps(told.as_json()) if options.json else told)
     return 0
 
 

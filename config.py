@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,22 @@ from command_line import Parser as Parser  # where the commands look for it
 from errors import PhiSightError
 from fields import (
     AT_LEAST_1,
+    DATA,
     FINITE,
+    FOLDERS,
     NOT_NEGATIVE,
     PATH,
     PATH_OR_NAME,
     POSITIVE,
+    QUERIES,
     ROWS,
     SAMPLES,
     SEEDS,
     THREADS,
     UNDER_1,
     Bounds,
+    as_texts,
     declared,
-    of_kind,
     shown,
 )
 from presets import DEFAULT_PRESET, PRESETS
@@ -41,6 +44,7 @@ LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 QUANTIZATIONS = ("nf4", "nf4-nested", "none")
 FEATURE_STORAGES = ("float16", "int8")
 PICTURE_FITS = ("pad", "crop")
+PROJECTORS = ("mlp", "linear", "pixel-shuffle", "resampler")  # see `model.projectors`
 COMPUTE_TYPES = ("auto", "float32", "bfloat16", "float16", "int16")
 COMPUTE_TYPE_HELP = "of the forward; int16: float32, but 4-bit weights times integers, on a CPU"
 SUPERVISED = ("answers", "all")
@@ -58,7 +62,7 @@ class Config:
     # -- what is trained ---------------------------------------------------------------------------
     base: str = declared(
         "microsoft/Phi-3.5-mini-instruct",
-        "Phi-3 base: hub id or local folder",
+        "base (Phi-3, Phi-4-mini, Llama, SmolLM2, Qwen2.5, Qwen3): hub id or local folder",
         known_by="base_fingerprint",
         place=PATH_OR_NAME,
     )
@@ -67,14 +71,13 @@ class Config:
     )
     vision: str = declared(
         "openai/clip-vit-large-patch14-336",
-        "CLIP: hub id or local folder; the smaller"
-        " openai/clip-vit-base-patch32 gives 49 tokens a picture, or one with"
-        " --vision-features pooled",
+        "picture encoder (CLIP, SigLIP, SigLIP2, DINOv2): hub id or local folder; the smaller"
+        " openai/clip-vit-base-patch32 gives 49 tokens a picture, or one if pooled",
         known_by="vision_fingerprint",
         place=PATH_OR_NAME,
     )
     vision_revision: str = declared(
-        "", "hub revision of the CLIP; empty for the newest", known_by="vision_fingerprint"
+        "", "hub revision of the encoder; empty for the newest", known_by="vision_fingerprint"
     )
     base_cache: str = declared(
         "cache/bases",
@@ -92,7 +95,9 @@ class Config:
         "picture tokens: every patch, or one pooled vector",
         choices=("patches", "pooled"),
     )
-    vision_layer: int = declared(-2, "hidden layer of the CLIP that patch features are taken from")
+    vision_layer: int = declared(
+        -2, "hidden layer of the picture encoder that patch features are taken from"
+    )
     feature_pooling: int = declared(
         1,
         "average N x N patches into one token; 2 leaves 144 of the 576 of CLIP L/14 at 336",
@@ -102,8 +107,8 @@ class Config:
         # As LLaVA-1.5: what stands at the sides of a wide picture is seen. A square picture is the
         # same either way.
         "pad",
-        "how a picture that is not square fits the CLIP: padded to a square with the mean colour,"
-        " or its sides cut off",
+        "how a picture that is not square fits the encoder: padded to a square with the mean"
+        " colour, or its sides cut off (by a SigLIP's own processor: squeezed)",
         choices=PICTURE_FITS,
         old_checkpoints="crop",
     )
@@ -127,7 +132,23 @@ class Config:
     )
     lora_rank: int = declared(16, "rank of A and B", bounds=AT_LEAST_1)
     lora_alpha: float = declared(16.0, "B A is scaled by alpha / rank", bounds=POSITIVE)
+    rank_stabilized: bool = declared(
+        False, "scale B A by alpha / sqrt(rank) instead (rsLoRA)", old_checkpoints=False
+    )
     lora_dropout: float = declared(0.05, "dropout on the input of A", bounds=UNDER_1)
+    projector: str = declared(
+        "mlp",
+        "what makes picture tokens of picture features: an MLP; one linear layer; an MLP over each"
+        " 2 x 2 patches together; attention of learned queries",
+        choices=PROJECTORS,
+        old_checkpoints="mlp",
+    )
+    projector_queries: int = declared(
+        16, "picture tokens of --projector resampler", bounds=QUERIES, old_checkpoints=16
+    )
+    projector_dropout: float = declared(
+        0.0, "dropout between the projector's layers", bounds=UNDER_1, old_checkpoints=0.0
+    )
     merge_rounding: str = declared(
         "none",
         "nf4: the forward sees the merged weight rounded to NF4 again, so that export.py"
@@ -137,7 +158,8 @@ class Config:
     )
     lora_targets: tuple[str, ...] = declared(
         LORA_TARGETS,
-        "names of the layers that get an adapter",
+        "names of the layers that get an adapter; parts of a fused one get one each, as q_proj of"
+        " qkv_proj",
         bounds=Bounds("at least one layer name", bool),
     )
 
@@ -151,17 +173,30 @@ class Config:
     )
 
     # -- data --------------------------------------------------------------------------------------
-    data: str = declared(
-        "",
-        "conversations: a JSON in the form of LLaVA-Instruct-150K, or JSONL",
+    data: tuple[str, ...] = declared(
+        (),
+        "conversations: a file or folder of any form in docs/data.md, or hf:owner/name[@revision];"
+        " behind it :N takes each of them N times. May be given several times",
+        bounds=DATA,
         known_by="data_fingerprint",
         place=PATH,
+        repeated=True,
     )
-    images: str = declared(
-        "",
-        "folder that the picture names in the data are relative to",
+    images: tuple[str, ...] = declared(
+        (),
+        "folder that the picture names in the data are relative to; one for each --data where they"
+        " differ",
+        bounds=FOLDERS,
         known_by="data_fingerprint",
         place=PATH,
+        repeated=True,
+    )
+    unpacked: str = declared(
+        "cache/pictures",
+        "folder for the pictures that lie inside data files, such as Parquet",
+        changes_result=False,
+        place=PATH,
+        old_checkpoints="cache/pictures",
     )
     held_out_questions: str = declared(
         "",
@@ -221,6 +256,18 @@ class Config:
     batch_size: int = declared(8, "packed rows a micro-batch", bounds=AT_LEAST_1)
     accumulation: int = declared(4, "micro-batches an optimiser step", bounds=AT_LEAST_1)
     learning_rate: float = declared(5e-4, "peak learning rate of the adapter", bounds=POSITIVE)
+    lora_plus_ratio: float = declared(
+        1.0,
+        "B learns at this many times the rate of A (LoRA+)",
+        bounds=POSITIVE,
+        old_checkpoints=1.0,
+    )
+    projector_learning_rate: float = declared(
+        0.0,
+        "peak learning rate of the projector; 0 for that of the adapter",
+        bounds=FINITE,
+        old_checkpoints=0.0,
+    )
     schedule: str = declared("linear", "after the warm-up", choices=SCHEDULES)
     warmup_fraction: float = declared(0.1, "share of the steps that warm up", bounds=UNDER_1)
     weight_decay: float = declared(0.0, "decoupled weight decay", bounds=FINITE)
@@ -302,7 +349,7 @@ class Config:
     features: str = declared(
         "cache/features", "folder of the picture feature store", changes_result=False, place=PATH
     )
-    device: str = declared("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    device: str = declared("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     compute_type: str = declared("auto", COMPUTE_TYPE_HELP, choices=COMPUTE_TYPES)
     threads: int = declared(
         0, "CPU threads; 0 for all cores, shared among the processes", bounds=THREADS
@@ -310,6 +357,10 @@ class Config:
     deterministic: bool = declared(
         True, "algorithms that give the same bits every time; without them a resume is not exact"
     )
+
+    def __post_init__(self) -> None:
+        for name in REPEATED:  # a text alone is a list of one
+            object.__setattr__(self, name, as_texts(getattr(self, name)))
 
     @property
     def keeps_best(self) -> bool:
@@ -319,6 +370,7 @@ class Config:
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
+REPEATED = tuple(name for name, spec in FIELDS.items() if spec.metadata["repeated"])
 
 
 def default_config(preset: str = DEFAULT_PRESET) -> Config:
@@ -354,21 +406,25 @@ def located(values: Mapping[str, Any]) -> dict[str, Any]:
     """These fields with the project's paths as they are named from the current folder. A text that
     may be a name as well is a path where something lies there."""
 
-    def is_path(name: str, value: Any) -> bool:
-        place = FIELDS[name].metadata["place"]
-        return place == PATH or (place == PATH_OR_NAME and (paths.PROJECT / value).exists())
-
-    return {n: paths.located(v) if is_path(n, v) else v for n, v in values.items()}
+    return _moved(values, paths.located, lambda value: (paths.PROJECT / value).exists())
 
 
-def _recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `located`."""
+    return _moved(values, paths.recorded, lambda value: Path(value).exists())
 
-    def is_path(name: str, value: Any) -> bool:
-        place = FIELDS[name].metadata["place"]
-        return place == PATH or (place == PATH_OR_NAME and Path(value).exists())
 
-    return {n: paths.recorded(v) if is_path(n, v) else v for n, v in values.items()}
+def _moved(
+    values: Mapping[str, Any], move: Callable[[str], str], is_there: Callable[[str], bool]
+) -> dict[str, Any]:
+    def moved(place: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            return type(value)(moved(place, each) for each in value)
+        is_path = place == PATH or (place == PATH_OR_NAME and is_there(value))
+        return move(value) if is_path else value
+
+    places = {name: FIELDS[name].metadata["place"] for name in values}
+    return {n: moved(places[n], v) if places[n] else v for n, v in values.items()}
 
 
 # -- validation -----------------------------------------------------------------------------------
@@ -392,52 +448,3 @@ def out_of_bounds(values: Mapping[str, Any]) -> list[str]:
         for name, value in values.items()
         if (bounds := FIELDS[name].metadata["bounds"]) and not bounds.hold(value)
     ]
-
-
-def of_declared_type(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """These fields as a `Config` holds them, from JSON or TOML: lists become tuples and whole
-    numbers floats where the field is one. Raises PhiSightError naming the field."""
-    clean = {}
-    for name, value in values.items():
-        try:
-            clean[name] = of_kind(value, TYPES[name], FIELDS[name].metadata["formerly"])
-        except TypeError as error:
-            raise PhiSightError(
-                f"{where}: config field {name} is {shown(value)}; expected {error}"
-            ) from error
-    return clean
-
-
-# -- JSON -----------------------------------------------------------------------------------------
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """Every field as JSON and TOML hold it."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(config).items()
-    }
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Plain JSON values, paths as `paths.recorded` has them; the inverse of `from_dict`."""
-    return _recorded(plain(config))
-
-
-def from_dict(values: Mapping[str, Any], where: str) -> Config:
-    """A `Config` from the JSON of a checkpoint; unknown, missing or ill-typed fields are errors."""
-    old = {name: spec.metadata["old_checkpoints"] for name, spec in FIELDS.items()}
-    values = {n: v for n, v in old.items() if v is not dataclasses.MISSING} | dict(values)
-    missing, unknown = sorted(FIELDS.keys() - values.keys()), sorted(values.keys() - FIELDS.keys())
-    if missing or unknown:
-        raise PhiSightError(
-            f"{where}: its config lacks {missing or 'nothing'} and has unknown"
-            f" {unknown or 'nothing'}; it was written by another version of PhiSight"
-        )
-    fields = of_declared_type(values, where)
-    for name, value in fields.items():
-        if FIELDS[name].metadata["place"] and (problem := paths.problem_of(value)):
-            raise PhiSightError(f"{where}: config field {name} {problem}")
-    config = Config(**located(fields))
-    validate(config)
-    return config

@@ -1,6 +1,6 @@
 """Take a trained model to other programs, and take adapters of other programs in.
 
-    python export.py --merge --out DIR             # plain Phi3ForCausalLM: text only
+    python export.py --merge --out DIR             # plain model of its family: text only
     python export.py --llava DIR                   # LlavaForConditionalGeneration: with pictures
     python export.py --requantize --out DIR        # merged and in 4 bits again: text only
     python export.py --prune 0.1 --out DIR         # merged, a tenth of the MLP channels cut out

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,15 @@ UNDER_1 = Bounds("from 0 to under 1", lambda value: 0 <= value < 1)
 ROWS = Bounds("from 0 to 1048576", lambda value: 0 <= value <= 2**20)
 # Far more threads than any machine has would end the process when they are started.
 THREADS = Bounds("from 0 to 1024", lambda value: 0 <= value <= 1024)
+# What follows the last colon of a data source, where it is a number, is how often it is taken.
+WEIGHT = re.compile(r"(.+):([0-9]{1,6}(?:\.[0-9]{1,6})?)", re.DOTALL)
+FOLDERS = Bounds("folders, each with a name", all)
+DATA = Bounds(
+    "files or folders, each with nothing behind it or a :NUMBER over 0",
+    lambda values: all(v and (not (m := WEIGHT.fullmatch(v)) or float(m[2]) > 0) for v in values),
+)
+# Far more than a picture has patches would only take memory.
+QUERIES = Bounds("from 1 to 4096", lambda value: 1 <= value <= 4096)
 # A list for people, who read it in one look.
 SAMPLES = Bounds("from 0 to 16", lambda value: 0 <= value <= 16)
 SEEDS = Bounds("from 0 to 4294967295", lambda value: 0 <= value < 2**32)  # what generators take
@@ -44,6 +54,7 @@ def declared(
     place: str = "",
     old_checkpoints: Any = dataclasses.MISSING,
     formerly: Mapping[Any, Any] | None = None,
+    repeated: bool = False,
 ) -> Any:
     """Declare a field.
 
@@ -59,6 +70,8 @@ def declared(
             without one, a checkpoint that lacks the field is refused.
         formerly: values of another type that the field had in older versions, in files and on
             command lines, each with the one that means the same now.
+        repeated: the field is a tuple of texts whose flag is given once for each of them; a text
+            alone stands for a list of one, and an empty one for none.
     """
     if choices:
         bounds = Bounds("one of " + ", ".join(choices), lambda value: value in choices)
@@ -71,8 +84,21 @@ def declared(
         "place": place,
         "old_checkpoints": old_checkpoints,
         "formerly": formerly or {},
+        "repeated": repeated,
     }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def as_texts(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The texts of a `repeated` field, of which one alone may stand for a list of one."""
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    return () if texts == ("",) else texts  # as `--images ""` is given
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """`a.json:2` -> ("a.json", 2.0); without a number behind the last colon the weight is 1."""
+    match = WEIGHT.fullmatch(text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def shown(value: Any) -> str:

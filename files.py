@@ -41,6 +41,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from errors import PhiSightError
+from system import processes
+from system.disk import REMOVED_WHILE_OPEN, replace, sync
 
 STALE_SECONDS = 3600.0  # what nobody touched for so long belongs to no process that still writes it
 BAR_BYTES = 500 * 10**6  # below that the work is done before a bar could be read
@@ -79,15 +81,6 @@ def read_regular(path: Path, limit: int, follow_links: bool = True) -> bytes:
 # -- written whole or not at all ------------------------------------------------------------------
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sync_tree(folder: Path) -> None:
     """Flush every file below a folder, then every folder. Links are not followed."""
     below = [path for path in sorted(folder.rglob("*")) if not path.is_symlink()]
@@ -106,7 +99,7 @@ def temporary_for(path: Path) -> Path:
 
 def put_in_place(temporary: Path, final: Path) -> None:
     """Give a file or folder that is written and synced its name, for good."""
-    os.replace(temporary, final)
+    replace(temporary, final)
     sync(final.parent)
 
 
@@ -204,20 +197,20 @@ def replace_folder(temporary: Path, final: Path) -> None:
     """
     aside = final.with_name(f".old-{final.name}-{os.getpid()}")
     if final.exists():
-        os.replace(final, aside)
+        replace(final, aside)
     try:
         put_in_place(temporary, final)
     except BaseException:
         if aside.exists() and not final.exists():
-            os.replace(aside, final)
+            replace(aside, final)
         raise
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder, so that a kill meanwhile leaves none of its name that is half there."""
     doomed = temporary_for(path)
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
+    replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=not REMOVED_WHILE_OPEN)  # the next sweep does the rest
 
 
 def former_name(path: Path) -> str | None:
@@ -236,7 +229,7 @@ def sweep_dead(folder: Path, is_ours: Callable[[str], bool]) -> None:
         if not match or not is_ours(match[2]) or path.is_symlink() or _lives(int(match[3])):
             continue
         if former_name(path) and path.is_dir():
-            os.replace(path, folder / match[2])
+            replace(path, folder / match[2])
         else:
             _remove(path)
 
@@ -293,17 +286,8 @@ def _remove(path: Path) -> None:
 
 def _lives(process: int) -> bool:
     """Whether another process of this number is there."""
-    if process == os.getpid():  # a name from an earlier life: in a container, always the same id
-        return False
-    if process == 0:  # no process: asking for it would ask for our own group
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    # Our own: a name from an earlier life. In a container it is always the same.
+    return process != os.getpid() and processes.lives(process)
 
 
 # -- hashes ---------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The Hugging Face hub: where a model lies, and runs that are named `hf:owner/name[@revision]`.
+Data sets are fetched by the same means, see `data.hub_sets`.
 
-A model (a base, a CLIP, a tokenizer) is the folder that a person names, or a snapshot in the hub's
-own cache.
+A model (a base, an encoder, a tokenizer) is the folder that a person names, or a snapshot in the
+hub's own cache.
 
 A run is fetched into a folder of its own, `phisight/` beside the hub's cache, and not read from
 that cache, for two reasons: the cache holds links, where a checkpoint holds regular files alone;
@@ -20,15 +21,15 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
 from errors import PhiSightError, printable
 from fields import shown
 from files import put_in_place, read_regular, sync_tree, write_whole
-from paths import HUB_RUN, command
+from paths import HUB_RUN, command, is_typed_as_path
 
 TOKENIZER_LAYOUT = "tokenizer.json and tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -38,8 +39,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 MAX_MIB = "PHISIGHT_HUB_MAX_MIB"  # the setting of how large a run may be that is fetched
-DEFAULT_MAX_MIB = 4096  # an adapter of Phi-3.5 of rank 16 on all layers has 100
-MAX_LISTED = 10_000  # files in a repository; those of a run are a dozen
 SECONDS = 20.0  # to wait for the hub's answer about a repository
 
 SILENCE = 120.0  # seconds of a connection on which nothing comes, after which it counts as broken
@@ -70,7 +69,7 @@ def find_folder(
     if folder.is_dir():
         return folder
     name = str(id_or_folder)
-    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    if folder.exists() or is_typed_as_path(name):
         raise PhiSightError(f"{what} {name}: there is no such folder; give one with {layout}")
     return _snapshot(name, revision, what, layout, wanted)
 
@@ -174,15 +173,18 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reference:
-    """A run on the hub: `hf:owner/name[@revision]`."""
+    """A run or a data set on the hub: `hf:owner/name[/path][@revision]`."""
 
     repository: str
     """owner/name"""
     revision: str = ""
     """a branch, a tag or a commit; "" for the newest"""
+    path: str = ""
+    """a file or a folder of a data set; "" for all of it"""
 
     def __str__(self) -> str:
-        return f"{HUB_RUN}{self.repository}" + (f"@{self.revision}" if self.revision else "")
+        named = f"{self.repository}/{self.path}" if self.path else self.repository
+        return f"{HUB_RUN}{named}" + (f"@{self.revision}" if self.revision else "")
 
 
 @dataclass(frozen=True)
@@ -199,15 +201,27 @@ class File:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is fetched of a repository, and where it is kept."""
+
+    kind: str
+    """of repository, as the hub calls it: model or dataset"""
+    home: Path
+    """a folder, in which each commit has one"""
+    choose: Callable[[Sequence[File]], list[File]]
+    """the files to fetch of those that are there; raises `PhiSightError`"""
+    problem_of: Callable[[Path, Sequence[File]], str]
+    """what is wrong with the files of a folder that were fetched, and are not kept; "" for
+    nothing"""
+
+
+@dataclass(frozen=True)
 class Fetched:
-    """A run on this machine."""
+    """A run or a data set on this machine."""
 
     folder: Path
     name: str = ""
     """hf:owner/name@commit; "" for one that was here from the first"""
-
-
-Verify = Callable[[Path], Mapping[str, Sequence[str]]]
 
 
 def is_reference(run: str | Path) -> bool:
@@ -273,14 +287,15 @@ def model_name(source: str) -> str:
     return parse(source).repository if is_reference(source) else Path(source).parent.name
 
 
-def listing(repository: str, revision: str | None) -> tuple[str, bool, list[File]]:
+def listing(
+    repository: str, revision: str | None, kind: str = "model"
+) -> tuple[str, bool, list[File]]:
     """(commit, private, files) of a repository as the hub says it. Raises one of `failures()`."""
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().model_info(
-            repository, revision=revision, files_metadata=True, timeout=SECONDS
-        )
+        ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+        info = ask(repository, revision=revision, files_metadata=True, timeout=SECONDS)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError("its answer is not that of a hub") from error
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
@@ -297,27 +312,26 @@ def listing(repository: str, revision: str | None) -> tuple[str, bool, list[File
     return info.sha, bool(info.private), files
 
 
-def fetch_run(
-    reference: Reference,
-    choose: Callable[[Sequence[str]], list[str]],
-    verify: Verify,
-) -> Fetched:
-    """A run from the hub.
+def home_of(name: str) -> Path:
+    """Where what is fetched of a repository is kept."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "phisight" / name.replace("/", "--")
+
+
+def fetch(reference: Reference, wanted: Wanted) -> Fetched:
+    """A folder with what is wanted of a repository.
 
     A commit that is here already is not asked for again; with HF_HUB_OFFLINE, a branch is what it
     was when the hub was last asked.
-
-    Args:
-        choose: which of the names in a repository are the run's.
-        verify: what was fetched -> its problems, by path.
 
     Raises:
         PhiSightError: with the reason, and a remedy; no folder has got a name then.
     """
     from huggingface_hub import constants
 
-    home = Path(constants.HF_HOME) / "phisight" / reference.repository.replace("/", "--")
-    named = home / "refs" / _as_file(reference.revision or "main")
+    home = wanted.home
+    named = home / "refs" / as_file(reference.revision or "main")
     if COMMIT.fullmatch(reference.revision) and (home / reference.revision).is_dir():
         return Fetched(home / reference.revision, str(reference))
     if constants.is_offline_mode():
@@ -326,15 +340,17 @@ def fetch_run(
                 f"{reference}: HF_HUB_OFFLINE is set, and it was never fetched to this machine;"
                 " unset it, or name a folder"
             )
-        return Fetched(home / known, str(Reference(reference.repository, known)))
+        return Fetched(home / known, str(replace(reference, revision=known)))
     try:
         with quiet():
-            commit, _, files = listing(reference.repository, reference.revision or None)
+            commit, _, files = listing(
+                reference.repository, reference.revision or None, wanted.kind
+            )
             if COMMIT.fullmatch(reference.revision) and commit != reference.revision:
                 raise ValueError(f"it gives another commit for it, {commit}")
-            pinned = Reference(reference.repository, commit)
+            pinned = replace(reference, revision=commit)
             if not (home / commit).is_dir():
-                _download(pinned, _chosen(reference, files, choose), home, verify)
+                _download(pinned, wanted, wanted.choose(files))
         if _known(home, named) != commit:  # else the folder may be one that is only read
             named.parent.mkdir(parents=True, exist_ok=True)
             write_whole(named, commit.encode())
@@ -348,7 +364,7 @@ def fetch_run(
     return Fetched(home / commit, str(pinned))
 
 
-def _as_file(revision: str) -> str:
+def as_file(revision: str) -> str:
     """A branch or a tag as the name of a file, which is shorter than what the hub takes."""
     name = quote(revision, safe="")
     return name if len(name) <= 200 else hashlib.sha256(name.encode()).hexdigest()
@@ -363,45 +379,26 @@ def _known(home: Path, named: Path) -> str:
     return commit if COMMIT.fullmatch(commit) and (home / commit).is_dir() else ""
 
 
-def _chosen(
-    reference: Reference, files: Sequence[File], choose: Callable[[Sequence[str]], list[str]]
-) -> list[File]:
-    """The files to fetch, all checked before the first is. Raises `PhiSightError`."""
-    if len(files) > MAX_LISTED:
-        raise PhiSightError(
-            f"{reference}: has {len(files):,} files, where a published run has a dozen; name one"
-            " that export.py --push made"
-        )
-    names = set(choose([file.name for file in files]))
-    if not names:
-        raise PhiSightError(
-            f"{reference}: holds no run (no checkpoint-NNNNNN/MANIFEST.json); name one that"
-            " export.py --push made"
-        )
-    chosen = [file for file in files if file.name in names]
-    text = os.environ.get(MAX_MIB, str(DEFAULT_MAX_MIB))
+def check_size(reference: Reference, files: Sequence[File], what: str, most: int) -> None:
+    """Raise `PhiSightError` where files have more than `most` MiB, unless a setting says more."""
+    text = os.environ.get(MAX_MIB, str(most))
     if not re.fullmatch("[0-9]{1,9}", text):
         raise PhiSightError(f"{MAX_MIB}: {shown(text)} is not a whole number of MiB; mend it")
-    size = sum(file.size for file in chosen)
+    size = sum(file.size for file in files)
     if size > int(text) * 2**20:
         raise PhiSightError(
-            f"{reference}: its run has {size / 2**20:,.0f} MiB, and at most {int(text):,} are"
+            f"{reference}: {what} has {size / 2**20:,.0f} MiB, and at most {int(text):,} are"
             f" fetched; if you expect that much, say so: {MAX_MIB}={size // 2**20 + 1}"
         )
-    return chosen
 
 
-def _download(
-    pinned: Reference,
-    files: Sequence[File],
-    home: Path,
-    verify: Verify,
-) -> None:
+def _download(pinned: Reference, wanted: Wanted, files: Sequence[File]) -> None:
     """Fetch the files of a commit into a folder that is named once it is right. Where a connection
     breaks, those that came whole are kept for the next time; what is wrong is removed."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import WeakFileLock
 
+    home = wanted.home
     final, partial = home / pinned.revision, home / f".partial-{pinned.revision}"
     home.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(home / ".lock"):
@@ -411,24 +408,16 @@ def _download(
             hf_hub_download(
                 pinned.repository,
                 file.name,
+                repo_type=wanted.kind,
                 revision=pinned.revision,
                 local_dir=partial,
                 etag_timeout=SECONDS,
             )
         shutil.rmtree(partial / ".cache", ignore_errors=True)  # what the hub noted meanwhile
-        if problem := _problem_of(partial, verify):
+        if problem := wanted.problem_of(partial, files):
             shutil.rmtree(partial)
             raise PhiSightError(
-                f"{pinned}: is not as its manifest says, and was not kept ({problem}); fetch it"
-                " again, and if that is the same, tell its owner"
+                f"{pinned}: {problem}; fetch it again, and if that is the same, tell its owner"
             )
         sync_tree(partial)
         put_in_place(partial, final)
-
-
-def _problem_of(folder: Path, verify: Verify) -> str:
-    """What is wrong with a run that was fetched into a folder that goes; "" for nothing."""
-    try:
-        return next((problem for each in verify(folder).values() for problem in each), "")
-    except PhiSightError as error:  # of a log that cannot be read at all
-        return str(error).replace(f"{folder}{os.sep}", "").partition(";")[0]

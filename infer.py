@@ -18,7 +18,6 @@ import threads  # noqa: F401 (before torch is loaded)
 
 import config as configs
 from assistant.flags import (
-    Asker,
     add_assistant_flags,
     add_sampling_flags,
     asker,
@@ -29,7 +28,7 @@ from assistant.flags import (
 from assistant.messages import user_message
 from data.reading import checked_image_files
 from errors import PhiSightError, run_main
-from speech.flags import add_recording_flags
+from speech.flags import add_recording_flags, check_recording_flags
 
 # Imports are most of a start: what only some uses need (torch, Whisper) is imported by them.
 
@@ -50,6 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a stream")
     add_recording_flags(parser)
     options = parser.parse_args(arguments)
+    check_recording_flags(options)
     ways = (options.prompt, options.audio, options.batch, options.transcribe, options.chat or None)
     if sum(way is not None for way in ways) != 1:
         one = "give one of --prompt, --audio, --chat and --batch, or --transcribe"
@@ -78,19 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
     ask = asker(assistant, options)
     try:
         if not options.chat:
-            return batch(ask, options)
+            from terminal import batch
+
+            return batch.run(options, ask)
         from terminal.chat import converse
 
         return converse(ask, options, assistant)
     finally:
         assistant.close()
-
-
-def batch(ask: Asker, options: argparse.Namespace) -> int:
-    """A file of questions, their answers into another."""
-    from terminal import batch as batches
-
-    return batches.run(options, ask)
 
 
 def answer_one(options: argparse.Namespace) -> int:

@@ -20,7 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import shown
-from documents import BYTE_LIMIT, COUNT, NUMBER_OR_NULL, TEXT, Kind, parse_json, problems, require
+from documents import (
+    BYTE_LIMIT,
+    COUNT,
+    COUNT_OR_NULL,
+    NUMBER_OR_NULL,
+    TEXT,
+    Kind,
+    parse_json,
+    problems,
+    require,
+)
 from errors import PhiSightError, key_problems
 from files import open_regular, read_regular, sync_tree
 from tensors import as_float64, dtype_name, finite, sha256_of
@@ -50,8 +60,17 @@ _MANIFEST = {
 }
 
 
+# How far an owner's weights moved: what `training.weight_change` writes, and a norm alone in
+# checkpoints of former versions.
+_MOVED = Kind(
+    "a number, null, or an object of them",
+    lambda value: NUMBER_OR_NULL.holds(value) or not [*problems(value, {"*": NUMBER_OR_NULL})],
+)
+
+
 def _is_change(value: Any) -> bool:
-    return not [*problems(value, {"since_step": COUNT, "*": NUMBER_OR_NULL})]
+    wanted = {"since_step": COUNT_OR_NULL, "step?": COUNT, "*": _MOVED}
+    return not [*problems(value, wanted)]
 
 
 # -- rows -----------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
     checkpoint-000955/ ...           every checkpoint that the run kept
     metrics.jsonl                    the log, up to the newest of them
     README.md  curves.png  quarantine.jsonl
-    packed/base/  packed/vision/     the base and the CLIP, if they are to go along
+    packed/base/  packed/vision/     the base and the encoder, if they are to go along
     packed/conversations.json  packed/images/       and the data
+    examples/                        goes along with it: pictures and questions to begin with
 
 Unpacked, the folder is the run. What lies under `packed/` is taken in place of what the checkpoint
 names, which lay on another machine (`packed_parts`); their fingerprints are compared as ever. What
@@ -15,19 +16,23 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import config as configs
+import config_values
+import hub
 from archive import CHANGED, Member, extract, write_archive
 from checkpoint_state import CHECKPOINT, Checkpoint, need_run
 from config import Config
+from data.sources import Source
 from errors import PhiSightError, printable
+from fields import as_texts, split_weight
 from files import former_name, hash_files, new_folder
 from manifest import MANIFEST, files_below
-from paths import command
+from paths import EXAMPLES, command, typed
 from reports.card import CARD, hub_id, license_id, model_card
 from reports.log import METRICS
 
@@ -44,12 +49,14 @@ OF_A_MODEL = re.compile(
 _WEIGHTS = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors", re.ASCII)
 _OF_A_RUN = re.compile(
     rf"{CHECKPOINT}/(tokenizer/)?[A-Za-z0-9][\w.-]*|{re.escape(METRICS)}|{CARD}"
-    rf"|{'|'.join(map(re.escape, BESIDE))}|{re.escape(DATA)}|{FOLDERS['images']}/.+",
+    rf"|{'|'.join(map(re.escape, BESIDE))}"
+    rf"|{EXAMPLES}/[^/]+\.(png|jpe?g|webp|gif|bmp|avif|txt)"
+    rf"|{re.escape(DATA)}|{FOLDERS['images']}/.+",
     re.ASCII | re.DOTALL,
 )
 PARTS = {
     "base": "the base's weights and tokenizer",
-    "vision": "the CLIP's weights",
+    "vision": "the picture encoder's weights",
     "data": "the conversations and their pictures",
 }
 
@@ -79,7 +86,7 @@ def pack(
     """
     need_run(newest)
     run = newest.path.parent
-    config = configs.from_dict(newest.config["config"], str(newest.path))
+    config = config_values.from_dict(newest.config["config"], str(newest.path))
     config = configs.replace(config, **packed_parts(run))
     card = model_card(newest, records, license=license)
     members = [Member(CARD, card.encode())]
@@ -102,7 +109,7 @@ def pack(
     more = f", with {', '.join(PARTS[part] for part in parts)}" if parts else ""
     return (
         f"{out}: step {newest.step} of {run}{more}; {len(members):,} files, {size:,} bytes."
-        f" Unpack it with: {command('checkpoints.py')} unpack {shlex.quote(str(out))} FOLDER"
+        f" Unpack it with: {command('checkpoints.py')} unpack {typed(str(out))} FOLDER"
     )
 
 
@@ -128,7 +135,7 @@ def _vision(config: Config, saved: Checkpoint) -> Iterator[Member]:
     if any(path.suffix != ".safetensors" for path in weights):
         raise PhiSightError(
             f"--with-vision: {weights[0]} is a pickle file, which no archive takes along; the"
-            " colleague downloads this CLIP himself"
+            " colleague downloads this picture encoder himself"
         )
     return _model_members("vision", spec.folder, weights)
 
@@ -149,20 +156,55 @@ def _model_members(part: str, folder: Path, weights: Sequence[Path]) -> Iterator
 def _data(config: Config, saved: Checkpoint) -> Iterator[Member]:
     """The conversations, and those of their pictures that are there: the others were missing in
     the training too."""
-    from data.dataset import read_conversations
+    from data.containers import captions
+    from data.pictures import UNPACKED, PictureFolders
+    from data.sources import sources_of
 
     if "data_fingerprint" not in saved.config:
         raise PhiSightError("--with-data: the run names no data; leave it out")
-    path = Path(config.data)
-    if not path.is_file():
+    remedy = "put the data back, or leave --with-data out"
+    found = sources_of(config, remedy)
+    if len(found) > 1 or not found[0].path.is_file() or captions.is_one(found[0].path):
         raise PhiSightError(
-            f"--with-data: {path}: no such file; put the data back, or leave --with-data out"
+            "--with-data: several sources, folders and CSV are not packed; take them along beside"
+            " the archive, and give --data and --images there"
         )
-    yield Member(DATA, path)
-    names = {name for conversation in read_conversations(path, []) for name in conversation.images}
-    for name in sorted(names):  # none of them leaves its folder: see `data.record_content`
-        if (Path(config.images) / name).is_file():
-            yield Member(f"{FOLDERS['images']}/{name}", Path(config.images) / name)
+    if hub.is_reference(config.data[0]):
+        raise PhiSightError("--with-data: the data are fetched from the hub there; leave it out")
+    (source,) = found
+    if source.weight != 1:
+        raise PhiSightError(
+            f"--with-data: how often {source.path} is taken is not packed; take it along beside the"
+            " archive, and give --data and --images there"
+        )
+    names = _picture_names(source)
+    yield Member(DATA, source.path)
+    examples = saved.path.parent / EXAMPLES
+    for path in sorted(examples.iterdir()) if examples.is_dir() else ():
+        if path.is_file() and _OF_A_RUN.fullmatch(f"{EXAMPLES}/{path.name}"):
+            yield Member(f"{EXAMPLES}/{path.name}", path)
+    folders = PictureFolders.of(config)
+    for name in sorted(names):  # none of them leaves its folder: see `data.pictures`
+        if not name.startswith(UNPACKED) and folders.path_of(name).is_file():
+            yield Member(f"{FOLDERS['images']}/{name}", folders.path_of(name))
+
+
+def _picture_names(source: Source) -> set[str]:
+    """The pictures of the conversations, which must be named so that they are found elsewhere."""
+    from data.dataset import Conversation, conversation_or_fault
+
+    names: set[str] = set()
+    elsewhere = replace(source.pictures, folder=None)
+    for where, record in source.records():
+        read = conversation_or_fault(record, source.pictures)
+        if isinstance(read, Conversation):
+            if conversation_or_fault(record, elsewhere) != read:
+                raise PhiSightError(
+                    f"--with-data: {where} names a picture by an absolute path, which is another"
+                    " one there; name it relative to the image folder, or leave --with-data out"
+                )
+            names.update(read.images)
+    return names
 
 
 # -- unpacking ------------------------------------------------------------------------------------
@@ -189,7 +231,7 @@ def unpack(archive: Path, folder: Path, verified: Callable[[Path], Checkpoint]) 
         try:
             newest = verified(temporary)
             need_run(newest)
-            config = configs.from_dict(newest.config["config"], str(newest.path))
+            config = config_values.from_dict(newest.config["config"], str(newest.path))
         except PhiSightError as error:
             reason = str(error).replace(str(temporary), "in it")
             raise PhiSightError(f"{archive}: {reason}; nothing was unpacked") from error
@@ -207,7 +249,7 @@ def _problem_of(name: str) -> str:
 
 
 def packed_parts(run: str | Path) -> dict[str, str]:
-    """Where base, CLIP, data and pictures lie that were unpacked with a run, by config field."""
+    """Where base, encoder, data and pictures lie that were unpacked with a run, by config field."""
     run = Path(run)
     places = {field: run / folder for field, folder in FOLDERS.items()}
     found = {field: str(place) for field, place in places.items() if place.is_dir()}
@@ -220,11 +262,13 @@ def _what_next(folder: Path, newest: Checkpoint, config: Config) -> str:
         field
         for field in ("base", "vision", "data", "images")
         if field not in there
-        and (value := getattr(config, field))
-        and not hub_id(value)
-        and not Path(value).exists()
+        and any(
+            not (hub_id(place) or hub.is_reference(place) or Path(place).exists())
+            for value in as_texts(getattr(config, field))
+            for place in [split_weight(value)[0] if field == "data" else value]
+        )
     ]
-    run = f" --run {shlex.quote(str(folder))}"
+    run = f" --run {typed(str(folder))}"
     of_model = "".join(f" --{field} ..." for field in missing if field in ("base", "vision"))
     lines = [
         f"{folder}: step {newest.step}, verified",
@@ -234,12 +278,16 @@ def _what_next(folder: Path, newest: Checkpoint, config: Config) -> str:
         flags = "".join(f" --{field} ..." for field in missing)
         lines.append(f"go on with it: {command('train.py')} --resume{run}{flags}")
     if missing:
-        told = ", ".join(f"--{f} ({printable(Path(getattr(config, f)).name, 60)})" for f in missing)
+        told = ", ".join(f"--{f} ({printable(_names(config, f), 60)})" for f in missing)
         lines.append(
             f"not in the archive and not found here: {told}; say where they lie, others than those"
             " of the training are refused"
         )
     return "\n".join(lines)
+
+
+def _names(config: Config, field: str) -> str:
+    return " ".join(Path(value).name for value in as_texts(getattr(config, field)))
 
 
 # -- the command ----------------------------------------------------------------------------------

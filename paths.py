@@ -9,13 +9,16 @@ Where the current folder is the project's, both are the same, and no path is cha
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import shlex
+import subprocess
+from pathlib import Path, PurePath, PureWindowsPath
 
 from errors import PhiSightError
 
 PROJECT = Path(__file__).resolve().parent
 LONGEST, LONGEST_NAME = 4095, 255  # bytes of a path and of a name in it that Linux takes
 HUB_RUN = "hf:"  # begins what names a run on the hub, which is no path; see `hub`
+EXAMPLES = "examples"  # folder of a run, and of a Space: pictures and questions to begin with
 
 
 def is_current_folder() -> bool:
@@ -36,20 +39,41 @@ def located(path: str) -> str:
 def recorded(path: str) -> str:
     """The inverse of `located`: absolute, or relative to the project if it lies there, so that a
     checkpoint is still right when the project's folder is moved."""
-    if not path or path.startswith(HUB_RUN) or is_current_folder():
+    if not path or path.startswith(HUB_RUN):
         return path
+    if is_current_folder():
+        return path if PurePath(path).is_absolute() else path.replace(os.sep, "/")
     absolute = Path(os.path.abspath(path))
-    return str(absolute.relative_to(PROJECT) if absolute.is_relative_to(PROJECT) else absolute)
+    if not absolute.is_relative_to(PROJECT):
+        return str(absolute)
+    return absolute.relative_to(PROJECT).as_posix()  # which every system reads
 
 
 def problem_of(path: str) -> str:
     """Why a text can be no path, which Python would raise errors of its own for; "" if it can."""
     if "\0" in path:
         return "has a null character; no path has"
-    whole = os.path.abspath(path).encode("utf-8", "surrogatepass")
-    if len(whole) > LONGEST or any(len(part) > LONGEST_NAME for part in whole.split(b"/")):
+    try:
+        whole = os.path.abspath(path).encode()
+    except UnicodeEncodeError:  # what stands for a byte; the libraries that save can write no such
+        return "has bytes that are not UTF-8; rename it"
+    names = whole.split(os.sep.encode())
+    if len(whole) > LONGEST or any(len(part) > LONGEST_NAME for part in names):
         return "is longer than a path can be"
     return ""
+
+
+def is_typed_as_path(text: str) -> bool:
+    """Whether a text that may name a folder or a model of the hub can be the former alone, as it is
+    typed on any system: `/a`, `./a`, `a/b/c`, `C:\\a`, `a\\b`."""
+    windows = PureWindowsPath(text)
+    begins = text.startswith((".", "~", "/")) or bool(windows.anchor)
+    return begins or "\\" in text or text.count("/") > 1
+
+
+def typed(*words: str) -> str:
+    """Words as they are typed after a command, quoted where this system's shells need it."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def command(name: str) -> str:

@@ -29,7 +29,7 @@ from speech.spoken import loaded_once, voices_loaded_once
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     limits = Limits()
     parser = configs.Parser(prog="serve.py", description=__doc__.splitlines()[0])
-    add_assistant_flags(parser)
+    add_assistant_flags(parser, verbose=True)
     add_door_flags(parser, port=8000)
     parser.add_argument("--model-name", help="what programs call the model (default: the run's)")
     parser.add_argument(
@@ -75,10 +75,10 @@ def web_app(
     frames: Sequence[str] = (),
 ) -> Any:
     """The web app, to stand at the paths that the API does not take."""
-    from web.app import build_app, web_application
+    from web.app import build_site, web_application
 
-    page = build_app(assistant, speech=speech, voice=voices_loaded_once(voice))
-    return web_application(page, frames)
+    site = build_site(assistant, speech=speech, voice=voices_loaded_once(voice))
+    return web_application(site, frames)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from documents import FLAG, TEXT, json_bytes, read_json, require
 from errors import PhiSightError
+from system import disk
 
 FILE = "space.json"
 MOST_BYTES = 64 * 2**10  # of that file
@@ -55,7 +56,7 @@ class Space:
     keeps_base: bool = False
     """whether the quantised base is kept for the next start"""
     examples: str = "examples"
-    """the folder of the questions to begin with"""
+    """the folder of the questions to begin with; empty for none"""
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_bytes(json_bytes(FILE, dataclasses.asdict(self)))
@@ -132,14 +133,14 @@ def _own(folder: Path) -> Path:
     if os.access(folder, os.W_OK):
         return _writable(folder / STORED)
     name = re.sub(r"\W+", "-", str(folder)).strip("-")
-    return _writable(Path(tempfile.gettempdir()) / f"phisight-{os.getuid()}-{name[-80:]}")
+    return _writable(Path(tempfile.gettempdir()) / f"phisight-{disk.user()}-{name[-80:]}")
 
 
 def _writable(path: Path) -> Path:
     """A folder that is made, or there already and ours alone, as compiled code lies in it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.is_symlink() or path.stat().st_uid != os.getuid():
+        if path.is_symlink() or not disk.is_own(path.stat()):
             raise PhiSightError(
                 f"{path}: belongs to somebody else; name another folder in {FOLDER}"
             )
@@ -176,7 +177,7 @@ def flags(space: Space, folder: Path, storage: Storage, environ: Mapping[str, st
         f"--base-cache={storage.kept / 'bases' if space.keeps_base else ''}",
         f"--speech={located(space.speech) if space.speech else ''}",
         "--threads=0",  # as many as `Storage.environment` says, not as on the machine that trained
-        f"--examples={folder / space.examples}",
+        *([f"--examples={folder / space.examples}"] if space.examples else ()),
         f"--conversations={storage.passing / 'conversations'}",
         "--public",
         f"--host={environ.get('GRADIO_SERVER_NAME') or usual_host}",

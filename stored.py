@@ -8,7 +8,6 @@ and in several threads at once where a caller wants that.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from files import open_regular
+from system import disk, memory
 from tensors import raw_bytes
 
 DTYPES = {
@@ -36,7 +36,6 @@ DTYPES = {
 }
 LARGEST_HEADER = 100 * 10**6  # bytes, as in the library
 LARGE_PAGES = 4 * 2**20  # bytes of a tensor from which on it lies in pages of 2 MiB
-MADV_HUGEPAGE = 14
 
 
 class NotStored(Exception):
@@ -101,21 +100,17 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory for a tensor on the CPU, of any content. A large one lies in large pages where the
     system has them: it is there in a third of the time, and read faster too."""
     tensor = torch.empty(shape, dtype=dtype)
-    if tensor.nbytes >= LARGE_PAGES and (advise := getattr(ctypes.CDLL(None), "madvise", None)):
-        page = os.sysconf("SC_PAGESIZE")
-        start = -(-tensor.data_ptr() // page) * page
-        length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
-        # What it returns is of no interest: a system without large pages takes small ones.
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
+    if tensor.nbytes >= LARGE_PAGES:
+        memory.use_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
 
 def _read(descriptor: int, name: str, place: Place) -> Tensor:
     tensor = new_tensor(place.shape, place.dtype)
-    memory = memoryview(raw_bytes(tensor).data)
+    room = memoryview(raw_bytes(tensor).data)
     done = 0
-    while done < len(memory):
-        count = os.preadv(descriptor, [memory[done:]], place.start + done)
+    while done < len(room):
+        count = disk.read_at(descriptor, room[done:], place.start + done)
         if not count:
             raise NotStored(f"{name} is cut off")
         done += count
@@ -125,11 +120,11 @@ def _read(descriptor: int, name: str, place: Place) -> Tensor:
 def _places(descriptor: int) -> dict[str, Place]:
     """What the header of a safetensors file says, held against the size of the file."""
     size = os.fstat(descriptor).st_size
-    count = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    count = int.from_bytes(disk.bytes_at(descriptor, 8, 0), "little")
     if not 2 <= count <= min(LARGEST_HEADER, size - 8):
         raise NotStored("its header is damaged")
     try:
-        header = json.loads(os.pread(descriptor, count, 8))
+        header = json.loads(disk.bytes_at(descriptor, count, 8))
         header.pop("__metadata__", None)
         places = {name: _place(said, 8 + count, size) for name, said in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -41,6 +41,11 @@ def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
     return pinned(tensor).to(device, non_blocking=True)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The type that sums are taken in: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def dtype_name(tensor: Tensor) -> str:
     """ "float32", not "torch.float32"."""
     return str(tensor.dtype).removeprefix("torch.")
@@ -59,6 +64,11 @@ def as_float64(tensor: Tensor) -> Tensor:
 def finite(value: float) -> float | None:
     """None for NaN and infinities, which JSON does not have."""
     return value if math.isfinite(value) else None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floats has no NaN and no infinity, found without a copy of its size."""
+    return not tensor.numel() or all(math.isfinite(end.item()) for end in tensor.aminmax())
 
 
 def distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float | None:

@@ -31,6 +31,7 @@ from config import Config
 from errors import SurvivingOutput, run_main
 from training.batches import BatchesAhead
 from training.config_file import to_toml
+from training.environment import record_start
 from training.evaluating import evaluation_is_due, run_evaluation
 from training.lock import RunLock
 from training.options import RunOptions, parse
@@ -43,6 +44,7 @@ from training.reporting import (
     report_end,
     report_finished,
     report_standing,
+    tell_of_saves,
 )
 from training.rollback import go_back_or_stop, went_back_from_spike
 from training.run import prepare_run
@@ -50,6 +52,7 @@ from training.saving import BackgroundSaver, save_checkpoint
 from training.signals import StopSignals
 from training.start import check_demands, is_at_stop, is_finished, starting_point
 from training.step import Diverged, train_step
+from training.trackers import Trackers, show_log
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if ranks.is_first:
             tell(config, checkpoint)
+            show_log(config.run, options.trackers)
     return 0
 
 
@@ -91,11 +95,13 @@ def train(
     """One run, from `checkpoint` or from nothing, until it is finished or asked to stop."""
     started = saved = time.monotonic()
     run = prepare_run(config, checkpoint, options, ranks)
+    record_start(run, options)
     announce(run)
     progress, out_of_time = run.progress, False
     with (
         StopSignals() as stop,
         progress_bar(run) as bar,
+        Trackers(config.run, run.log, options.trackers),
         BackgroundSaver() as saver,
         BatchesAhead(run) as ahead,
     ):
@@ -125,6 +131,7 @@ def train(
             bar.update()
 
             saver.check()  # a save that failed in the background stops the run here
+            tell_of_saves(run, bar.write)
             now = time.monotonic()  # the first process's clock decides for all
             asked, out_of_time, save_is_due = ranks.any_of(
                 stop.requested,

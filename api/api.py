@@ -32,7 +32,8 @@ from api.spoken import SPEECH, Speak
 from api.stream import in_thread, pieces_of
 from api.transcriptions import TRANSCRIPTIONS, TRANSLATIONS, Transcribe
 from assistant.answer import Answer
-from assistant.assistant import Assistant, ContextExceeded
+from assistant.assistant import Assistant
+from assistant.refusals import ContextExceeded
 from errors import PhiSightError
 from hub import model_name
 from speech.whisper import TooLong

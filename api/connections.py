@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import resource
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from api.errors import ApiError, busy
 from api.guards import OPEN
 from api.logs import once
 from api.responses import error_response
+from system import limits
 
 MOST = 1024  # connections at once
 LARGEST_HEAD = 64 * 1024  # bytes
@@ -54,16 +54,10 @@ class Patience:
 def most_connections() -> int:
     """How many connections may be open, by the descriptors that the process may still open. Its
     limit is raised as far as it may be raised without rights."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = open_descriptors() + SPARE_DESCRIPTORS + MOST + BEYOND
-    if hard == resource.RLIM_INFINITY or soft < min(wanted, hard):
-        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and raised > soft:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-            soft = raised
-    if soft == resource.RLIM_INFINITY:
+    allowed = limits.raise_descriptors(open_descriptors() + SPARE_DESCRIPTORS + MOST + BEYOND)
+    if allowed is None:
         return MOST
-    return min(MOST, max(FEWEST, soft - open_descriptors() - SPARE_DESCRIPTORS - BEYOND))
+    return min(MOST, max(FEWEST, allowed - open_descriptors() - SPARE_DESCRIPTORS - BEYOND))
 
 
 def open_descriptors() -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 
 from api.logs import failed
-from assistant.assistant import Blocked
-from assistant.engine import Busy
+from assistant.refusals import Blocked, Busy
 from errors import PhiSightError
 
-NAMED = ("messages[", "input[", "response_format", "text.format")  # fields that a failure may name
+# Fields that a failure may name.
+NAMED = ("messages[", "input[", "response_format", "text.format", "no_repeat_ngram_size")
 
 
 class ApiError(Exception):

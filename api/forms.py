@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from api.errors import ApiError, bad, too_large
+from assistant.sampling import LONGEST_NGRAM
 from data.images import MAX_PIXELS
 from data.stream import kind_of
 
@@ -125,6 +126,9 @@ class Question(Form):
     top_k: int = Field(0, ge=0, le=2**31, description=f"must be a whole number from 0 to {2**31}")
     repetition_penalty: float = Field(
         1.0, ge=0.1, le=10, description="must be a number from 0.1 to 10"
+    )
+    no_repeat_ngram_size: int = Field(
+        0, ge=0, le=LONGEST_NGRAM, description=f"must be a whole number from 0 to {LONGEST_NGRAM}"
     )
     seed: int | None = Field(
         None,

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-
-import torch
 
 from api.places import KINDS, Places
+from system import memory
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -135,7 +130,9 @@ def of_assistant(statistics: Mapping[str, float]) -> Iterator[str]:
 
 
 def of_process() -> Iterator[str]:
-    yield gauge("process_resident_memory_bytes", "Memory of the process.", resident_bytes())
+    yield gauge("process_resident_memory_bytes", "Memory of the process.", memory.resident())
+    import torch  # where a model answers it is loaded already
+
     if torch.cuda.is_available():
         text = "Memory of tensors on the GPU."
         yield gauge("device_memory_bytes", text, torch.cuda.memory_allocated())
@@ -151,13 +148,3 @@ def family(name: str, kind: str, text: str, samples: Mapping[str, float]) -> str
 
 def gauge(name: str, text: str, value: float) -> str:
     return family(name, "gauge", text, {"": value})
-
-
-def resident_bytes() -> float:
-    """Memory that the process holds now; where the system does not tell, the most it ever held."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return pages * os.sysconf("SC_PAGE_SIZE")

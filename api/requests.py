@@ -81,7 +81,13 @@ def check_model(given: str | None, *names: str) -> None:
 def sampling_of(given: Question) -> Sampling:
     # OpenAI's top_p of 0 keeps the likeliest token alone, as every share under its own does.
     top_p = max(given.top_p, 1e-9)
-    return Sampling(given.temperature, top_p, given.top_k, given.repetition_penalty)
+    return Sampling(
+        given.temperature,
+        top_p,
+        given.top_k,
+        given.repetition_penalty,
+        given.no_repeat_ngram_size,
+    )
 
 
 def length_of(asked: int | None, limits: Limits) -> int:

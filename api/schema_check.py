@@ -8,10 +8,9 @@ memory and stack, compiles in the server at the same cost.
 
 from __future__ import annotations
 
-import resource
-
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from system import limits
 from workers.child import Result
 
 STACK = 8 << 20  # bytes
@@ -40,7 +39,5 @@ def reason_of(matcher: LLMatcher) -> str:
 
 def try_schema(data: bytearray) -> Result:
     """In a child: why a schema is not taken; empty if it is."""
-    hardest = resource.getrlimit(resource.RLIMIT_STACK)[1]
-    stack = STACK if hardest == resource.RLIM_INFINITY else min(STACK, hardest)
-    resource.setrlimit(resource.RLIMIT_STACK, (stack, hardest))
+    limits.limit_stack(STACK)
     return reason_of(compiled(data.decode(), LLTokenizer("byte"))), b""

@@ -89,6 +89,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=partial(Connection, patience=self.patience),  # type: ignore[arg-type]
+                loop="asyncio",  # also where another package has brought uvloop along
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -152,16 +153,29 @@ class Server(uvicorn.Server):
                     await asyncio.sleep(0.05)
 
 
-def run(app: ASGIApp, bound: socket.socket, announcement: str, **settings: Any) -> None:
+def run(
+    app: ASGIApp,
+    bound: socket.socket,
+    announcement: str,
+    started: Callable[[Callable[[], None]], None] = lambda end: None,
+    **settings: Any,
+) -> None:
     """Serve on a bound socket until SIGTERM or Ctrl-C; `settings` are those of `Server`. The
-    announcement is printed once clients can connect."""
+    announcement is printed once clients can connect; then `started` is called with what ends the
+    server, from any thread."""
     bound.listen(BACKLOG)
     # What is loaded stays: the collector, which a large request's values wake many times, need not
     # go through it each time, while everything else waits.
     gc.collect()
     gc.freeze()
+    server = Server(app, **settings)
+
+    def end() -> None:
+        server.should_exit = True
+
     print(announcement, flush=True)
+    started(end)
     try:
-        Server(app, **settings).run(sockets=[bound])
+        server.run(sockets=[bound])
     finally:
         gc.unfreeze()  # libraries look at the end whether everything is given back

@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from threading import Event, Thread
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from assistant.answer import Answer
+if TYPE_CHECKING:  # the web app is there before torch is
+    from assistant.answer import Answer
 
 Result = TypeVar("Result")
 Given = ParamSpec("Given")

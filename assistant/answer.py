@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from assistant.ngrams import Ngrams
 from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
+from errors import PhiSightError
 
 log = logging.getLogger("phisight.assistant")
 
@@ -65,7 +67,7 @@ class Answer:
     """name and content of the pictures that are still to be encoded, in slot order; content None
     is read from the file of that name"""
     constraint: Constraint | None = None
-    """what the answer has to be; None: any text"""
+    """what the answer has to be; None: any text; not with a `no_repeat_ngram_size`"""
 
     finish_reason: str | None = field(default=None, init=False)
     """None while it runs; "stop", "length", "filtered", "cancelled" or "failed" """
@@ -90,10 +92,18 @@ class Answer:
     """whether `unread` leaves out what the engine knows of an earlier conversation"""
     generator: torch.Generator | None = field(default=None, init=False)
     """what its tokens are drawn with, made by the engine"""
+    ngrams: Ngrams | None = field(default=None, init=False)
+    """which of them may not come twice, made by the engine; None where all may"""
     remember: Callable[[str], None] | None = field(default=None, init=False)
     """called with the reason when it has ended by itself, before its reader is told"""
 
     def __post_init__(self) -> None:
+        if self.constraint is not None and self.sampling.no_repeat_ngram_size:
+            # Both forbid tokens: together it may be all of them, as JSON repeats its marks.
+            raise PhiSightError(
+                "no_repeat_ngram_size: cannot go with JSON output, which has to repeat its marks;"
+                " leave one of them out"
+            )
         self.prompt_tokens = self.unread = len(self.ids)
         self._lock = threading.Lock()  # of the next two
         self._callback: Callable[[str | None], None] | None = None

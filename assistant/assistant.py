@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,10 +14,12 @@ from torch import Tensor
 
 import checkpoints
 import config as configs
+import config_values
 from assistant.answer import Answer, Constraint
 from assistant.caches import LeastRecentlyUsed
 from assistant.engine import Engine
 from assistant.filter import ContentFilter
+from assistant.refusals import Blocked, ContextExceeded
 from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
 from checkpoint_state import need_run
@@ -34,6 +34,7 @@ from model.cache import default_kv_bytes
 from model.vision import VisionTower
 from packing import packed_parts
 from reports.card import provenance
+from system import memory
 from workers.fitting import Fitted
 from workers.pool import Cancelled
 from workers.turns import Turns
@@ -41,21 +42,7 @@ from workers.turns import Turns
 FEATURE_BYTES = 256 * 2**20  # 430 pictures of CLIP L/14 at 336
 PREFIX_BYTES = 1024 * 2**20  # 2,600 tokens of Phi-3.5-mini in 16 bits
 ANSWERS = 1000
-M_ARENA_MAX = -8  # of glibc's mallopt
 TOWER_PICTURES = 4  # of one question in one turn: more at once are not faster on a CPU
-
-
-class Blocked(PhiSightError):
-    """The content filter does not let a question pass."""
-
-
-class ContextExceeded(PhiSightError):
-    """A conversation leaves no room for an answer."""
-
-    def __init__(self, tokens: int, context: int, pictures: bool) -> None:
-        self.tokens, self.context = tokens, context
-        self.remedy = "shorten it or send fewer pictures" if pictures else "shorten it"
-        super().__init__(f"conversation: {tokens} tokens, the model reads {context}; {self.remedy}")
 
 
 class Assistant:
@@ -78,6 +65,7 @@ class Assistant:
         self.parts, self.config, self.source = parts, config, source
         self.content_filter = content_filter
         self.provenance: dict[str, Any] = {}  # of its weights, see `reports.card`
+        self.rows: list[dict[str, Any]] = []  # of the checkpoint's manifest, one for each tensor
         self.license = ""  # of its weights, where a person named one: what exports say
         self.model = parts.model.eval()
         self.model.requires_grad_(False)
@@ -98,7 +86,7 @@ class Assistant:
             ANSWERS if cache else 0
         )
         self._tower: VisionTower | None = None
-        self._encoding = threading.Lock()  # one picture batch at a time through the CLIP
+        self._encoding = threading.Lock()  # one picture batch at a time through the encoder
         self._eyes = Turns()  # of batches of pictures
 
     @classmethod
@@ -125,11 +113,11 @@ class Assistant:
         that has moved. Raises `PhiSightError` when there is no checkpoint, it does not verify, or
         is of another base.
         """
-        share_heaps()
+        memory.share_heaps()
         checkpoint = checkpoints.resolve(run_or_checkpoint)
         need_run(checkpoint)
         where = checkpoint.name
-        config = configs.from_dict(checkpoint.config["config"], where)
+        config = config_values.from_dict(checkpoint.config["config"], where)
         moved = {
             "base": base,
             "vision": vision,
@@ -148,6 +136,7 @@ class Assistant:
         settle_rounded(parts.model)
         made = cls(parts, config, where, cache, max_rows, queue_limit, content_filter, kv_bytes)
         made.provenance = provenance(checkpoint)
+        made.rows = checkpoint.manifest["tensors"]
         return made
 
     def reply(
@@ -257,8 +246,7 @@ class Assistant:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        chat = self.parts.chat_format
-        return frozenset((chat.end_id, chat.end_of_text_id))
+        return self.parts.chat_format.stop_ids
 
     def _check(self, messages: Sequence[Message]) -> None:
         if not messages or messages[-1].role != "user":
@@ -337,21 +325,15 @@ def content_key(picture: Image.Image | bytes) -> str:
 def check_parts(
     parts: Assembled, config: configs.Config, facts: Mapping[str, Any], where: str
 ) -> None:
-    """Raise `PhiSightError` unless base and CLIP are those that a checkpoint (`where`) was trained
-    on, by the fingerprints in its `facts`."""
-    for what, flag, named, saved, found in (
-        ("base", "--base", config.base, facts["base_fingerprint"], parts.base.fingerprint),
-        ("CLIP", "--vision", config.vision, facts["vision_fingerprint"], parts.vision.key),
+    """Raise `PhiSightError` unless base and picture encoder are those that a checkpoint (`where`)
+    was trained on, by the fingerprints in its `facts`."""
+    encoder = f"{config.vision} ({parts.vision.told})"
+    for what, name, named, found in (
+        ("base", "base", config.base, parts.base.fingerprint),
+        ("picture encoder", "vision", encoder, parts.vision.key),
     ):
-        if saved != found:
+        if facts[f"{name}_fingerprint"] != found:
             raise PhiSightError(
-                f"{where}: was trained on another {what} than {named}; name the right one with"
-                f" {flag}"
+                f"{where}: was trained on another {what} ({facts['config'][name]}) than {named};"
+                f" name the right one with --{name}"
             )
-
-
-def share_heaps() -> None:
-    """Have all threads take memory from two heaps. By default glibc gives eight to a core, and each
-    keeps what its threads freed: a server that has had many questions at once stays large."""
-    with contextlib.suppress(AttributeError):  # another C library, which has no such setting
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)

@@ -10,9 +10,10 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from data.collate import places_of
 from model.cache import KeyValues
 from model.compiled import compiled_for
-from model.vlm import VisionLanguageModel, slots_filled
+from model.vlm import VisionLanguageModel, spliced
 
 PIECE = 256  # tokens of a prompt that are read in one pass
 
@@ -23,7 +24,7 @@ class Row(Protocol):
     ids: list[int]
     """prompt and what was chosen since"""
     image_features: Tensor
-    """(images, tokens, vision dim)"""
+    """(images, features, vision dim)"""
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -88,7 +89,7 @@ class Decoding(Generic[AnyRow]):
         of the same ids, pictures and LongRoPE factors. `most`: tokens that it can come to. Raises
         `PhiSightError` when its pictures do not fill their slots.
         """
-        slots_filled(row.ids.count(self.model.placeholder_id), row.image_features)
+        self.model.slots_filled(row.ids.count(self.model.placeholder_id), row.image_features)
         cache = past.prefix(past.length, most) if past else self.decoder.empty_cache(most)
         cache.make_room(len(row.ids))
         self.reading.append(Reading(row, cache))
@@ -100,18 +101,7 @@ class Decoding(Generic[AnyRow]):
         if self.compiled and not self.compiled.is_current:  # an adapter was changed since
             self.compiled, self.reason = compiled_for(self.model.language_model)
         pieces = [reading.piece for reading in readings]
-        ids: list[int] = []
-        features: list[Tensor] = []
-        for reading, piece in zip(readings, pieces, strict=True):
-            row, start = reading.row, reading.cache.length
-            new = row.ids[start : start + piece]
-            # A piece may begin and end within a picture.
-            first = row.ids[:start].count(self.model.placeholder_id)
-            slots = slice(first, first + new.count(self.model.placeholder_id))
-            ids += new
-            features.append(row.image_features.flatten(0, 1)[slots])
-        input_ids = torch.tensor([ids], device=self.device)  # (1, tokens of all pieces)
-        embeddings = self.model.embed(input_ids, torch.cat(features)[None].to(self.device))
+        embeddings = self._embedded(readings, pieces)
         ending = [index for index, r in enumerate(readings) if r.left == r.piece]
         rows = [reading.row for reading in readings]
         logits = self._feed(embeddings, pieces, [r.cache for r in readings], rows, ending)
@@ -170,6 +160,34 @@ class Decoding(Generic[AnyRow]):
     def past_of(self, index: int) -> KeyValues:
         """The keys and values of one row, to go on from later."""
         return self.caches[index]
+
+    def _embedded(self, readings: Sequence[Reading[AnyRow]], pieces: Sequence[int]) -> Tensor:
+        """The next `pieces` of the `readings`, (1, tokens of all pieces, dim). A piece may begin
+        and end within a picture, which is projected whole: each token may depend on all of it."""
+        ids: list[int] = []
+        features: list[Tensor] = []
+        wanted: list[int] = []  # of the tokens of these pictures
+        tokens = 0  # that all pictures before have
+        for reading, piece in zip(readings, pieces, strict=True):
+            row, start = reading.row, reading.cache.length
+            new = row.ids[start : start + piece]
+            ids += new
+            if slots := new.count(self.model.placeholder_id):
+                each = self.model.projector.tokens(row.image_features.shape[1])
+                first = row.ids[:start].count(self.model.placeholder_id)
+                pictures = slice(first // each, -(-(first + slots) // each))
+                features.append(row.image_features[pictures])
+                here = tokens + first % each
+                wanted += range(here, here + slots)
+                tokens += len(features[-1]) * each
+        input_ids = torch.tensor([ids], device=self.device)
+        embeddings = self.decoder.embed_tokens(input_ids)
+        if not features:
+            return embeddings
+        projected = self.model.projector(torch.cat(features).to(self.device)).flatten(0, 1)
+        if len(wanted) < tokens:
+            projected = projected[wanted]
+        return spliced(embeddings, projected, places_of(input_ids, self.model.placeholder_id))
 
     def _feed(
         self,

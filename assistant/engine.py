@@ -17,15 +17,13 @@ import torch
 
 from assistant.answer import Answer
 from assistant.decoding import Decoding
+from assistant.ngrams import Ngrams
 from assistant.prefix import PrefixCache, token_keys
+from assistant.refusals import Busy, Closed
 from assistant.sampling import choose, penalize
 from assistant.schedule import Schedule
 from errors import PhiSightError
 from model.vlm import VisionLanguageModel
-
-
-class Busy(PhiSightError):
-    """More answers wait than the queue takes."""
 
 
 class Engine:
@@ -84,7 +82,7 @@ class Engine:
         now = time.perf_counter()
         with self._changed:
             if self._closed:
-                raise PhiSightError("assistant: is closed; load it again")
+                raise Closed("assistant: is closed; load it again")
             # Whoever has gone takes no place: the thread is about to drop it.
             waiting = sum(not answer.cancelled for answer in self._waiting)
             free = self.max_rows - len(self._running)
@@ -218,6 +216,8 @@ class Engine:
             answer.generator = torch.Generator(self._decoding.device)
             seed = answer.seed
             answer.generator.seed() if seed is None else answer.generator.manual_seed(seed)
+        if size := answer.sampling.no_repeat_ngram_size:
+            answer.ngrams = Ngrams(size, self.model.placeholder_id, self.stop_ids)
         with self._changed:
             self._waiting.remove(answer)
             self._running.append(answer)
@@ -271,8 +271,11 @@ class Engine:
         tokens = logits.argmax(-1).tolist() if rows else []
         for index, answer in enumerate(rows):
             sampling = answer.sampling
-            if sampling.temperature or sampling.repetition_penalty != 1 or answer.constraint:
+            if not sampling.takes_the_likeliest or answer.constraint:
+                # In transformers' order, which is that of what it is compared with.
                 own = penalize(logits[index], answer.ids, sampling.repetition_penalty)
+                if answer.ngrams is not None:
+                    own = answer.ngrams.forbid(own, answer.ids)
                 if answer.constraint is not None:
                     own = answer.constraint.allow(own)
                 tokens[index] = int(choose(own[None], sampling, answer.generator))

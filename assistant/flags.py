@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,58 +19,109 @@ if TYPE_CHECKING:  # torch takes a second to import: not for --help
     from assistant.sampling import Sampling
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which trained model, and where its parts lie."""
+def add_model_flags(parser: argparse.ArgumentParser, verbose: bool = False) -> None:
+    """Which trained model, and where its parts lie. verbose: whether to tell what was loaded."""
+    group = parser.add_argument_group("the model")
     default = configs.default_config().run
     help_of_run = (
         "run or checkpoint folder, RUN/best for the best that was kept, or hf:owner/name[@revision]"
         " for one on the hub (%(default)s)"
     )
-    parser.add_argument("--run", default=default, help=help_of_run)
-    parser.add_argument("--base", help="where the base lies now, if not where it was trained")
-    parser.add_argument("--vision", help="where the CLIP lies now, if not where it was trained")
-    parser.add_argument("--base-cache", help="folder of the quantised base, if not training's")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--run", default=default, help=help_of_run)
+    group.add_argument("--base", help="where the base lies now, if not where it was trained")
+    group.add_argument("--vision", help="where the encoder lies now, if not where it was trained")
+    group.add_argument("--base-cache", help="folder of the quantised base, if not training's")
+    group.add_argument(
+        "--device",
+        choices=configs.FIELDS["device"].metadata["choices"],
+        default="auto",
+        help="what computes; auto (default) is a GPU where there is one",
+    )
+    group.add_argument(
+        "--verbose",
+        action=argparse.BooleanOptionalAction,
+        default=verbose,
+        help="say on standard error what was loaded: tensors and numbers, by owner",
+    )
 
 
-def add_assistant_flags(parser: argparse.ArgumentParser) -> None:
+def add_assistant_flags(parser: argparse.ArgumentParser, verbose: bool = False) -> None:
     """The model's flags, and those of everything that talks: caches, the filter, rows."""
-    add_model_flags(parser)
-    parser.add_argument(
+    add_model_flags(parser, verbose)
+    group = parser.add_argument_group("caches and limits")
+    group.add_argument(
         "--no-cache",
         dest="cache",
         action="store_false",
         help="keep no picture features, keys and values, or answers",
     )
-    parser.add_argument("--max-rows", type=int, default=16, help="answers decoded at once (16)")
-    parser.add_argument(
+    group.add_argument("--max-rows", type=int, default=16, help="answers decoded at once (16)")
+    group.add_argument(
         "--kv-memory",
         type=int,
         metavar="MIB",
         help="keys and values of all answers together; what does not fit waits"
         " (a quarter of the machine's memory, half of a GPU's free one)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--content-filter",
         metavar="FILE",
         help="words that neither question nor answer may have, one a line",
     )
 
 
-def add_length_flag(parser: argparse.ArgumentParser, default: int, help: str | None = None) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=default, help=help)
+def add_length_flag(
+    parser: argparse._ActionsContainer, default: int, help: str | None = None
+) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=default, help=help, metavar="N")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    add_length_flag(parser, 256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none")
-    parser.add_argument(
-        "--stop", action="append", default=[], help="end before this text; may be repeated"
+    group = parser.add_argument_group("how it answers")
+    add_length_flag(group, 256, "tokens of the longest answer (%(default)s)")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default) takes the likeliest token; above it tokens are drawn",
     )
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens whose shares reach P; 1 (default): from all",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw from the K likeliest tokens; 0 (default): from all",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1, what came before is less likely to come again; 1 (default) changes nothing",
+    )
+    group.add_argument(
+        "--no-repeat-ngram-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="no N tokens in a row come twice, the question's among them; 0 (default) is off",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be repeated",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="makes what is drawn repeatable")
 
 
 def import_assistant() -> type[Assistant]:
@@ -111,6 +163,10 @@ def load_assistant(options: argparse.Namespace) -> Assistant:
         **own,
     )
     assistant.license = given.get("license") or ""
+    if given.get("verbose"):
+        from model.loaded import loaded_line
+
+        print(loaded_line(assistant.parts, assistant.source, assistant.rows), file=sys.stderr)
     return assistant
 
 
@@ -129,7 +185,13 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
         raise PhiSightError(f"--seed {options.seed}: must be from 0 to {2**64 - 1}")
     if not all(options.stop):
         raise PhiSightError("--stop: is empty; name the text to end before")
-    return Sampling(options.temperature, options.top_p, options.top_k, options.repetition_penalty)
+    return Sampling(
+        options.temperature,
+        options.top_p,
+        options.top_k,
+        options.repetition_penalty,
+        options.no_repeat_ngram_size,
+    )
 
 
 class Asker(Protocol):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from errors import PhiSightError
 
+LONGEST_NGRAM = 64  # tokens; what is kept of a prompt grows with its size
 COLDEST = 1e-6  # a float32 divided by less than this could be infinite
 
 
@@ -21,6 +22,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    """of n-grams that may not come twice, in tokens; 0: all may. See `assistant.ngrams`"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -33,6 +36,17 @@ class Sampling:
             raise PhiSightError(
                 f"--repetition-penalty {self.repetition_penalty}: must be over 0; 1 is none"
             )
+        if not 0 <= self.no_repeat_ngram_size <= LONGEST_NGRAM:
+            raise PhiSightError(
+                f"--no-repeat-ngram-size {self.no_repeat_ngram_size}: must be from 0 (off) to"
+                f" {LONGEST_NGRAM}"
+            )
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether the next token is that of the largest logit, as the model gave them."""
+        plain = self.repetition_penalty == 1 and not self.no_repeat_ngram_size
+        return self.temperature == 0 and plain
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:

@@ -32,10 +32,10 @@ def write_questions(path: Path, count: int) -> int:
     held_out = need_file(config.held_out_questions, "held-out questions", "run `make demo` first")
     questions = load_questions(held_out)[:count]
     lines = [
-        json.dumps({"prompt": question.text, "image": str(Path(config.images) / question.image)})
+        json.dumps({"prompt": question.text, "image": str(Path(config.images[0]) / question.image)})
         for question in questions
     ]
-    path.write_text("".join(f"{line}\n" for line in lines))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return len(lines)
 
 
@@ -50,7 +50,9 @@ def answer_all(run: str, source: Path, out: Path, rows: int) -> tuple[float, lis
     assistant.close()
     if failed:
         raise PhiSightError(f"{failed} questions failed; see {out}")
-    return rate, [json.loads(line)["answer"] for line in out.read_text().splitlines()]
+    return rate, [
+        json.loads(line)["answer"] for line in out.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def batched(run: str, rows: list[int], count: int) -> dict[int, list[float]]:

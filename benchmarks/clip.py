@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from config import Parser
 from errors import run_main
-from model.clip import ClipVision
+from model.encoders.clip import ClipVision
 from model.vision import load_clip, read_clip_config, read_vision_spec
 
 PICTURES = 4

@@ -37,7 +37,8 @@ from data.world import write_world
 from errors import PhiSightError, run_main
 from evaluation.run_figures import FIGURES, RunFigures, read_run
 from files import write_whole
-from model.build import choose_device
+from model.devices import choose_device
+from model.projectors import picture_tokens
 from model.vision import VisionTower, vision_of
 from reports.dots import DotPanel, draw_dots
 from reports.markdown import table
@@ -121,8 +122,9 @@ def prepared(config: Config) -> tuple[TrainingData, FeatureStore]:
     """The data of a run; features that are not there are computed, before two runs do so."""
     vision = vision_of(config)
     store = FeatureStore(config.features, vision.key, vision.shape, config.feature_storage)
-    chat_format = ChatFormat.from_tokenizer(load_tokenizer(config.base), vision.shape[0])
-    device = choose_device(config.device)
+    tokens = picture_tokens(config, vision.shape[0])
+    chat_format = ChatFormat.from_tokenizer(load_tokenizer(config.base), tokens)
+    device, _ = choose_device(config.device)
     data = prepare(config, chat_format, store, lambda: VisionTower(vision, device), positions=0)
     return data, store
 
@@ -163,13 +165,16 @@ def set_up(
 
 
 def sweep_tables(
-    shared: Mapping[str, Any], setups: Mapping[str, Setup], seeds: int
+    shared: Mapping[str, Any],
+    setups: Mapping[str, Setup],
+    seeds: int,
+    variants: Sequence[Variant] = VARIANTS,
 ) -> dict[str, Any]:
     """The runs as the tables of a sweep: every seed of every variant."""
     choices = [
         {"name": v.name, "batch_size": setups[v.name].batch_size, "row_tokens": ROW_TOKENS}
         | v.fields
-        for v in VARIANTS
+        for v in variants
         if v.name in setups
     ]
     return {"run": dict(shared), "sweep": {"seed": [*range(seeds)], "variant": choices}}

@@ -122,9 +122,6 @@ CONDITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-DENOISED = ("clear", "noise at 10 dB", "noise at 0 dB")  # rows that are heard with --denoise too
-
-
 def speech(everyday: bool, each: int) -> Iterator[Sound]:
     """Sentences in every condition, and sentences that are said more than once."""
     sentences = [(text, say(utterance)) for text, utterance in world_sentences(each)]
@@ -265,22 +262,20 @@ def listen(speech: Speech, sounds: Iterable[Sound], show: Callable[[str], None])
     normalise = normaliser()
     rows: dict[str, Row] = {}
     for sound in sounds:
-        both = sound.row in DENOISED and not speech.joins  # it is refused for large ones
-        for reduce_noise in (False, True) if both else (False,):
-            row = rows.setdefault(sound.row + (", --denoise" if reduce_noise else ""), Row())
-            segments = list(speech.transcribe(sound.samples, "en", denoise=reduce_noise))
-            heard = " ".join(segment.text for segment in segments)
-            wanted = normalise(sound.said).split()
-            wrong = word_errors(normalise(heard).split(), wanted)
-            row.sounds += 1
-            row.words += len(wanted)
-            if wanted:
-                row.wrong += wrong
-                row.lost += not heard
-            else:
-                row.invented += bool(heard)
-            if wrong:
-                show(f"{sound.row}: {sound.name!r} heard as {heard[:100]!r}")
+        row = rows.setdefault(sound.row, Row())
+        segments = list(speech.transcribe(sound.samples, "en"))
+        heard = " ".join(segment.text for segment in segments)
+        wanted = normalise(sound.said).split()
+        wrong = word_errors(normalise(heard).split(), wanted)
+        row.sounds += 1
+        row.words += len(wanted)
+        if wanted:
+            row.wrong += wrong
+            row.lost += not heard
+        else:
+            row.invented += bool(heard)
+        if wrong:
+            show(f"{sound.row}: {sound.name!r} heard as {heard[:100]!r}")
     return rows
 
 

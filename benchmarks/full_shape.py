@@ -83,7 +83,7 @@ def write_base(folder: Path, layers: int, shard_bytes: int = SHARD_BYTES, **chan
     replace entries of the config."""
     folder.mkdir(parents=True)
     config = phi_config(layers) | changes
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for file in (ROOT / "assets/tiny/phi3").glob("tokenizer*"):
         shutil.copy(file, folder)
     width, inner = config["hidden_size"], config["intermediate_size"]
@@ -121,7 +121,9 @@ def write_base(folder: Path, layers: int, shard_bytes: int = SHARD_BYTES, **chan
         )
         weight_map |= dict.fromkeys(shard, name)
         largest = max(largest, (folder / name).stat().st_size)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map}), encoding="utf-8"
+    )
     return largest
 
 
@@ -147,9 +149,11 @@ def write_clip(folder: Path) -> None:
     }
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
-    preprocessor = json.loads((ROOT / "assets/tiny/clip/preprocessor_config.json").read_text())
+    preprocessor = json.loads(
+        (ROOT / "assets/tiny/clip/preprocessor_config.json").read_text(encoding="utf-8")
+    )
     preprocessor |= {"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 336}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
 
 
 LOAD = """
@@ -230,7 +234,9 @@ def measure_commands(folder: Path, tokens: int, llama: str | None = None) -> Non
         few = ("--greedy-answers", 1, "--evaluation-conversations", 2, "--quantize", "f16")
         asked = ("--gguf", folder / "gguf", "--llama-python", llama, *few, *loose)
         printed, exporting = run("export.py", "--run", folder / "run", *asked)
-        certificate = json.loads((folder / "gguf" / "gguf_certificate.json").read_text())
+        certificate = json.loads(
+            (folder / "gguf" / "gguf_certificate.json").read_text(encoding="utf-8")
+        )
         kept = ("with_picture", "without_picture", "pictures", "dtype")
         sizes = {path.name: path.stat().st_size for path in (folder / "gguf").glob("*.gguf")}
         found = {name: certificate[name] for name in kept}

@@ -59,7 +59,7 @@ def write(path: Path, config: Any) -> None:
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, language.ARCHITECTURE)
+    writer = gguf.GGUFWriter(path, language.PHI3.name)
     writer.add_name("random weights")
     writer.add_string("tokenizer.ggml.model", "no_vocab")
     language.describe(writer, config)

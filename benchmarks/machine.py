@@ -18,7 +18,10 @@ def describe_machine() -> dict[str, Any]:
     "load" is the number of processes that wanted a core in the last minute: over 0.5 the machine
     was busy before the benchmark began.
     """
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    lines = [
+        line.partition(":")
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    ]
     facts = {name.strip(): value.strip() for name, _, value in lines}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     family = f"family {facts.get('cpu family')} model {facts.get('model')}"

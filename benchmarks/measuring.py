@@ -106,7 +106,9 @@ def measure(answer: Answer, plan: Plan) -> dict[str, Any]:
 def memory() -> dict[str, float]:
     """Resident memory of this process now, and at its peak, in MB (10^6 bytes); Linux only."""
     lines = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if line
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if line
     )
     return {
         name: round(int(lines[field].split()[0]) * 1024 / 1e6, 1)

@@ -136,7 +136,7 @@ def figures_of(shape: str, seed: int, kind: str, options: argparse.Namespace) ->
     run = out / f"{shape}-{seed}-{kind.replace(' ', '-')}"
     kept = run / "measured.json"
     if kept.is_file():
-        return json.loads(kept.read_text())
+        return json.loads(kept.read_text(encoding="utf-8"))
     rounding = "nf4" if is_aware(kind) else "none"
     flags = SHARED | RECIPES[shape] | {"seed": seed, "merge_rounding": rounding}
     if shape == "smollm2":
@@ -147,7 +147,10 @@ def figures_of(shape: str, seed: int, kind: str, options: argparse.Namespace) ->
         started = {"start_from": out / f"{shape}-{seed}-plain", "max_steps": options.finish}
         flags |= FINISHING | started
     train(run, flags)
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     clocks = [record["timing"]["seconds"] for record in log if record.get("kind") == "train"]
     figures = {
         "shape": shape,
@@ -157,7 +160,7 @@ def figures_of(shape: str, seed: int, kind: str, options: argparse.Namespace) ->
         "seconds": round(sum(clocks), 1),
         "models": measured(run, shape, kind, options),
     }
-    kept.write_text(json.dumps(figures, indent=2) + "\n")
+    kept.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
 
 
@@ -209,7 +212,7 @@ def main() -> None:
                 all_figures.append(figures_of(shape, seed, kind, options))
                 print(json.dumps(all_figures[-1]), flush=True)
     result = {"machine": describe_machine(), "runs": all_figures}
-    (out / "merge_aware.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "merge_aware.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table_of(all_figures))
 
 

@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="mixed_load.py", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path(preset.run))
     parser.add_argument("--questions", type=Path, default=Path(preset.held_out_questions))
-    parser.add_argument("--images", type=Path, default=Path(preset.images))
+    parser.add_argument("--images", type=Path, default=Path(preset.images[0]))
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--only", help="kinds of clients, by commas (all)")
     options = parser.parse_args(arguments)

@@ -148,7 +148,7 @@ def padding_collator(run: Run) -> Callable[[list[dict]], dict[str, Tensor]]:
     from transformers import DataCollatorForSeq2Seq
 
     tokenizer = run.parts.base.tokenizer.full
-    tokenizer.pad_token_id, tokenizer.padding_side = run.parts.chat_format.end_of_text_id, "right"
+    tokenizer.pad_token_id, tokenizer.padding_side = run.parts.chat_format.padding_id, "right"
     pad = DataCollatorForSeq2Seq(tokenizer, padding=True)
 
     def collator(features: list[dict]) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ def waiting(module: str, asked: Mapping[str, Any], threads: int) -> Iterator[Tur
     the other, and what it loaded is loaded once. Raises `PhiSightError` with the end of what it
     said when it ends.
     """
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(asked)],
             cwd=ROOT,

@@ -14,7 +14,7 @@ from data.chat import load_tokenizer
 from model.base import BaseModel, finish, swap_linear_layers
 from model.base_cache import dtype_to_keep
 from model.decoder import LanguageModel
-from model.phi3 import decoder_config
+from model.families import PHI3
 from ops.nf4 import PanelLinear, packed_weight, quant_state, uses_panels
 
 CODES = 1 << 22  # bytes that are drawn, and then used over and over, as in `random_weight`
@@ -29,7 +29,7 @@ def random_base(raw: Mapping[str, object], compute_dtype: torch.dtype) -> BaseMo
     device = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
-        model = LanguageModel(decoder_config(raw))
+        model = LanguageModel(PHI3.decoder_config(raw))
     swap_linear_layers(model, compute_dtype, nested=False)
     drawn = torch.randint(0, 256, (CODES,), dtype=torch.uint8, generator=generator)
     for name, empty in list(model.named_parameters()):
@@ -45,7 +45,7 @@ def random_base(raw: Mapping[str, object], compute_dtype: torch.dtype) -> BaseMo
             setattr(module, parameter_name, nn.Parameter(weight, requires_grad=False))
     finish(model, device, compute_dtype)
     tokenizer = load_tokenizer(ROOT / "assets/tiny/phi3")
-    return BaseModel(model, tokenizer, "random", "random weights", compute_dtype, dict(raw))
+    return BaseModel(model, PHI3, tokenizer, "random", "random weights", compute_dtype, dict(raw))
 
 
 def random_four_bit(

@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="serve_load.py", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path(preset.run))
     parser.add_argument("--questions", type=Path, default=Path(preset.held_out_questions))
-    parser.add_argument("--images", type=Path, default=Path(preset.images))
+    parser.add_argument("--images", type=Path, default=Path(preset.images[0]))
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--more", type=int, default=1000, help="requests to watch memory over")

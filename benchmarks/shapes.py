@@ -52,7 +52,7 @@ def mid_config(folder: Path, steps: int, picture_tokens: int) -> Config:
     write_world(folder / "world", pictures=24, held_out=1)
     pictures = sorted(path.name for path in (folder / "world/images").glob("train_*"))
     records = list(llava_like(pictures, 8 * steps + 40))
-    (folder / "data.json").write_text(json.dumps(records))
+    (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
     return configs.replace(
         configs.default_config("phi35"),
         base=str(folder / "base"),
@@ -109,12 +109,16 @@ def write_models(folder: Path, side: int) -> None:
         },
         folder / "clip/model.safetensors",
     )
-    preprocessor = json.loads((ROOT / "assets/tiny/clip/preprocessor_config.json").read_text())
+    preprocessor = json.loads(
+        (ROOT / "assets/tiny/clip/preprocessor_config.json").read_text(encoding="utf-8")
+    )
     preprocessor |= {
         "crop_size": {"height": 8 * side, "width": 8 * side},
         "size": {"shortest_edge": 8 * side},
     }
-    (folder / "clip/preprocessor_config.json").write_text(json.dumps(preprocessor))
+    (folder / "clip/preprocessor_config.json").write_text(
+        json.dumps(preprocessor), encoding="utf-8"
+    )
 
 
 def llava_like(pictures: Sequence[str], count: int) -> Iterator[dict]:

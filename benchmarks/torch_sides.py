@@ -24,7 +24,7 @@ from benchmarks.peft_trainer import hub_base
 from benchmarks.random_base import random_base
 from errors import PhiSightError, run_main
 from model.base import BaseModel, load_base
-from model.projector import ImageProjector
+from model.projectors.mlp import MlpProjector
 from model.vlm import VisionLanguageModel
 from ops import choose
 from ops.kernels.target import SWITCH
@@ -49,7 +49,7 @@ def load(base: str | dict, dtype: torch.dtype, cache: str = "") -> BaseModel:
 
 
 def ours(base: BaseModel) -> measuring.Answer:
-    projector = ImageProjector(8, base.model.config.hidden_size)
+    projector = MlpProjector(8, base.model.config.hidden_size)
     model = VisionLanguageModel(base.model, projector, NO_PICTURE).eval()
 
     def answer(prompts: list[list[int]], tokens: int, seconds: float) -> list[float]:

@@ -32,7 +32,7 @@ from data.collate import IGNORED, Batch, batch_of
 from errors import PhiSightError, run_main
 from lora.inject import inject
 from model.build import multiply_by_integers
-from model.projector import ImageProjector
+from model.projectors.mlp import MlpProjector
 from model.recompute import LAYERS, NOTHING, PRODUCTS
 from model.vlm import VisionLanguageModel
 from tensors import sha256_of
@@ -62,7 +62,7 @@ def model_of(layers: int) -> VisionLanguageModel:
     wrapped = inject(base.model, LORA_TARGETS, 16, 16.0, 0.05, generator)
     for layer in wrapped.values():
         torch.nn.init.normal_(layer.lora_B, std=0.01, generator=generator)
-    projector = ImageProjector(PICTURE[1], base.model.config.hidden_size)
+    projector = MlpProjector(PICTURE[1], base.model.config.hidden_size)
     projector.reset_parameters(generator)
     return VisionLanguageModel(base.model, projector, PLACEHOLDER).train()
 
@@ -91,7 +91,7 @@ def measure(setting: str, options: argparse.Namespace) -> dict[str, Any]:
         multiply_by_integers(model.language_model)
     model.language_model.model.recomputing = setting
     optimizer = Watched(model.trainable())
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM starts anew
     before, clocks = resident("VmRSS"), []
     for _ in range(1 + options.steps):
         wall, processor = time.perf_counter(), time.process_time()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.measuring import Plan
 from benchmarks.processes import in_a_process
-from model.phi3 import decoder_config
+from model.families import PHI3
 
 LLAMA = "llama_cpp_q4_0"
 LLAMA_OF_FILE = "llama_cpp_q4_1"
@@ -112,7 +112,7 @@ def gguf_files(
     if shape.gguf:
         files[LLAMA_OF_FILE] = shape.gguf
     if LLAMA in sides:
-        config = dataclasses.asdict(decoder_config(shape.config))
+        config = dataclasses.asdict(PHI3.decoder_config(shape.config))
         asked: dict[str, Any] = {"write": str(path), "config": config}
         if shape.gguf:
             asked = {"requantise": str(shape.gguf), "to": str(path)}

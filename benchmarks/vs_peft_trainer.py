@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 import config as configs
+import config_values
 import train
 from benchmarks.peft_trainer import grouped, train_theirs
 from benchmarks.shapes import ROOT, mid_config, tiny_config
@@ -99,7 +100,7 @@ def a_row_a_sample(run: Run, samples: Sequence[int]) -> Batch:
     return collate(
         [[run.data.train[i]] for i in samples],
         run.store.features_of,
-        run.parts.chat_format.end_of_text_id,
+        run.parts.chat_format.padding_id,
         run.parts.chat_format.image_id,
         run.store.shape,
         row_keys=[key_of(run.config.seed, 0, i) for i in samples],
@@ -118,7 +119,7 @@ def measure(side: str, config: Config, steps: int) -> dict[str, Any]:
 
     def after_step() -> None:
         if len(clocks) == WARM_UP - 1:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM starts anew
         clocks.append((time.perf_counter(), time.process_time()))
 
     if side.startswith("ours"):
@@ -144,7 +145,7 @@ def measure(side: str, config: Config, steps: int) -> dict[str, Any]:
 
 def resident(field: str) -> int:
     """Bytes of VmHWM (peak) or VmRSS (now) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
     raise PhiSightError(f"/proc/self/status: has no {field}; run this on Linux")
@@ -234,7 +235,10 @@ def parity(config: Config, steps: int, folder: Path) -> list[float]:
         run=str(folder / "ours"),
     )
     train.train(config, None, RunOptions(overwrite=True))
-    log = [json.loads(line) for line in (folder / "ours/metrics.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (folder / "ours/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     ours = [record["loss"] for record in log if record["kind"] == "train"]
     run = prepared(configs.replace(config, run=str(folder / "theirs")))
     theirs = train_theirs(run, samples_of_steps(run, steps))
@@ -256,7 +260,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="the run to measure; goes with --side")
     options = parser.parse_args()
     if options.side:
-        config = configs.from_dict(json.loads(options.config.read_text()), str(options.config))
+        config = config_values.from_dict(
+            json.loads(options.config.read_text(encoding="utf-8")), str(options.config)
+        )
         with tempfile.TemporaryDirectory() as name:
             config = configs.replace(config, run=str(Path(name) / "run"))
             print(json.dumps(measure(options.side, config, options.steps)))
@@ -280,7 +286,9 @@ def main() -> None:
                 )
                 continue
             prepared(config)  # the features, once
-            (folder / "config.json").write_text(json.dumps(configs.to_dict(config)))
+            (folder / "config.json").write_text(
+                json.dumps(config_values.to_dict(config)), encoding="utf-8"
+            )
             compare(shape, folder / "config.json", options)
 
 

@@ -1,42 +1,43 @@
 """The one renderer: messages -> token ids and label mask, for training and for inference alike.
 
+What stands around the messages is the form of the tokenizer's family (`data.chat_forms`).
+
 Why piece by piece gives the ids of the whole text
 --------------------------------------------------
-Phi-3's chat template writes `<|user|>\\n` + text + `<|end|>\\n`, but its special tokens have
-`rstrip=True`: each swallows the white space that follows it, so those newlines never become tokens
-and none is emitted here. A tokenizer cuts the whole text at its special tokens and encodes each
-stretch between them by itself, with a new `▁` in front. So encoding each stretch alone gives the
-same ids, on two conditions: the text is stripped (in the whole text, leading white space would be
-swallowed and trailing white space kept), and the tokenizer treats every stretch alike.
+A tokenizer cuts the whole text of a chat at its special tokens and encodes each stretch between
+them by itself. So encoding each stretch alone gives the same ids, on two conditions.
 
-The second condition fails silently when transformers 5 loads a Phi-3 tokenizer as `LlamaTokenizer`
-(it does where a folder has no config.json): then only the first stretch gets its `▁`, and every
-answer begins with an id that the base model was not trained on. `ChatFormat.from_tokenizer`
-compares the two on a sample and refuses such a tokenizer; `load_tokenizer` always loads it right.
+The first is that a stretch is cut where we cut it. Phi-3's marks have `rstrip=True`: each swallows
+the white space that follows it, so the newlines of its template never become tokens. Other forms
+have a newline before what is said, which belongs to the same stretch; but byte-level tokenizers cut
+between a newline and what is no white space. Both hold for text that is stripped.
+
+The second is that the tokenizer treats every stretch alike. It fails silently when transformers 5
+loads a Phi-3 tokenizer as `LlamaTokenizer` (it does where a folder has no config.json): then only
+the first stretch gets its `▁`, and every answer begins with an id that the base model was not
+trained on. `ChatFormat.from_tokenizer` compares pieces and whole on a sample and refuses such a
+tokenizer; `load_tokenizer` always loads it right.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from tokenizers import Tokenizer
 
 import hub
+from data.chat_forms import FORMS, ChatForm, find_form, find_slot
 from data.chat_tokenizer import FolderTokenizer
-from data.dataset import Message, Part
+from data.dataset import Message, Part, Role
+from data.words import TextEncoder
 from errors import PhiSightError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-IMAGE_TOKEN = "<|placeholder1|>"
-END_OF_TEXT = "<|endoftext|>"
-MARKS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", END_OF_TEXT, IMAGE_TOKEN)
-LONG_TEXT = 5000  # characters, which take 5 ms: `Tokenizer.encode` lets no other thread run
 
 
 def load_tokenizer(
@@ -51,9 +52,9 @@ def load_tokenizer(
     # Not by the hub id: transformers asks for seven files, and for minutes if nobody answers.
     folder = hub.find_folder(name, revision, "tokenizer", hub.TOKENIZER_LAYOUT, hub.TOKENIZER_FILES)
     tokenizer = FolderTokenizer(folder)
-    if embeddings is not None and len(tokenizer) > embeddings:
+    if embeddings is not None and tokenizer.embeddings > embeddings:
         raise PhiSightError(
-            f"tokenizer of {name}: it has {len(tokenizer)} tokens and the model {embeddings} "
+            f"tokenizer of {name}: it has {tokenizer.embeddings} tokens and the model {embeddings} "
             "embeddings; use the tokenizer that belongs to the model"
         )
     return tokenizer
@@ -61,77 +62,138 @@ def load_tokenizer(
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The ids that frame a chat, the length of a picture, and an encoder of plain text."""
+    """A form of chat in the ids of one tokenizer, the length of a picture, and an encoder of plain
+    text."""
 
-    user_id: int
-    assistant_id: int
-    system_id: int
-    end_id: int
-    end_of_text_id: int
+    form: ChatForm
+    openings: dict[str, tuple[int, ...]] = field(hash=False)
+    """by role; an answer is generated behind that of "assistant" """
+    heads: dict[str, tuple[int, ...]] = field(hash=False)
+    """by the role of the first message: what stands before it, such as a default system message"""
+    closing: tuple[int, ...]
+    """the mark that closes a message, which an answer learns, and what follows it"""
+    ending: tuple[int, ...]
+    """what stands behind the last message in training"""
+    stop_ids: frozenset[int]
+    padding_id: int
+    image_token: str
     image_id: int
     tokens_per_image: int
-    text_encoder: Tokenizer = field(repr=False, compare=False)
+    text_encoder: TextEncoder = field(repr=False, compare=False)
 
     @classmethod
     def from_tokenizer(
-        cls, tokenizer: FolderTokenizer | PreTrainedTokenizerFast, tokens_per_image: int
+        cls,
+        tokenizer: FolderTokenizer | PreTrainedTokenizerFast,
+        tokens_per_image: int,
+        forms: Sequence[ChatForm] = FORMS,
     ) -> ChatFormat:
-        """Read the ids from a Phi-3 tokenizer.
+        """The first of the `forms` whose marks the tokenizer has, in its ids.
 
         Raises PhiSightError if a token is missing, if `tokens_per_image` is not positive, or if the
         ids of a whole chat differ from the ids of its pieces.
         """
         if tokens_per_image < 1:
             raise PhiSightError(f"tokens per image: {tokens_per_image} is too few; give 1 or more")
-        backend = tokenizer.backend_tokenizer
-        ids = {mark: backend.token_to_id(mark) for mark in MARKS}
-        if missing := [mark for mark, mark_id in ids.items() if mark_id is None]:
-            raise PhiSightError(
-                f"tokenizer {tokenizer.name_or_path}: has no {' '.join(missing)}; "
-                "use the tokenizer of a Phi-3 or Phi-3.5 mini"
-            )
-        known = [mark_id for mark_id in ids.values() if mark_id is not None]
-        user, assistant, system, end, end_of_text, image = known
-        encoder = _plain_text_encoder(backend)
+        backend, name = tokenizer.backend_tokenizer, tokenizer.name_or_path
+        form = find_form(backend.token_to_id, name, forms)
+        slot = find_slot(form, backend.token_to_id, name)
+
+        def ids_of(text: str) -> tuple[int, ...]:
+            return tuple(backend.encode(text, add_special_tokens=False).ids)
+
+        def mark_id(mark: str) -> int:
+            if (number := backend.token_to_id(mark)) is None:
+                raise PhiSightError(
+                    f"tokenizer {name}: has no {mark} of the chat of {form.models}; use the"
+                    " model's own tokenizer"
+                )
+            return number
+
         chat_format = cls(
-            user, assistant, system, end, end_of_text, image, tokens_per_image, encoder
+            form,
+            {role: ids_of(form.opening_of(role)) for role in get_args(Role)},
+            {role: ids_of(form.before(role)) for role in get_args(Role)},
+            ids_of(form.closing + form.after),
+            ids_of(form.end),
+            frozenset(map(mark_id, form.stops)),
+            mark_id(form.padding),
+            slot,
+            mark_id(slot),
+            tokens_per_image,
+            TextEncoder(_plain_text_encoder(backend)),
         )
+        chat_format._check_spelling(backend.token_to_id, name)
         chat_format._check_pieces(backend, tokenizer)
         return chat_format
 
+    @property
+    def end_id(self) -> int:
+        """The mark that closes a message."""
+        return self.closing[0]
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of the stripped text, in which special tokens that a person typed are plain text."""
-        text = text.strip()
-        if len(text) < LONG_TEXT:
-            return self.text_encoder.encode(text, add_special_tokens=False).ids
-        # The same ids, in the way that lets other threads run meanwhile.
-        (encoding,) = self.text_encoder.encode_batch_fast([text], add_special_tokens=False)
-        return encoding.ids
+        return self.text_encoder(text)
 
-    def role_id(self, role: str) -> int:
-        """The token that opens a message of `role`."""
-        ids = {"user": self.user_id, "assistant": self.assistant_id, "system": self.system_id}
-        return ids[role]
+    def bare_tokens(self, messages: Sequence[Message]) -> int:
+        """How many tokens a training conversation of these has beside its messages."""
+        return len(self.heads[messages[0].role]) + len(self.ending)
+
+    def frame_tokens(self, role: str) -> int:
+        """How many tokens stand around what is said in a message of `role`."""
+        return len(self.openings[role]) + len(self.closing)
+
+    def _check_spelling(self, id_of: Callable[[str], int | None], name: str) -> None:
+        """Raise `PhiSightError` if text that a person types can become a mark or a picture's slot:
+        by being written as it, or by a letter that the tokenizer does not know."""
+        for mark in dict.fromkeys((*self.form.marks, *self.form.stops, self.image_token)):
+            for text in (mark, f" {mark}", UNKNOWN_LETTER):
+                if id_of(mark) in self.encode_text(text):
+                    raise PhiSightError(
+                        f"tokenizer {name}: makes {mark} of the text {text!r}, which anyone may"
+                        f" type; use the tokenizer of {self.form.models}"
+                    )
 
     def _check_pieces(
         self, backend: Tokenizer, tokenizer: FolderTokenizer | PreTrainedTokenizerFast
     ) -> None:
-        whole = (
-            f"<|system|>\nBe brief.<|end|>\n<|user|>\n{IMAGE_TOKEN * self.tokens_per_image}\n"
-            f"What is it?<|end|>\n<|assistant|>\nA cat.<|end|>\n{END_OF_TEXT}"
+        pictures = {"image": self.image_token * self.tokens_per_image}
+
+        def written(message: Message) -> str:
+            said = "".join(pictures.get(part.kind, part.value) for part in message.parts)
+            return self.form.message(message.role, said)
+
+        def ids_of(text: str) -> list[int]:
+            return backend.encode(text, add_special_tokens=False).ids
+
+        alike = all(
+            ids_of(mark) == [backend.token_to_id(mark)]
+            for mark in (*self.form.marks, self.image_token)
         )
-        messages = (
-            Message("system", (Part("text", "Be brief."),)),
-            Message("user", (Part("image", "cat.jpg"), Part("text", "What is it?"))),
-            Message("assistant", (Part("text", "A cat."),)),
-        )
-        whole_ids = backend.encode(whole, add_special_tokens=False).ids
-        if whole_ids != render(messages, self).input_ids:
+        for messages in (_SAMPLE, _SAMPLE[1:]):  # with a system message and without one
+            before = self.form.before(messages[0].role)
+            whole = before + "".join(map(written, messages)) + self.form.end
+            alike = alike and ids_of(whole) == render(messages, self).input_ids
+        if not alike:
             raise PhiSightError(
                 f"tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}): the ids of a "
                 "whole chat differ from the ids of its pieces; keep the model's config.json beside "
                 "it, or load it as PreTrainedTokenizerFast"
             )
+
+
+UNKNOWN_LETTER = "\U00013080"  # which few tokenizers have whole: an Egyptian hieroglyph
+# A letter, a digit, an accent and a sign each stand behind an opening.
+_SAMPLE = (
+    Message("system", (Part("text", "Be brief."),)),
+    Message("user", (Part("image", "cat.jpg"), Part("text", "What is it?"))),
+    Message("assistant", (Part("text", "A cat.\n\nBlack"),)),
+    Message("user", (Part("text", "2 + 2?"), Part("image", "sum.jpg"))),
+    Message("assistant", (Part("text", "(4)"),)),
+    Message("user", (Part("text", "\u0301a"),)),
+    Message("assistant", (Part("text", "What?"),)),
+)
 
 
 def _plain_text_encoder(backend: Tokenizer) -> Tokenizer:
@@ -202,19 +264,21 @@ class RenderedSample:
 def render(
     messages: Sequence[Message], chat_format: ChatFormat, add_generation_prompt: bool = False
 ) -> RenderedSample:
-    """Render messages to Phi-3.5's chat form: the ids of its template, pictures as image ids.
+    """Render messages in the chat form: the ids of its template, pictures as image ids.
 
-    Supervised are the tokens of each answer that is `learnt` and the `<|end|>` that closes it:
-    `<|endoftext|>`, which stands last unless `add_generation_prompt` opens an answer instead, comes
-    after the model has stopped. Text next to text in one message is joined by a newline.
+    Supervised are the tokens of each answer that is `learnt` and the mark that closes it: what the
+    form has behind that mark comes after the model has stopped. `add_generation_prompt` opens an
+    answer in the place of what ends a conversation in training. Text next to text in one message
+    is joined by a newline.
 
     Raises PhiSightError for a picture in a message that is not the user's.
     """
     draft = _Draft(chat_format)
     for message in messages:
         draft.add(message)
-    last = chat_format.assistant_id if add_generation_prompt else chat_format.end_of_text_id
-    return draft.closed_by(last)
+    return draft.closed_by(
+        chat_format.openings["assistant"] if add_generation_prompt else chat_format.ending
+    )
 
 
 def render_to_limit(
@@ -240,7 +304,8 @@ def render_to_limit(
         draft.add(message)
         if message.role != "assistant":
             continue
-        if not limits.hold(draft.text_tokens + 1, len(draft.input_ids) + 1):  # 1: <|endoftext|>
+        end = len(chat_format.ending)
+        if not limits.hold(draft.text_tokens + end, len(draft.input_ids) + end):
             break
         fitting, kept_turns = (len(draft.input_ids), len(draft.images)), kept_turns + 1
     if fitting is None:
@@ -249,7 +314,7 @@ def render_to_limit(
     if not any(draft.supervised):
         raise PhiSightError(NOTHING_LEARNT)
     turns = sum(message.role == "assistant" for message in messages)
-    return draft.closed_by(chat_format.end_of_text_id), turns - kept_turns
+    return draft.closed_by(chat_format.ending), turns - kept_turns
 
 
 def too_many_pictures(messages: Sequence[Message], chat_format: ChatFormat, limits: Limits) -> str:
@@ -266,10 +331,10 @@ def too_many_pictures(messages: Sequence[Message], chat_format: ChatFormat, limi
 
 
 def _first_turn_length(messages: Sequence[Message], chat_format: ChatFormat) -> tuple[int, ...]:
-    """Tokens of text, pictures, and all tokens up to the first answer, and `<|endoftext|>`."""
-    text_tokens, pictures = 1, 0
+    """Tokens of text, pictures, and all tokens up to the first answer, and what ends it there."""
+    text_tokens, pictures = chat_format.bare_tokens(messages), 0
     for message in messages:
-        text_tokens += 2
+        text_tokens += chat_format.frame_tokens(message.role)
         for kind, value in message_pieces(message):
             if kind == "text":
                 text_tokens += len(chat_format.encode_text(value))
@@ -289,12 +354,14 @@ def all_learnt(sample: RenderedSample, chat_format: ChatFormat) -> RenderedSampl
 def first_exchange(sample: RenderedSample, chat_format: ChatFormat) -> RenderedSample:
     """A rendered conversation cut after its first answer that is learnt: what `render` gives for
     that much."""
-    end = sample.supervised.index(False, sample.supervised.index(True))
+    learnt = [*sample.supervised, False]
+    end = learnt.index(False, learnt.index(True))
     ids = sample.input_ids[:end]
     pictures = ids.count(chat_format.image_id) // chat_format.tokens_per_image
+    rest = (*chat_format.closing[1:], *chat_format.ending)
     return RenderedSample(
-        [*ids, chat_format.end_of_text_id],
-        [*sample.supervised[:end], False],
+        [*ids, *rest],
+        [*sample.supervised[:end], *[False] * len(rest)],
         sample.images[:pictures],
     )
 
@@ -321,19 +388,25 @@ class _Draft:
     def add(self, message: Message) -> None:
         content, images = _message_ids(message, self.chat_format)
         is_learnt = message.role == "assistant" and message.learnt
-        role_id, end_id = self.chat_format.role_id(message.role), self.chat_format.end_id
-        self.input_ids += [role_id, *content, end_id]
-        self.supervised += [False, *[is_learnt] * (len(content) + 1)]
+        opening, closing = self.chat_format.openings[message.role], self.chat_format.closing
+        if not self.input_ids:
+            opening = (*self.chat_format.heads[message.role], *opening)
+        self.input_ids += [*opening, *content, *closing]
+        self.supervised += [False] * len(opening)
+        self.supervised += [is_learnt] * (len(content) + 1)
+        self.supervised += [False] * (len(closing) - 1)
         self.images += images
 
     def cut(self, ids: int, images: int) -> None:
         """Keep the first `ids` tokens, which hold `images` pictures."""
         del self.input_ids[ids:], self.supervised[ids:], self.images[images:]
 
-    def closed_by(self, last: int) -> RenderedSample:
-        """The sample, with `last` as its last id, which nothing is learnt from."""
+    def closed_by(self, last: Sequence[int]) -> RenderedSample:
+        """The sample with `last` as its last ids, which are not learnt."""
         return RenderedSample(
-            [*self.input_ids, last], [*self.supervised, False], tuple(self.images)
+            [*self.input_ids, *last],
+            [*self.supervised, *[False] * len(last)],
+            tuple(self.images),
         )
 
 
@@ -361,7 +434,7 @@ def message_pieces(message: Message) -> Iterator[tuple[str, str]]:
 
 
 def _message_ids(message: Message, chat_format: ChatFormat) -> tuple[list[int], list[str]]:
-    """The ids between a message's role token and its `<|end|>`, and its pictures."""
+    """The ids between what opens a message and what closes it, and its pictures."""
     ids: list[int] = []
     images: list[str] = []
     for kind, value in message_pieces(message):

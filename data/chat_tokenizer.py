@@ -33,19 +33,24 @@ class FolderTokenizer:
             has_config = (self.folder / CONFIG).is_file()
             config = read_json(self.folder / CONFIG, own=False) if has_config else {}
             backend = Tokenizer.from_str((self.folder / FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, PhiSightError) as error:
-            raise _unusable(folder, error) from error
+            alone = _says_all(backend, config)
         except Exception as error:  # all that `tokenizers` raises, for whatever reason
             raise _unusable(folder, error) from error
         backend.no_truncation()  # by none of ours; transformers too undoes them at every call
         backend.no_padding()
-        self.alone = _says_all(backend, config)
+        self.alone = alone
         """whether tokenizer.json is all of it; else transformers makes the tokenizer of both"""
         self.backend_tokenizer = backend if self.alone else self.full.backend_tokenizer
 
     def __len__(self) -> int:
         """Tokens, the added ones among them."""
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def embeddings(self) -> int:
+        """How many a model must have that reads its ids: more than tokens, where ids have gaps."""
+        ids = self.backend_tokenizer.get_vocab(with_added_tokens=True).values()
+        return max(len(self), max(ids, default=-1) + 1)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Token ids -> their text."""
@@ -60,7 +65,7 @@ class FolderTokenizer:
 
         try:
             return PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # all that transformers and `tokenizers` raise
             raise _unusable(self.folder, error) from error
 
     def hold(self) -> None:

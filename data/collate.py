@@ -37,9 +37,12 @@ class Batch:
     segment_ids: Tensor
     """(rows, length) int64: 1, 2... for a row's conversations, 0 for padding"""
     image_features: Tensor
-    """(images, tokens, dim) float32, in the order of their slots, row by row"""
+    """(images, features, dim) float32, in the order of their slots, row by row; the projector makes
+    as many tokens of each picture as it has slots"""
     slots: Tensor
     """(picture tokens,) int64: their places, in the order of `image_features`"""
+    row_slots: Sequence[int]
+    """of each row, how many picture tokens it has"""
     predicting: Tensor
     """(supervised,) int64: the places whose states predict a token that is learnt"""
     targets: Tensor
@@ -102,6 +105,7 @@ def batch_of(
         segment_ids,
         image_features,
         slots=places_of(input_ids, image_id),
+        row_slots=(input_ids == image_id).sum(1).tolist(),
         predicting=row * length + column,  # the state at t predicts the token at t + 1
         targets=labels[:, 1:][learnt],
         computed=torch.cat(

@@ -6,13 +6,16 @@ is set aside with its reason (quarantined) and the rest is used; a bad file is a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from data.forms import Turns, form_of
+from data.pictures import Pictures
 from data.record_content import (
     IMAGE_TAG,
     Piece,
@@ -22,7 +25,6 @@ from data.record_content import (
     place_pictures,
 )
 from data.record_keys import (
-    FORMS,
     MALFORMED,
     NOT_DONE,
     PICTURE_KEYS,
@@ -34,8 +36,10 @@ from data.record_keys import (
     checked_text,
     says_learn,
     system_text,
+    unread_of_record,
+    unread_of_turn,
 )
-from data.stream import NotJson, kind_of, read_lines, read_records
+from data.stream import NotRead, kind_of, read_lines
 from errors import PhiSightError
 from files import whole_file
 
@@ -46,10 +50,14 @@ ROLES: dict[str, Role] = {
     # LLaVA
     "human": "user",
     "gpt": "assistant",
-    # LLaMA-Factory
+    # OpenAI, LLaMA-Factory
     "user": "user",
     "assistant": "assistant",
-    # both
+    # ShareGPT, of answers that were taken from these
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    # all
     "system": "system",
 }
 
@@ -78,6 +86,8 @@ class Conversation:
 
     id: str
     messages: tuple[Message, ...]
+    put_first: bool = field(default=False, compare=False)
+    """its pictures come before its first question, as no mark says where they stand"""
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -92,11 +102,13 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A record that was set aside: where it stands, its id if it has one, and why."""
+    """A record that was set aside: where it stands, its id if it has one, why, and which kind of
+    reason that is, one of `data.record_keys.KINDS`."""
 
     where: str
     id: str
     reason: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,40 +135,40 @@ class Question:
 # --- one record ---------------------------------------------------------------------------------
 
 
-def conversation_or_fault(record: object) -> Conversation | Fault:
+def conversation_or_fault(record: object, pictures: Pictures = Pictures()) -> Conversation | Fault:
     """Turn one record of `read_records` into a `Conversation`, or say why that cannot be.
 
-    Two forms are read: LLaVA's (`image`, `conversations` of `from` and `value`) and LLaMA-Factory's
-    (`images`, `messages` of `role` and `content`); one picture or a list of them in either, of the
-    record or of a turn. The n-th `<image>` in the text is the n-th picture; where there is none at
-    all, the pictures come before the first question. Words may be a list of parts, and a part may
-    name its picture. A `system` text beside the turns is the first message, and an answer with
-    `loss` false is read and not learnt. A record without an id gets one made of its content, so
-    that it does not depend on the record's place in the file.
+    It is of one of `data.forms`, with one picture or a list of them, of the record or of a turn.
+    The n-th `<image>` in what the user says is the n-th picture; where there is none at all, the
+    pictures come before the first question. In an answer `<image>` is a word like any other. Words
+    may be a list of parts, and a part may name its picture. A `system` text beside the turns is the
+    first message, and an answer with `loss` false is read and not learnt. A record without an id
+    gets one made of its content, so that it does not depend on the record's place in the file.
+    `pictures`: those of its source.
     """
     try:
-        if isinstance(record, NotJson):
-            raise BadRecord(f"not JSON ({record.reason})")
-        return _parse_record(record)
+        if isinstance(record, NotRead):
+            raise BadRecord(str(record))
+        return _parse_record(record, pictures)
     except BadRecord as error:
         return Fault(id_for_report(record), str(error), error.kind)
 
 
-def picture_names(record: object) -> list[str]:
+def picture_names(record: object, pictures: Pictures = Pictures()) -> list[str]:
     """The pictures that a record names, whatever else is wrong with it."""
     if not isinstance(record, dict):
         return []
-    names = []
+    names: list[str] = []
     try:
         names += picture_names_of(record)
-        for list_key, _, text_key in FORMS:
-            turns = record.get(list_key)
-            for turn in turns if isinstance(turns, list) else ():
-                if isinstance(turn, dict) and _may_name_pictures(turn, text_key):
-                    pieces = pieces_of_turn(turn, text_key, "user", "")
-                    names += [value for kind, value in pieces if kind == "image"]
+        turns, _, text_key = form_of(record).turns(record)
+        for turn in turns:
+            if isinstance(turn, dict) and _may_name_pictures(turn, text_key):
+                pieces = pieces_of_turn(turn, text_key, "user", "")
+                names += [value for kind, value in pieces if kind == "image"]
+        names = [pictures.named(name) for name in names]
     except BadRecord:
-        pass  # told where the record is parsed
+        return []  # told where the record is parsed
     return names
 
 
@@ -175,24 +187,29 @@ class _Turn:
     """what an id is made of"""
 
 
-def _parse_record(record: object) -> Conversation:
+def _parse_record(record: object, pictures: Pictures) -> Conversation:
     if not isinstance(record, dict):
         raise BadRecord(f"the record is {kind_of(record)}, not an object")
     images = picture_names_of(record)
     turns = _parse_turns(record, images)
-    check_record_is_learnt(record)
+    check_record_is_learnt({k: v for k, v in record.items() if k not in form_of(record).keys})
     if system := system_text(record):
         turns = _with_system(turns, system)
     _check_roles([turn.role for turn in turns])
     if not any(turn.learnt for turn in turns if turn.role == "assistant"):
         raise BadRecord("none of its answers is to be learnt", UNSUPERVISED)
-    first_question = next(place for place, turn in enumerate(turns) if turn.role == "user")
-    pieces = place_pictures([turn.pieces for turn in turns], first_question, images)
+    asked = [turn.pieces for turn in turns if turn.role == "user"]  # where pictures may stand
+    put_first = bool(images) and not any(kind == "mark" for turn in asked for kind, _ in turn)
+    filled = iter(place_pictures(asked, images))
     messages = tuple(
-        Message(turn.role, _parts(turn.role, parts), turn.learnt)
-        for turn, parts in zip(turns, pieces, strict=True)
+        Message(
+            turn.role,
+            _parts(turn.role, next(filled) if turn.role == "user" else turn.pieces, pictures),
+            turn.learnt,
+        )
+        for turn in turns
     )
-    return Conversation(_parse_id(record, images, turns), messages)
+    return Conversation(_parse_id(record, images, turns), messages, put_first)
 
 
 def _parse_id(record: dict, images: list[str], turns: list[_Turn]) -> str:
@@ -206,23 +223,21 @@ def _parse_id(record: dict, images: list[str], turns: list[_Turn]) -> str:
 
 
 def _parse_turns(record: dict, images: list[str]) -> list[_Turn]:
-    """The turns of either form, and every key of the record and of them checked."""
-    forms = [form for form in FORMS if record.get(form[0]) is not None]
-    if len(forms) != 1:
-        check_keys(record, "the record", bool(images), is_record=True)
-        raise BadRecord("it must have one of `conversations` and `messages`")
-    list_key, role_key, text_key = forms[0]
-    given = record[list_key]
-    if not isinstance(given, list) or not given:
-        raise BadRecord(f"`{list_key}` is {kind_of(given)}, not a list of turns")
+    """The turns of a record of any form, and every key of it and of them checked."""
+    try:
+        form = form_of(record)
+    except BadRecord:
+        check_keys(record, "the record", bool(images), (), is_record=True)  # the better reason
+        raise
+    given, role_key, text_key = form.turns(record)
     turns = [
         _parse_turn(turn, f"turn {number}", role_key, text_key)
         for number, turn in enumerate(given, start=1)
     ]
     has_pictures = bool(images) or any(kind == "image" for turn in turns for kind, _ in turn.pieces)
-    check_keys(record, "the record", has_pictures, is_record=True)
+    check_keys(record, "the record", has_pictures, form.keys, is_record=True)
     for number, turn in enumerate(given, start=1):
-        check_keys(turn, f"turn {number}", has_pictures)
+        check_keys(turn, f"turn {number}", has_pictures, (role_key, text_key))
     return turns
 
 
@@ -236,7 +251,7 @@ def _parse_turn(turn: object, what: str, role_key: str, text_key: str) -> _Turn:
         raise BadRecord(f"{what}: unknown `{role_key}` {name!r:.60}")
     role = ROLES[name]
     pieces = pieces_of_turn(turn, text_key, role, what)
-    said = says_learn(turn, what)
+    said = says_learn({k: v for k, v in turn.items() if k not in (role_key, text_key)}, what)
     if said and role != "assistant":
         raise BadRecord(
             f"{what} asks for the {role}'s words to be learnt; only answers are", NOT_DONE
@@ -271,47 +286,44 @@ def _check_roles(roles: list[Role]) -> None:
         raise BadRecord("the last question has no answer", UNSUPERVISED)
 
 
-def _parts(role: Role, pieces: Sequence[Piece]) -> tuple[Part, ...]:
+def _parts(role: Role, pieces: Sequence[Piece], pictures: Pictures) -> tuple[Part, ...]:
     """What a message holds, its pictures being in their places."""
-    if role != "user" and any(kind == "image" for kind, _ in pieces):
+    if role != "user" and any(kind != "text" for kind, _ in pieces):
         raise BadRecord(f"{IMAGE_TAG} stands in the {role}'s text, where no picture can be")
     if not pieces:
         raise BadRecord(
             f"an empty turn of the {role}", UNSUPERVISED if role == "assistant" else MALFORMED
         )
-    return tuple(Part("image" if kind == "image" else "text", value) for kind, value in pieces)
+    return tuple(
+        Part("image", pictures.named(value)) if kind == "image" else Part("text", value)
+        for kind, value in pieces
+    )
 
 
 # --- whole files --------------------------------------------------------------------------------
 
 
-def read_conversations(
-    path: str | Path, quarantined: list[Quarantined], strict: bool = False
-) -> Iterator[Conversation]:
-    """The good conversations of a data file, one by one: a JSON list of records, or JSONL.
+def unread_keys(record: object) -> Iterator[str]:
+    """Every key of a record, of its turns ("turn: name") and of their parts that nothing reads."""
+    if not isinstance(record, dict):
+        return
+    keys: Collection[str] = ()
+    given = Turns(())
+    with contextlib.suppress(BadRecord):  # told where the record is parsed
+        keys = (form := form_of(record)).keys
+        given = form.turns(record)
+    yield from unread_of_record(record, keys)
+    turns, role_key, text_key = given
+    for turn in turns:
+        yield from unread_of_turn(turn, role_key, text_key)
 
-    Neither the text nor the conversations are held: see `data.stream`. A bad record is appended to
-    `quarantined` with its reason; with `strict` it raises PhiSightError. A file that is missing,
-    empty, not JSON, not a list, or without one good record raises PhiSightError.
-    """
-    good = 0
-    bad: list[Quarantined] = []
-    for where, record in read_records(Path(path)):
-        result = conversation_or_fault(record)
-        if isinstance(result, Conversation):
-            good += 1
-            yield result
-            continue
-        if strict:
-            raise PhiSightError(f"{where}: {result.reason}; mend or remove the record")
-        bad.append(Quarantined(where, result.id, result.reason))
-        quarantined.append(bad[-1])
-    if not good:
-        first = [f", the first ({entry.where}): {entry.reason}" for entry in bad[:1]]
-        raise PhiSightError(
-            f"{path}: no usable record among {len(bad)}{''.join(first)}; "
-            "give a LLaVA-Instruct JSON file"
-        )
+
+def form_name(record: object) -> str:
+    """What the form of a record is called; "none" where it is of no form that is read."""
+    try:
+        return form_of(record).name if isinstance(record, dict) else "none"
+    except BadRecord:
+        return "none"
 
 
 def id_for_report(record: object) -> str:
@@ -328,7 +340,10 @@ def write_quarantine(path: str | Path, quarantined: Sequence[Quarantined]) -> No
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with (
+            whole_file(path) as temporary,
+            open(temporary, "w", encoding="utf-8", newline="\n") as file,
+        ):
             # ASCII escapes: an id may hold half of a surrogate pair, which UTF-8 cannot.
             file.writelines(json.dumps(asdict(entry)) + "\n" for entry in quarantined)
     except OSError as error:
@@ -356,8 +371,8 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def _parse_question(record: object) -> Question:
-    if isinstance(record, NotJson):
-        raise BadRecord(f"not JSON ({record.reason})")
+    if isinstance(record, NotRead):
+        raise BadRecord(str(record))
     if not isinstance(record, dict):
         raise BadRecord(f"the line is {kind_of(record)}, not an object")
     check_written_once(record, "the line")
@@ -372,6 +387,6 @@ def _parse_question(record: object) -> Question:
         texts[key] = checked_text(value.strip(), key)
     if not texts["kind"].isprintable() or len(texts["kind"]) > KIND_LENGTH:  # a row of a table
         raise BadRecord(f"`kind` is not one line of at most {KIND_LENGTH} characters")
-    image = picture_name(record.get("image"))
+    image = Pictures().named(picture_name(record.get("image")))
     identity = checked_text(str(identity), "question_id")
     return Question(identity, image, texts["text"], texts["label"], texts["kind"])

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import runpy
 import secrets
 import sys
 import time
@@ -34,13 +35,15 @@ from tqdm import tqdm
 from config import FEATURE_STORAGES
 from data.feature_form import DTYPES, StorageError, check_sums, decode, encode
 from data.images import load_image
+from data.pictures import PictureFolders
 from data.reading import fit_files
 from data.storage import StoragePlan, bytes_per_picture
 from data.team import ALONE, Team
 from documents import COUNT, TEXT, problems
 from errors import PhiSightError
-from files import RememberedHashes, open_regular, sweep_stale, sync, writer
+from files import RememberedHashes, open_regular, sweep_stale, writer
 from stored import NotStored, Place, opened, read_at
+from system.disk import replace, sync
 from workers.fitting import Fitted
 
 SHARD_PICTURES = 1024
@@ -188,12 +191,12 @@ class FeatureStore:
     def add(
         self,
         names: Sequence[str],
-        folder: Path,
+        folder: Path | PictureFolders,
         extract: Callable[[], Extract],
         batch_size: int = 64,
         team: Team = ALONE,
     ) -> dict[str, str]:
-        """Register pictures by name, computing what is not stored yet.
+        """Register the pictures of a folder by name, computing what is not stored yet.
 
         The first process of `team` looks for the pictures and divides what is missing into shards;
         each process computes every so manieth of them. Which pictures are in a shard, and which are
@@ -202,7 +205,8 @@ class FeatureStore:
         pictures to (pictures, tokens, dim). Returns name -> reason for every picture that cannot be
         used.
         """
-        found = team.from_first(lambda: self._look_for(names, folder, batch_size))
+        folders = folder if isinstance(folder, PictureFolders) else PictureFolders([folder])
+        found = team.from_first(lambda: self._look_for(names, folders, batch_size))
         self._hash_of |= found["hashes"]
         bad: dict[str, str] = found["bad"]
         if found["shards"]:
@@ -210,7 +214,7 @@ class FeatureStore:
             for name in dict.fromkeys(names):
                 if name not in bad:
                     named.setdefault(self._hash_of[name], []).append(name)
-            paths = {picture: folder / its_names[0] for picture, its_names in named.items()}
+            paths = {picture: folders.path_of(its_names[0]) for picture, its_names in named.items()}
             for picture, reason in self._fill(
                 found["shards"], paths, extract, batch_size, team
             ).items():
@@ -225,17 +229,20 @@ class FeatureStore:
             )
         return bad
 
-    def _look_for(self, names: Sequence[str], folder: Path, batch_size: int) -> dict[str, Any]:
+    def _look_for(
+        self, names: Sequence[str], folders: PictureFolders, batch_size: int
+    ) -> dict[str, Any]:
         """{"hashes": name -> hash, "bad": name -> reason, "shards": [[number, [hash, ...]], ...]}:
         which pictures there are, and the shards that are to be computed."""
         bad: dict[str, str] = {}
         hash_of: dict[str, str] = {}
-        place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+        resolved = b"\0".join(os.fsencode(folder.resolve()) for folder in folders.folders)
+        place = hashlib.sha256(resolved).hexdigest()[:16]
         hashes = RememberedHashes(self._hashes / f"{place}.json")
         for name in tqdm(
             dict.fromkeys(names), desc="looking for pictures", unit="picture", delay=5, disable=None
         ):
-            path = folder / name
+            path = folders.path_of(name)
             try:
                 hash_of[name] = hashes.of(name, path, file_hash)
             except OSError as error:
@@ -432,6 +439,11 @@ def _put_in_place(partial: Path, number: int) -> Path:
             number += 1
         except OSError:  # a file system without links: the last of two writers wins
             if not path.exists():
-                os.replace(partial, path)
+                replace(partial, path)
                 return path
             number += 1
+
+
+if __name__ == "__main__":
+    # This room knows nothing of models: who compares features is another program.
+    runpy.run_module("evaluation.likeness", run_name="__main__")

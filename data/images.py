@@ -178,6 +178,8 @@ def decode_image(data: bytes | bytearray, name: str, max_pixels: int = MAX_PIXEL
             "save a smaller copy"
         ) from error
     except Exception as error:
+        if "out of memory" in str(error).lower():  # as libavif says it
+            raise MemoryError(str(error)) from error
         # Broken bytes make the decoders raise a dozen types (struct.error, SyntaxError, KeyError,
         # zlib.error...). One untrusted file must never end a run, so all of them become one error.
         raise PhiSightError(

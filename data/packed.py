@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
-from data.chat import ChatFormat, RenderedSample
+from data.chat import ChatFormat, RenderedSample, all_learnt
 
 
 class PackedSamples(Sequence[RenderedSample]):
@@ -18,6 +18,7 @@ class PackedSamples(Sequence[RenderedSample]):
     """
 
     def __init__(self, chat_format: ChatFormat) -> None:
+        self.chat_format = chat_format
         self._image_id, self._tokens = chat_format.image_id, chat_format.tokens_per_image
         self._codes = array("i")  # an id, or ~id where it is supervised
         self._ends = array("q")  # of each sample in the codes
@@ -54,6 +55,10 @@ class PackedSamples(Sequence[RenderedSample]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    def codes(self, place: int) -> array:
+        """What is kept of a sample: an id, or ~id where it is supervised; of a picture one id."""
+        return self._codes[self._ends[place - 1] if place else 0 : self._ends[place]]
+
     @overload
     def __getitem__(self, place: int) -> RenderedSample: ...
     @overload
@@ -65,7 +70,7 @@ class PackedSamples(Sequence[RenderedSample]):
         index = range(len(self))[place]  # negative ones and IndexError as a list has them
         ids: list[int] = []
         supervised: list[bool] = []
-        for code in self._codes[self._ends[index - 1] if index else 0 : self._ends[index]]:
+        for code in self.codes(index):
             times = self._tokens if code == self._image_id else 1
             ids += [code if code >= 0 else ~code] * times
             supervised += [code < 0] * times
@@ -74,5 +79,77 @@ class PackedSamples(Sequence[RenderedSample]):
     def __iter__(self) -> Iterator[RenderedSample]:
         return (self[index] for index in range(len(self)))
 
+
+class ChosenSamples(Sequence[RenderedSample]):
+    """Some of the packed samples, each as often as its place is given, in that order.
+
+    With `learns_all` they have all of their text learnt, and not the answers alone.
+    """
+
+    def __init__(
+        self, samples: PackedSamples, places: Iterable[int], learns_all: bool = False
+    ) -> None:
+        self.samples, self.learns_all = samples, learns_all
+        self._places = array("q", places)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sample, picture tokens included."""
+        every = self.samples.lengths
+        return [every[place] for place in self._places]
+
+    @property
+    def images(self) -> Sequence[tuple[str, ...]]:
+        """The pictures of every sample."""
+        return [self.samples.images[place] for place in self._places]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> RenderedSample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[RenderedSample]: ...
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return [self[index] for index in range(*place.indices(len(self)))]
+        sample = self.samples[self._places[place]]
+        return all_learnt(sample, self.samples.chat_format) if self.learns_all else sample
+
+    def __iter__(self) -> Iterator[RenderedSample]:
+        return (self[index] for index in range(len(self)))
+
     def __add__(self, other: Sequence[RenderedSample]) -> list[RenderedSample]:
         return [*self, *other]
+
+    def written(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """Of each sample its ids and what is supervised, as `json.dumps` writes these lists, and
+        its pictures; ten times as fast, as a picture's many tokens are one text."""
+        image, tokens = self.samples.chat_format.image_id, self.samples.chat_format.tokens_per_image
+        ids_of = _Texts(image, ", ".join([str(image)] * tokens))
+        of_a_picture = ", ".join(["false"] * tokens)
+        for place in self._places:
+            codes = self.samples.codes(place)
+            if self.learns_all:
+                learnt = ["true" if code != image else of_a_picture for code in codes]
+                learnt[0] = of_a_picture if codes[0] == image else "false"
+            else:
+                learnt = [
+                    "true" if code < 0 else of_a_picture if code == image else "false"
+                    for code in codes
+                ]
+            ids = ", ".join(map(ids_of.__getitem__, codes))
+            yield f"[{ids}]", f"[{', '.join(learnt)}]", self.samples.images[place]
+
+
+class _Texts(dict[int, str]):
+    """code -> the id in it as text; of a picture, all of its ids."""
+
+    def __init__(self, image: int, of_a_picture: str) -> None:
+        super().__init__({image: of_a_picture})
+
+    def __missing__(self, code: int) -> str:
+        text = str(code if code >= 0 else ~code)
+        self[code] = text
+        return text

@@ -8,25 +8,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import FEATURE_STORAGES, Config, Parser
+from config import FEATURE_STORAGES, FIELDS, Config, Parser
 from data.chat import ChatFormat, Limits, load_tokenizer
 from data.dataset import Quarantined, write_quarantine
+from data.pictures import PictureFolders
 from data.record_keys import FAULTS
+from data.sources import Source, sources
 from data.storage import StoragePlan, size
-from data.survey import PICTURE_CHECKS, SMALL_FILE, Survey, peak_memory, survey
+from data.survey import PICTURE_CHECKS, SMALL_FILE, Survey, survey
 from documents import COUNT, read_json, require
 from errors import PhiSightError, printable, run_main
-from paths import located, need_file
+from paths import located
+from system import memory
 
 BUCKET = 256  # tokens per bar of the histogram
+SHARES = (0.5, 0.9, 0.99, 1.0)  # of the conversations, whose lengths are told
 SHOWN = 10  # records set aside, and keys that nothing reads, that are printed
 REASON_SHOWN = 500  # characters
 CHECKED = {
@@ -52,8 +56,9 @@ class Tower:
 
 @dataclass(frozen=True)
 class Report:
-    """A survey of a data file, and what its features would take."""
+    """A survey of data sources, and what their features would take."""
 
+    sources: Sequence[Source]
     survey: Survey
     tower: Tower
     plan: StoragePlan
@@ -64,16 +69,18 @@ class Report:
         tally, bad = self.survey.tally, self.survey.bad_pictures
         tokens = sum(length * count for length, count in tally.lengths.items())
         share = tally.supervised_tokens / tokens if tokens else 0.0
-        distinct = tally.distinct("pictures")
+        distinct, looked = tally.distinct("pictures"), CHECKED[self.survey.picture_check]
         lines = [("records", tally.records, "")]
+        lines += [(f"  as `{form}`", number, "") for form, number in tally.forms.most_common()]
         lines += [(f"  {kind}", tally.faults[kind], "") for kind in FAULTS]
         lines += [
             ("conversations", tally.conversations, ""),
             ("  without a picture", tally.text_only, ""),
             ("  several pictures", tally.several_pictures, ""),
+            ("  pictures put first", tally.put_first, "no <image> says where they stand"),
             ("  lost to bad pictures", tally.lost, ""),
             ("turns", tally.turns, ""),
-            ("distinct pictures", distinct, CHECKED[self.survey.picture_check]),
+            ("distinct pictures", distinct, looked if distinct else ""),
             ("  missing", self.survey.missing, ""),
             ("  broken", len(bad) - self.survey.missing, ""),
             ("  copies of another", self.survey.copies, "the same bytes under another name"),
@@ -89,6 +96,8 @@ class Report:
         return [
             *(f"{label:31}{number:>12,}{note and f'  ({note})'}" for label, number, note in lines),
             *histogram(tally.lengths),
+            *quantiles(tally.text_lengths),
+            *self.mixture_lines(),
             *self.features_lines(),
         ]
 
@@ -125,6 +134,22 @@ class Report:
         if more := len(unread) - len(shown):
             rest = unread.total() - sum(number for _, number in shown)
             lines.append((f"  {more:,} others", rest, ""))
+        return lines
+
+    def mixture_lines(self) -> list[str]:
+        """What each source gives to an epoch, where there are several or a weight."""
+        if len(self.sources) == 1 and self.sources[0].weight == 1:
+            return []
+        tallies = self.survey.by_source
+        tokens = [sum(n * count for n, count in tally.lengths.items()) for tally in tallies]
+        taken = [source.weight * count for source, count in zip(self.sources, tokens)]
+        lines = ["an epoch:"]
+        for source, tally, count in zip(self.sources, tallies, taken):
+            share = count / sum(taken) if sum(taken) else 0.0
+            lines.append(
+                f"  {share:6.1%} of its tokens from {printable(source.path)}:"
+                f" {sum(tally.lengths.values()):,} conversations, {source.weight:g} times"
+            )
         return lines
 
     def features_lines(self) -> list[str]:
@@ -165,6 +190,23 @@ def histogram(lengths: Counter[int]) -> list[str]:
         span = f"{first:>6}-{first + BUCKET - 1:<6}"
         lines.append(f"  {span} {counts[bucket]:>9,} {bar}".rstrip())
     return lines
+
+
+def quantiles(lengths: Counter[int]) -> list[str]:
+    """How long a text is: the tokens, without pictures, that half of the conversations stay within,
+    and nine tenths of them, and so on."""
+    if not lengths:
+        return []
+    total, so_far, shown = sum(lengths.values()), 0, []
+    shares = iter(SHARES)
+    share = next(shares)
+    for length in sorted(lengths):
+        so_far += lengths[length]
+        while so_far >= share * total:
+            shown.append(f"{share:.0%} {length:,}")
+            if (share := next(shares, 2.0)) > 1:
+                break
+    return [f"text tokens per conversation: {', '.join(shown)} at most"]
 
 
 def duration(seconds: float) -> str:
@@ -231,8 +273,11 @@ def add_limit_flags(parser: Parser) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="data.preflight", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="", help="JSON list or JSONL of conversations")
-    parser.add_argument("--images", help="the folder that the pictures' names are relative to")
+    add = parser.add_argument
+    fields = {name: FIELDS[name].metadata["help"] for name in ("data", "images", "unpacked")}
+    add("--data", action="append", default=[], help=fields["data"])
+    add("--images", action="append", default=[], help=fields["images"])
+    add("--unpacked", default=located(Config.unpacked), help=fields["unpacked"])
     parser.add_argument("--tokenizer", default=located("assets/tiny/phi3"), help="folder or hub id")
     parser.add_argument(
         "--pictures",
@@ -242,7 +287,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quarantine", help="write the records set aside to this JSONL file")
     add_limit_flags(parser)
-    parser.add_argument("--vision", help="CLIP folder: take its sizes and measure its speed here")
+    parser.add_argument("--vision", help="encoder: take its sizes and measure its speed here")
     parser.add_argument(
         "--tokens-per-image", type=int, default=576, help="576: CLIP L/14 at 336; --vision knows it"
     )
@@ -251,6 +296,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--feature-pooling", type=int, default=1, help="average N x N patches into one token"
+    )
+    parser.add_argument(
+        "--picture-tokens",
+        type=int,
+        help="tokens of a picture in the text, where --projector makes fewer (default: one for each"
+        " token of its features)",
     )
     parser.add_argument(
         "--feature-storage",
@@ -271,7 +322,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     numbers = ("tokens_per_image", "feature_dim", "feature_pooling", "max_text_tokens")
-    for name in (*numbers, *["positions"] * (options.positions is not None)):
+    given = [n for n in ("positions", "picture_tokens") if getattr(options, n) is not None]
+    for name in (*numbers, *given):
         if getattr(options, name) < 1:
             raise PhiSightError(f"--{name.replace('_', '-')}: must be at least 1")
     if options.row_tokens < 0:
@@ -299,23 +351,24 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; exit code 1 if anything was set aside."""
     started = time.monotonic()
     options = parse(arguments)
-    path = need_file(options.data, "--data", "give a LLaVA-Instruct JSON file")
+    folders = PictureFolders(options.images, options.unpacked)
+    found = sources(options.data, folders, "give a file or folder of conversations")
     if options.vision:
         tower = measure_tower(options.vision, options.feature_pooling)
     else:
         tokens = -(-options.tokens_per_image // options.feature_pooling**2)
         tower = Tower((tokens, options.feature_dim), None)
     tokenizer = load_tokenizer(options.tokenizer)
-    chat_format = ChatFormat.from_tokenizer(tokenizer, tower.shape[0])
+    chat_format = ChatFormat.from_tokenizer(tokenizer, options.picture_tokens or tower.shape[0])
     positions = options.positions or positions_of(tokenizer.name_or_path)
     limits = Limits(options.max_text_tokens, options.row_tokens, positions)
-    bytes_read = path.stat().st_size
+    bytes_read = sum(size_of(source.path) for source in found)
     workers = options.workers
     if workers is None:
         workers = 0 if bytes_read < SMALL_FILE else os.cpu_count() or 1
     surveyed = survey(
-        path,
-        Path(options.images) if options.images else None,
+        found,
+        folders if options.images or any(source.holds_pictures for source in found) else None,
         chat_format,
         options.pictures,
         workers,
@@ -324,13 +377,21 @@ def main(arguments: list[str] | None = None) -> int:
     tally = surveyed.tally
     usable = tally.distinct("pictures") - len(surveyed.bad_pictures)
     plan = StoragePlan(Path(options.features), max(0, usable), tower.shape, options.feature_storage)
-    print(f"{printable(path)}: {size(bytes_read)}")
-    print("\n".join(Report(surveyed, tower, plan, limits).lines()))
+    for source in found:
+        print(f"{printable(source.path)}: {size(size_of(source.path))}")
+    print("\n".join(Report(found, surveyed, tower, plan, limits).lines()))
     print_set_aside(tally.set_aside)
     if options.quarantine:
         write_quarantine(options.quarantine, tally.set_aside)
     print(cost(time.monotonic() - started, surveyed))
     return 1 if tally.set_aside else 0
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files below a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(below.stat().st_size for below in path.rglob("*") if below.is_file())
 
 
 def print_set_aside(entries: list[Quarantined]) -> None:
@@ -344,9 +405,8 @@ def print_set_aside(entries: list[Quarantined]) -> None:
 
 def cost(seconds: float, surveyed: Survey) -> str:
     """What the report itself took."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    processor = sum(usage.ru_utime + usage.ru_stime for usage in used)
-    line = f"took {seconds:.1f} s, {processor:.1f} CPU seconds; peak memory {size(peak_memory())}"
+    processor = sum(os.times()[:4])  # its own and its ended children's, in and outside the kernel
+    line = f"took {seconds:.1f} s, {processor:.1f} CPU seconds; peak memory {size(memory.peak())}"
     if not surveyed.workers:
         return line
     return f"{line}, and {size(surveyed.tally.peak_memory)} in each of {surveyed.workers} processes"

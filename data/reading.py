@@ -1,8 +1,8 @@
 """Pictures of strangers, read in child processes that are limited and can be ended.
 
 What a decoder makes of hostile bytes (hours of work, gigabytes, notes on standard error, a crash)
-stays in the child, and costs who asked one `PhiSightError`. A picture for a CLIP is made as small
-as the CLIP reads it there, so that a large one takes memory in the child only.
+stays in the child, and costs who asked one `PhiSightError`. A picture for an encoder is made as
+small as that reads it there, so that a large one takes memory in the child only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REMEDY = "save it again as an ordinary JPEG or PNG"
 
 
 def fit_image(data: bytes, name: str, fit: Fit, cancelled: Callable[[], bool] = never) -> Fitted:
-    """The picture as a CLIP reads it. `name` stands in the errors.
+    """The picture as an encoder reads it. `name` stands in the errors.
 
     Raises PhiSightError for all that `decode_image` refuses and for what takes too much time or
     memory, and `Cancelled`.
@@ -107,8 +107,8 @@ def as_png(data: bytes, name: str) -> bytes:
 
 
 def fit_files(paths: Iterable[Path], fit: Fit) -> Iterator[Fitted | PhiSightError]:
-    """Each picture of a file as a CLIP reads it, or why it cannot be used, in order; the next ones
-    are read meanwhile."""
+    """Each picture of a file as an encoder reads it, or why it cannot be used, in order; the next
+    ones are read meanwhile."""
     ended = Event()
     given = fitting.to_json(fit)
 

@@ -6,6 +6,7 @@ where a picture belongs that the record names elsewhere.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -14,6 +15,7 @@ from typing import Any
 
 from data.record_keys import (
     NOT_DONE,
+    PART_KEYS,
     PICTURE_KEYS,
     UNLIKE_PICTURES,
     BadRecord,
@@ -57,26 +59,30 @@ def picture_names_of(fields: Mapping[str, Any]) -> list[str]:
     given = [fields[key] for key in PICTURE_KEYS if fields.get(key) is not None]
     if len(given) == 2:
         raise BadRecord("it has both `image` and `images`")
-    if not given:
+    if not given or given[0] == "":  # as LLaVA's text-only records have it
         return []
     return [picture_name(name) for name in (given[0] if isinstance(given[0], list) else given)]
 
 
 def picture_name(name: object) -> str:
-    """A clean relative path: `a.jpg` and `./a.jpg` are one picture and must get one name."""
+    """A clean path: `a.jpg`, `./a.jpg` and `.\\a.jpg` are one picture and must get one name.
+
+    It is relative, or absolute on this system; where it leads is checked by `Pictures.named`. A
+    `data:` address, which holds the picture, stays as it is.
+    """
     if not isinstance(name, str):
         raise BadRecord(f"a picture's name is {kind_of(name)}, not text")
     checked_text(name, "picture's name")
+    if name[:5].lower() == "data:":
+        return name  # the picture itself, which `Pictures.named` unpacks
     shown = f"{name!r:.100}"
     if "://" in name:
         raise BadRecord(f"the picture {shown} is a web address, not a file in the image folder")
-    if name[:5].lower() == "data:":
-        raise BadRecord(f"the picture {shown} lies in the record itself; save it as a file")
-    path = PurePosixPath(name)
+    path = PurePosixPath(name.replace("\\", "/"))  # as a record written on Windows has it
     if "\0" in name or not path.name:
         raise BadRecord(f"the picture's name {shown} is not a file name")
-    windows = PureWindowsPath(name)  # splits at \ and / both: one check for every system's forms
-    if windows.anchor or path.is_absolute() or ".." in windows.parts:
+    elsewhere = PureWindowsPath(name).anchor and not os.path.isabs(name)  # C:\\..., not on Windows
+    if elsewhere or ".." in path.parts:
         raise BadRecord(f"the picture {shown} lies outside the image folder")
     if CONTROL.search(name):
         raise BadRecord(f"the picture's name {shown} has a control character in it")
@@ -89,8 +95,11 @@ def picture_name(name: object) -> str:
 
 
 def pieces_of_turn(turn: Mapping[str, Any], key: str, role: str, what: str) -> list[Piece]:
-    """What one turn says under `key`, with its own pictures (`image` beside the text) in place."""
-    pieces = list(_pieces(turn.get(key), key, what))
+    """What one turn says under `key`, with its own pictures (`image` beside the text) in place.
+
+    Only in the user's words `<image>` marks a picture: in others' it is a word.
+    """
+    pieces = list(_pieces(turn.get(key), key, what, has_marks=role == "user"))
     for kind, value in pieces:
         if kind == "text" and (mark := OTHER_MARKS[role].search(value)):
             raise BadRecord(
@@ -100,33 +109,33 @@ def pieces_of_turn(turn: Mapping[str, Any], key: str, role: str, what: str) -> l
     return placed(pieces, own, what) if own else pieces
 
 
-def _pieces(content: object, key: str, what: str) -> Iterator[Piece]:
+def _pieces(content: object, key: str, what: str, has_marks: bool) -> Iterator[Piece]:
     if isinstance(content, str):
-        yield from _cut(checked_text(content, f"text of {what}"))
+        yield from _cut(checked_text(content, f"text of {what}"), has_marks)
         return
     if not isinstance(content, list):
         raise BadRecord(f"{what}: `{key}` is {kind_of(content)}, not text")
     if not content:
         raise BadRecord(f"{what}: `{key}` is empty")
     for number, part in enumerate(content, start=1):
-        yield from _part_pieces(part, f"part {number} of {what}")
+        yield from _part_pieces(part, f"part {number} of {what}", has_marks)
 
 
-def _cut(text: str) -> Iterator[Piece]:
+def _cut(text: str, has_marks: bool) -> Iterator[Piece]:
     """The text between the marks, stripped, and the marks."""
-    for number, words in enumerate(text.split(IMAGE_TAG)):
+    for number, words in enumerate(text.split(IMAGE_TAG) if has_marks else [text]):
         if number:
             yield MARK
         if words.strip():
             yield "text", words.strip()
 
 
-def _part_pieces(part: object, what: str) -> Iterator[Piece]:
+def _part_pieces(part: object, what: str, has_marks: bool) -> Iterator[Piece]:
     """One part: {"type": "text", "text": ...}, or {"type": "image"} with a name or without."""
     if not isinstance(part, dict):
         raise BadRecord(f"{what} is {kind_of(part)}, not an object")
     names = [part[key] for key in NAME_KEYS if part.get(key) is not None]
-    check_keys(part, what, has_pictures=bool(names))
+    check_keys(part, what, bool(names), PART_KEYS)
     if says_learn(part, what) is not None:
         raise BadRecord(f"{what} says whether it is learnt; only a whole turn can", NOT_DONE)
     text, kind = part.get("text"), part.get("type")
@@ -140,7 +149,7 @@ def _part_pieces(part: object, what: str) -> Iterator[Piece]:
             raise BadRecord(f"{what} is of the type {kind} and names a picture")
         if not isinstance(text, str):
             raise BadRecord(f"{what}: `text` is {kind_of(text)}, not text")
-        yield from _cut(checked_text(text, f"text of {what}"))
+        yield from _cut(checked_text(text, f"text of {what}"), has_marks)
     elif len(names) > 1 or text not in (None, ""):
         raise BadRecord(f"{what} holds more than one picture; give each thing a part of its own")
     elif names:
@@ -180,11 +189,9 @@ def placed(pieces: Sequence[Piece], names: Sequence[str], what: str) -> list[Pie
     ]
 
 
-def place_pictures(
-    turns: Sequence[Sequence[Piece]], first_question: int, names: Sequence[str]
-) -> list[list[Piece]]:
-    """The turns with the pictures of their record in them, as `placed` does it; what comes before
-    all comes before `first_question`, the index of a turn."""
+def place_pictures(turns: Sequence[Sequence[Piece]], names: Sequence[str]) -> list[list[Piece]]:
+    """The user's turns with the pictures of their record in them, as `placed` does it; what comes
+    before all comes before the first of them."""
     everything = [piece for turn in turns for piece in turn]
     in_parts = [value for kind, value in everything if kind == "image"]
     has_marks = any(kind == "mark" for kind, _ in everything)
@@ -196,5 +203,5 @@ def place_pictures(
     before = filled[: len(filled) - len(everything)]
     rest = iter(filled[len(before) :])
     result = [list(islice(rest, len(turn))) for turn in turns]
-    result[first_question] = before + result[first_question]
+    result[0] = before + result[0]
     return result

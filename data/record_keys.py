@@ -9,25 +9,25 @@ All others are data about the record (`source`, `width`); `unread_keys` names th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from data.stream import RepeatedKeys, kind_of
 from errors import printable
 
 # Why a record is set aside, for the counts of a report.
+TOO_LONG = "too long"
+BAD_PICTURE = "missing or broken picture"
 UNLIKE_PICTURES = "pictures and <image> differ"
 UNSUPERVISED = "no supervised token"
 NOT_DONE = "asks for what is not done"
 MALFORMED = "malformed"
-FAULTS = (UNLIKE_PICTURES, UNSUPERVISED, NOT_DONE, MALFORMED)
+FAULTS = (UNLIKE_PICTURES, UNSUPERVISED, NOT_DONE, MALFORMED)  # of a record itself
+KINDS = (*FAULTS, TOO_LONG, BAD_PICTURE)
 
-# The two forms of a record: the key of its turns, and of a turn's speaker and words.
-FORMS = (("conversations", "from", "value"), ("messages", "role", "content"))
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # beside the turns
 PICTURE_KEYS = ("image", "images")  # of a record or of a turn
-ORDINARY = {"id", *PICTURE_KEYS, *(key for form in FORMS for key in form)}
-RECORD_KEYS = {"id", *PICTURE_KEYS, *(form[0] for form in FORMS)}
+RECORD_KEYS = frozenset({"id", *PICTURE_KEYS})  # beside those of its form
 PART_KEYS = {"type", "text", "image", "image_url", "path", "url", "index"}
 
 # true, or 1: learn from this turn. As ms-swift, OpenAI, axolotl and mistral-finetune name it.
@@ -96,16 +96,21 @@ def check_written_once(fields: Mapping[str, Any], what: str) -> None:
 
 
 def check_keys(
-    fields: Mapping[str, Any], what: str, has_pictures: bool, is_record: bool = False
+    fields: Mapping[str, Any],
+    what: str,
+    has_pictures: bool,
+    read: Collection[str],
+    is_record: bool = False,
 ) -> None:
     """Raise BadRecord for a key of a record or of a turn that asks for what cannot be done.
 
     `what` begins the reason ("the record", "turn 2"); `has_pictures`: some are named where they are
-    looked for, so that another key that looks like a picture's is data about it.
+    looked for, so that another key that looks like a picture's is data about it; `read`: the keys
+    that are read, beside those of pictures.
     """
     check_written_once(fields, what)
     for key, value in fields.items():
-        if key in ORDINARY:
+        if key in read or key in RECORD_KEYS:
             continue
         if key in ("label", "kto_tag") and value is False:  # of a preference: what to avoid
             raise BadRecord(f"{what} has `{key}` false: its answer is a bad one", NOT_DONE)
@@ -149,7 +154,7 @@ def says_learn(fields: Mapping[str, Any], what: str, is_record: bool = False) ->
     """
     said: dict[bool, str] = {}
     for key, value in fields.items():
-        if value is None or key in ORDINARY:
+        if value is None:
             continue
         name = plain(key)
         if is_record and name == "mask" and _names_askers(value):
@@ -216,22 +221,23 @@ def system_text(record: Mapping[str, Any]) -> str:
     return next(iter(texts), "")
 
 
-def unread_keys(record: object) -> Iterator[str]:
-    """Every key of a record, of its turns ("turn: name") and of their parts that nothing reads."""
-    if not isinstance(record, dict):
+def unread_of_record(record: Mapping[str, Any], keys: Collection[str]) -> Iterator[str]:
+    """Every key of a record that nothing reads; `keys` are those of its form."""
+    read = (LEARN_KEYS | MASK_KEYS).union(SYSTEM_KEYS)
+    for key in record:
+        if key not in RECORD_KEYS and key not in keys and plain(key) not in read:
+            yield key
+
+
+def unread_of_turn(turn: object, role_key: str, text_key: str) -> Iterator[str]:
+    """Every key of a turn ("turn: name"), and of its parts, that nothing reads."""
+    if not isinstance(turn, dict):
         return
-    learning = LEARN_KEYS | MASK_KEYS
-    read = learning.union(SYSTEM_KEYS)
-    yield from (key for key in record if key not in RECORD_KEYS and plain(key) not in read)
-    for list_key, role_key, text_key in FORMS:
-        turns = record.get(list_key)
-        for turn in turns if isinstance(turns, list) else ():
-            if not isinstance(turn, dict):
-                continue
-            for key in turn:
-                if key not in (role_key, text_key, *PICTURE_KEYS) and plain(key) not in learning:
-                    yield f"turn: {key}"
-            parts = turn.get(text_key)
-            for part in parts if isinstance(parts, list) else ():
-                if isinstance(part, dict):
-                    yield from (f"part: {key}" for key in part if key not in PART_KEYS)
+    for key in turn:
+        read = key in (role_key, text_key, *PICTURE_KEYS)
+        if not read and plain(key) not in LEARN_KEYS | MASK_KEYS:
+            yield f"turn: {key}"
+    parts = turn.get(text_key)
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict):
+            yield from (f"part: {key}" for key in part if key not in PART_KEYS)

@@ -30,13 +30,19 @@ Pictured = TypeVar("Pictured", bound=HasPictures)
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A conversation without its text; `number` is its place among the good ones of the file."""
+    """A conversation without its text."""
 
-    number: int
+    record: int
+    """its place among the records of its source, the bad ones among them"""
+    source: int
     id: str
     images: tuple[str, ...]
+    sample: int = -1
+    """its place among the rendered ones; -1 where it was not rendered"""
     reason: str = ""
-    """why it cannot be used, where that is known without its text"""
+    """why it cannot be used, being too long"""
+    by_pictures: bool = False
+    """it is too long by its pictures alone"""
 
 
 def split_by_image(
@@ -79,18 +85,21 @@ def split_by_image(
     return train, validation
 
 
-def take_fraction(conversations: Sequence[Pictured], fraction: float, seed: int) -> list[Pictured]:
+def take_fraction(
+    conversations: Sequence[Pictured], fraction: float, seed: int, purpose: str = "take"
+) -> list[Pictured]:
     """Keep about `fraction` of the picture groups (see `split_by_image`), at least one.
 
-    A smaller fraction keeps a subset of what a larger one keeps. The choice is independent of the
-    split's, so that taking first and splitting afterwards still gives fair shares.
+    A smaller fraction keeps a subset of what a larger one keeps. The choices for two purposes are
+    independent of each other, and of the split's, so that taking first and splitting afterwards
+    still gives fair shares.
 
     Raises PhiSightError for a fraction outside (0, 1].
     """
     if not 0 < fraction <= 1:
         raise PhiSightError(f"data fraction {fraction}: out of range; give 0 < it <= 1")
     groups = _group_names(conversations)
-    places = {name: _place_in_unit_interval("take", seed, name) for name in set(groups)}
+    places = {name: _place_in_unit_interval(purpose, seed, name) for name in set(groups)}
     threshold = max(fraction, math.nextafter(min(places.values(), default=0.0), 1))
     return [c for c, group in zip(conversations, groups) if places[group] < threshold]
 

@@ -2,18 +2,22 @@
 
 Two forms are read: one JSON list of records, and one record a line (JSONL). Only a window of the
 text is held, so the largest record sets the memory and not the file; a record has a size limit, or
-one lost quotation mark would make the rest of the file one record.
+one lost quotation mark would make the rest of the file one record. A file that is compressed by
+gzip is read as what it holds.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import IO, NoReturn, TextIO, cast
 
 from errors import PhiSightError
 
@@ -21,14 +25,29 @@ CHUNK = 1 << 20  # characters read at a time
 RECORD_LIMIT = 1 << 24  # characters of one record; LLaVA's longest has some ten thousand
 LONGEST_MARK = 16  # longer than -Infinity and than an escaped character: what a cut can hide
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's own: str.isspace() knows more
+GZIP = b"\x1f\x8b"  # begins what is compressed by gzip
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # begin a text that some editors save
+UNREADABLE = (OSError, UnicodeDecodeError, EOFError, zlib.error)  # what reading a text may raise
 END = object()
 
 
 @dataclass(frozen=True, slots=True)
-class NotJson:
-    """Stands in for a record whose line could not be decoded."""
+class NotRead:
+    """Stands in for a record that could not be made of what the file holds."""
 
     reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class NotJson(NotRead):
+    """Stands in for a record whose line could not be decoded."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"not JSON ({self.reason})"
 
 
 class RepeatedKeys(dict):
@@ -55,9 +74,12 @@ def read_records(
     """Every record of a JSON list or JSONL file, with the place to name in a message.
 
     A line that is not JSON is given as `NotJson`. Raises PhiSightError, when it comes to it, for a
-    file that is missing, empty, not UTF-8, or neither form; in a list it names the record.
+    file that is missing, empty, not UTF-8, or neither form, and for a pipe: data are read more than
+    once. In a list it names the record.
     """
-    with _open(path) as file:
+    if path.is_fifo():
+        raise PhiSightError(f"{path}: is a pipe, which is read only once; save it as a file")
+    with open_text(path) as file:
         window = _Window(file, path, chunk)
         first = window.first_character()
         if first == "{":
@@ -72,7 +94,7 @@ def read_lines(
     path: Path, chunk: int = CHUNK, limit: int = RECORD_LIMIT
 ) -> Iterator[tuple[str, object]]:
     """Every line that is not blank, decoded, with its place. Raises as `read_records` does."""
-    with _open(path) as file:
+    with open_text(path) as file:
         window = _Window(file, path, chunk)
         window.first_character()
         yield from _lines(window, limit, must_begin_well=False)
@@ -91,16 +113,40 @@ def kind_of(value: object) -> str:
 # -- the window -----------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> TextIO:
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """A text file in UTF-8, whether it is compressed by gzip or not.
+
+    Raises PhiSightError; what is read from it raises one of `UNREADABLE`.
+    """
     try:
-        return open(path, encoding="utf-8-sig")
+        file = open(path, "rb")
+        return io.TextIOWrapper(unzipped(file), encoding="utf-8-sig", newline=newline)
     except FileNotFoundError:
         raise PhiSightError(f"{path}: no such file; check the name") from None
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> PhiSightError:
+def unzipped(file: io.BufferedReader) -> IO[bytes]:
+    """What an open file holds, decompressed where it is compressed by gzip; closed with it."""
+    if file.peek(len(GZIP))[: len(GZIP)] != GZIP:
+        return file
+    packed = gzip.GzipFile(fileobj=file)
+    packed.myfileobj = file  # type: ignore[assignment]  # which it then closes
+    return cast(IO[bytes], packed)
+
+
+def unreadable(path: Path, error: Exception) -> PhiSightError:
+    """What to tell of one of `UNREADABLE`, which reading a file raised."""
+    if isinstance(error, UnicodeDecodeError):
+        if b"\0" in error.object and not error.object.startswith(UTF_16):
+            kinds = "not text, and of none of the kinds in docs/data.md"
+            return PhiSightError(f"{path}: {kinds}; unpack or convert it, and name what comes out")
+        return PhiSightError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8")
+    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+        return PhiSightError(
+            f"{path}: its gzip is damaged or cut short ({error}); fetch or export it again"
+        )
     reason = getattr(error, "strerror", None) or error
     return PhiSightError(f"{path}: cannot be read ({reason}); give a data file")
 
@@ -120,12 +166,8 @@ class _Window:
         rest = self.text[used:]
         try:
             more = self.file.read(max(self.chunk, len(rest)))
-        except UnicodeDecodeError as error:
-            raise PhiSightError(
-                f"{self.path}: not UTF-8 text ({error.reason}); save it as UTF-8"
-            ) from error
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
+        except UNREADABLE as error:
+            raise unreadable(self.path, error) from error
         self.at_end = not more
         self.text = rest + more
 

@@ -1,6 +1,6 @@
-"""What is in a data file of any size: counted by several processes, in memory that stays small.
+"""What is in data files of any size: counted by several processes, in memory that stays small.
 
-The first process cuts the file into records; the others check pictures, parse and tokenise. What
+The first process cuts the files into records; the others check pictures, parse and tokenise. What
 grows with the file is 24 bytes a record and the names of the pictures, in the first process only.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import resource
-import sys
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,14 +27,18 @@ from data.dataset import (
     Conversation,
     Quarantined,
     conversation_or_fault,
+    form_name,
     picture_names,
+    unread_keys,
 )
 from data.images import END_BYTES, size_if_whole
 from data.lengths import TokenCounter, fit
+from data.pictures import PictureFolders, Pictures
 from data.reading import check_image_file
-from data.record_keys import unread_keys
-from data.stream import read_records
+from data.record_keys import BAD_PICTURE, TOO_LONG
+from data.sources import Source
 from errors import PhiSightError
+from system import memory
 from workers.fitting import share_cut_off
 
 BATCH = 128  # records, or pictures, that a process is given at a time
@@ -60,7 +62,11 @@ class Tally:
     """answers"""
     text_only: int = 0
     several_pictures: int = 0
+    put_first: int = 0
+    """conversations whose pictures come before the first question, as no mark says where"""
     lost: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    """form of `data.forms` -> records"""
     faults: Counter[str] = field(default_factory=Counter)
     """kind of fault -> records"""
     lengths: Counter[int] = field(default_factory=Counter)
@@ -110,9 +116,11 @@ class Tally:
 
 @dataclass
 class Survey:
-    """The whole file: the counts, and the pictures that cannot be used by name."""
+    """All sources: the counts, and the pictures that cannot be used by name."""
 
     tally: Tally
+    by_source: list[Tally]
+    """the counts of each source alone"""
     bad_pictures: dict[str, str]
     missing: int
     """how many of `bad_pictures` are not there at all"""
@@ -126,35 +134,35 @@ class Survey:
 
 
 def survey(
-    path: Path,
-    folder: Path | None,
+    found: Sequence[Source],
+    folders: PictureFolders | None,
     chat_format: ChatFormat,
     picture_check: str = "auto",
     workers: int = 0,
     limits: Limits = Limits(),
 ) -> Survey:
-    """Count what is in the data file `path`, its pictures being in `folder` (None: not looked at).
+    """Count what is in data sources, their pictures being in `folders` (None: not looked at).
 
     What is longer than `limits` is counted, and set aside, as training does it.
     `picture_check`: one of `PICTURE_CHECKS`, or "auto" for "decode" while the pictures are few.
-    `workers` processes share the work; 0 for this one alone. Raises PhiSightError if `folder` is no
-    folder, for a file that `read_records` refuses, and if a process is killed.
+    `workers` processes share the work; 0 for this one alone. Raises PhiSightError if one of
+    `folders` is not there, for a file that `read_records` refuses, and if a process is killed.
     """
-    if folder is not None and not folder.is_dir():
-        raise PhiSightError(f"{folder}: no such image folder; give the folder of the pictures")
+    if folders is not None:
+        folders.check()
     bad: dict[str, str] = {}
     missing, copies = 0, 0
     cut_off: list[float] = []
-    if picture_check == "auto" and folder is not None:
-        few = sum(1 for _ in islice(distinct_names(path), DECODED_AT_MOST + 1)) <= DECODED_AT_MOST
+    if picture_check == "auto" and folders is not None:
+        few = sum(1 for _ in islice(distinct_names(found), DECODED_AT_MOST + 1)) <= DECODED_AT_MOST
         picture_check = "decode" if few else "quick"
     with Workers(workers, chat_format) as pool:
-        if folder is not None:
+        if folders is not None:
             first: dict[int, str] = {}  # mark -> the first picture of it
             alike: dict[int, list[str]] = {}
             for unusable, absent, marks, shares in pool.map(
                 check_pictures,
-                ((names, folder, picture_check) for names in batches(distinct_names(path))),
+                ((names, folders, picture_check) for names in batches(distinct_names(found))),
             ):
                 bad |= unusable
                 missing += absent
@@ -162,27 +170,38 @@ def survey(
                 for name, mark in marks.items():
                     if first.setdefault(mark, name) is not name:
                         alike.setdefault(mark, [first[mark]]).append(name)
-            copies = sum(pool.map(count_copies, ((names, folder) for names in alike.values())))
-        total = Tally()
-        for tally in pool.map(
-            tally_records,
-            ((batch, reasons_for(batch, bad), limits) for batch in batches(read_records(path))),
-        ):
-            total.add(tally)
-    if not total.records:
-        raise PhiSightError(f"{path}: holds no record; give a LLaVA-Instruct JSON file")
-    checked = "" if folder is None else picture_check
-    return Survey(total, bad, missing, checked, workers, copies, cut_off)
+            copies = sum(pool.map(count_copies, ((names, folders) for names in alike.values())))
+        total, by_source = Tally(), []
+        for source in found:
+            own = Tally()
+            for tally in pool.map(
+                tally_records,
+                (
+                    (batch, source.pictures, reasons_for(batch, source.pictures, bad), limits)
+                    for batch in batches(source.records())
+                ),
+            ):
+                own.add(tally)
+            if not own.records:
+                raise PhiSightError(
+                    f"{source.path}: holds no record; give conversations in one of the forms of"
+                    " docs/data.md"
+                )
+            by_source.append(own)
+            total.add(own)
+    checked = "" if folders is None else picture_check
+    return Survey(total, by_source, bad, missing, checked, workers, copies, cut_off)
 
 
-def distinct_names(path: Path) -> Iterator[str]:
+def distinct_names(found: Iterable[Source]) -> Iterator[str]:
     """Every picture that a record names, once."""
     seen: set[str] = set()
-    for _, record in read_records(path):
-        for name in picture_names(record):
-            if name not in seen:
-                seen.add(name)
-                yield name
+    for source in found:
+        for _, record in source.records():
+            for name in picture_names(record, source.pictures):
+                if name not in seen:
+                    seen.add(name)
+                    yield name
 
 
 def batches(items: Iterable) -> Iterator[list]:
@@ -191,18 +210,21 @@ def batches(items: Iterable) -> Iterator[list]:
         yield batch
 
 
-def reasons_for(batch: Sequence[tuple[str, object]], bad: dict[str, str]) -> dict[str, str]:
+def reasons_for(
+    batch: Sequence[tuple[str, object]], pictures: Pictures, bad: dict[str, str]
+) -> dict[str, str]:
     """The part of `bad` that concerns these records."""
     if not bad:
         return {}
-    return {name: bad[name] for _, record in batch for name in picture_names(record) if name in bad}
+    names = (name for _, record in batch for name in picture_names(record, pictures))
+    return {name: bad[name] for name in names if name in bad}
 
 
 # -- what the processes do ------------------------------------------------------------------------
 
 
 def check_pictures(
-    counter: TokenCounter, names: Sequence[str], folder: Path, picture_check: str
+    counter: TokenCounter, names: Sequence[str], folders: PictureFolders, picture_check: str
 ) -> tuple[dict[str, str], int, dict[str, int], list[float]]:
     """name -> reason for the pictures that cannot be used, how many of them are missing, name ->
     mark for those that were looked into (files of different marks are different), and what
@@ -210,7 +232,7 @@ def check_pictures(
     bad, missing, marks = {}, 0, {}
     cut_off: list[float] = []
     for name in names:
-        path = folder / name
+        path = folders.path_of(name)
         try:
             if picture_check == "exists":
                 if not os.path.isfile(path):  # Path.is_file raises where a name is too long
@@ -238,11 +260,11 @@ def _mark(path: Path) -> int:
     return _hash64(str(path))
 
 
-def count_copies(counter: TokenCounter, names: Sequence[str], folder: Path) -> int:
+def count_copies(counter: TokenCounter, names: Sequence[str], folders: PictureFolders) -> int:
     """How many of these files have the very bytes of one before them."""
     seen, copies = set(), 0
     for name in names:
-        with contextlib.suppress(OSError), open(folder / name, "rb") as file:
+        with contextlib.suppress(OSError), open(folders.path_of(name), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
             copies += digest in seen
             seen.add(digest)
@@ -252,6 +274,7 @@ def count_copies(counter: TokenCounter, names: Sequence[str], folder: Path) -> i
 def tally_records(
     counter: TokenCounter,
     records: Sequence[tuple[str, object]],
+    pictures: Pictures,
     bad: dict[str, str],
     limits: Limits,
 ) -> Tally:
@@ -260,13 +283,14 @@ def tally_records(
     for where, record in records:
         tally.unread.update(key[:ID_SHOWN] for key in unread_keys(record))
         tally.bound_unread(100 * KEYS_COUNTED)  # a single record may have a million
-        result = conversation_or_fault(record)
+        tally.forms[form_name(record)] += 1
+        result = conversation_or_fault(record, pictures)
         if isinstance(result, Conversation):
             _count(tally, where, result, bad, counter, limits)
         else:
             tally.faults[result.kind] += 1
-            tally.set_aside.append(Quarantined(where, result.id, result.reason))
-    tally.peak_memory = peak_memory()
+            tally.set_aside.append(Quarantined(where, result.id, result.reason, result.kind))
+    tally.peak_memory = memory.peak()
     return tally
 
 
@@ -283,6 +307,7 @@ def _count(
     tally.turns += sum(message.role == "assistant" for message in conversation.messages)
     tally.text_only += not images
     tally.several_pictures += len(images) > 1
+    tally.put_first += conversation.put_first
     tally.ids.append(_hash64(conversation.id))
     tally.contents.append(
         _hash64(
@@ -297,7 +322,7 @@ def _count(
     broken = next((name for name in images if name in bad), None)
     if broken is not None:
         tally.lost += 1
-        tally.set_aside.append(Quarantined(f"picture {broken}", shown_id, bad[broken]))
+        tally.set_aside.append(Quarantined(f"picture {broken}", shown_id, bad[broken], BAD_PICTURE))
         return
     running = counter.running(conversation.messages)
     length = running[-1]
@@ -308,7 +333,7 @@ def _count(
     dropped, reason = fit(conversation.messages, running, limits)
     if reason:
         tally.too_long += 1
-        tally.set_aside.append(Quarantined(where, shown_id, reason))
+        tally.set_aside.append(Quarantined(where, shown_id, reason, TOO_LONG))
     else:
         tally.shortened += dropped > 0
 
@@ -316,16 +341,6 @@ def _count(
 def _hash64(text: str) -> int:
     """Two of a million different texts share it with a probability of 3 in 100 million."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def peak_memory() -> int:
-    """The most memory in bytes that this process has held."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        # Not ru_maxrss: a started process inherits the peak of the one that started it.
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # -- the processes --------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from data.chat import RenderedSample
 from data.collate import Batch
 from model.decoder import Attention, Layout
 from model.vlm import VisionLanguageModel
+from tensors import widest
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class _Meter:
         ]
         for where, seen in zip(self._asked, self._pictures, strict=True):
             may_see = visible(len(where), window, where.device)[where]  # (asked, tokens)
-            self.chance += ((may_see & seen).sum(1).double() / may_see.sum(1)).sum().item()
+            share = (may_see & seen).sum(1).to(widest(where.device)) / may_see.sum(1)
+            self.chance += share.sum().item()
             self.tokens += int(where.sum())
 
     def hook(self, attention: nn.Module, given: tuple[Tensor, Layout]) -> None:

@@ -1,8 +1,8 @@
 """Pictures with noise over them, for the alignment meter: something is shown, little can be read.
 
-Gaussian noise of `SIGMA` is added to the pixels that the CLIP reads. It is drawn by the pixels
+Gaussian noise of `SIGMA` is added to the pixels that the encoder reads. It is drawn by the pixels
 themselves, so that a picture has the same noise in every run, on every machine, under every name.
-What the CLIP makes of it is kept in a store of its own, whose key says so.
+What the encoder makes of it is kept in a store of its own, whose key says so.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from assistant.flags import add_length_flag, add_model_flags, check_length
 from config import Config, Parser, replace
+from data.pictures import PictureFolders
 from errors import PhiSightError
 from evaluation.meter import ALL_CONDITIONS, CONDITIONS
 from evaluation.runner import RIGHT, Settings
@@ -133,9 +134,11 @@ def data_of(options: argparse.Namespace, config: Config) -> list[Path]:
         "novel_pair_questions": options.novel_pair_questions,
     }
     given = {name: path for name, path in named.items() if path}
-    return TASKS[options.task].default_data(replace(config, **given), images_of(options, config))
+    folder = Path(options.images or next(iter(config.images), ""))
+    return TASKS[options.task].default_data(replace(config, **given), folder)
 
 
-def images_of(options: argparse.Namespace, config: Config) -> Path:
-    """The folder of the questions' pictures."""
-    return Path(options.images or config.images)
+def images_of(options: argparse.Namespace, config: Config) -> PictureFolders:
+    """Where the questions' pictures lie."""
+    folders = [options.images] if options.images else config.images
+    return PictureFolders(folders, config.unpacked)

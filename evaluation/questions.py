@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
-from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -18,6 +17,7 @@ from assistant.text_stream import decode
 from data.chat import ChatFormat, RenderedSample, render
 from data.dataset import Message, Part, Question
 from data.features import Extract, FeatureStore
+from data.pictures import PictureFolders
 from errors import PhiSightError
 from model.vision import VisionTower
 
@@ -110,7 +110,7 @@ def batch_answers(
 
 
 def add_pictures(
-    assistant: Assistant, questions: Sequence[Question], images: Path, store: FeatureStore
+    assistant: Assistant, questions: Sequence[Question], images: PictureFolders, store: FeatureStore
 ) -> None:
     """Put every picture that is asked about into the store. Raises `PhiSightError` for a bad one:
     a score over a part would mislead."""
@@ -120,7 +120,7 @@ def add_pictures(
 def add_named_pictures(
     assistant: Assistant,
     names: Sequence[str],
-    images: Path,
+    images: PictureFolders,
     store: FeatureStore,
     seen: Callable[[VisionTower], Extract] = lambda tower: tower,
 ) -> None:

@@ -20,6 +20,7 @@ from data.chat import ChatFormat, RenderedSample, render
 from data.collate import Batch
 from data.dataset import Message, Part
 from data.features import FeatureStore
+from data.pictures import PictureFolders
 from errors import PhiSightError, printable
 from evaluation import report_charts as charts
 from evaluation import report_parts as parts
@@ -100,7 +101,7 @@ def attention_of(
     def batches() -> Iterator[tuple[Batch, list[RenderedSample]]]:
         for rows in in_batches(samples, row_tokens):  # one at a time: features take memory
             yield packed_batch(
-                rows, store.features_of, chat.end_of_text_id, model.placeholder_id,
+                rows, store.features_of, chat.padding_id, model.placeholder_id,
                 store.shape, torch.device(assistant.parts.device),
             )  # fmt: skip
 
@@ -114,7 +115,7 @@ def report_page(
     evaluation: Evaluation,
     shares: AttentionShares | None,
     records: Sequence[Mapping[str, Any]],
-    images: Path,
+    images: PictureFolders,
 ) -> str:
     """The page about an evaluation.
 
@@ -122,7 +123,7 @@ def report_page(
         evaluation: under the right picture, and whatever other conditions were asked.
         shares: see `attention_of`.
         records: see `training_records`.
-        images: the folder of the pictures, for those that are shown.
+        images: where the pictures lie, for those that are shown.
     """
     task = evaluation.task
     columns = evaluation.answered | evaluation.further
@@ -232,7 +233,9 @@ def _by_kind(
     return [row[1:] for row in sorted(rows, key=lambda row: row[:2])]
 
 
-def _answers(task: Task, columns: Mapping[str, Sequence[Answered]], images: Path) -> dict[str, Any]:
+def _answers(
+    task: Task, columns: Mapping[str, Sequence[Answered]], images: PictureFolders
+) -> dict[str, Any]:
     """Confusions, and the pictures that it got wrong."""
     if not task.generates:
         return {
@@ -276,8 +279,8 @@ def _how(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("blank", "with a uniform grey picture"),
         (
             "noised",
-            "with its own picture, to each of whose pixels, as the CLIP reads them, Gaussian noise"
-            f" of {SIGMA} of the range of values is added; equal pictures get equal noise",
+            "with its own picture, to each of whose pixels, as the encoder reads them, Gaussian"
+            f" noise of {SIGMA} of the range of values is added; equal pictures get equal noise",
         ),
     ]
     shown = [(name, text) for name, text in told if name in evaluation.answered]

@@ -12,10 +12,10 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
+from data.pictures import PictureFolders
 from data.reading import fit_files
 from errors import PhiSightError, printable
 from evaluation.questions import normalised
@@ -126,7 +126,7 @@ def wrong_answers(answered: Sequence[Answered], main: str, most: int = WRONG) ->
     return [*first, *later][:most]
 
 
-def thumbnails(names: Sequence[str], folder: Path) -> dict[str, str]:
+def thumbnails(names: Sequence[str], folders: PictureFolders) -> dict[str, str]:
     """Name of a picture -> a small WebP as a data URI; a picture that cannot be read has none.
 
     Pictures are untrusted: they are decoded and made small in a child process.
@@ -134,7 +134,7 @@ def thumbnails(names: Sequence[str], folder: Path) -> dict[str, str]:
     distinct = list(dict.fromkeys(names))
     fit = Fit(THUMBNAIL, None, Image.Resampling.BICUBIC, None)
     found = {}
-    for name, fitted in zip(distinct, fit_files([folder / name for name in distinct], fit)):
+    for name, fitted in zip(distinct, fit_files(map(folders.path_of, distinct), fit)):
         if isinstance(fitted, PhiSightError):
             continue
         picture = Image.fromarray(fitted.pixels)

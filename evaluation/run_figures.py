@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-import config as configs
+import config_values
 from checkpoint_state import CONFIG, TRAINER_STATE
 from config import Config
 from documents import COUNT, FINITE, OBJECT, TEXT, parse_json, problems
@@ -56,7 +56,7 @@ class RunFigures:
     @property
     def fields(self) -> dict[str, Any]:
         """Its config as plain values; nothing where none could be read."""
-        return configs.plain(self.config) if self.config else {}
+        return config_values.plain(self.config) if self.config else {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _newest(
             if wrong := [*problems(read[0], _CONFIG), *problems(read[1], _STATE)]:
                 raise PhiSightError(wrong[0])
             weights = {name: read[0].get(of, "") for name, of in DIGESTS.items()}
-            return configs.from_dict(read[0]["config"], folder.name), weights, read[1]
+            return config_values.from_dict(read[0]["config"], folder.name), weights, read[1]
         except (OSError, PhiSightError) as error:
             notes.append(f"{folder.name} cannot be read: {_reason(error)}")
     if not saved:

@@ -25,6 +25,7 @@ from assistant.text_stream import decode
 from data.chat import Limits, RenderedSample, render_to_limit
 from data.dataset import Question
 from data.features import FeatureStore
+from data.pictures import PictureFolders
 from data.prepare import prepare
 from errors import PhiSightError
 from evaluation.answers_file import AnswersFile, answers_file
@@ -70,7 +71,7 @@ class Evaluation:
 
 
 def store_of(assistant: Assistant, folder: str = "") -> FeatureStore:
-    """The features of the run's CLIP, in its own folder or another one."""
+    """The features of the run's encoder, in its own folder or another one."""
     config, vision = assistant.config, assistant.parts.vision
     return FeatureStore(folder or config.features, vision.key, vision.shape, config.feature_storage)
 
@@ -79,7 +80,7 @@ def evaluated(
     assistant: Assistant,
     task: Task,
     asked: Sequence[Asked],
-    images: Path,
+    images: PictureFolders,
     store: FeatureStore,
     settings: Settings,
 ) -> Evaluation:
@@ -296,7 +297,7 @@ def _measured(
         for rows in _rows(assistant, mine):
             if all(asked_of[id(sample)].id in known for row in rows for sample in row):
                 continue
-            padding, image = chat_format.end_of_text_id, chat_format.image_id
+            padding, image = chat_format.padding_id, chat_format.image_id
             batch, in_order = packed_batch(
                 rows, features_of, padding, image, shown.store.shape, device
             )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -22,6 +21,7 @@ from PIL import Image
 from assistant.assistant import Assistant
 from data.features import blank_picture
 from data.images import load_image
+from data.pictures import PictureFolders
 from errors import PhiSightError
 from evaluation.meter import CONDITIONS, features_under, swapped_names
 from evaluation.questions import REPORTED_ONLY, answer_prompts, normalised
@@ -112,13 +112,13 @@ def swapped_pictures(questions: Questions) -> dict[str, str]:
 
 
 def pictures_under(
-    condition: str, questions: Questions, folder: Path
+    condition: str, questions: Questions, folders: PictureFolders
 ) -> Callable[[str], Image.Image]:
     """For a program that reads pictures itself: the name of a picture -> what stands in for it."""
     swapped = swapped_pictures(questions)
     return {
-        "right": lambda name: load_image(folder / name),
-        "swapped": lambda name: load_image(folder / swapped[name]),
+        "right": lambda name: load_image(folders.path_of(name)),
+        "swapped": lambda name: load_image(folders.path_of(swapped[name])),
         "blank": lambda name: blank_picture(),
     }[condition]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from assistant.assistant import Assistant
@@ -19,6 +18,7 @@ from data.chat import RenderedSample, render
 from data.chat_tokenizer import FolderTokenizer
 from data.dataset import Message, Question, load_questions
 from data.features import FeatureStore
+from data.pictures import PictureFolders
 from data.prepare import DATA_REMEDY, TrainingData, evenly_spaced, prepare
 from errors import PhiSightError
 from evaluation.questions import add_pictures, question_messages
@@ -101,13 +101,14 @@ def questions_of(
     asked = [every[number] for number in chosen]
     if not asked:
         without = " without a typed mark such as <|end|>" if every else ""
+        where = config.held_out_questions or " ".join(config.data)
         raise PhiSightError(
-            f"{config.held_out_questions or config.data}: has no question about a picture to ask"
-            f"{without}; give some with --held-out-questions"
+            f"{where}: has no question about a picture to ask{without}; give some with"
+            " --held-out-questions"
         )
     if held_out:
         pictured = [held_out[number] for number in chosen]
-        add_pictures(assistant, pictured, Path(config.images), store)
+        add_pictures(assistant, pictured, PictureFolders.of(config), store)
     prompts = [render(one.messages, chat_format, add_generation_prompt=True) for one in asked]
     facts = {
         "questions": len(asked),

@@ -43,8 +43,8 @@ def calibration_batches(assistant: Assistant, probe: Probe, conversations: int) 
     samples = [train[i] for i in evenly_spaced(pictured, conversations)]
     if not samples:
         raise PhiSightError(
-            f"{assistant.config.data}: no training conversation has a picture to calibrate with;"
-            " give data with pictures"
+            f"{' '.join(assistant.config.data)}: no training conversation has a picture to"
+            " calibrate with; give data with pictures"
         )
     parts = assistant.parts
     row_tokens = max(assistant.config.row_tokens, *(len(s.input_ids) for s in samples))
@@ -54,7 +54,7 @@ def calibration_batches(assistant: Assistant, probe: Probe, conversations: int) 
             samples,
             row_tokens,
             probe.store.features_of,
-            parts.chat_format.end_of_text_id,
+            parts.chat_format.padding_id,
             parts.chat_format.image_id,
             probe.store.shape,
             parts.device,

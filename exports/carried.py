@@ -5,33 +5,37 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+# What a room needs beside its modules, and nothing else: people keep data and notes beside code,
+# and tell nobody of them.
+BESIDE = ("static/**/*.css", "static/**/*.js", "texts/*.json")
 # A module that is named in a text, such as that of a program that is started: "workers.child".
-BESIDE = (".css",)  # no others: people keep data and notes beside code, and tell nobody of them
 _NAMED = re.compile(r"[a-z_][a-z0-9_]*(?:\.[a-z_][a-z0-9_]*)+", re.ASCII)
 
 
-def carried_files(project: Path, command: str) -> list[Path]:
+def carried_files(project: Path, command: str, without: Collection[str] = ()) -> list[Path]:
     """What has to lie in a folder for `python command` to run there, relative to `project`: the
-    modules that it imports, at once or later, theirs, and the style sheets of their rooms.
-    Packages that are installed are not looked into."""
+    modules that it imports, at once or later, theirs, and the page and the texts of their rooms.
+    Packages that are installed are not looked into; nor are the folders of `without`, such as
+    "web/training", which are left out."""
     waiting, modules = [Path(command)], set()
     while waiting:
         path = waiting.pop()
-        if path in modules:
+        if path in modules or path.parent.as_posix() in without:
             continue
         modules.add(path)
         tree = ast.parse((project / path).read_bytes(), str(path))
         for name, is_import in names_in(tree):
             waiting += files_of(project, name, whole=not is_import)
-    rooms = {path.parent for path in modules} - {Path()}
+    rooms = {path.parts[0] for path in modules if len(path.parts) > 1}
     beside = {
         path.relative_to(project)
         for room in rooms
-        for path in (project / room).iterdir()
-        if path.is_file() and path.suffix in BESIDE
+        for pattern in BESIDE
+        for path in (project / room).glob(pattern)
+        if path.is_file() and not path.is_symlink()
     }
     return sorted(modules | beside)
 

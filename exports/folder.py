@@ -15,14 +15,16 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GenerationConfig, Phi3Config
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 
 import checkpoints
 import files
 from assistant.assistant import Assistant
-from data.chat import END_OF_TEXT, IMAGE_TOKEN
+from data.chat import ChatFormat
+from data.chat_forms.template import chat_template, quoted
 from errors import PhiSightError
 from model.base import BaseModel
+from model.decoder import DecoderConfig
 from reports.card import CARD, model_card
 
 # Copied, not saved anew: transformers may rewrite a tokenizer as another class with other ids.
@@ -37,29 +39,9 @@ GENERATION_CONFIG, TEMPLATE_FILE = "generation_config.json", "chat_template.jinj
 MAX_NEW_TOKENS = 256  # as infer.py, where nothing else is said
 
 
-def chat_template(picture: str, shown: str, line_end: str = "\\n") -> str:
-    """A chat template in Jinja, which gives what `data.chat.render` does, from messages of roles
-    and parts of "text" and pictures: text is stripped, and text next to text is joined by a
-    newline. The newlines after the marks are swallowed by the tokenizer, as they are in Phi-3's own
-    template.
-
-    `picture`: the type of a part that is a picture; `shown`: the expression that stands for it;
-    `line_end`: what follows a mark, empty for a tokenizer that swallows nothing.
-    """
-    return (
-        "{% for message in messages %}{{ '<|' + message['role'] + '|>" + line_end + "' }}"
-        "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
-        "{% set last = namespace(text=false) %}"
-        "{% for part in message['content'] %}{% if part['type'] == '" + picture + "' %}"
-        "{{ " + shown + " }}{% set last.text = false %}"
-        "{% elif part['text'] | trim %}"
-        "{{ ('\\n' if last.text else '') + (part['text'] | trim) }}{% set last.text = true %}"
-        "{% endif %}{% endfor %}{% endif %}{{ '<|end|>" + line_end + "' }}{% endfor %}"
-        "{{ '<|assistant|>" + line_end + "' if add_generation_prompt else '" + END_OF_TEXT + "' }}"
-    )
-
-
-CHAT_TEMPLATE = chat_template("image", f"'{IMAGE_TOKEN}'")
+def template_of(chat_format: ChatFormat) -> str:
+    """The chat template by which other programs give the ids of the training."""
+    return chat_template(chat_format.form, "image", quoted(chat_format.image_token))
 
 
 @contextlib.contextmanager
@@ -77,7 +59,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -104,8 +88,9 @@ def write_card(
         certificates,
         form=form,
         license=assistant.license,
+        model_type=assistant.parts.base.family.model_type,
     )
-    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
@@ -127,61 +112,77 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return small.contiguous()
 
 
-def hub_config(base: BaseModel, dtype: torch.dtype) -> Phi3Config:
-    """What transformers makes of the base's config.json; it names no code and says `dtype`."""
-    config = Phi3Config.from_dict(dict(base.hub_config))
+def hub_config(base: BaseModel, dtype: torch.dtype) -> PretrainedConfig:
+    """What transformers makes of the base's config.json; it names no code, and says `dtype` and
+    the class of the base's family."""
+    config = CONFIG_MAPPING[base.family.model_type].from_dict(dict(base.hub_config))
     config.dtype = dtype
+    config.architectures = [base.family.architecture]
     if hasattr(config, "auto_map"):  # it names Python files that are not part of the folder
         delattr(config, "auto_map")
     return config
 
 
 def rounded_state(
-    weights: Iterable[tuple[str, Tensor]], base: BaseModel, dtype: torch.dtype
+    weights: Iterable[tuple[str, Tensor]],
+    base: BaseModel,
+    dtype: torch.dtype,
+    config: DecoderConfig | None = None,
 ) -> dict[str, Tensor]:
-    """Weights of a language model by name, in `dtype` and on the CPU, as a file holds them: a head
-    that is the embedding stands there once."""
-    state = {name: rounded(name, tensor, dtype) for name, tensor in weights}
-    if base.model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    return state
+    """Weights of a language model by name, in `dtype` and on the CPU, as a file of the base's
+    family holds them: a head that is the embedding stands there once.
+
+    Args: `config`: the sizes, where they are no longer those of the base.
+
+    Raises `PhiSightError` as `rounded` does.
+    """
+    tied = base.model.config.tie_word_embeddings
+    small = (
+        (name, rounded(name, tensor, dtype))
+        for name, tensor in weights
+        if not (tied and name == "lm_head.weight")
+    )
+    # Parts of a weight are cut from it, and a file has each in memory of its own.
+    stored = base.family.to_stored(small, config or base.model.config)
+    return {name: tensor.clone() for name, tensor in stored}
 
 
-def write_phi3(
+def write_causal_model(
     folder: Path,
-    config: Phi3Config,
+    config: PretrainedConfig,
     state: dict[str, Tensor],
     base_folder: Path,
     assistant: Assistant,
 ) -> None:
-    """A `Phi3ForCausalLM` folder (safetensors, in shards where it is large), with the tokenizer of
-    `base_folder`, byte for byte, and defaults by which it answers as `assistant` does."""
-    config.architectures = ["Phi3ForCausalLM"]
+    """A language model as transformers' class of the family reads it, such as `Phi3ForCausalLM`
+    (safetensors, in shards where it is large), with the tokenizer of `base_folder`, byte for byte,
+    and defaults by which it answers as `assistant` does."""
     config.save_pretrained(folder)
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    copy_tokenizer(base_folder, folder)
+    copy_tokenizer(base_folder, folder, assistant.parts.chat_format)
     write_generation_config(assistant, folder)
 
 
-def copy_tokenizer(base_folder: Path, folder: Path) -> None:
+def copy_tokenizer(base_folder: Path, folder: Path, chat_format: ChatFormat) -> None:
     """The base's tokenizer, and the chat template that gives the ids of the training; a base's own
     may keep white space that we strip, or know no pictures."""
     for name in TOKENIZER_FILES:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, folder / name)
 
-    (folder / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    template = template_of(chat_format)
+    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="\n")
 
 
 def write_generation_config(assistant: Assistant, folder: Path) -> None:
     """The defaults by which other programs generate: those of infer.py. A base's own may end an
     answer at other ids, never at the mark of a turn's end, or draw by chance."""
-    end_of_text = assistant.parts.chat_format.end_of_text_id
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,
         eos_token_id=sorted(assistant.stop_ids),
-        pad_token_id=end_of_text,
+        suppress_tokens=[assistant.parts.chat_format.image_id],  # no answer shows a picture
+        pad_token_id=assistant.parts.chat_format.padding_id,
         bos_token_id=assistant.parts.base.hub_config.get("bos_token_id"),
     )
     settings.save_pretrained(folder)

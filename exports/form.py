@@ -46,7 +46,8 @@ def add_config_flags(parser: argparse._ActionsContainer, fields: Sequence[str]) 
         spec = Config.__dataclass_fields__[name]
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            type=type(spec.default),
+            type=str if spec.metadata["repeated"] else type(spec.default),
+            action="append" if spec.metadata["repeated"] else "store",
             choices=spec.metadata["choices"],
             help=spec.metadata["help"].replace("%", "%%"),
         )

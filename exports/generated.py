@@ -30,6 +30,7 @@ from assistant.assistant import Assistant
 from assistant.text_stream import decode
 from data.chat import render
 from data.dataset import Message, Part
+from data.pictures import PictureFolders
 from errors import PhiSightError
 from evaluation.meter import CONDITIONS, validation_loss
 from exports.alignment import LONGEST_ANSWER, pictures_under
@@ -41,7 +42,7 @@ from model.base import BaseModel
 
 @torch.no_grad()
 def answers_as_text_model(assistant: Assistant, probe: Probe, folder: Path) -> list[str]:
-    """Of a `Phi3ForCausalLM` folder. It reads no pictures, so the projector of `assistant` puts
+    """Of a folder of a language model. It reads no pictures, so the projector of `assistant` puts
     them in, as a program would that has it beside the folder."""
     check_prompts(assistant, AutoTokenizer.from_pretrained(folder, local_files_only=True))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
@@ -67,7 +68,7 @@ def answers_as_text_model(assistant: Assistant, probe: Probe, folder: Path) -> l
 def measured_folder(
     assistant: Assistant, written: BaseModel, probe: Probe, folder: Path
 ) -> Measured:
-    """A `Phi3ForCausalLM` folder: the loss of the weights in it, which `written` are, and what
+    """A folder of a language model: the loss of the weights in it, which `written` are, and what
     transformers answers with it."""
     again = with_language_model(assistant, written)
     loss = validation_loss(again.model, probe.batches)
@@ -92,7 +93,7 @@ def answers_as_llava(
     )
     answers: dict[str, list[str]] = {}
     for condition in CONDITIONS:
-        picture_of = pictures_under(condition, questions, Path(assistant.config.images))
+        picture_of = pictures_under(condition, questions, PictureFolders.of(assistant.config))
         asked = tqdm(questions.asked, desc=f"{condition} picture", leave=False, disable=None)
         answers[condition] = [_said(chat, one.messages, picture_of) for one in asked]
     return answers

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import checkpoints
 import config as configs
+import config_values
 from config import Config
 from errors import PhiSightError
 from exports.folder import new_folder
@@ -31,17 +32,25 @@ MODEL_FIELDS = (
     "vision_layer",
     "feature_pooling",
     "picture_fit",
+    "projector",
+    "projector_queries",
     "feature_storage",
 )
 # A tensor of a layer, also where the language model is a part of a larger one, which its programs
 # nest under different names: language_model.model., model.language_model., and so on.
 _IN_LAYER = re.compile(
-    r"(?:(?:base_model|model|module|language_model|text_model|llm)\.)*"
+    r"(?:(?:base_model|model|module|language_model|text_model|llm|thinker|backbone)\.)*"
     r"layers\.(\d{1,4})\.(self_attn|mlp)\.(\w+)\.(.+)"
 )
 MERGE = "merge the adapter into its base (PEFT's merge_and_unload) and give the result with --base"
 AGAIN = "train the adapter again on the layers of the language model alone"
 _OTHER_PARTS = (  # what stands in a name, what it is then, and what can be done
+    (
+        r"base_layer\.(weight|bias)$",
+        "is a weight of the base itself",
+        "save the adapter alone, by PEFT's save_pretrained",
+    ),
+    (r"cross_attn", "is of a layer that looks at the picture encoder, which no base has", AGAIN),
     (r"magnitude", "is of DoRA, which is more than LoRA", MERGE),
     (
         r"embed_tokens|lm_head|lora_embedding",
@@ -123,7 +132,7 @@ def write_run(
 ) -> None:
     """Load the tensors strictly into the model of `config` and save it as checkpoint 0 of `out`.
 
-    `lora` is named as `lora.state` names it, `projector` as `ImageProjector` does. The run counts
+    `lora` is named as `lora.state` names it, `projector` as the run's own does. The run counts
     as finished: the optimizer's state is in no such format, so there is nothing to resume.
 
     Raises:
@@ -135,9 +144,10 @@ def write_run(
     state = {"lora_weights": lora, "image_projector": projector}
     load_model_state(parts.model, state)
     facts = {
-        "config": configs.to_dict(configs.replace(config, run=str(out))),
+        "config": config_values.to_dict(configs.replace(config, run=str(out))),
         "base_fingerprint": parts.base.fingerprint,
         "vision_fingerprint": parts.vision.key,
+        "picture_tokens": parts.chat_format.tokens_per_image,
         "imported_from": str(source),
         "versions": versions(),
     }
@@ -165,10 +175,16 @@ def finite_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def need_matrix(source: object, name: str, value: object, *shape: int | None) -> Tensor:
+def need_matrix(
+    source: object,
+    name: str,
+    value: object,
+    *shape: int | None,
+    remedy: str = "was it made for this base model?",
+) -> Tensor:
     """`value` as a float32 tensor on the CPU, if it is a dense float tensor of `shape` (None: any).
 
-    Raises `PhiSightError` naming what it is and what it should be.
+    Raises `PhiSightError` naming what it is, what it should be, and the `remedy`.
     """
     if not isinstance(value, Tensor):
         raise PhiSightError(
@@ -181,6 +197,6 @@ def need_matrix(source: object, name: str, value: object, *shape: int | None) ->
         wanted = "x".join("any" if want is None else str(want) for want in shape)
         raise PhiSightError(
             f"{source}: {name} is {shape_and_dtype(value)}, not a float tensor of {wanted};"
-            " was it made for this base model?"
+            f" {remedy}"
         )
     return value.detach().float().cpu().contiguous()

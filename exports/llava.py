@@ -1,26 +1,27 @@
-"""The whole model with its CLIP as a `LlavaForConditionalGeneration` folder with its processor.
+"""The whole model with its encoder as a `LlavaForConditionalGeneration` folder with its processor.
 
-LLaVA-1.5 (arXiv:2310.03744) is the same arithmetic: CLIP patches of one hidden layer, two linear
-layers with a GELU between, spliced in where the picture token stands. So nothing is approximated:
-in float32 the logits are equal bit for bit, and in 16 bits only rounding differs. transformers
-loads the folder with `from_pretrained`, and programs that know the form of llava-hf, such as vLLM,
-read the same files.
+LLaVA-1.5 (arXiv:2310.03744) is the same arithmetic: patches of one hidden layer of an encoder, two
+linear layers with a GELU between, spliced in where the picture token stands. So nothing is
+approximated: in float32 the logits are equal (bit for bit over Phi-3 and CLIP), and in 16 bits only
+rounding differs. transformers loads the folder with `from_pretrained`, and programs that know the
+form of llava-hf, such as vLLM, read the same files.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
+    AutoConfig,
+    AutoImageProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -28,37 +29,48 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from assistant.assistant import Assistant
-from data.chat import IMAGE_TOKEN
 from errors import PhiSightError
 from evaluation.meter import validation_loss
 from exports import measure
 from exports.alignment import alignment_of, scored
 from exports.folder import (
-    CHAT_TEMPLATE,
     copy_tokenizer,
     hub_config,
     new_folder,
     rounded,
     rounded_state,
+    template_of,
     write_generation_config,
 )
 from exports.form import Form, folder_to_write
 from exports.generated import answers_as_llava
 from exports.measure import CERTIFICATE, MERGE_METHODS, Measured, Probe, Tolerance
 from exports.measured import export_measured
-from exports.peft_adapter import add_adapter, need_adapter, part_sizes, write_peft
+from exports.peft_adapter import add_adapter, need_adapter, write_peft
 from lora.merge import merged_state
 from lora.state import lora_state
-from model.base import find_folder, language_model
-from model.projector import ImageProjector
-from model.vision import load_clip
+from model.base import find_folder, find_weight_files, language_model
+from model.encoders.clip import ClipConfig
+from model.encoders.dinov2 import Dinov2Config
+from model.encoders.encoder import EncoderConfig
+from model.encoders.siglip import SiglipConfig
+from model.projectors import projector_of
+from model.vision import PICKLED, VisionSpec, vision_tensors
 
 ANSWERED_BY = "transformers' image-text-to-text pipeline, by the folder's own files"
 UNMERGED_METHOD = "dequantised NF4 in float32, rounded once; A and B as they were trained"
-# Folders within. transformers' Phi-3 has one layer for queries, keys and values, and PEFT adapts
-# the layers that are there. vLLM has one too, but takes the adapter of a LLaVA under the names of
-# Llama's (`packed_modules_mapping` of its LlavaForConditionalGeneration).
+# Folders within. PEFT adapts the layers that transformers has, which for Phi-3 is one for queries,
+# keys and values. vLLM has one for every family, but takes the adapter of a LLaVA under the names
+# of Llama's (`packed_modules_mapping` of its LlavaForConditionalGeneration).
 ADAPTERS = {"PEFT": "adapter", "vLLM": "adapter-vllm"}
+# The encoders of which transformers' LLaVA makes the same features, with what its checkpoints put
+# before the names of their tensors. It leaves out one token in front of the patches, and no
+# registers; and it gives an encoder pictures, where NaFlex takes patches.
+TOWERS: dict[type[EncoderConfig], str] = {
+    ClipConfig: "vision_model.",
+    SiglipConfig: "vision_model.",
+    Dinov2Config: "",
+}
 
 
 def export_llava(
@@ -73,18 +85,17 @@ def export_llava(
 
     Returns the certificate. The loss takes language model and projector from the folder, and
     features from the run's own store on both sides. The answers, and what they owe to the picture,
-    are those of the folder alone: its CLIP, its processor.
+    are those of the folder alone: its encoder, its processor.
 
     Args: `unmerged`: write the base without the adapter, and the adapter beside it in `ADAPTERS`;
         what is measured is both together.
 
     Raises:
-        PhiSightError: the run pools its pictures' patches, a weight does not fit into `dtype`, the
-            folder cannot be written, or the result is past the tolerance. Nothing is left then.
+        PhiSightError: LLaVA reads pictures otherwise than the run, a weight does not fit into
+            `dtype`, the folder cannot be written, or the result is past the tolerance. Nothing is
+            left then.
     """
-    check_pictures(assistant, "--llava", "LLaVA")
-    if unmerged:
-        need_adapter(assistant.config)
+    check_run(assistant, unmerged)
     config = assistant.config
     base_folder = find_folder(config.base, config.base_revision or None)
     with new_folder(out) as folder:
@@ -116,30 +127,53 @@ def export_llava(
         )
 
 
-def check_pictures(assistant: Assistant, flag: str, program: str) -> None:
+def check_run(assistant: Assistant, unmerged: bool = False) -> None:
+    """Raise `PhiSightError` for a run that cannot be such a folder."""
+    check_pictures(assistant, "--llava", "LLaVA", TOWERS)
+    if unmerged:
+        need_adapter(assistant.config)
+
+
+def check_pictures(
+    assistant: Assistant, flag: str, program: str, encoders: Collection[type[EncoderConfig]]
+) -> None:
     """Raise `PhiSightError` for a run that reads pictures otherwise than LLaVA does, and `program`,
-    which `flag` writes for."""
-    config = assistant.config
-    if config.vision_features != "patches":
-        raise PhiSightError(
-            f"{flag}: {assistant.source} sees one pooled vector, {program} reads patches; export a"
-            " run that was trained with --vision-features patches"
+    which `flag` writes for, or by another encoder than one of `encoders`."""
+    config, encoder = assistant.config, assistant.parts.vision.config
+    wrong: list[tuple[str, str]] = []  # what is otherwise, and the flag of a training that it takes
+    if type(encoder) not in encoders:
+        known = " or ".join(one.NAME for one in encoders)
+        wrong.append(
+            (f"sees by {encoder.NAME}, {program} reads {known} alone", f"--vision of {known}")
         )
-    if config.feature_pooling > 1:
+    elif config.picture_fit == "pad" and not isinstance(encoder, ClipConfig):
+        processor = f"which {program}'s own processor does not"
+        wrong.append((f"pads the pictures of a {encoder.NAME}, {processor}", "--picture-fit crop"))
+    if config.vision_features != "patches":
+        wrong.append(
+            (f"sees one pooled vector, {program} reads patches", "--vision-features patches")
+        )
+    if (side := config.feature_pooling) > 1:
+        pooled = f"averages {side} x {side} patches into one token"
+        wrong.append((f"{pooled}, {program} reads every patch", "--feature-pooling 1"))
+    if config.projector != "mlp":
+        made = f"has the projector {config.projector}, {program} reads mlp"
+        wrong.append((made, "--projector mlp"))
+    if wrong:  # all at once: who trains again wants to do it once
+        found, flags = zip(*wrong, strict=True)
         raise PhiSightError(
-            f"{flag}: {assistant.source} averages {config.feature_pooling} x"
-            f" {config.feature_pooling} patches into one token, {program} reads every patch; export"
-            " a run that was trained with --feature-pooling 1"
+            f"{flag}: {assistant.source} {'; it '.join(found)}; export a run that was trained with"
+            f" {' and '.join(flags)}, or this one with --peft"
         )
 
 
 def llava_config(assistant: Assistant, dtype: torch.dtype) -> LlavaConfig:
     """Sizes and settings of the folder, with the names of the classes that others look up."""
     parts, spec = assistant.parts, assistant.parts.vision
-    vision_config = CLIPVisionConfig.from_pretrained(spec.folder)
+    whole = AutoConfig.from_pretrained(spec.folder, local_files_only=True)
+    vision_config = getattr(whole, "vision_config", whole)  # of a model with a text half, or alone
     vision_config.dtype = dtype
     text_config = hub_config(parts.base, dtype)
-    text_config.architectures = ["Phi3ForCausalLM"]
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -147,7 +181,7 @@ def llava_config(assistant: Assistant, dtype: torch.dtype) -> LlavaConfig:
         image_seq_length=spec.shape[0],
         projector_hidden_act="gelu",
         vision_feature_layer=spec.layer,
-        vision_feature_select_strategy="default",  # without the class token
+        vision_feature_select_strategy=strategy_of(spec),
         architectures=["LlavaForConditionalGeneration"],
     )
     config.dtype = dtype
@@ -161,49 +195,64 @@ def llava_state(assistant: Assistant, dtype: torch.dtype, adapter: bool) -> dict
     transformers 5 reads these and the names of its own modules, which it would save. vLLM and older
     programs read these alone: without `vision_model` they would find no CLIP.
     """
-    parts = assistant.parts
+    parts, spec = assistant.parts, assistant.parts.vision
     language = rounded_state(merged_state(parts.base.model, adapter), parts.base, dtype)
     state = {f"language_model.{name}": tensor for name, tensor in language.items()}
-    for place, module in (
-        ("vision_tower.vision_model", load_clip(parts.vision)),
-        ("multi_modal_projector", parts.model.projector),
-    ):
-        for name, tensor in module.state_dict().items():
-            state[f"{place}.{name}"] = rounded(name, tensor, dtype)
+    tower = f"vision_tower.{TOWERS[type(spec.config)]}"
+    for name, read in vision_tensors(spec.config, find_weight_files(spec.folder, PICKLED)):
+        if not name.endswith(".position_ids"):  # which older versions of transformers wrote
+            state[f"{tower}{name}"] = rounded(name, read().float(), dtype)
+    for name, tensor in parts.model.projector.state_dict().items():
+        state[f"multi_modal_projector.{name}"] = rounded(name, tensor, dtype)
     return state
+
+
+def strategy_of(spec: VisionSpec) -> Literal["default", "full"]:
+    """What transformers does with the token in front of the patches: leaves it out, if there is
+    one."""
+    return "default" if spec.config.in_front else "full"
 
 
 def write_processor(assistant: Assistant, folder: Path, base_folder: Path) -> None:
     """What turns pictures and chat into the ids and pixels that the model was trained on."""
-    parts = assistant.parts
+    parts, spec = assistant.parts, assistant.parts.vision
     pads = assistant.config.picture_fit == "pad"
     LlavaProcessor(
         image_processor=(
-            LlavaImageProcessorPil.from_pretrained(parts.vision.folder, do_pad=True)
+            LlavaImageProcessorPil.from_pretrained(spec.folder, do_pad=True)
             if pads
-            else CLIPImageProcessorPil.from_pretrained(parts.vision.folder)
+            else AutoImageProcessor.from_pretrained(
+                spec.folder, backend="pil", local_files_only=True
+            )
         ),
         tokenizer=parts.base.tokenizer.full,
-        patch_size=CLIPVisionConfig.from_pretrained(parts.vision.folder).patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which the strategy drops
-        image_token=IMAGE_TOKEN,
-        chat_template=CHAT_TEMPLATE,
+        patch_size=spec.config.patch_size,
+        vision_feature_select_strategy=strategy_of(spec),
+        num_additional_image_tokens=spec.config.in_front,  # which the strategy drops
+        image_token=parts.chat_format.image_token,
+        chat_template=template_of(parts.chat_format),
     ).save_pretrained(folder)
-    copy_tokenizer(base_folder, folder)
+    copy_tokenizer(base_folder, folder, parts.chat_format)
 
 
 def write_adapters(assistant: Assistant, folder: Path, base: str) -> None:
     """The adapter over the language model of the folder, in both of `ADAPTERS`; `base`: the name
     that the folder gets."""
-    model = assistant.parts.base.model
+    base_model = assistant.parts.base
     state = {
         name.replace("model.", "model.language_model.", 1): tensor
-        for name, tensor in lora_state(model).items()
+        for name, tensor in lora_state(base_model.model).items()
     }
-    for program, rows in (("PEFT", {}), ("vLLM", part_sizes(model.config))):
+    for program, apart in (("PEFT", not base_model.family.is_fused), ("vLLM", True)):
         (folder / ADAPTERS[program]).mkdir()
-        write_peft(folder / ADAPTERS[program], state, rows, assistant.config, base)
+        write_peft(
+            folder / ADAPTERS[program],
+            state,
+            base_model.model.config,
+            apart,
+            assistant.config,
+            base,
+        )
 
 
 def read_back(assistant: Assistant, folder: Path, adapter: Path | None) -> Assistant:
@@ -215,11 +264,12 @@ def read_back(assistant: Assistant, folder: Path, adapter: Path | None) -> Assis
     )
     if adapter is not None:
         add_adapter(llava, adapter)
-    weights = {f"model.{n}": t for n, t in llava.model.language_model.state_dict().items()}
-    weights["lm_head.weight"] = llava.lm_head.weight
+    stored = {f"model.{n}": t for n, t in llava.model.language_model.state_dict().items()}
+    stored["lm_head.weight"] = llava.lm_head.weight
+    weights = base.family.from_stored(stored, base.model.config)
     model = language_model(base.model.config, weights.items())
-    projector = assistant.model.projector
-    copied = ImageProjector(projector.linear_1.in_features, projector.linear_1.out_features)
+    width = assistant.parts.vision.shape[1]
+    copied = projector_of(assistant.config, width, model.config.hidden_size)
     copied.load_state_dict(llava.model.multi_modal_projector.state_dict(), strict=True)
     written = dataclasses.replace(base, model=model, name=str(folder))
     return measure.with_language_model(assistant, written, copied)
@@ -228,7 +278,8 @@ def read_back(assistant: Assistant, folder: Path, adapter: Path | None) -> Assis
 def run(options: argparse.Namespace) -> str:
     """`export.py --llava DIR [--unmerged]`."""
     write = partial(export_llava, unmerged=options.unmerged)
-    return export_measured(options, folder_to_write(options, "--llava"), write)
+    check = partial(check_run, unmerged=options.unmerged)
+    return export_measured(options, folder_to_write(options, "--llava"), write, check=check)
 
 
 FORM = Form(

@@ -25,7 +25,7 @@ from exports.alignment import LONGEST_ANSWER, STORED_BY, alignment_line, check_a
 from exports.asked import Questions, feature_store, prepared, questions_of
 from exports.folder import files_of, write_card, write_json
 from model.base import BaseModel
-from model.projector import ImageProjector
+from model.projectors.projector import Projector
 from model.vlm import VisionLanguageModel
 
 LOSS_DIFFERENCE, GREEDY_EQUAL = 0.01, 99.0  # nats an answer token, percent
@@ -90,22 +90,22 @@ def make_probe(assistant: Assistant, greedy_answers: int) -> Probe:
                 " other data with --data and --images too where its own have one picture alone"
             )
         raise PhiSightError(
-            f"{config.data}: no validation conversation has a picture, so nothing can be measured;"
-            f" {remedy}"
+            f"{' '.join(config.data)}: no validation conversation has a picture, so nothing can be"
+            f" measured; {remedy}"
         )
     questions = questions_of(assistant, greedy_answers, store, lambda: data)
     batches = packed_batches(
         samples,
         max(config.row_tokens, *(len(sample.input_ids) for sample in samples)),
         store.features_of,
-        parts.chat_format.end_of_text_id,
+        parts.chat_format.padding_id,
         parts.chat_format.image_id,
         store.shape,
         parts.device,
     )
     saved = checkpoints.resolve(assistant.source).config.get("data_fingerprint")
     facts = {
-        "data": config.data,
+        "data": " ".join(config.data),
         "data_fingerprint": data.fingerprint,
         "data_are_those_of_the_run": saved == data.fingerprint,
         "conversations": len(samples),
@@ -125,7 +125,7 @@ def measure(assistant: Assistant, probe: Probe, label: str) -> Measured:
 
 
 def with_language_model(
-    assistant: Assistant, base: BaseModel, projector: ImageProjector | None = None
+    assistant: Assistant, base: BaseModel, projector: Projector | None = None
 ) -> Assistant:
     """The same assistant over another language model (and projector), moved to its device."""
     model = VisionLanguageModel(
@@ -162,7 +162,13 @@ def certificate_of(
         "checkpoint": assistant.source,
         "provenance": assistant.provenance,
         "base": config.base,
+        "family": base.family.name,
+        "encoder": assistant.parts.vision.config.NAME,
         "quantization": config.quantization,
+        "projector": {
+            "name": config.projector,
+            "tokens": assistant.parts.chat_format.tokens_per_image,
+        },
         "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
         "device": assistant.parts.device.type,
         "loss_before": before.loss,

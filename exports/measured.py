@@ -92,11 +92,19 @@ def tolerance_of(
 
 
 def export_measured(
-    options: argparse.Namespace, out: str, write: Write, usual: Tolerance | None = Tolerance()
+    options: argparse.Namespace,
+    out: str,
+    write: Write,
+    usual: Tolerance | None = Tolerance(),
+    check: Callable[[Assistant], None] = lambda assistant: None,
 ) -> str:
-    """Load the run of the options and let `write` export it to `out`. Returns a line about it."""
+    """Load the run of the options and let `write` export it to `out`. Returns a line about it.
+
+    check: raises `PhiSightError` for a run that `write` would refuse, before its data are read.
+    """
     tolerance = tolerance_of(options, usual)
     assistant = load_assistant(options)
+    check(assistant)
     assistant.config = configs.replace(
         assistant.config, **typed(options, (*DATA_FIELDS, "evaluation_conversations"))
     )

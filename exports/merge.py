@@ -1,4 +1,4 @@
-"""The adapter folded into the base: a plain `Phi3ForCausalLM` folder, with proof that it is equal.
+"""The adapter folded into the base: a plain folder of its family, with proof that it is equal.
 
 The adapter is merged into the *dequantised NF4* weights, in float32, because those are what it was
 trained over (QLoRA, arXiv:2305.14314; `lora.merge` says why), and rounded once, on writing.
@@ -14,7 +14,7 @@ import torch
 
 from assistant.assistant import Assistant
 from exports import measure
-from exports.folder import hub_config, new_folder, rounded_state, write_phi3
+from exports.folder import hub_config, new_folder, rounded_state, write_causal_model
 from exports.form import Form, folder_to_write
 from exports.generated import measured_folder
 from exports.measure import CERTIFICATE, MERGE_METHODS, Probe, Tolerance
@@ -44,7 +44,7 @@ def export_merged(
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before merging")
         state = rounded_state(merged_state(parts.base.model), parts.base, dtype)
-        write_phi3(folder, hub_config(parts.base, dtype), state, base_folder, assistant)
+        write_causal_model(folder, hub_config(parts.base, dtype), state, base_folder, assistant)
         del state
         written = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
         after = measured_folder(assistant, written, probe, folder)
@@ -70,6 +70,6 @@ FORM = Form(
     run,
     {
         "action": "store_true",
-        "help": "fold the adapter into the base: a plain Phi3ForCausalLM folder",
+        "help": "fold the adapter into the base: a plain model of its family",
     },
 )

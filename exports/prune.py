@@ -10,6 +10,7 @@ weight is trained, so some of the quality goes; the certificate says how much.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from exports.calibrate import (
     language_model_in,
     merged_assistant,
 )
-from exports.folder import hub_config, new_folder, rounded_state, write_phi3
+from exports.folder import hub_config, new_folder, rounded_state, write_causal_model
 from exports.form import Form, folder_to_write
 from exports.generated import measured_folder
 from exports.measure import Probe, Tolerance
@@ -67,7 +68,7 @@ def export_pruned(
     share: float,
     conversations: int,
 ) -> dict[str, Any]:
-    """Merge, cut, fit, write a plain `Phi3ForCausalLM` with narrower MLPs, read back, measure.
+    """Merge, cut, fit, write a plain model of its family with narrower MLPs, read back, measure.
 
     Returns the certificate; with `tolerance` None no loss is refused.
 
@@ -87,9 +88,10 @@ def export_pruned(
         state = cut(model, changed.model, channel_effects(changed.model, batches), left, batches)
         narrow = hub_config(parts.base, dtype)
         narrow.intermediate_size = left
-        written = rounded_state(state.items(), parts.base, dtype)
+        sizes = dataclasses.replace(parts.base.model.config, intermediate_size=left)
+        written = rounded_state(state.items(), parts.base, dtype, sizes)
         smaller = sum(tensor.numel() for tensor in written.values())
-        write_phi3(folder, narrow, written, base_folder, assistant)
+        write_causal_model(folder, narrow, written, base_folder, assistant)
         again = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
         after = measured_folder(assistant, again, probe, folder)
         return measure.certify(

@@ -10,7 +10,7 @@ The folder is a run, for every command that takes one. It cannot be resumed, bec
 the optimizer stays with whoever trained it; another run can begin with its weights.
 
 Paths of the machine that trained stay there too, as they name people and mean nothing elsewhere.
-The base and the CLIP are what others must find: a hub's name, or a folder that comes with this
+The base and the encoder are what others must find: a hub's name, or a folder that comes with this
 project.
 """
 
@@ -25,13 +25,15 @@ from typing import Any
 
 import checkpoints
 import config as configs
+import config_values
 import hub
 import paths
-from checkpoint_state import TOKENIZER_FILES, WEIGHTS, Checkpoint, need_run
+from checkpoint_state import TOKENIZER_FILES, Checkpoint, need_run
 from config import Config
 from errors import PhiSightError
-from fields import PATH, PATH_OR_NAME
+from fields import PATH, PATH_OR_NAME, as_texts, split_weight
 from files import open_regular
+from manifest import WEIGHTS
 from reports.card import CARD, model_card
 from reports.card_sections import CURVES as CURVES  # others call it by this module
 from reports.curves import draw_curves
@@ -67,25 +69,26 @@ def write_published(
     repository: str = "",
     config: Config | None = None,
     license: str = "",
+    model_type: str = "",
 ) -> Checkpoint:
     """Write a run with this one checkpoint into `folder`, which is made or empty.
 
     Args:
         certificates: of what was measured, for the card.
         repository: the hub's name that the card is for, owner/name; "" for none.
-        config: what to say of base and CLIP, where that is not what the checkpoint says: one of
+        config: what to say of base and encoder, where that is not what the checkpoint says: one of
             another place, which the caller has compared by its fingerprint.
-        license: for the card, see `reports.card.model_card`.
+        license, model_type: for the card, see `reports.card.model_card`.
 
     Returns:
         The checkpoint as it was written and read back.
 
     Raises:
         PhiSightError: it is not of a run, its log is missing or contradicts it, or others could not
-            find its base or its CLIP. `OSError`: of the disk.
+            find its base or its encoder. `OSError`: of the disk.
     """
     need_run(checkpoint)
-    saved = config or configs.from_dict(checkpoint.config["config"], str(checkpoint.path))
+    saved = config or config_values.from_dict(checkpoint.config["config"], str(checkpoint.path))
     facts, state = _public_documents(checkpoint, saved)
     folder.mkdir(exist_ok=True)
     _copy_log(checkpoint, folder / METRICS)
@@ -101,8 +104,9 @@ def write_published(
     published = checkpoints.load(path)
     if records := checkpoints.records_of(published):
         draw_curves(records, folder / CURVES)
-    card = model_card(published, records, certificates, repository, license=license)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    said = {"license": license, "model_type": model_type}
+    card = model_card(published, records, certificates, repository, **said)
+    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
     return published
 
 
@@ -147,9 +151,9 @@ def public_fields(config: Config, where: str) -> tuple[dict[str, Any], list[str]
     something lies on this machine and now have a value that does not.
 
     Raises:
-        PhiSightError: the base or the CLIP is in a folder that others do not have.
+        PhiSightError: the base or the encoder is in a folder that others do not have.
     """
-    fields, withheld = configs.plain(config), []
+    fields, withheld = config_values.plain(config), []
     for name in MODELS:
         fields |= _findable(name, fields[name], fields[f"{name}_revision"], where)
     for name, inside in _places(config):
@@ -167,7 +171,8 @@ def without_paths(said: Mapping[str, Any], config: Config) -> dict[str, Any]:
     hidden = {
         path: f"({field})"
         for field in private
-        for path in (getattr(config, field), os.path.abspath(getattr(config, field)))
+        for given in as_texts(getattr(config, field))
+        for path in (given, os.path.abspath(given), split_weight(given)[0])
     }
     project = str(paths.PROJECT)
 
@@ -180,21 +185,27 @@ def without_paths(said: Mapping[str, Any], config: Config) -> dict[str, Any]:
     return {name: public(text) if isinstance(text, str) else text for name, text in said.items()}
 
 
-def _places(config: Config) -> Iterator[tuple[str, str | None]]:
-    """The fields that say a place on this machine, base and CLIP left out, with the path as it is
-    named from the project's folder; None where it lies outside."""
+def _places(config: Config) -> Iterator[tuple[str, str | list[str | None] | None]]:
+    """The fields that say a place on this machine, base and encoder left out, with the path as it
+    is named from the project's folder; None where it lies outside."""
     for name, spec in configs.FIELDS.items():
-        kind, value = spec.metadata["place"], getattr(config, name)
-        if kind and name not in MODELS and not hub.is_reference(value) and _is_path(kind, value):
+        kind = spec.metadata["place"]
+        if not kind or name in MODELS:
+            continue
+        value = getattr(config, name)
+        texts = [t for t in as_texts(value) if not hub.is_reference(t) and _is_path(kind, t)]
+        if texts and isinstance(value, str):
             yield name, _in_project(value)
+        elif texts:
+            inside = [t if hub.is_reference(t) else _in_project(t) for t in value]
+            yield name, None if None in inside else inside
 
 
 def _is_path(kind: str, value: str) -> bool:
     """Whether a field that is PATH or PATH_OR_NAME says a place on this machine."""
     if kind == PATH or not value:
         return bool(value)
-    typed_as_path = os.path.isabs(value) or value.startswith((".", "~")) or value.count("/") > 1
-    return typed_as_path or Path(value).exists()
+    return paths.is_typed_as_path(value) or Path(value).exists()
 
 
 def _in_project(path: str) -> str | None:
@@ -206,16 +217,16 @@ def _in_project(path: str) -> str | None:
 
 
 def _findable(name: str, value: str, revision: str, where: str) -> dict[str, str]:
-    """The fields that say what the base or the CLIP is, as others find it."""
+    """The fields that say what the base or the encoder is, as others find it."""
     if not _is_path(PATH_OR_NAME, value):
         return {name: value, f"{name}_revision": revision}
-    if cached := IN_HUB_CACHE.fullmatch(os.path.abspath(value)):
+    if cached := IN_HUB_CACHE.fullmatch(Path(os.path.abspath(value)).as_posix()):
         return {name: f"{cached[1]}/{cached[2]}", f"{name}_revision": cached[3]}
     shipped = (paths.PROJECT / SHIPPED).resolve()  # it may be a link, or the run's path one
     if (folder := Path(value).resolve()).is_relative_to(shipped):
         inside = SHIPPED / folder.relative_to(shipped)
         return {name: inside.as_posix(), f"{name}_revision": revision}
-    what = "base" if name == "base" else "CLIP"
+    what = "base" if name == "base" else "picture encoder"
     raise PhiSightError(
         f"{where}: its {what} is {value}, a folder that nobody else has; name it as the hub does"
         f" with --{name} owner/name (it is compared by its fingerprint)"

@@ -19,6 +19,7 @@ from typing import Any
 
 import checkpoints
 import config as configs
+import config_values
 import hub
 from assistant.assistant import Assistant
 from assistant.flags import load_assistant
@@ -96,17 +97,19 @@ def write_repository(
 ) -> Checkpoint:
     """Write all that goes up into an empty folder; the checkpoint as it is there."""
     checkpoint = checkpoints.resolve(assistant.source)
-    config = configs.from_dict(checkpoint.config["config"], checkpoint.name)
+    config = config_values.from_dict(checkpoint.config["config"], checkpoint.name)
     config = configs.replace(config, **typed(options, ("base", "vision")))
+    family = assistant.parts.base.family
     said = {"what": "run", "provenance": assistant.provenance, "alignment": alignment}
     published = write_published(
-        folder, checkpoint, [said], repository, config, license=assistant.license
+        folder, checkpoint, [said], repository, config, assistant.license, family.model_type
     )
     write_json(folder / CERTIFICATE, said)
-    public = configs.from_dict(published.config["config"], published.name)
+    public = config_values.from_dict(published.config["config"], published.name)
     if public.merge_rounding == "none":  # else there is no adapter that PEFT could add
         named = configs.replace(public, base=published.config["config"]["base"])  # as all find it
-        write_peft(folder, published.state["lora_weights"], {}, named)
+        base, state = assistant.parts.base, published.state["lora_weights"]
+        write_peft(folder, state, base.model.config, not family.is_fused, named)
         write_generation_config(assistant, folder)
     return published
 

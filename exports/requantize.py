@@ -39,7 +39,7 @@ from exports.folder import (
     hub_config,
     new_folder,
     read_tensors,
-    rounded,
+    rounded_state,
     write_generation_config,
 )
 from exports.form import Form, folder_to_write
@@ -49,7 +49,7 @@ from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
 from model.base import BaseModel, find_folder, finish, swap_linear_layers
 from model.decoder import DecoderConfig, LanguageModel
 from ops.nf4 import PanelLinear, block_of, quant_state, uses_panels
-from ops.nf4_grid import LEAST_SCALE, FourBit, nearest, round_to_nearest, table
+from ops.nf4_grid import LEAST_SCALE, FourBit, nearest, round_to_nearest, table, unpacked
 
 CERTIFICATE = "requantize_certificate.json"
 WEIGHTS = "model.safetensors"
@@ -118,7 +118,7 @@ def export_requantized(
             facts["calibration"]["conversations"] = conversations
         weights = language_model_in(changed).state_dict()
         write_four_bit(folder, base, empty, quantised, weights, dtype)
-        copy_tokenizer(base_folder, folder)
+        copy_tokenizer(base_folder, folder, assistant.parts.chat_format)
         write_generation_config(assistant, folder)
         after = measured_folder(assistant, read_back(assistant, folder).parts.base, probe, folder)
         if naive := facts.get("naive"):
@@ -232,12 +232,34 @@ def compensate(
 
 
 def packed(name: str, value: FourBit, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that bitsandbytes stores for a layer, by name."""
+    """The tensors that bitsandbytes stores for the weight `name`, by name."""
     scales = value.scales.cpu().flatten().contiguous()
     state = quant_state(scales, value.codes.shape, dtype, value.block)
-    return {f"{name}.weight": value.packed().cpu()} | {
-        f"{name}.weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()
+    return {name: value.packed().cpu()} | {
+        f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()
     }
+
+
+def stored_parts(base: BaseModel, name: str, value: FourBit) -> dict[str, FourBit]:
+    """The weight of the layer `name` as the base's family stores it: whole, or in parts. A row has
+    blocks of its own, so that parts are cut without rounding anything again."""
+    rows = base.family.stored(f"{name}.weight", base.model.config)
+    if not rows:
+        return {f"{name}.weight": value}
+    sizes = list(rows.values())
+    pieces = zip(value.codes.split(sizes), value.scales.split(sizes), strict=True)
+    return {part: FourBit(*piece) for part, piece in zip(rows, pieces, strict=True)}
+
+
+def four_bit_in(tensors: dict[str, Tensor], name: str) -> FourBit:
+    """The inverse of `packed`: takes out of `tensors` what belongs to the weight `name`."""
+    stats = {
+        key.removeprefix(f"{name}."): tensors.pop(key)
+        for key in list(tensors)
+        if key.startswith(f"{name}.")
+    }
+    state = bnb.functional.QuantState.from_dict(stats, torch.device("cpu"))
+    return unpacked(tensors.pop(name), state.absmax, state.shape)
 
 
 def write_four_bit(
@@ -254,16 +276,13 @@ def write_four_bit(
     """
     tied = {"lm_head.weight"} if empty.config.tie_word_embeddings else set()
     left_out = tied | {f"{name}.weight" for name in quantised}
-    tensors = {
-        name: rounded(name, tensor, dtype)
-        for name, tensor in weights.items()
-        if name not in left_out
-    }
+    others = {name: tensor for name, tensor in weights.items() if name not in left_out}
+    tensors = rounded_state(others.items(), base, dtype)
     for name, _ in four_bit_layers(empty):
-        tensors |= packed(name, quantised[name], dtype)
+        for part, value in stored_parts(base, name, quantised[name]).items():
+            tensors |= packed(part, value, dtype)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = hub_config(base, dtype)
-    config.architectures = ["Phi3ForCausalLM"]
     config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -280,18 +299,20 @@ def read_back(assistant: Assistant, folder: Path) -> Assistant:
     model = empty_four_bit(base.model.config, base.compute_dtype)
     tensors = read_tensors(folder / WEIGHTS, "export again")
     for name, layer in four_bit_layers(model):
-        stats = {
-            key.removeprefix(f"{name}.weight."): tensors.pop(key)
-            for key in list(tensors)
-            if key.startswith(f"{name}.weight.")
-        }
-        layer.weight = bnb.nn.Params4bit.from_prequantized(
-            tensors.pop(f"{name}.weight"), stats, device="cpu", module=layer
+        weight = f"{name}.weight"
+        parts = base.family.stored(weight, base.model.config) or (weight,)
+        values = [four_bit_in(tensors, part) for part in parts]
+        codes, scales = (
+            torch.cat([getattr(value, field) for value in values]) for field in ("codes", "scales")
         )
-        layer.weight.quant_state.dtype = base.compute_dtype  # see `model.base.quantize`
+        whole = packed(weight, FourBit(codes, scales), base.compute_dtype)
+        stats = {key.removeprefix(f"{weight}."): whole[key] for key in whole if key != weight}
+        layer.weight = bnb.nn.Params4bit.from_prequantized(
+            whole[weight], stats, device="cpu", module=layer
+        )
         if uses_panels(torch.device("cpu"), base.compute_dtype):  # as the run itself, to the bit
             model.set_submodule(name, PanelLinear.of(layer))
-    for name, tensor in tensors.items():
+    for name, tensor in base.family.from_stored(tensors, base.model.config).items():
         module_name, _, parameter_name = name.rpartition(".")
         parameter = nn.Parameter(tensor.to(base.compute_dtype), requires_grad=False)
         setattr(model.get_submodule(module_name), parameter_name, parameter)

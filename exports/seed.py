@@ -34,9 +34,10 @@ from exports.imported import (
     need_matrix,
     write_run,
 )
-from exports.peft_adapter import PLACES, input_sizes
-from model.base import find_folder, find_weight_files, read_config
+from exports.peft_import import PLACES, input_sizes
+from model.base import find_folder, find_weight_files, read_family
 from model.decoder import DecoderConfig
+from model.families import PHI3
 from model.vision import PICKLED, VisionSpec, opened, read_vision_spec
 from torch_files import NotRead, load_torch_file
 
@@ -60,7 +61,12 @@ def import_seed(source: str | Path, out: str | Path, config: Config) -> str:
             or does not fit this base and this CLIP.
     """
     source = Path(source)
-    base = read_config(find_folder(config.base, config.base_revision or None))
+    family, base = read_family(find_folder(config.base, config.base_revision or None))
+    if family is not PHI3:
+        raise PhiSightError(
+            f"--import-seed: {config.base} is a {family.name}, and the seed project trained Phi-3"
+            " alone; name the base that it was trained with by --base"
+        )
     vision = read_vision_spec(
         config.vision,
         config.vision_revision,

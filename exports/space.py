@@ -5,10 +5,10 @@
     space.json          what app.py shows there: see `space.Space`
     requirements.txt    this project's pins; packages.txt is Debian's espeak-ng, for spoken answers
     run/                the run, as it is published; none for a run of the hub (--run hf:...)
-    assets/             base, CLIP and Whisper that come with this project, if they are the run's
-    examples/           held-out pictures and questions to begin with, where they are there
+    assets/             base, encoder and Whisper that come with this project, if they are the run's
+    examples/           questions to begin with: the run's, or held-out ones
 
-Nothing in it is of this machine. A base or CLIP of the hub is named with its commit, and fetched
+Nothing in it is of this machine. A base or encoder of the hub is named with its commit, and fetched
 when the Space is built.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,9 +31,9 @@ import space
 from assistant.assistant import Assistant
 from assistant.flags import load_assistant
 from config import Config
-from data.dataset import Question, load_questions
-from data.examples import Example, write_examples
-from data.images import load_image
+from data.dataset import load_questions
+from data.examples import MOST, read_examples, write_examples
+from data.pictures import PictureFolders
 from errors import PhiSightError, printable
 from evaluation.questions import REPORTED_ONLY
 from exports.alignment import alignment_line, alignment_of_run, check_alignment
@@ -51,20 +51,21 @@ from exports.published import (
     write_published,
 )
 from model import base, vision
-from reports.card import model_card, provenance
+from paths import EXAMPLES
+from reports.card import license_of_base, model_card, provenance
+from reports.card_sections import OWN
 from reports.markdown import LONGEST, escaped
 
 REQUIREMENTS, EXTRAS = "requirements.txt", "requirements-extras.txt"
 SYSTEM_PACKAGES = "packages.txt"
 READS_RECORDINGS = "av"  # the one of the extras that the app has use for
-RUN, EXAMPLES = "run", "examples"
-OWN = Path(SHIPPED) / "own"  # where --copy-base puts a base and a CLIP that nobody else has
-MOST_EXAMPLES = 3
-EXAMPLE_SIDE = 1024  # pixels; a larger picture to begin with is made smaller
+RUN = "run"
+# A Space is a page for strangers, which has no training room: what that imports stays here too.
+NOT_THERE = ("web/training", "web/trainings")
 LARGE = 500_000_000  # weights; a base of more is slow on two cores, so that a GPU is suggested
 SMALL_HARDWARE, LARGE_HARDWARE = "cpu-basic", "t4-small"
 LONGEST_START = "1h"  # until the hub gives a Space up: the first start quantises the base
-DESCRIPTION = "Asks a trained Phi-3 about pictures"  # the hub takes 60 letters
+DESCRIPTION = "Asks a trained {family} about pictures"  # the hub takes 60 letters
 # What the hub's git keeps outside of git itself; other ways of uploading need no such file.
 LARGE_FILES = "".join(
     f"{pattern} filter=lfs diff=lfs merge=lfs -text\n"
@@ -81,7 +82,7 @@ after a day at the latest. What follows is the card of the run that answers.
 
 @dataclass(frozen=True)
 class Part:
-    """A base or a CLIP, as the Space finds it."""
+    """A base or a picture encoder, as the Space finds it."""
 
     name: str
     """a folder in the Space, or the hub's name"""
@@ -108,29 +109,31 @@ def export_space(
 
     Args:
         alignment: of the run, as it is told in the README.
-        copy_base: put base and CLIP into the Space where they are folders of this machine alone.
+        copy_base: put base and encoder into the Space where they are folders of this machine alone.
         hardware: the hub's name for what it should run on, "" for what fits the base's size.
         title: of the Space; "" for one made of the run's name.
 
     Raises:
-        PhiSightError: nobody else could find the base or the CLIP, the hub knows no such hardware,
-            or the folder cannot be written. Nothing is left then.
+        PhiSightError: nobody else could find the base or the encoder, the hub knows no such
+            hardware, or the folder cannot be written. Nothing is left then.
     """
     config, project = assistant.config, paths.PROJECT
     title = title or f"PhiSight {hub.model_name(assistant.source).rpartition('/')[2]}"
     title = printable(title, LONGEST)
     with new_folder(out) as folder:
-        carry(project, carried_files(project, "app.py"), folder)
+        carry(project, carried_files(project, "app.py", without=NOT_THERE), folder)
         carry(project, [Path("LICENSE")], folder)
         pins = [*pins_of(REQUIREMENTS), *pins_of(EXTRAS, READS_RECORDINGS)]
-        (folder / REQUIREMENTS).write_text("\n".join(pins) + "\n")
-        (folder / SYSTEM_PACKAGES).write_text("espeak-ng\n")
-        (folder / ".gitattributes").write_text(LARGE_FILES)
-        (folder / ".gitignore").write_text(f"{space.STORED}/\n__pycache__/\n")
+        (folder / REQUIREMENTS).write_text("\n".join(pins) + "\n", encoding="utf-8", newline="\n")
+        (folder / SYSTEM_PACKAGES).write_text("espeak-ng\n", encoding="utf-8", newline="\n")
+        (folder / ".gitattributes").write_text(LARGE_FILES, encoding="utf-8", newline="\n")
+        (folder / ".gitignore").write_text(
+            f"{space.STORED}/\n__pycache__/\n", encoding="utf-8", newline="\n"
+        )
         parts = {name: place(config, name, folder, copy_base) for name in ("base", "vision")}
         speech = place_speech(config.speech, folder)
         run, card = place_run(assistant, parts, alignment, folder)
-        shown = write_held_out(config, folder / EXAMPLES)
+        shown = write_shown(assistant, folder / EXAMPLES)
         space.Space(
             run=run,
             base=parts["base"].name,
@@ -139,18 +142,18 @@ def export_space(
             vision_revision=parts["vision"].revision,
             speech=speech,
             keeps_base=bool(config.base_cache),
-            examples=EXAMPLES,
+            examples=EXAMPLES if shown else "",
         ).write(folder)
         head = front_matter(assistant, title, run, list(parts.values()), card, hardware)
         about, said = ABOUT.format(title=escaped(title)), card.text.strip()
         said = said.replace(f"]({CURVES})", f"]({where_it_lies(run)}/{CURVES})")
         text = f"---\n{head}\n---\n{about}\n{said}\n"
-        (folder / CARD).write_text(text, encoding="utf-8")
+        (folder / CARD).write_text(text, encoding="utf-8", newline="\n")
     lines = [f"{out}: a Space with {assistant.source}; `python app.py` in that folder starts it"]
     if config.speech and not speech:
         lines.append("without Whisper: the run's lies outside of this project; nobody is heard")
     if not shown:
-        lines.append("without examples: the run's held-out questions and pictures are not there")
+        lines.append("without examples: the run has none, and its held-out pictures are gone")
     return "\n".join([*lines, alignment_line(alignment)])
 
 
@@ -158,28 +161,28 @@ def export_space(
 
 
 def place(config: Config, name: str, folder: Path, copy: bool) -> Part:
-    """Where the Space finds the base (`name` "base") or the CLIP ("vision"); one that comes with
+    """Where the Space finds the base (`name` "base") or the encoder ("vision"); one that comes with
     this project is copied, with `copy` any folder. Raises `PhiSightError`."""
     value, revision = getattr(config, name), getattr(config, f"{name}_revision")
-    find = {"base": base.find_folder, "vision": vision.find_clip}[name]
+    find = {"base": base.find_folder, "vision": vision.find_encoder}[name]
     found = find(value, revision or None)
     names = [path.name for path in sorted(found.iterdir()) if is_needed(path)]
     if cached := IN_HUB_CACHE.fullmatch(os.path.abspath(found)):
         return Part(f"{cached[1]}/{cached[2]}", cached[3], tuple(names))
     inside = in_project(value)
     if inside is None and not copy:
-        what = "base" if name == "base" else "CLIP"
+        what = "base" if name == "base" else "picture encoder"
         raise PhiSightError(
             f"--space: the run's {what} is {value}, a folder that nobody else has; put it into the"
             f" Space with --copy-base, or name it as the hub does with --{name} owner/name"
         )
-    own = inside or OWN / name
+    own = inside or Path(OWN) / name
     carry(found, [Path(name) for name in names], folder / own)
     return Part(own.as_posix())
 
 
 def is_needed(path: Path) -> bool:
-    """Whether a file of a base's or a CLIP's folder is read."""
+    """Whether a file of a base's or an encoder's folder is read."""
     if path.name == vision.PICKLED:
         return not any(path.parent.glob("*.safetensors"))
     return path.is_file() and any(fnmatch(path.name, wanted) for wanted in base.DOWNLOADED)
@@ -210,7 +213,11 @@ def place_run(
     there, named by its commit."""
     from huggingface_hub import ModelCard
 
-    checkpoint, license = checkpoints.resolve(assistant.source), assistant.license
+    checkpoint = checkpoints.resolve(assistant.source)
+    said = {  # found here: in the Space the base may have another name
+        "license": assistant.license or license_of_base(assistant.config),
+        "model_type": assistant.parts.base.family.model_type,
+    }
     certificates = [
         {
             "what": RUN,
@@ -220,14 +227,14 @@ def place_run(
     ]
     if hub.is_reference(assistant.source):
         records, name = checkpoints.records_of(checkpoint), hub.model_name(assistant.source)
-        card = model_card(checkpoint, records, certificates, name, license=license)
+        card = model_card(checkpoint, records, certificates, name, **said)
         return assistant.source, ModelCard(card)
     where = {
         **{name: part.name for name, part in parts.items()},
         **{f"{name}_revision": part.revision for name, part in parts.items()},
     }
-    said = configs.replace(assistant.config, **where)
-    write_published(folder / RUN, checkpoint, certificates, config=said, license=license)
+    config = configs.replace(assistant.config, **where)
+    write_published(folder / RUN, checkpoint, certificates, config=config, **said)
     write_json(folder / RUN / CERTIFICATE, certificates[0])
     return RUN, ModelCard.load(folder / RUN / CARD)
 
@@ -240,29 +247,33 @@ def where_it_lies(run: str) -> str:
     return f"{space.HUB}/{named.repository}/resolve/{named.revision}"
 
 
-def write_held_out(config: Config, folder: Path) -> list[Example]:
-    """Copy a few pictures of held-out questions of different kinds, with the questions; none where
-    the run's questions or their pictures are not there."""
+def write_shown(assistant: Assistant, folder: Path) -> int:
+    """Write the questions to begin with into a new folder, those that the run carries, else a few
+    held-out ones; returns how many. No folder is left where there are none."""
     folder.mkdir()
-    chosen: dict[str, Question] = {}
-    if config.held_out_questions and Path(config.held_out_questions).is_file():
-        for question in load_questions(config.held_out_questions):
-            used = {one.image for one in chosen.values()}
-            if question.kind not in REPORTED_ONLY and question.image not in used:
-                chosen.setdefault(question.kind or question.id, question)
-    examples: list[Example] = []
-    for question in list(chosen.values())[:MOST_EXAMPLES]:
-        source = Path(config.images) / question.image
-        if not source.is_file():
-            continue
-        picture = load_image(source)  # drawn anew: what was noted in the file stays here
-        picture.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
-        form = "png" if source.suffix.lower() == ".png" else "jpg"
-        file = folder / f"example_{len(examples) + 1}.{form}"
-        picture.save(file, quality=90)
-        examples.append(Example(question.text, str(file)))
-    write_examples(folder, examples)
-    return examples
+    own = None if hub.is_reference(assistant.source) else Path(assistant.source).parent / EXAMPLES
+    if own is not None and own.is_dir():
+        carried = [(one.question, Path(one.picture)) for one in read_examples(own)]
+        count = write_examples(folder, carried, MOST)
+    else:
+        count = write_examples(folder, held_out(assistant.config))
+    if not count:
+        folder.rmdir()
+    return count
+
+
+def held_out(config: Config) -> Iterator[tuple[str, Path]]:
+    """Held-out questions of different kinds and pictures, with their pictures; none where the run's
+    questions are not there."""
+    if not config.images or not Path(config.held_out_questions or "/").is_file():
+        return
+    folders = PictureFolders.of(config)
+    told: set[str] = set()
+    for question in load_questions(config.held_out_questions):
+        kind = question.kind or question.id
+        if question.kind not in REPORTED_ONLY and not told & {kind, question.image}:
+            told |= {kind, question.image}
+            yield question.text, folders.path_of(question.image)
 
 
 # -- the settings of the Space ---------------------------------------------------------------------
@@ -308,7 +319,7 @@ def front_matter(
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
         pinned=False,
-        short_description=DESCRIPTION,
+        short_description=DESCRIPTION.format(family=assistant.parts.base.family.name),
         suggested_hardware=hardware,
         license=license if license != "unknown" else None,
         models=models or None,
@@ -319,7 +330,7 @@ def front_matter(
 
 def pins_of(file: str, package: str = "") -> list[str]:
     """The lines of a file of this project's requirements, or the one of a package."""
-    lines = (paths.PROJECT / file).read_text().split()
+    lines = (paths.PROJECT / file).read_text(encoding="utf-8").split()
     return [line for line in lines if line.startswith(f"{package}==") or not package]
 
 
@@ -363,7 +374,7 @@ FORM = Form(
     {
         "--copy-base": {
             "action": "store_true",
-            "help": "put a base and a CLIP into the Space that are folders of this machine",
+            "help": "put a base and an encoder into the Space that are folders of this machine",
         },
         "--space-hardware": {
             "metavar": "NAME",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exports import llava, merge, peft_adapter, prune, push, requantize, seed, space
+from exports import llava, merge, peft_adapter, peft_import, prune, push, requantize, seed, space
 from exports.form import Form
 from exports.llama_cpp import export as gguf
 
@@ -17,7 +17,7 @@ EXPORTS: dict[str, Form] = {
     "--space": space.FORM,
 }
 IMPORTS: dict[str, Form] = {
-    "--import-peft": peft_adapter.IMPORT,
+    "--import-peft": peft_import.IMPORT,
     "--import-seed": seed.FORM,
 }
 FORMS = EXPORTS | IMPORTS

@@ -19,7 +19,7 @@ import hub
 from checkpoint_state import CHECKPOINT
 from errors import PhiSightError, printable
 from exports.folder import GENERATION_CONFIG
-from exports.peft_adapter import CONFIG, WEIGHTS
+from exports.peft_config import CONFIG, WEIGHTS
 from exports.published import CERTIFICATE, CURVES
 from files import open_regular
 from hub import File

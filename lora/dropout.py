@@ -39,15 +39,21 @@ class RowDropout(nn.Module):
         super().__init__()
         self.probability, self.layer_key = probability, layer_key
 
-    def forward(self, x: Tensor, row_keys: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        row_keys: Sequence[int] | None = None,
+        row_tokens: Sequence[int] | None = None,
+    ) -> Tensor:
         """(rows, length, features) -> the same shape; any shape without row keys.
 
         row_keys: one key a row, or None for a mask from torch's own generator.
+        row_tokens: see `mask`.
 
         Raises:
             PhiSightError: the input has another number of rows than there are keys.
         """
-        mask, scale = self.mask(x, row_keys)
+        mask, scale = self.mask(x, row_keys, row_tokens)
         return x if mask is None else x * (mask * scale).to(x.dtype)
 
     def mask(
@@ -83,11 +89,15 @@ class RowDropout(nn.Module):
         """
         counts = [tokens * x.shape[-1] for tokens in row_tokens]
         sizes = [-(-count // 4) for count in counts]
-        words = torch.empty(sum(sizes), dtype=torch.int64, device=x.device)
+        # Apple's GPU is not asked for numbers of 64 bits: the CPU's are sent to it.
+        drawn_on = torch.device("cpu") if x.device.type == "mps" else x.device
+        words = torch.empty(sum(sizes), dtype=torch.int64, device=drawn_on)
         rows = words.split(sizes)
         for row, key in zip(rows, row_keys, strict=True):
-            generator = torch.Generator(x.device).manual_seed(key ^ self.layer_key)
+            generator = torch.Generator(drawn_on).manual_seed(key ^ self.layer_key)
             row.random_(-(2**63), None, generator=generator)
+        words = words.to(x.device)
+        rows = words.split(sizes)
         if 4 * len(words) == x.numel():  # every row is whole words
             return words.view(torch.int16).view(x.shape)
         cut = [row.view(torch.int16)[:count] for row, count in zip(rows, counts, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -10,6 +10,10 @@ from torch import nn
 from errors import PhiSightError
 from lora.dropout import key_of
 from lora.layer import LoRALinear
+from lora.split import SplitLoRALinear
+
+Fused = Mapping[str, Mapping[str, int]]
+"""Last name component of a fused layer -> its parts and how many outputs each has, in order"""
 
 
 def inject(
@@ -20,43 +24,47 @@ def inject(
     dropout: float,
     generator: torch.Generator,
     rounds: bool = False,
+    rank_stabilized: bool = False,
+    fused: Fused | None = None,
 ) -> dict[str, LoRALinear]:
-    """Wrap, in place, every layer whose last name component is one of `targets`.
+    """Wrap, in place, every layer whose last name component is one of `targets`, and every fused
+    layer that has a part of such a name.
 
     Layers are wrapped in module order, and A is drawn from `generator` in that order, so a seed
     fixes every initial weight. Wrapping keeps names: `layers.0.o_proj` becomes a `LoRALinear` of
-    the same name, with parameters `layers.0.o_proj.lora_A` and `.lora_B`. rounds: see there.
+    the same name, with parameters `layers.0.o_proj.lora_A` and `.lora_B`; one of which parts are
+    adapted has `layers.0.qkv_proj.q_proj.lora_A` and so on. rounds, rank_stabilized: see there.
 
     Returns:
         The wrapped layers by module name, in module order.
 
     Raises:
-        PhiSightError: there are no targets, one matches nothing or no linear layer, the model has
-            adapters already, or the rank is larger than every layer. Nothing is wrapped then.
+        PhiSightError: there are no targets, one matches nothing or no linear layer, a fused layer
+            and a part of it are both named, the model has adapters already, or the rank is larger
+            than every layer. Nothing is wrapped then.
     """
-    targets = set(targets)
-    names = find_targets(model, targets)
-    layers = [layer for layer in map(model.get_submodule, names) if isinstance(layer, nn.Linear)]
-    largest = max(max(layer.in_features, layer.out_features) for layer in layers)
-    if rank > largest:
-        raise PhiSightError(
-            f"--lora-rank {rank}: larger than every wrapped layer ({largest}), which no update is;"
-            " give a smaller one, such as 16"
-        )
+    fused = fused or {}
+    found = find_targets(model, set(targets), fused)
+    check_rank(model, found, rank, fused)
     wrapped: dict[str, LoRALinear] = {}
-    for name in names:
+    for name, parts in found.items():
         parent_name, _, child_name = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         key = key_of("dropout", name)
-        wrapped[name] = LoRALinear(
-            getattr(parent, child_name), rank, alpha, dropout, generator, key, rounds
+        base = getattr(parent, child_name)
+        given = (rank, alpha, dropout, generator, key, rounds, rank_stabilized)
+        wrapped[name] = (
+            SplitLoRALinear(base, *given, rows=fused[child_name], adapted=parts)
+            if parts
+            else LoRALinear(base, *given)
         )
         setattr(parent, child_name, wrapped[name])
     return wrapped
 
 
-def find_targets(model: nn.Module, targets: set[str]) -> list[str]:
-    """Names of the layers to wrap, in module order. Raises as `inject` does."""
+def find_targets(model: nn.Module, targets: set[str], fused: Fused) -> dict[str, set[str]]:
+    """Names of the layers to wrap, in module order, each with those of its parts that are adapted;
+    with none, the whole layer is. Raises as `inject` does."""
     modules = {name: module for name, module in model.named_modules() if name}
     adapted = [name for name, module in modules.items() if isinstance(module, LoRALinear)]
     if adapted:
@@ -64,17 +72,42 @@ def find_targets(model: nn.Module, targets: set[str]) -> list[str]:
             f"LoRA injection: {adapted[0]} has an adapter already ({len(adapted)} layers have); "
             "inject once into a freshly loaded base model"
         )
-    chosen = [name for name in modules if name.rpartition(".")[2] in targets]
-    unmatched = targets - {name.rpartition(".")[2] for name in chosen}
+    kinds = {name: name.rpartition(".")[2] for name in modules}
+    parts = {kind: targets & fused.get(kind, {}).keys() for kind in set(kinds.values())}
+    for kind in sorted(targets & {kind for kind in parts if parts[kind]}):
+        raise PhiSightError(
+            f"LoRA targets: {kind} and its part {min(parts[kind])} are both named; name the whole"
+            f" layer, or of its parts ({', '.join(fused[kind])}) those that get an adapter"
+        )
+    chosen = {name: parts[kind] for name, kind in kinds.items() if kind in targets or parts[kind]}
+    unmatched = targets - {kinds[name] for name in chosen} - set().union(*chosen.values())
     not_linear = [name for name in chosen if not isinstance(modules[name], nn.Linear)]
     if unmatched or not_linear or not targets:
-        linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
+        linear = {kinds[name] for name, m in modules.items() if isinstance(m, nn.Linear)}
         # A target that matches nothing trains nothing, and the loss curve does not show it.
         reason = f"{', '.join(sorted(unmatched)) or 'the empty list'} matches no layer"
         if not_linear:
             reason = f"{not_linear[0]} is not a linear layer"
+        listed = [
+            f"{kind} (or its parts {', '.join(fused[kind])})" if kind in fused else kind
+            for kind in sorted(linear)
+        ]
         raise PhiSightError(
-            f"LoRA targets: {reason}; "
-            f"the linear layers of this model are {', '.join(sorted(linear))}"
+            f"LoRA targets: {reason}; the linear layers of this model are {', '.join(listed)}"
         )
     return chosen
+
+
+def check_rank(model: nn.Module, found: Mapping[str, set[str]], rank: int, fused: Fused) -> None:
+    """Raise `PhiSightError` for a rank that no update of the layers can have."""
+    largest = 0
+    for name, parts in found.items():
+        layer, rows = model.get_submodule(name), fused.get(name.rpartition(".")[2], {})
+        assert isinstance(layer, nn.Linear)  # as `find_targets` made sure
+        outputs = max((rows[part] for part in parts), default=layer.out_features)
+        largest = max(largest, layer.in_features, outputs)
+    if rank > largest:
+        raise PhiSightError(
+            f"--lora-rank {rank}: larger than every wrapped layer ({largest}), which no update is;"
+            " give a smaller one, such as 16"
+        )

@@ -54,7 +54,8 @@ def secure_four_bit(linear: bnb.nn.Linear4bit) -> None:
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + scaling * B(A(dropout(x))), scaling = alpha / rank (arXiv:2106.09685).
+    """y = base(x) + scaling * B(A(dropout(x))), scaling = alpha / rank (arXiv:2106.09685), or
+    alpha / sqrt(rank) where it is rank-stabilised (arXiv:2312.03732).
 
     The base stays frozen and may be `nn.Linear` or `bnb.nn.Linear4bit` (QLoRA, arXiv:2305.14314);
     its gradient with respect to x flows, its weight gets none. A, B and the low-rank product are
@@ -73,6 +74,8 @@ class LoRALinear(nn.Module):
     """
 
     scaling: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
     settled = False
     """whether `base` is the rounded weight already; see `settle`"""
 
@@ -85,6 +88,7 @@ class LoRALinear(nn.Module):
         generator: torch.Generator | None = None,
         dropout_key: int = 0,
         rounds: bool = False,
+        rank_stabilized: bool = False,
     ) -> None:
         super().__init__()
         check_base(base)
@@ -95,16 +99,22 @@ class LoRALinear(nn.Module):
         self._rounded: tuple[object, nn.Linear] | None = None  # in a tuple: it owns no weights
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features, self.rank = base.in_features, base.out_features, rank
-        # Drawn on the generator's own device and then moved, so that one seed gives the same start
-        # on every machine.
-        origin = generator.device if generator else "cpu"
-        drawn = torch.empty(rank, base.in_features, device=origin)
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-        device = base.weight.device
-        self.lora_A = nn.Parameter(drawn.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        self.register_buffer("scaling", torch.tensor(alpha / rank, device=device))
+        self.add_factors(generator)
+        scaling = torch.tensor(scaling_of(rank, alpha, rank_stabilized), device=base.weight.device)
+        self.register_buffer("scaling", scaling)
         self.dropout = RowDropout(dropout, dropout_key)
+
+    def add_factors(self, generator: torch.Generator | None) -> None:
+        """Make A and B. Called once, when all else is there that they depend on."""
+        self.lora_A, self.lora_B = drawn_pair(self.base, self.rank, self.out_features, generator)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, (rank, inputs), and B, (outputs, rank), as the layer multiplies by them."""
+        return self.lora_A, self.lora_B
+
+    def owned(self) -> dict[str, Tensor]:
+        """The tensors that belong to the adapter, by name: what a checkpoint holds of the layer."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B, "scaling": self.scaling}
 
     def forward(
         self,
@@ -121,20 +131,15 @@ class LoRALinear(nn.Module):
         once: keeps the product with the frozen weight, or knows it already; see `ops.frozen`.
         answering: see `ops.choose`.
         """
-        operations = operations_for(x, answering)
+        operations, (a, b) = operations_for(x, answering), self.factors()
         if self.rounds:
-            return rounded_linear(
-                x, self.rounded(), self.lora_A, self.lora_B, self.scaling, operations.linear, once
-            )
+            return rounded_linear(x, self.rounded(), a, b, self.scaling, operations.linear, once)
         mask, scale = self.dropout.mask(x, row_keys, row_tokens)
-        return operations.adapted_linear(
-            x, self.base, self.lora_A, self.lora_B, self.scaling, mask, scale, once
-        )
+        return operations.adapted_linear(x, self.base, a, b, self.scaling, mask, scale, once)
 
     def version(self) -> tuple[tuple[int, int], ...]:
         """What changes when A, B or the scaling is changed, in place or by another tensor."""
-        tensors = (self.lora_A, self.lora_B, self.scaling)
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in self.owned().values())
 
     def rounded(self) -> nn.Linear:
         """The 4-bit layer of the rounded merged weight, where the layer rounds.
@@ -147,7 +152,7 @@ class LoRALinear(nn.Module):
         version = self.version()
         if self._rounded is None or self._rounded[0] != version:
             self._rounded = None  # before the next one is made: one of the two is enough
-            made = rounded_layer(self.base, self.lora_A, self.lora_B, self.scaling)
+            made = rounded_layer(self.base, *self.factors(), self.scaling)
             self._rounded = version, made
         return self._rounded[1]
 
@@ -160,6 +165,24 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         rounds = ", rounded to NF4" if self.rounds else ""
         return f"rank={self.rank}, scaling={self.scaling.item():g}{rounds}"
+
+
+def drawn_pair(
+    base: nn.Linear, rank: int, outputs: int, generator: torch.Generator | None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A, (rank, inputs), and B, (outputs, rank), on the device of `base`; see `LoRALinear`."""
+    # Drawn on the generator's own device and then moved, so that one seed gives the same start on
+    # every machine.
+    drawn = torch.empty(rank, base.in_features, device=generator.device if generator else "cpu")
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    device = base.weight.device
+    return nn.Parameter(drawn.to(device)), nn.Parameter(torch.zeros(outputs, rank, device=device))
+
+
+def scaling_of(rank: int, alpha: float, rank_stabilized: bool) -> float:
+    """What B A is multiplied by. With alpha / rank a larger rank learns less at each step; with
+    alpha / sqrt(rank) it does not (rsLoRA, arXiv:2312.03732)."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
 
 def check_base(base: nn.Module) -> None:

@@ -23,7 +23,8 @@ def merged_weight(layer: LoRALinear) -> Tensor:
     """
     if layer.rounds:
         return base_weight(layer.rounded())
-    return base_weight(layer.base) + layer.scaling * (layer.lora_B @ layer.lora_A)
+    a, b = layer.factors()
+    return base_weight(layer.base) + layer.scaling * (b @ a)
 
 
 def merged_state(model: nn.Module, adapter: bool = True) -> Iterator[tuple[str, Tensor]]:

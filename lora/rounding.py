@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from errors import PhiSightError
 from ops.nf4 import PanelLinear, base_weight, block_of, dense_weight, layer_like
 from ops.nf4_grid import FourBit, round_to_nearest
+from tensors import widest
 
 WEIGHTS_AT_ONCE = 2**21  # that are merged in float64
 
@@ -57,6 +58,15 @@ def rounded_merge(base: bnb.nn.Linear4bit, a: Tensor, b: Tensor, scaling: Tensor
     """
     is_panel = isinstance(base, PanelLinear)
     weight = dense_weight(base, torch.float32) if is_panel else base_weight(base)
+    if widest(a.device) != torch.float64:  # then the CPU merges
+        made = _rounded(weight.cpu(), base, a.cpu(), b.cpu(), scaling.cpu())
+        return FourBit(made.codes.to(a.device), made.scales.to(a.device))
+    return _rounded(weight, base, a, b, scaling)
+
+
+def _rounded(
+    weight: Tensor, base: bnb.nn.Linear4bit, a: Tensor, b: Tensor, scaling: Tensor
+) -> FourBit:
     rows = max(1, WEIGHTS_AT_ONCE // base.in_features)
     wide_a, wide_b = a.double(), b.double() * scaling
     parts = [

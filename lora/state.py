@@ -9,21 +9,38 @@ from torch import Tensor, nn
 from lora.layer import LoRALinear
 from tensors import copy_into
 
-OWNED = ("lora_A", "lora_B", "scaling")
-
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """A, B and scaling of every wrapped layer, as "<module name>.lora_A", ".lora_B", ".scaling".
+    """A, B and scaling of every wrapped layer, as "<module name>.lora_A", ".lora_B", ".scaling";
+    where parts of it are adapted, "<module name>.q_proj.lora_A" and so on, and one scaling.
 
     Returns:
         Detached views in module order, not copies: they change with the next optimiser step.
     """
     return {
-        f"{name}.{owned}": getattr(module, owned).detach()
+        f"{name}.{owned}": tensor.detach()
         for name, module in model.named_modules()
         if isinstance(module, LoRALinear)
-        for owned in OWNED
+        for owned, tensor in module.owned().items()
     }
+
+
+Named = tuple[str, str, str]
+"""Names of A, of B and of the scaling of one adapter in a state"""
+
+
+def adapters_in(state: Mapping[str, Tensor]) -> dict[str, Named]:
+    """Name of each adapted layer or part of one -> the names of its tensors in `lora_state`'s form,
+    in the order of the state. Whether they are there is for the caller to see."""
+    names = dict.fromkeys(
+        name.rpartition(".")[0] for name in state if name.endswith((".lora_A", ".lora_B"))
+    )
+    found = {}
+    for name in names:
+        of_layer = f"{name.rpartition('.')[0]}.scaling"  # that all parts of the layer have
+        scaling = of_layer if of_layer in state else f"{name}.scaling"
+        found[name] = f"{name}.lora_A", f"{name}.lora_B", scaling
+    return found
 
 
 def load_lora_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

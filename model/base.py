@@ -1,4 +1,4 @@
-"""Load a Phi-3 base model from a folder or the Hugging Face hub, in NF4, frozen and fingerprinted.
+"""Load a base model from a folder or the Hugging Face hub, in NF4, frozen and fingerprinted.
 
 Weights are read by hand, tensor by tensor, and quantised as they are read, so the peak memory is
 the quantised model plus one tensor. No pickle is opened and no code of the folder is run.
@@ -6,14 +6,15 @@ the quantised model plus one tensor. No pickle is opened and no code of the fold
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import documents
@@ -25,21 +26,27 @@ from errors import PhiSightError
 from files import byte_bar, hash_files
 from lora.layer import secure_four_bit
 from model import base_cache
+from model.base_tensors import Sources, check_size, check_twin, files_of, match_tensors
 from model.decoder import DecoderConfig, LanguageModel
-from model.phi3 import decoder_config
+from model.families import FAMILIES, Family
 from ops.nf4 import PanelLinear, packed_weight, quantised, uses_panels
-from stored import NotStored, new_tensor, opened
+from stored import NotStored, StoredTensors, new_tensor, opened
+from tensors import is_finite
 
-FAMILIES: dict[str, Callable[[Mapping[str, object]], DecoderConfig]] = {"phi3": decoder_config}
-"""model_type of a config.json -> how it is read"""
 LAYOUT = (
     "config.json, model.safetensors (or model.safetensors.index.json and its shards), "
     "tokenizer.json and tokenizer_config.json"
 )
 STRETCH = 64 * 2**20  # bytes of 4-bit weights that lie side by side
+NOT_BASES = {
+    "vision_config": ", a model that sees pictures itself",
+    "img_processor": ", a model that sees pictures itself",
+    "num_experts": ", a mixture of experts",
+    "num_local_experts": ", a mixture of experts",
+}
+"""keys of a config.json that say what kind of model it is"""
 LINE = 64  # bytes: weights begin with a line of the cache
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model"]
-STORED_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass
@@ -47,6 +54,7 @@ class BaseModel:
     """A frozen language model with what is needed to name it, feed it and recognise it."""
 
     model: LanguageModel
+    family: Family
     tokenizer: FolderTokenizer
     fingerprint: str
     """sha256 over config.json and the weight files: a checkpoint resumes on this base only."""
@@ -64,7 +72,7 @@ def load_base(
     quantization: str = "nf4",
     cache: str | Path = "",
 ) -> BaseModel:
-    """Load a Phi-3 model, quantise its linear layers except `lm_head`, and freeze everything.
+    """Load a model of one of `FAMILIES`, quantise its linear layers but `lm_head`, freeze it.
 
     Args:
         id_or_folder: a folder that holds config.json, safetensors weights and tokenizer files, or
@@ -79,8 +87,8 @@ def load_base(
             read from there is what quantising gives, bit by bit; see `model.base_cache`.
 
     Raises:
-        PhiSightError: the model cannot be found or read, is no Phi-3, has missing, unexpected or
-            misshapen tensors, or has no tokenizer that fits it.
+        PhiSightError: the model cannot be found or read, is of no known family, has missing,
+            unexpected or misshapen tensors, or has no tokenizer that fits it.
     """
     if quantization not in QUANTIZATIONS:
         raise PhiSightError(
@@ -88,13 +96,14 @@ def load_base(
         )
     device = torch.device(device)
     folder = find_folder(id_or_folder, revision)
-    config = read_config(folder)
+    family, config = read_family(folder)
     weight_files = find_weight_files(folder)
+    check_size(config, weight_files)
     tokenizer = load_tokenizer(folder, config)
 
     with torch.device("meta"):
         model = LanguageModel(config)
-    sources = match_tensors(model, weight_files)
+    sources = match_tensors(model, family, weight_files)
     fingerprint = hash_files([folder / "config.json", *weight_files], cache)
     if quantization == "none":
         fill(model, sources, compute_dtype, device)
@@ -107,24 +116,9 @@ def load_base(
         fill_quantised(model, sources, compute_dtype, device, kept, nested)
     finish(model, device, compute_dtype)
     hub_config = read_json(folder / "config.json")
-    return BaseModel(model, tokenizer, fingerprint, str(id_or_folder), compute_dtype, hub_config)
-
-
-def choose_compute_dtype(device: torch.device | str) -> tuple[torch.dtype, str]:
-    """The dtype to compute in on `device`, and the reason in words for the log.
-
-    Raises:
-        PhiSightError: the device is neither a CPU nor a CUDA GPU.
-    """
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.float32, "no GPU: 16-bit backward through NF4 takes a scalar path on a CPU"
-    if device.type != "cuda":
-        raise PhiSightError(f"device: {device.type} is not supported; choose cuda or cpu")
-    # Asked by capability, as `torch.cuda.is_bf16_supported` also says yes to slow emulation.
-    if torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16, "the GPU has bfloat16, which needs no loss scaler"
-    return torch.float16, "the GPU has no bfloat16: float16 needs a loss scaler"
+    return BaseModel(
+        model, family, tokenizer, fingerprint, str(id_or_folder), compute_dtype, hub_config
+    )
 
 
 # Files: found, and read without trusting them
@@ -136,30 +130,40 @@ def find_folder(id_or_folder: str | Path, revision: str | None) -> Path:
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """What config.json says of the decoder.
+    """What config.json says of the decoder. Raises as `read_family` does."""
+    return read_family(folder)[1]
+
+
+def read_family(folder: Path) -> tuple[Family, DecoderConfig]:
+    """Of which family config.json is, and what it says of the decoder.
 
     Raises `PhiSightError` if it is missing, broken, or of a family that is not in `FAMILIES`.
     """
     path = folder / "config.json"
     raw = read_json(path)
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(f"{kind!r} ({family.name})" for kind, family in FAMILIES.items())
+        whose = next((said for key, said in NOT_BASES.items() if raw.get(key)), "")
         raise PhiSightError(
-            f"{path}: model_type is {family!r}, not {' or '.join(map(repr, FAMILIES))}; "
-            "choose Phi-3.5-mini-instruct or another model of the Phi-3 layout"
+            f"{path}: model_type is {kind!r:.60}{whose}, which no family of bases has; give a model"
+            f" of {known}"
         )
-    if raw.get("quantization_config"):
+    if method := raw.get("quantization_config"):
+        method = method.get("quant_method") if isinstance(method, dict) else None
         raise PhiSightError(
-            f"{path}: the weights are quantised already; give the original 16-bit model"
+            f"{path}: the weights are quantised already (quant_method {method!r:.60}); give the"
+            " original 16-bit model"
         )
     try:
-        return FAMILIES[family](raw)
+        return FAMILIES[kind], FAMILIES[kind].decoder_config(raw)
     except PhiSightError as error:
         raise PhiSightError(f"{path}: {error}; restore the model's own config.json") from error
 
 
 def find_weight_files(folder: Path, instead: str = "") -> list[Path]:
-    """The safetensors files of a model, sorted by name; where there are none, the file `instead`.
+    """The safetensors files of a model, sorted by name; where there are none, the file `instead`,
+    which picture encoders have.
 
     Raises `PhiSightError` if one is absent.
     """
@@ -176,12 +180,17 @@ def find_weight_files(folder: Path, instead: str = "") -> list[Path]:
     for name in names:
         if Path(name).name != name:  # an index must not reach out of its folder
             raise PhiSightError(f"{index}: {name} is not a file name; download the file again")
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):  # False for a name that no system takes, too
             continue
         if any(folder.glob("*.bin")) and not index.is_file():
             raise PhiSightError(
                 f"base model {folder}: its weights are pickle files (.bin), which can run code; "
                 "convert them with transformers' save_pretrained, which writes safetensors"
+            )
+        if instead:
+            raise PhiSightError(
+                f"picture encoder {folder}: {name} is missing; it needs its weights in safetensors,"
+                f" or {instead}"
             )
         raise PhiSightError(f"base model {folder}: {name} is missing; the layout is {LAYOUT}")
     return [folder / name for name in names]
@@ -207,50 +216,7 @@ def load_tokenizer(folder: Path, config: DecoderConfig) -> FolderTokenizer:
     return chat.load_tokenizer(folder, embeddings=config.vocab_size)
 
 
-# Tensors: matched by name and shape before one is read, then put in place one at a time
-
-
-def match_tensors(model: LanguageModel, weight_files: list[Path]) -> dict[str, Path]:
-    """The file of each tensor that `model` (on the meta device) needs.
-
-    Raises:
-        PhiSightError: names every tensor that is missing, unexpected, double, misshapen, or of a
-            dtype that is no 16- or 32-bit float.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight")  # it is the embedding, stored once
-    sources: dict[str, Path] = {}
-    problems = []
-    for path, name, shape, dtype in read_headers(weight_files):
-        if name not in expected:
-            problems.append(f"unexpected {name}")
-        elif name in sources:
-            problems.append(f"{name} is in both {sources[name].name} and {path.name}")
-        elif shape != expected[name]:
-            problems.append(f"{name} has shape {shape}, not {expected[name]}")
-        elif dtype not in STORED_DTYPES:
-            problems.append(f"{name} is {dtype}, not one of {', '.join(STORED_DTYPES)}")
-        sources[name] = path
-    problems += [f"missing {name}" for name in expected if name not in sources]
-    if problems:
-        raise PhiSightError(
-            f"base model {weight_files[0].parent}: {', '.join(problems)}; "
-            "the weight files do not belong to this config.json, download both again"
-        )
-    return sources
-
-
-def read_headers(weight_files: list[Path]) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
-    """(file, tensor name, shape, dtype) of every stored tensor; no tensor is read."""
-    for path in weight_files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    stored = file.get_slice(name)
-                    yield path, name, tuple(stored.get_shape()), stored.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise PhiSightError(f"{path}: {error}; download the file again") from error
+# Tensors: put in place one at a time
 
 
 def swap_linear_layers(model: nn.Module, compute_dtype: torch.dtype, nested: bool) -> None:
@@ -281,7 +247,7 @@ def swap_linear_layers(model: nn.Module, compute_dtype: torch.dtype, nested: boo
 
 def fill_quantised(
     model: nn.Module,
-    sources: dict[str, Path],
+    sources: Sources,
     compute_dtype: torch.dtype,
     device: torch.device,
     kept: Path | None,
@@ -303,7 +269,7 @@ def fill_quantised(
         for name, parameter in model.named_parameters()
         if not isinstance(parameter, bnb.nn.Params4bit)
     )
-    stored = sum(path.stat().st_size for path in set(sources.values()))
+    stored = sum(path.stat().st_size for path in files_of(sources))
     writer = base_cache.Writer(kept, plain + stored // 3)
     try:
         fill(model, sources, compute_dtype, device, writer)
@@ -314,26 +280,43 @@ def fill_quantised(
 
 def fill(
     model: nn.Module,
-    sources: dict[str, Path],
+    sources: Sources,
     compute_dtype: torch.dtype,
     device: torch.device,
     writer: base_cache.Writer | None = None,
 ) -> None:
-    """Read every tensor of `sources` into `model`, file by file, one tensor at a time; each is
+    """Read every tensor of `sources` into `model`, file by file, one parameter at a time; each is
     handed to `writer` as it is to be kept."""
-    files = sorted(set(sources.values()))
-    with byte_bar(sum(path.stat().st_size for path in files), "loading the base") as bar:
-        for path in files:
-            try:
-                with opened(path) as file:
-                    for name in [name for name, source in sources.items() if source == path]:
-                        stored = file.read(name)
-                        kept = put(model, name, stored, compute_dtype, device)
-                        if writer:
-                            writer.add(name, kept)
-                        bar.update(stored.nbytes)
-            except (OSError, NotStored) as error:
-                raise PhiSightError(f"{path}: {error}; download the file again") from error
+    paths = files_of(sources)
+    order = sorted(sources, key=lambda name: paths.index(sources[name][0].path))
+    with (
+        byte_bar(sum(path.stat().st_size for path in paths), "loading the base") as bar,
+        contextlib.ExitStack() as open_files,
+    ):
+        files: dict[Path, StoredTensors] = {}
+        for name in order:
+            parts = []
+            for place in sources[name]:
+                try:
+                    if place.path not in files:
+                        files[place.path] = open_files.enter_context(opened(place.path))
+                    parts.append(files[place.path].read(place.name))
+                except (OSError, NotStored) as error:
+                    raise PhiSightError(
+                        f"{place.path}: {error}; download the file again"
+                    ) from error
+                if place.twin:
+                    check_twin(parts[0], place.twin)
+                if not is_finite(parts[-1]):
+                    raise PhiSightError(
+                        f"{place.path}: {place.name} holds values that are not finite; download the"
+                        " file again"
+                    )
+            stored = parts[0] if len(parts) == 1 else torch.cat(parts)
+            kept = put(model, name, stored, compute_dtype, device)
+            if writer:
+                writer.add(name, kept)
+            bar.update(stored.nbytes)
         bar.update(bar.total - bar.n)  # the headers
 
 
@@ -364,8 +347,13 @@ def quantize(
     """An (out_features, in_features) weight in NF4 on `device`, to become `module.weight`."""
     empty = packed_weight(module)
     state = None
-    if device.type == "cpu" and not empty.compress_statistics:
-        weight, state = quantised(weight, empty.blocksize)
+    if device.type == "mps" and empty.compress_statistics:
+        raise PhiSightError(
+            "--quantization nf4-nested: is not unpacked on Apple's GPU; use --quantization nf4, or"
+            " --device cpu"
+        )
+    if device.type in ("cpu", "mps") and not empty.compress_statistics:
+        weight, state = quantised(weight, empty.blocksize, device)
         module.quant_state = state
     parameter = bnb.nn.Params4bit(
         weight,

@@ -145,7 +145,7 @@ class Writer:
             return
         # Copies: neither a view into a file that is read, nor memory that others share.
         self._part[name] = {
-            f"{name}.{key}" if key else name: torch.empty_like(value).copy_(value)
+            f"{name}.{key}" if key else name: torch.empty_like(value, device="cpu").copy_(value)
             for key, value in tensors.items()
         }
         if sum(t.nbytes for group in self._part.values() for t in group.values()) >= PART_BYTES:
@@ -181,7 +181,9 @@ class Writer:
         try:
             content = {"format": FORMAT, "parameters": self._rows, "sha256": _seal(self._rows)}
             manifest = self._temporary / MANIFEST
-            manifest.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
+            manifest.write_text(
+                json.dumps(content, indent=0) + "\n", encoding="utf-8", newline="\n"
+            )
             sync_tree(self._temporary)
             if not self.folder.exists():  # another process may have been quicker
                 put_in_place(self._temporary, self.folder)

@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from config import Config
 from data.chat import ChatFormat
+from data.chat_forms import FORMS
 from errors import PhiSightError
 from lora.inject import inject
 from lora.layer import LoRALinear
 from lora.state import load_lora_state, lora_state
-from model.base import BaseModel, choose_compute_dtype, load_base, settle_panels
-from model.projector import ImageProjector
+from model.base import BaseModel, load_base, settle_panels
+from model.decoder import LanguageModel
+from model.devices import choose_compute_dtype, choose_device
+from model.families.fused import fused_parts
+from model.projectors import name_of, picture_tokens, projector_of
+from model.projectors.projector import Projector
 from model.vision import VisionSpec, vision_of
 from model.vlm import VisionLanguageModel
 from ops import kernels
@@ -42,20 +47,13 @@ class Assembled:
     compute_reason: str
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise PhiSightError("--device cuda: no CUDA device is visible; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def assemble(config: Config) -> Assembled:
     """Build the model of `config` with a fresh adapter and projector, drawn from `config.seed`."""
-    device = choose_device(config.device)
+    device, told = choose_device(config.device)
     dtype, reason = choose_compute_dtype(device)
     if config.compute_type != "auto":
         dtype, reason = DTYPES[config.compute_type], "asked for by --compute-type"
+    reason = f"{told}; {reason}" if told else reason
     base = load_base(
         config.base,
         config.base_revision or None,
@@ -67,25 +65,37 @@ def assemble(config: Config) -> Assembled:
     if config.compute_type == "int16":
         multiply_by_integers(base.model)
     vision = vision_of(config)
-    chat_format = ChatFormat.from_tokenizer(base.tokenizer, vision.shape[0])
+    chat_format = ChatFormat.from_tokenizer(
+        base.tokenizer,
+        picture_tokens(config, vision.shape[0]),
+        (*base.family.chat_forms, *FORMS),
+    )
 
+    projector = add_trained(base.model, config, vision.shape[1])
+    model = VisionLanguageModel(base.model, projector, chat_format.image_id).to(device)
+    for owner, is_trained in (("lora", config.train_lora), ("projector", config.train_projector)):
+        for _, parameter in model.owners()[owner]:
+            parameter.requires_grad_(is_trained)
+    return Assembled(model, base, vision, chat_format, device, reason)
+
+
+def add_trained(base: LanguageModel, config: Config, vision_dim: int) -> Projector:
+    """Give the base a fresh adapter, and return a fresh projector, drawn from `config.seed`."""
     generator = torch.Generator().manual_seed(config.seed)
     inject(
-        base.model,
+        base,
         config.lora_targets,
         config.lora_rank,
         config.lora_alpha,
         config.lora_dropout,
         generator,
         rounds=config.merge_rounding != "none",
+        rank_stabilized=config.rank_stabilized,
+        fused=fused_parts(base.config),
     )
-    projector = ImageProjector(vision.shape[1], base.model.config.hidden_size)
+    projector = projector_of(config, vision_dim, base.config.hidden_size)
     projector.reset_parameters(generator)
-    model = VisionLanguageModel(base.model, projector, chat_format.image_id).to(device)
-    for owner, is_trained in (("lora", config.train_lora), ("projector", config.train_projector)):
-        for _, parameter in model.owners()[owner]:
-            parameter.requires_grad_(is_trained)
-    return Assembled(model, base, vision, chat_format, device, reason)
+    return projector
 
 
 def multiply_by_integers(model: nn.Module) -> None:
@@ -126,7 +136,15 @@ def model_state(model: VisionLanguageModel) -> dict[str, dict[str, Tensor]]:
 
 def load_model_state(model: VisionLanguageModel, state: Mapping[str, Mapping[str, Tensor]]) -> None:
     """The inverse of `model_state`, strict both ways."""
-    what, remedy = "image_projector", "use a checkpoint of this base and this CLIP"
+    what, remedy = "image_projector", "use a checkpoint of this base and this picture encoder"
+    found, own = name_of(state["image_projector"]), model.projector.name
+    if found and found != own:
+        raise PhiSightError(
+            f"{what}: holds a projector {found}, and the model has {own}; use --projector {found},"
+            f" or a checkpoint with --projector {own}"
+        )
+    if model.projector.has_queries:
+        remedy += ", and its --projector-queries"
     projector = model.projector.state_dict()
     check_fit(projector, state["image_projector"], what, remedy)  # before the adapter is changed
     for name, tensor in (*state["lora_weights"].items(), *state["image_projector"].items()):

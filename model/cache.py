@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from system.memory import of_machine
+
 BLOCK = 64  # tokens: memory is taken in multiples of it
-CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 LARGEST_HALF = 65504.0  # of float16
-UNKNOWN_MEMORY = 8 * 2**30  # bytes that a machine is taken to have which does not say
 
 log = logging.getLogger("phisight.cache")
 
@@ -114,11 +112,4 @@ def default_kv_bytes(device: torch.device) -> int:
     or of its container's; on a GPU, half of what is free there."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    try:
-        sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    except (AttributeError, ValueError, OSError):  # a system without these names
-        sizes = [UNKNOWN_MEMORY]
-    for path in map(Path, CONTAINER_LIMITS):
-        if path.is_file() and (said := path.read_text().strip()).isdigit():  # else "max"
-            sizes.append(int(said))
-    return min(sizes) // 4
+    return of_machine() // 4

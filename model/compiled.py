@@ -41,8 +41,13 @@ class CompiledDecoder:
         for layer in decoder.layers:
             assert isinstance(layer, DecoderLayer)
             qkv, out, gate_up, down = (product_of(linear) for linear in linears_of(layer))
+            attention = layer.self_attn
             first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-            layers.append(LayerWeights(first.detach(), qkv, out, second.detach(), gate_up, down))
+            of_heads = [attention.q_norm, attention.k_norm] if attention.normalises else []
+            layers.append(LayerWeights(
+                first.detach(), qkv, out, second.detach(), gate_up, down,
+                *(norm.weight.detach() for norm in of_heads),
+            ))  # fmt: skip
         self._work = sum(m.in_features * m.out_features for m in linear_layers(model))  # of a token
         sizes = Sizes(
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
@@ -119,12 +124,12 @@ def obstacle(model: LanguageModel) -> str:
             continue
         if not isinstance(linear, PanelLinear):
             return f"{name} is not in the order of the 4-bit kernels"
-        if linear.bias is not None:
-            return f"{name} has a bias"
         if linear.out_features % PANEL:
             return f"{name} has {linear.out_features} outputs, not a multiple of {PANEL}"
     if config.head_dim % LANES:
         return f"heads of {config.head_dim} numbers, not a multiple of {LANES}"
+    if config.query_key_norm and config.head_dim % (2 * LANES):
+        return f"normalised heads of {config.head_dim} numbers, not a multiple of {2 * LANES}"
     head = model.lm_head
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return "its head has a bias or an adapter"
@@ -145,11 +150,15 @@ def product_of(module: nn.Module) -> Product:
 
     if isinstance(module, LoRALinear) and not module.rounds:
         assert isinstance(module.base, PanelLinear)
-        factors = module.lora_A, module.lora_B, module.scaling.item()
-        return Product(module.base.panels, *factors)
+        factors = *module.factors(), module.scaling.item()
+        return Product(module.base.panels, *factors, bias=bias_of(module.base))
     linear = module.rounded() if isinstance(module, LoRALinear) else module
     assert isinstance(linear, PanelLinear)
-    return Product(linear.panels)
+    return Product(linear.panels, bias=bias_of(linear))
+
+
+def bias_of(linear: nn.Linear) -> Tensor | None:
+    return None if linear.bias is None else linear.bias.detach()
 
 
 def linear_layers(model: nn.Module) -> Iterator[nn.Linear]:

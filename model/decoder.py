@@ -1,4 +1,5 @@
-"""The language model, whole: a decoder-only transformer (arXiv:1706.03762) as Phi-3 has it.
+"""The language model, whole: a decoder-only transformer (arXiv:1706.03762) as Phi-3 has it,
+with the options of the other families in `model.families`.
 
     embedding -> layers of (norm, attention, norm, gated MLP) -> norm -> head
 
@@ -10,6 +11,7 @@ computed by more than one formula for speed lies in `ops`; transformers is the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -44,6 +46,26 @@ class Rope:
     crossing: int | None = None
     scaling: float = 1.0
     """of cosines and sines"""
+    stretch: Stretch | None = None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Llama 3.1's way to more positions (arXiv:2407.21783): the wavelengths are multiplied by
+    `factor` where fewer than `low` of them fit into `positions`, not at all where more than `high`
+    do, and gradually in between."""
+
+    factor: float
+    low: float
+    high: float
+    positions: int
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        fitting = self.positions / (2 * math.pi / frequencies)
+        share = (fitting - self.low) / (self.high - self.low)  # of the frequency that stays
+        between = (1 - share) * frequencies / self.factor + share * frequencies
+        slowed = torch.where(fitting < self.low, frequencies / self.factor, between)
+        return torch.where(fitting > self.high, frequencies, slowed)
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,20 @@ class DecoderConfig:
     sliding_window: int | None
     """how many tokens a token sees, itself among them; None for all before it"""
     rope: Rope
+    qkv_bias: bool = False
+    query_key_norm: bool = False
+    """of each head, before it is turned (as in arXiv:2302.05442)"""
+
+    @property
+    def numbers(self) -> int:
+        """Of all weights of the decoder and its head."""
+        width = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        attention = width + self.num_attention_heads * self.head_dim
+        layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
+        layer += width * self.qkv_bias + 2 * self.head_dim * self.query_key_norm
+        tables = 1 if self.tie_word_embeddings else 2
+        ends = self.hidden_size * (tables * self.vocab_size + 1)
+        return self.num_hidden_layers * layer + ends
 
     @property
     def product_values(self) -> int:
@@ -160,6 +196,8 @@ class RotaryPositions(nn.Module):
         factors = [rope.short_factors, rope.long_factors] if rope.crossing else [(1.0,)]
         scales = [torch.tensor(numbers, device="cpu") for numbers in factors]
         frequencies = [1.0 / (scale * rope.theta**steps) for scale in scales]
+        if rope.stretch:
+            frequencies = [rope.stretch(each) for each in frequencies]
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
 
     @torch.no_grad()
@@ -192,7 +230,10 @@ class Attention(nn.Module):
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         # In the order of transformers' module: a seed draws the adapters in the layers' order.
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.normalises = config.query_key_norm
+        if self.normalises:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in "qk")
 
     def rotated(self, x: Tensor, layout: Layout) -> Tensor:
         """(rows, length, dim) normed states -> (tokens, heads, head dim): queries and keys, turned
@@ -200,6 +241,9 @@ class Attention(nn.Module):
         qkv = project(self.qkv_proj, x, layout)  # (rows, length, width)
         qkv = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         heads = self.heads + self.kv_heads
+        if self.normalises:
+            query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+            qkv = torch.cat([self.q_norm(query), self.k_norm(key), value], 1)
         return operations_for(x).rotate(qkv, layout.cosines, layout.sines, heads)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:

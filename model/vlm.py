@@ -3,14 +3,14 @@ loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
 from data.collate import Batch, places_of
 from errors import PhiSightError
 from model.decoder import LanguageModel, Tokens
-from model.projector import ImageProjector
+from model.projectors.projector import Projector
 from ops.head import summed_cross_entropy
 
 
@@ -18,7 +18,7 @@ class VisionLanguageModel(nn.Module):
     """Owns no weights beyond its two parts: `language_model` (with its adapter) and `projector`."""
 
     def __init__(
-        self, language_model: LanguageModel, projector: ImageProjector, placeholder_id: int
+        self, language_model: LanguageModel, projector: Projector, placeholder_id: int
     ) -> None:
         super().__init__()
         self.language_model = language_model
@@ -26,25 +26,50 @@ class VisionLanguageModel(nn.Module):
         self.placeholder_id = placeholder_id
 
     def embed(
-        self, input_ids: Tensor, image_features: Tensor, slots: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        image_features: Tensor,
+        slots: Tensor | None = None,
+        row_keys: Sequence[int] | None = None,
+        row_slots: Sequence[int] | None = None,
     ) -> Tensor:
-        """(rows, length) ids, (images, tokens, vision dim) features -> (rows, length, dim).
+        """(rows, length) ids, (images, features, vision dim) features -> (rows, length, dim).
 
-        slots: see `Batch`; without, they are looked for, and a GPU is waited for.
+        slots, row_keys, row_slots: see `Batch`; without slots, they are looked for, and a GPU is
+        waited for.
         """
         embeddings = self.language_model.model.embed_tokens(input_ids)
         if slots is None:
             slots = places_of(input_ids, self.placeholder_id)
-        if not slots_filled(len(slots), image_features):
+        if not self.slots_filled(len(slots), image_features):
             return embeddings
-        projected = self.projector(image_features).flatten(0, 1)  # (picture tokens, dim)
-        spliced = embeddings.flatten(0, 1).index_copy(0, slots, projected.to(embeddings.dtype))
-        return spliced.view_as(embeddings)
+        projected = self.projector(image_features, row_keys, row_slots)
+        return spliced(embeddings, projected.flatten(0, 1), slots)
+
+    def slots_filled(self, wanted: int, image_features: Tensor) -> int:
+        """How many picture slots (images, features, vision dim) fill.
+
+        Raises `PhiSightError` naming both numbers when it is not `wanted`.
+        """
+        images, features, _ = image_features.shape
+        given = images and images * self.projector.tokens(features)
+        if wanted != given:
+            raise PhiSightError(
+                f"pictures: the text has {wanted} picture slots, the features fill {given};"
+                " give as many pictures as <image> places"
+            )
+        return given
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states of packed rows, (rows, length, dim); zeros on padding."""
         return self.language_model.model(
-            self.embed(batch.input_ids, batch.image_features, batch.slots),
+            self.embed(
+                batch.input_ids,
+                batch.image_features,
+                batch.slots,
+                batch.row_keys,
+                batch.row_slots,
+            ),
             batch.position_ids,
             batch.lengths,
             row_keys=batch.row_keys,
@@ -79,18 +104,11 @@ class VisionLanguageModel(nn.Module):
                 yield name, parameter
 
 
-def slots_filled(wanted: int, image_features: Tensor) -> int:
-    """How many picture slots (images, tokens, vision dim) features fill.
-
-    Raises `PhiSightError` naming both numbers when it is not `wanted`.
-    """
-    given = image_features.shape[0] * image_features.shape[1]
-    if wanted != given:
-        raise PhiSightError(
-            f"pictures: the text has {wanted} picture slots, the features fill {given};"
-            " give as many pictures as <image> places"
-        )
-    return given
+def spliced(embeddings: Tensor, projected: Tensor, slots: Tensor) -> Tensor:
+    """(rows, length, dim) with (picture tokens, dim) in the places `slots` of the flattened rows,
+    as a new tensor."""
+    placed = embeddings.flatten(0, 1).index_copy(0, slots, projected.to(embeddings.dtype))
+    return placed.view_as(embeddings)
 
 
 def owner_of(name: str) -> str:

@@ -7,6 +7,7 @@ One file a target, all with the same functions (`Operations`), and one choice: `
     cpu_inference.py  measuring in float32 on a CPU: 4-bit weights unpacked in place
     cpu_answering.py  answering in float32 on a CPU: 4-bit weights multiplied as they are
     cuda.py    CUDA GPUs: attention over packed rows in one kernel
+    mps.py     Apple's GPUs: 4-bit weights unpacked in plain PyTorch
 
 The room is not called "kernels": that is the name of a package that bitsandbytes and transformers
 look for, and they would find this folder instead.
@@ -20,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ops import cpu, cpu_answering, cpu_inference, cuda, kernels, plain
+from ops import cpu, cpu_answering, cpu_inference, cuda, kernels, mps, plain
 from ops.frozen import Once, at_once
 
 
@@ -62,4 +63,6 @@ def choose(
         return cpu_inference, "float32 on a CPU"
     if cuda.runs_on(device, dtype):
         return cuda, "attention by torch.nn.attention.varlen: 16 bits on a GPU of 8.0 or newer"
+    if mps.runs_on(device, dtype):
+        return mps, "plain PyTorch on Apple's GPU, 4-bit weights unpacked for each product"
     return plain, "plain PyTorch: nothing faster for this device and type"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ops import kernels
-from ops.nf4_grid import FourBit, round_to_nearest, table
+from ops.nf4_grid import FourBit, round_to_nearest, table, unpacked
 from ops.products import product
 
 _memory = threading.local()  # one for each thread: another may still multiply by what it holds
@@ -115,6 +115,8 @@ def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
         return kernels.loaded().nf4_dequantize(linear.panels, memory_for(count)).to(dtype)
     weight = packed_weight(linear)
     packed, state = weight.data, weight.quant_state
+    if packed.device.type == "mps":
+        return unpacked(packed, block_scales(state), state.shape).weight().to(dtype)
     dequantise = cpu_dequantiser()
     if packed.device.type != "cpu" or dtype != torch.float32 or dequantise is None:
         return bnb.functional.dequantize_4bit(packed, state).to(dtype)
@@ -129,6 +131,19 @@ def memory_for(count: int) -> Tensor:
     return memory
 
 
+def is_four_bit(parameter: Tensor) -> bool:
+    """Whether it holds 4-bit codes."""
+    return hasattr(parameter, "weight_count") or getattr(parameter, "quant_state", None) is not None
+
+
+def weight_count(parameter: Tensor) -> int:
+    """How many weights a parameter stands for: a packed 4-bit one holds two a byte."""
+    if count := getattr(parameter, "weight_count", None):  # of a `PanelLinear`
+        return count
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
 def packed_weight(linear: bnb.nn.Linear4bit) -> bnb.nn.Params4bit:
     """The weight of a 4-bit layer, which bitsandbytes' own annotations call a tensor."""
     return cast(bnb.nn.Params4bit, linear.weight)
@@ -141,12 +156,15 @@ def block_scales(state: bnb.functional.QuantState) -> Tensor:
     return bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
-def quantised(weight: Tensor, block: int) -> tuple[Tensor, bnb.functional.QuantState]:
+def quantised(
+    weight: Tensor, block: int, device: torch.device
+) -> tuple[Tensor, bnb.functional.QuantState]:
     """An (outputs, inputs) weight, whose rows are whole blocks, in NF4: two codes a byte,
-    (weights / 2, 1) uint8, and their state, as `ops.nf4_grid` rounds it."""
+    (weights / 2, 1) uint8, and their state, as `ops.nf4_grid` rounds it where the weight lies; sent
+    to a device afterwards."""
     rounded = round_to_nearest(weight, block)
-    scales = rounded.scales.flatten()
-    return rounded.packed(), quant_state(scales, weight.shape, weight.dtype, block)
+    scales = rounded.scales.flatten().to(device)
+    return rounded.packed().to(device), quant_state(scales, weight.shape, weight.dtype, block)
 
 
 def layer_like(linear: bnb.nn.Linear4bit, rounded: FourBit) -> bnb.nn.Linear4bit:
@@ -182,6 +200,8 @@ def base_weight(linear: nn.Linear) -> Tensor:
         return linear.weight.detach().float()
     # float32 holds code * scale without a second rounding, whatever the compute dtype is.
     packed, state = bitsandbytes_form(linear)
+    if packed.device.type == "mps":
+        return unpacked(packed, block_scales(state), state.shape).weight()
     state = copy.copy(state)
     state.dtype = torch.float32
     return bnb.functional.dequantize_4bit(packed, state)

@@ -48,6 +48,14 @@ class FourBit:
         return (pairs[:, :1] << 4) | pairs[:, 1:]
 
 
+def unpacked(packed: Tensor, scales: Tensor, shape: torch.Size) -> FourBit:
+    """The inverse of `packed`: (weights / 2, 1) uint8 and (blocks,) float32 scales, by which each
+    weight of an (outputs, inputs) layer was rounded. On any device."""
+    pairs = packed.reshape(-1)
+    codes = torch.stack([pairs >> 4, pairs & 15], -1)
+    return FourBit(codes.view(shape), scales.view(shape[0], -1))
+
+
 @functools.cache  # else a GPU would be waited for each time
 def table(device: torch.device) -> Tensor:
     """The 16 values of NF4 in rising order, float32; not to be changed."""

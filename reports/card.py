@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import config as configs
+import config_values
 from config import Config
+from documents import read_json
 from errors import PhiSightError, printable
 from files import read_regular
 from hub import check_repository
@@ -34,6 +35,7 @@ LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 # As the head of the base's own card has it. A name alone: a list or a text is not one to take over.
 _LICENSE_LINE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9.+-]+)[\"']?[ \t]*$", re.MULTILINE)
 CARD_BYTES = 2**20  # of a base's card
+MODEL_TYPE = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
 
 
 # -- the license ----------------------------------------------------------------------------------
@@ -52,24 +54,36 @@ def license_id(given: str) -> str:
 def license_of_base(config: Config) -> str:
     """The license that the base's own card names, where one lies in its folder or in the hub's
     cache on this machine; else "". Nothing is downloaded."""
-    card = Path(config.base) / CARD
-    if not hub_id(config.base) and not (config.base and Path(config.base).is_dir()):
-        return ""
-    if hub_id(config.base):
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(config.base, CARD, revision=config.base_revision or None)
-        if not isinstance(found, str):
-            return ""
-        card = Path(found)
+    card = _beside_base(config, CARD)
     try:
-        text = read_regular(card, CARD_BYTES).decode("utf-8", "replace")
+        text = read_regular(card, CARD_BYTES).decode("utf-8", "replace") if card else ""
     except OSError:  # a base without a card, or one too long to be one
         return ""
     head = text.split("\n---", 1)[0] if text.startswith("---") else ""
     match = _LICENSE_LINE.search(head)
     license = match[1].lower() if match else ""
     return license if LICENSE_ID.fullmatch(license) else ""
+
+
+def model_type_of_base(config: Config) -> str:
+    """The `model_type` of the base's config.json, such as "qwen3", found as `license_of_base` finds
+    the card; else ""."""
+    described = _beside_base(config, "config.json")
+    try:
+        found = read_json(described, own=False).get("model_type") if described else ""
+    except (OSError, PhiSightError):  # a card is made of what is there
+        return ""
+    return found if isinstance(found, str) and MODEL_TYPE.fullmatch(found) else ""
+
+
+def _beside_base(config: Config, file: str) -> Path | None:
+    """Where a file of the base lies on this machine, if the base is here."""
+    if hub_id(config.base):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(config.base, file, revision=config.base_revision or None)
+        return Path(found) if isinstance(found, str) else None
+    return Path(config.base) / file if config.base and Path(config.base).is_dir() else None
 
 
 # -- the card -------------------------------------------------------------------------------------
@@ -82,6 +96,7 @@ def model_card(
     repository: str = "",
     form: str = "run",
     license: str = "",
+    model_type: str = "",
 ) -> str:
     """The README.md of a run or of what was exported of it, made of checkpoint and log alone.
 
@@ -92,6 +107,7 @@ def model_card(
         repository: owner/name on the hub, if it has one.
         form: what the folder is, a name of `FORMS`.
         license: an id of the hub such as "mit"; empty for what `license_of_base` finds.
+        model_type: of the base, such as "qwen3"; empty for what `model_type_of_base` finds.
 
     Raises:
         PhiSightError: the checkpoint is not that of a run, the log is of another one, or a name is
@@ -100,7 +116,7 @@ def model_card(
     if repository:
         check_repository(repository, "the model card", "give owner/name")
     known = records_to(saved, records)
-    config = configs.from_dict(saved.config["config"], str(saved.path))
+    config = config_values.from_dict(saved.config["config"], str(saved.path))
     facts = Facts(
         config=config,
         saved=saved,
@@ -109,6 +125,7 @@ def model_card(
         title=repository.rpartition("/")[2] or Path(config.run).name or "run",
         repository=repository,
         license=license_id(license) if license else license_of_base(config) or UNKNOWN,
+        model_type=model_type or model_type_of_base(config),
         chain=provenance(saved, known),
         certificates=certificates,
     )

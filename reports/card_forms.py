@@ -104,15 +104,16 @@ FORMS = {
         _TEXT,
     ),
     "llava": Form(
-        "the whole model as `LlavaForConditionalGeneration`, with its CLIP and its processor",
+        "the whole model as `LlavaForConditionalGeneration`, with its picture encoder and its"
+        " processor",
         "transformers",
         "image-text-to-text",
         "finetune",
         _PIPELINE,
     ),
     "llava, adapter apart": Form(
-        "the base as `LlavaForConditionalGeneration`, with its CLIP and its processor, and the"
-        " adapter beside it: in `adapter` for PEFT, in `adapter-vllm` for vLLM",
+        "the base as `LlavaForConditionalGeneration`, with its picture encoder and its processor,"
+        " and the adapter beside it: in `adapter` for PEFT, in `adapter-vllm` for vLLM",
         "peft",
         "image-text-to-text",
         "adapter",

@@ -13,14 +13,15 @@ import config as configs
 from config import Config
 from hub import is_repository
 from reports.card_forms import Form
-from reports.compare import Saved
-from reports.markdown import escaped, name, number, table
+from reports.compare import Saved, projector_in
+from reports.markdown import escaped, listed, name, number, table
 
 CURVES = "curves.png"
 ROWS = 8  # of the tables over steps
 FEW_STEPS, FEW_QUESTIONS = 100, 100
 SMALL_GAP = 10.0  # points between the right picture and a swapped one
 ASSETS = "assets/"  # of this project: whoever has it has what lies there
+OWN = f"{ASSETS}own/"  # of a Space: where `--copy-base` puts what nobody else has
 RIGHT, SWAPPED, BLANK = "right", "swapped", "blank"
 FOLDER = "FOLDER"  # what a card calls its own
 SHOWN_DIGEST = 16  # of the 64 characters, in tables
@@ -37,6 +38,8 @@ class Facts:
     title: str
     repository: str
     license: str
+    model_type: str
+    """of the base, as its config.json has it and the hub tags it; empty where nobody knows"""
     chain: Mapping[str, Any]
     """see `reports.card.provenance`"""
     certificates: Sequence[Mapping[str, Any]]
@@ -60,17 +63,18 @@ def opening(facts: Facts) -> str:
     pictures = (
         "every patch of the picture" if config.vision_features == "patches" else "one pooled vector"
     )
+    kind = f", of the type {name(facts.model_type)}" if facts.model_type else ""
     together = "trained with it" if config.train_projector else "left as it was"
     return (
         f"This folder holds {facts.form.what}.\n\n"
-        f"The base is {_model(facts, 'base')}. Pictures are read by {_model(facts, 'vision')}"
+        f"The base is {_model(facts, 'base')}{kind}. Pictures are read by {_model(facts, 'vision')}"
         f" ({pictures}) and a projector that was {together}. It was trained by PhiSight for"
         f" {facts.saved.step:,} steps, and this card was made of its checkpoint and its log."
     )
 
 
 def _model(facts: Facts, field: str) -> str:
-    """Which base or CLIP; of a folder the last part of its path alone."""
+    """Which base or picture encoder; of a folder the last part of its path alone."""
     value = getattr(facts.config, field)
     if hub_id(value):
         revision = getattr(facts.config, f"{field}_revision")
@@ -78,7 +82,7 @@ def _model(facts: Facts, field: str) -> str:
         return f"[{escaped(value)}](https://huggingface.co/{value}){at}"
     recorded = str(facts.recorded.get(field, ""))
     if recorded.startswith(ASSETS) and ".." not in recorded:
-        return f"{name(recorded)} of the project"
+        return f"{name(recorded)} of the {'Space' if recorded.startswith(OWN) else 'project'}"
     return f"a folder {name(Path(value).name)}"
 
 
@@ -88,7 +92,7 @@ def hub_id(model: str) -> str:
 
 
 def tags(facts: Facts) -> list[str]:
-    made = ["phisight", "lora", "phi-3"]
+    made = ["phisight", "lora", *filter(None, [facts.model_type])]
     return [*made, "vision"] if facts.form.task == "image-text-to-text" else made
 
 
@@ -123,7 +127,9 @@ def usage(facts: Facts) -> str:
         f"`--{field}`"
         for field in ("base", "vision")
         if not hub_id(getattr(facts.config, field))
-        and not str(facts.recorded.get(field, "")).startswith(ASSETS)
+        and (
+            not (at := str(facts.recorded.get(field, ""))).startswith(ASSETS) or at.startswith(OWN)
+        )
     ]
     if facts.form.library == "phisight":
         text += "\n\nThe command is run in a checkout of PhiSight."
@@ -322,22 +328,27 @@ def recipe(facts: Facts) -> str:
     steps = f"{facts.saved.step:,} of {saved.get('total_steps') or facts.saved.step:,}"
     processes = saved.get("world_size", 1)
     adapter = (
-        f"LoRA of rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout"
+        f"LoRA of rank {config.lora_rank}, alpha {config.lora_alpha:g}"
+        f"{' over the root of the rank' if config.rank_stabilized else ''}, dropout"
         f" {config.lora_dropout:g}, on {', '.join(map(name, config.lora_targets))}"
     )
     side, processes = config.feature_pooling, saved.get("world_size", 1)
     batch = config.batch_size * config.accumulation
     rows = {
         "adapter": adapter if config.train_lora else f"{adapter}; not trained",
-        "projector": "trained" if config.train_projector else "not trained",
+        "projector": f"{projector_in(facts.saved, name)}, "
+        + ("trained" if config.train_projector else "not trained")
+        + (f", dropout {config.projector_dropout:g}" if config.projector_dropout else ""),
         "base kept in": name(config.quantization),
-        "pictures": f"{name(config.vision_features)} of CLIP layer {config.vision_layer}"
+        "pictures": f"{name(config.vision_features)} of hidden layer {config.vision_layer}"
         + (f", the mean of {side} x {side} each" if side > 1 else "")
         + f", made square by {name(config.picture_fit)}",
         "optimiser": f"AdamW, betas {config.adam_beta1:g} and {config.adam_beta2:g}, weight decay"
         f" {config.weight_decay:g}; gradients clipped to {config.max_gradient_norm:g}",
         "learning rate": f"{config.learning_rate:g} at its peak, {name(config.schedule)} after"
-        f" {100 * config.warmup_fraction:g} % of the steps",
+        f" {100 * config.warmup_fraction:g} % of the steps"
+        + (f"; B at {config.lora_plus_ratio:g} times it" if config.lora_plus_ratio != 1 else "")
+        + (f"; the projector at {peak:g}" if (peak := config.projector_learning_rate) else ""),
         "batch": f"{batch} {'packed rows' if config.pack else 'conversations'} a step,"
         f" {config.batch_size} at a time, on {processes} process{'es' if processes != 1 else ''}",
         "steps": f"{steps}, of {config.epochs} epoch{'s' if config.epochs > 1 else ''}",
@@ -355,8 +366,8 @@ def _changed(config: Config) -> str:
     rows = [
         (
             f"`{configs.flag_of(spec.name)}`",
-            _value(getattr(config, spec.name)),
-            _value(spec.default),
+            listed(getattr(config, spec.name)),
+            listed(spec.default),
             spec.metadata["help"].replace("|", "\\|"),
         )
         for spec in dataclasses.fields(config)
@@ -368,12 +379,6 @@ def _changed(config: Config) -> str:
         "\n\nSettings that differ from the defaults:\n\n"
         f"{table(('flag of train.py', 'here', 'default', 'what it is'), rows)}"
     )
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(name, value))
-    return name(value) if value != "" else "(empty)"
 
 
 def certificates(facts: Facts) -> str:
@@ -401,7 +406,7 @@ def chain(facts: Facts) -> str:
     said = {
         "data_fingerprint": "data: every token id, mask and picture",
         "base_fingerprint": "base: its config.json and weights",
-        "vision_fingerprint": "CLIP: its files, and how it is read",
+        "vision_fingerprint": "picture encoder: its files, and how it is read",
         "started_from": "weights that the training began with",
         "steps_digest": "steps: loss, gradient norm and place of each",
         "chain": "log, up to the last step",

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from errors import printable
 from reports.log import CHAIN, deterministic_part
 from tensors import as_float64, dtype_name, finite, raw_bytes
 
@@ -44,6 +45,26 @@ class Saved(Protocol):
     def state(self) -> dict[str, dict[str, Tensor]]: ...
     @property
     def manifest(self) -> dict[str, Any]: ...
+
+
+def projector_in(saved: Saved, shown: Callable[[str], str] = printable) -> str:
+    """Which projector a checkpoint has, and how many tokens a picture is with it where that is
+    known: not in those that an older version wrote, whose projector is the MLP."""
+    tokens = saved.config.get("picture_tokens")
+    said = f", {tokens:,} tokens a picture" if isinstance(tokens, int) else ""
+    return member_in(saved, "projector", "mlp", shown) + said
+
+
+def member_in(
+    saved: Saved,
+    field: str,
+    former: str = "unknown",
+    shown: Callable[[str], str] = printable,
+) -> str:
+    """What the config of a checkpoint names as "base", "vision" or "projector"; `former` where it
+    lacks the field."""
+    config = saved.config.get("config")
+    return shown(str(config.get(field, former) if isinstance(config, Mapping) else "unknown"))
 
 
 # -- fields ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ clock and the machine decide; all of that sits under the one key "timing" of a r
 
 Records:
     {"kind": "train", "step", "loss", "lr", "gradient_norm", "gradient_norms": {owner: norm},
+     "rates": {"lora" | "lora_B" | "projector": rate}    (where they are not all "lr"),
      "padding_share", "supervised_tokens", "tokens",
      "timing": {"seconds", "tokens_per_second", "memory_mb", ...}}
     {"kind": "evaluation", "step", "validation_loss",
@@ -24,7 +25,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ _RECORD = {
     "loss?": NUMBER_OR_NULL,
     "validation_loss?": NUMBER_OR_NULL,
     "gradient_norms?": OBJECT_OR_NULL,
+    "rates?": OBJECT_OR_NULL,
     "alignment?": OBJECT_OR_NULL,
     "samples?": [{"*": TEXT}],
     "alert?": TEXT,
@@ -63,11 +65,13 @@ class MetricsLog:
 
     Attributes:
         chain: the digest that the last record bears; each record is linked to the one before it.
+        followers: called with every record once it is in the file; none of them may raise.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.chain = ""
+        self.followers: list[Callable[[dict[str, Any]], None]] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
@@ -98,6 +102,8 @@ class MetricsLog:
         except OSError as error:
             raise self._refused(error) from error
         self.chain = clean[CHAIN]
+        for follow in self.followers:
+            follow(clean)
 
     def offset(self) -> int:
         """Bytes in the file so far."""
@@ -180,7 +186,7 @@ def read_metrics(
                 if len(line) == LINE_LIMIT:
                     raise PhiSightError(f"longer than {LINE_LIMIT:,} bytes")
                 if line.endswith(b"\n"):
-                    records.append(_record_of(line))
+                    records.append(record_of(line))
     except OSError as error:
         raise PhiSightError(f"{path}: {error.strerror}; name the metrics file of a run") from error
     except PhiSightError as error:
@@ -190,7 +196,8 @@ def read_metrics(
     return records
 
 
-def _record_of(line: bytes) -> dict:
+def record_of(line: bytes) -> dict:
+    """The record of one line. Raises PhiSightError with the reason alone."""
     record = parse_json(line, what="a record")
     for problem in problems(record, _RECORD):
         raise PhiSightError(f"not a record ({problem})")

@@ -27,6 +27,13 @@ def name(text: object) -> str:
     return f"`{line}`" if _HARMLESS.fullmatch(line) else escaped(line)
 
 
+def listed(value: object) -> str:
+    """A value, or those of a tuple; as `name`."""
+    if isinstance(value, tuple):
+        return ", ".join(map(name, value))
+    return name(value) if value != "" else "(empty)"
+
+
 def escaped(text: object) -> str:
     """A text on one line in which every mark stands for itself."""
     return printable(text, LONGEST).translate(_ESCAPED) or "(empty)"

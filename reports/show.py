@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from reports.card import provenance
-from reports.compare import Saved
+from reports.compare import Saved, member_in, projector_in
 from reports.log import TIMING, number_text
 from tensors import finite
+
+RATES = ("learning_rate", "lora_plus_ratio", "projector_learning_rate")  # of a run's config
 
 # -- a record of the log --------------------------------------------------------------------------
 
@@ -31,6 +34,8 @@ def console_line(record: Mapping[str, Any]) -> str:
         return "  ".join(parts)
     add(record, "loss", "loss", ".4f")
     add(record, "lr", "lr", ".3g")
+    if own := record.get("rates"):
+        parts.append(f"({rates_text(own)})")
     add(record, "gradient_norm", "gradient", ".3g")
     if norms := record.get("gradient_norms"):
         text = ", ".join(f"{owner} {number_text(norm, '.3g')}" for owner, norm in norms.items())
@@ -45,11 +50,29 @@ def console_line(record: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def rates_text(rates: Mapping[str, Any]) -> str:
+    """Group of parameters -> its rate, in a line."""
+    return ", ".join(f"{group} {number_text(rate, '.3g')}" for group, rate in rates.items())
+
+
 # -- a checkpoint ---------------------------------------------------------------------------------
 
 
-def summarise(saved: Saved, owners: Mapping[str, str]) -> dict[str, Any]:
-    """Where a run stands, and totals by owner. `owners`: file stem -> owner of its tensors."""
+@dataclass(frozen=True)
+class Summary:
+    """Where a run stands, and totals by owner."""
+
+    fields: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        return self.fields
+
+    def __str__(self) -> str:
+        return summary_text(self.fields)
+
+
+def summarise(saved: Saved, owners: Mapping[str, str]) -> Summary:
+    """What a checkpoint holds. `owners`: file stem -> owner of its tensors."""
     change = saved.manifest.get("change") or {}
     totals: dict[str, dict[str, Any]] = {}
     for stem, owner in owners.items():
@@ -61,16 +84,41 @@ def summarise(saved: Saved, owners: Mapping[str, str]) -> dict[str, Any]:
             "bytes": sum(tensor.nbytes for tensor in saved.state[stem].values()),
             "mean": mean,
             "std": std,
-            "change": change.get(owner),
+            **_moved(change.get(owner)),
         }
-    return {
+    fields = {
         "path": str(saved.path),
         "step": saved.step,
         "owners": totals,
+        "base": member_in(saved, "base"),
+        "vision": member_in(saved, "vision"),
+        "projector": projector_in(saved),
         "change_since_step": change.get("since_step"),
         "versions": saved.config.get("versions"),
+        "rates": _own_rates(saved.config.get("config")),
         "provenance": provenance(saved),
         "trainer_state": saved.trainer_state,
+    }
+    return Summary(fields)
+
+
+def _own_rates(config: Any) -> dict[str, Any]:
+    """What a run's config says of rates by owner; empty where all have the learning rate."""
+    said = {n: config[n] for n in RATES if n in config} if isinstance(config, Mapping) else {}
+    everywhere = (0, said.get("learning_rate"))
+    plain = said.get("projector_learning_rate", 0) in everywhere
+    return {} if plain and said.get("lora_plus_ratio", 1) == 1 else said
+
+
+def _moved(told: Any) -> dict[str, float | None]:
+    """What a manifest says of an owner's change; a former version wrote one norm alone."""
+    if not isinstance(told, Mapping):
+        return {"change": told}
+    return {
+        "change": told.get("moved"),
+        "norm": told.get("norm"),
+        "mean_change": told.get("mean_change"),
+        "change_since_start": told.get("moved_since_start"),
     }
 
 
@@ -91,34 +139,48 @@ def _mean_and_std(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, floa
         return None, None
 
 
-def print_summary(summary: Mapping[str, Any]) -> None:
-    """What `summarise` gives, as a table and a line per field."""
-    print(f"{summary['path']}: step {summary['step']}, verified")
-    print(
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """The fields of a `Summary`, as a table and a line per field."""
+    lines = [
+        f"{summary['path']}: step {summary['step']}, verified",
         f"{'owner':<12}{'tensors':>9}{'parameters':>14}{'bytes':>15}{'mean':>13}{'std':>13}"
-        f"{'change':>13}"
-    )
+        f"{'change':>13}",
+    ]
     for owner, row in summary["owners"].items():
         statistics = "".join(
             f"{'-' if row[key] is None else format(row[key], '.4g'):>13}"
             for key in ("mean", "std", "change")
         )
-        print(
+        lines.append(
             f"{owner:<12}{row['tensors']:>9,}{row['parameters']:>14,}{row['bytes']:>15,}"
             f"{statistics}"
         )
     if summary["change_since_step"] is not None:
-        print(f"change: L2 norm since the save of step {summary['change_since_step']}")
+        lines.append(f"change: L2 norm since the save of step {summary['change_since_step']}")
+    since_start = {
+        owner: row["change_since_start"]
+        for owner, row in summary["owners"].items()
+        if row.get("change_since_start") is not None
+    }
+    if since_start:
+        norms = ", ".join(f"{owner} {value:.4g}" for owner, value in since_start.items())
+        lines.append(f"change since the start of the run: {norms}")
     digest = summary["provenance"]["weights_digest"]
+    lines += [f"{member}: {summary[member]}" for member in ("base", "vision", "projector")]
     fields = {"versions": summary["versions"], "weights_digest": digest} | summary["trainer_state"]
+    if summary["rates"]:
+        fields = {"rates": summary["rates"]} | fields
     for key, value in fields.items():
         if key == "recent_losses" and isinstance(value, list):
             key, value = "last losses", value[-5:]
         text = json.dumps(value)
-        print(f"{key}: {text if len(text) <= 200 else text[:197] + '...'}")
+        lines.append(f"{key}: {text if len(text) <= 200 else text[:197] + '...'}")
+    return "\n".join(lines)
 
 
-def print_verified(problems: Mapping[str, Sequence[str]]) -> None:
+def verified_text(problems: Mapping[str, Sequence[str]]) -> str:
     """A line per log and checkpoint, and one per problem. `problems`: path -> its problems."""
-    for path, lines in problems.items():
-        print("\n  ".join([f"{path}: {'damaged' if lines else 'intact'}", *lines]))
+    return "\n".join(
+        "\n  ".join([f"{path}: {'damaged' if lines else 'intact'}", *lines])
+        for path, lines in problems.items()
+    )

@@ -9,7 +9,7 @@ import dataclasses
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from documents import COUNT, TEXT, problems, read_json
 from errors import PhiSightError, printable
 from reports.alerts import alerts_of
 from reports.log import DRAWABLE, METRICS, TIMING, read_metrics, without_abandoned
+from reports.starts import Starts, read_starts, start_text
 
 RUNNING, FINISHED, STOPPED, CRASHED = "running", "finished", "stopped", "crashed"
 WINDOWS = 5  # of the log, that rate and ETA are the median of
@@ -68,6 +69,8 @@ class Status:
     save: Save | None
     finished: str = ""
     alerts: list[dict[str, Any]] = field(default_factory=list)
+    starts: Starts | None = None
+    """None where the run has none written down, as before there were any"""
 
     def as_json(self, now: float | None = None) -> dict[str, Any]:
         """Every field, with ages and what is left in seconds from `now` (None: the clock's)."""
@@ -86,8 +89,11 @@ class Status:
         return max(0.0, self.seconds_left - max(0.0, now - self.logged_at))
 
 
-def status_of(run: Path, holder: str) -> Status:
-    """Read the files of a run. `holder`: who trains it, as `reports.watching.holder_of` finds.
+def status_of(
+    run: Path, holder: str, read: Callable[[Path], Sequence[dict[str, Any]]] = read_metrics
+) -> Status:
+    """Read the files of a run. `holder`: who trains it, as `reports.watching.holder_of` finds;
+    `read` gives the records of its log, as `read_metrics` does.
 
     Raises:
         PhiSightError: there is no run, or a file of it cannot be read.
@@ -104,7 +110,7 @@ def status_of(run: Path, holder: str) -> Status:
     elif save is None and not holder:
         what = "holds no run" if run.is_dir() else "no such folder"
         raise PhiSightError(f"{run}: {what}; name the folder of a run: --status RUN")
-    records = [] if stamp is None else read_metrics(log)
+    records = [] if stamp is None else read(log)
     finished = save.finished if save else ""
     state = STOPPED
     if holder:
@@ -121,6 +127,7 @@ def status_of(run: Path, holder: str) -> Status:
         save=save,
         finished=printable(finished, 200),
         alerts=alerts_of(records),
+        starts=read_starts(run),
         **_figures(without_abandoned(records), save),
     )
 
@@ -259,6 +266,8 @@ def status_lines(status: Status, now: float | None = None) -> list[str]:
         lines += [f"  {sample_text(sample)}" for sample in status.samples["samples"]]
     add("alerts", f"{len(status.alerts)}" if status.alerts else "none")
     lines += [f"  step {a['step']}: {a['text']}" for a in status.alerts[-SHOWN_ALERTS:]]
+    if status.starts:
+        add("started", start_text(status.starts))
     return lines
 
 

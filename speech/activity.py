@@ -2,29 +2,14 @@
 
 Everything takes (samples,) float32 at 16 kHz, as `recordings.read_audio` gives it.
 
-Noise is reduced over librosa's spectra; the rest is written here for what follows.
-Percent of words wrong in sixty sentences of the tiny preset's Whisper, with white to brown noise:
-
-                                                no noise    20 dB    10 dB     5 dB
-    noise as it is                                   0.0      0.3      5.1     12.8
-    `reduce_noise`                                   0.3      0.3      0.5      2.1
-    librosa.effects.harmonic                        18.5     28.2     21.8     27.7
-    librosa.decompose.nn_filter, median              0.0      0.3      5.1      9.2
-    librosa.decompose.nn_filter, mean                0.0      0.8      5.4     18.2
-    librosa.pyin in the place of `has_voice`         1.8      1.3      1.8     12.3
-    librosa.effects.split, top_db from 20 to 60      0.0      0.0      2.6     14.1
-
-    three sentences with pauses, `utterances`        0.0      1.4      6.5     21.4
-    librosa.effects.split, top_db=60 (its own)       0.0     47.4     56.4     61.8
-    librosa.effects.split, top_db=20                 0.0      0.0     52.8     61.8
-    librosa.effects.split, top_db=10                 3.5      3.5      4.9     10.6
-
-`librosa.pyin` misses fewer words in noise, but it also finds a voice in 40 of 60 sounds without
-speech (`has_voice` in none), in white noise, hum, clicks and tones among them, and takes 340 ms for
-10 s of sound. `librosa.effects.split` does as well where a recording is one sentence. Where there
-are more, noise hides the pauses from it: its threshold lies under the loudest sound and not above
-the noise, so none suits both. Its first call takes 1.7 s of processor time and 189 MB, beside a
-loaded Whisper.
+Spectra and the mel scale are librosa's, for the pauses and for reducing noise. Three sentences
+with pauses of 0.8 s in white and pink noise, a fan's and hum, 5 dB below the voice, by the tiny
+preset's Whisper: 2.5 % of the words wrong where each band is measured over its noise, 15.8 % where
+it was the whole loudness (2026-11-29). Of librosa's ready-made ways three were worse (2026-11-25).
+The threshold of `effects.split` lies under the loudest sound and not over the noise, which hides
+pauses from it: 52.8 % of the words wrong at 10 dB, 6.5 % by the whole loudness. `pyin` in the place
+of `has_voice` finds a voice in 40 of 60 sounds without speech (`has_voice` in none), and takes
+340 ms for 10 s of sound. `effects.harmonic` got 18.5 % of the words wrong without any noise.
 """
 
 from __future__ import annotations
@@ -102,21 +87,73 @@ def _periodicity(power: np.ndarray) -> np.ndarray:
 # -- windows --------------------------------------------------------------------------------------
 
 STEP = 320  # samples, 20 ms: what loudness is told in
+WINDOW = 512  # samples of a spectrum, from the beginning of a step
+BANDS, LOWEST, HIGHEST = 20, 100.0, 4000.0  # of the mel scale, in Hz: where speech is
+AT_ONCE = 3000  # steps, a minute: spectra of an hour would take half a gigabyte
 
 
 def utterances(audio: np.ndarray, longest: float) -> list[tuple[int, int]]:
     """(start, end) in samples of what lies between pauses, each at most `longest` seconds: what is
-    longer is cut where it is quietest. What is quiet depends on the recording's own noise."""
-    steps = -(-len(audio) // STEP)
-    blocks = np.pad(audio, (0, steps * STEP - len(audio))).reshape(steps, STEP)
-    decibels = 10 * np.log10(np.mean(np.square(blocks), 1) + 1e-10)
-    floor, top = np.percentile(decibels, (10, 95)) if steps else (0.0, 0.0)
-    quiet = decibels < max(20 * np.log10(QUIETEST), floor + 0.25 * (top - floor))
+    longer is cut where it is quietest. What is quiet depends on the recording's own noise.
+
+    Raises `PhiSightError` when librosa does not load.
+    """
+    if not len(audio):
+        return []
+    decibels, loudness = _over_noise(audio)
+    floor, top = np.percentile(decibels, (10, 95))
+    quiet = decibels < max(0.0, floor + 0.25 * (top - floor))
     return [
         (start * STEP, min(end * STEP, len(audio)))
         for first, last in _between_pauses(quiet)
-        for start, end in _cut(decibels, first, last, int(longest * SAMPLE_RATE / STEP))
+        for start, end in _cut(loudness, first, last, int(longest * SAMPLE_RATE / STEP))
     ]
+
+
+def _over_noise(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(samples,) -> (steps,) decibels of each step over the noise, and its loudness.
+
+    In each band it is the power by what the band has in the quietest tenth of the steps, and the
+    mean of that over the bands. So noise hides only what it lies upon: hum and rumble have few
+    bands, and speech is heard in the others.
+    """
+    librosa = load_librosa()
+    filters = librosa.filters.mel(  # (bands, frequencies), each band a mean
+        sr=SAMPLE_RATE, n_fft=WINDOW, n_mels=BANDS, fmin=LOWEST, fmax=HIGHEST, norm=1
+    )
+    steps = -(-len(audio) // STEP)
+    # No window reaches over the end, where noise that stops at once would sound in all bands.
+    whole = 1 + max(0, len(audio) - WINDOW) // STEP
+    power = np.empty((BANDS, whole), np.float32)
+    for start in range(0, whole, AT_ONCE):
+        end = min(start + AT_ONCE, whole)
+        part = audio[start * STEP : (end - 1) * STEP + WINDOW]
+        part = np.pad(part, (0, max(0, WINDOW - len(part))))
+        spectra = librosa.stft(part, n_fft=WINDOW, hop_length=STEP, center=False)
+        power[:, start:end] = filters @ np.abs(spectra) ** 2
+    silence = QUIETEST**2 * np.square(np.hanning(WINDOW)).sum()  # of white noise that is as quiet
+    loudness = np.log(np.maximum(power, silence)).mean(0)  # of all bands alike
+    quietest = loudness <= np.quantile(loudness, 0.1)
+    noise = np.maximum(power[:, quietest].mean(1, keepdims=True), silence)
+    decibels = 10 * np.log10(np.mean(power / noise, 0) + 1e-10)
+    last = (0, steps - whole)
+    return np.pad(decibels, last, "edge"), np.pad(loudness, last, "edge")
+
+
+def load_librosa() -> ModuleType:
+    """librosa with what is used of it. Imported here: it brings numba and scipy, 2 s of processor
+    time and 155 MB beside a loaded Whisper, and 18 s the first time, when numba compiles."""
+    try:
+        import librosa
+
+        librosa.filters, librosa.stft  # noqa: B018 (they are loaded when they are named)
+    except RuntimeError as error:  # numba finds no folder for what it compiles
+        reason = str(error).split("\n")[0]
+        raise PhiSightError(
+            f"speech: librosa does not load ({reason}); name a folder that can be written in"
+            " NUMBA_CACHE_DIR"
+        ) from None
+    return librosa
 
 
 def _between_pauses(quiet: np.ndarray) -> list[tuple[int, int]]:
@@ -134,10 +171,10 @@ def _between_pauses(quiet: np.ndarray) -> list[tuple[int, int]]:
     ]
 
 
-def _cut(decibels: np.ndarray, first: int, last: int, longest: int) -> Iterator[tuple[int, int]]:
+def _cut(loudness: np.ndarray, first: int, last: int, longest: int) -> Iterator[tuple[int, int]]:
     """`first` to `last` in parts of at most `longest` steps, cut in the quietest 0.2 s of each
     part's second half."""
-    smooth = np.convolve(decibels, np.ones(11) / 11, "same")
+    smooth = np.convolve(loudness, np.ones(11) / 11, "same")
     while last - first > longest:
         middle = first + longest // 2
         at = middle + int(np.argmin(smooth[middle : first + longest]))
@@ -161,24 +198,31 @@ def join_neighbours(pieces: list[tuple[int, int]], longest: float) -> Iterator[t
 
 # -- noise ----------------------------------------------------------------------------------------
 
-WINDOW, STRIDE = 512, 128  # samples of a spectrum, and from one to the next
+STRIDE = 128  # samples from one spectrum to the next
+LEAST = 10 ** (-10 / 20)  # a Whisper of OpenAI's size understands less where noise is cut deeper
+PART = 300 * SAMPLE_RATE  # samples whose noise is reduced at once; all of an hour takes 3.6 GB
 
 
-def reduce_noise(audio: np.ndarray) -> np.ndarray:
+def reduce_noise(audio: np.ndarray, least: float = LEAST) -> np.ndarray:
     """Spectral gating over librosa's spectra. (samples,) -> (samples,) float32.
 
-    What each frequency holds in the quietest tenth of the recording is taken for noise, and turned
-    down wherever it does not rise over that: Wiener's gain (Scalart and Filho 1996), never below a
-    tenth. An hour takes 3.6 GB and 10 s. Raises `PhiSightError` when librosa does not load.
+    What each frequency holds in the quietest tenth of five minutes is taken for noise, and turned
+    down wherever it does not rise over that: Wiener's gain (Scalart and Filho 1996), never below
+    `least`. Raises `PhiSightError` when librosa does not load.
     """
+    parts = [_with_less_noise(audio[at : at + PART], least) for at in range(0, len(audio), PART)]
+    return np.concatenate(parts) if parts else audio
+
+
+def _with_less_noise(audio: np.ndarray, least: float) -> np.ndarray:
     if len(audio) < FRAME:
         return audio
-    librosa = _load_librosa()
+    librosa = load_librosa()
     from scipy.ndimage import uniform_filter
 
     options = {"n_fft": WINDOW, "hop_length": STRIDE}
     spectrum = librosa.stft(audio, pad_mode="reflect", **options)  # (frequencies, frames) complex64
-    power = librosa.util.abs2(spectrum)
+    power = np.abs(spectrum) ** 2
     loudness = power.sum(0)  # (frames,)
     heard = loudness > 1e-3 * STEP * QUIETEST**2  # digital silence says nothing about the noise
     if not heard.any():
@@ -186,20 +230,5 @@ def reduce_noise(audio: np.ndarray) -> np.ndarray:
     quietest = heard & (loudness <= np.quantile(loudness[heard], 0.1))
     noise = power[:, quietest].mean(1, keepdims=True)  # (frequencies, 1)
     smooth = uniform_filter(power, 5, mode="nearest")
-    spectrum *= np.maximum(1 - 1.5 * noise / (smooth + 1e-12), 0.1)
+    spectrum *= np.maximum(1 - 1.5 * noise / (smooth + 1e-12), least)
     return librosa.istft(spectrum, length=len(audio), **options)
-
-
-def _load_librosa() -> ModuleType:
-    """librosa with its submodules. Imported here: it brings numba and scipy, a second or more."""
-    try:
-        import librosa
-
-        librosa.util, librosa.stft  # noqa: B018 (they are loaded when they are named)
-    except RuntimeError as error:  # numba finds no folder for what it compiles
-        reason = str(error).split("\n")[0]
-        raise PhiSightError(
-            f"speech: noise is not reduced, librosa does not load ({reason}); name a folder that"
-            " can be written in NUMBA_CACHE_DIR"
-        ) from None
-    return librosa

@@ -17,6 +17,7 @@ from speech.mpeg import TOLERANCE, frame_that_counts, frames_of
 
 HOW_TO_CONVERT = "convert it to WAV, FLAC, MP3 or OGG"
 MOST_CHUNKS = 1000  # before the sound; real files have fewer than twenty
+MOST_RECORDINGS = 100  # one behind the other in a file
 LARGEST_FORMAT = 4096  # bytes of a chunk that says how samples are stored
 UNKNOWN_LENGTH = 0x7FFF0000  # files are smaller: from here on a length means that nobody knew it
 WAVE64 = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # what follows the name of its chunks
@@ -64,15 +65,65 @@ def cut_short(name: str, how: str) -> PhiSightError:
     return PhiSightError(f"{name}: is cut short, {how}; copy or record it again")
 
 
-def no_sound(name: str) -> PhiSightError:
-    """For a file that is whole and holds nothing to hear; a silent recording is another thing."""
-    return PhiSightError(f"{name}: holds no sound, nothing could be decoded; record it again")
+class NoSound(PhiSightError):
+    """A recording is whole and holds nothing to hear; a silent one is another thing."""
+
+
+def no_sound(name: str) -> NoSound:
+    return NoSound(f"{name}: holds no sound, nothing could be decoded; record it again")
 
 
 def not_readable(name: str, kind: str, reason: str) -> PhiSightError:
     return PhiSightError(
         f"{name}: is not readable as {kind} ({reason}); record it again, or {HOW_TO_CONVERT}"
     )
+
+
+def recordings_in(file: BinaryIO, kind: str, size: int, name: str) -> list[BinaryIO]:
+    """The recordings that stand one behind the other in a file, mostly one: chained Ogg streams
+    (RFC 3533), as radios and joined files have them, and WAVs that were joined byte by byte. A
+    decoder would read the first."""
+    starts = [0]
+    following = {"OGG": _next_chain, "WAV": _next_wave}.get(kind)
+    while following is not None and (start := following(file, starts[-1])):
+        starts.append(start)
+        if len(starts) > MOST_RECORDINGS:
+            raise PhiSightError(
+                f"{name}: is more than {MOST_RECORDINGS} recordings one behind the other; "
+                "name them one by one"
+            )
+    if len(starts) == 1:
+        return [file]
+    return [
+        spliced(b"", file, start, end - start)
+        for start, end in zip(starts, [*starts[1:], size], strict=True)
+    ]
+
+
+def _next_chain(file: BinaryIO, start: int) -> int:
+    """Where the Ogg stream that begins at `start` is followed by another, 0 where it is the last:
+    pages that begin a stream stand together, before all others."""
+    others = False
+    while True:
+        file.seek(start)
+        page = file.read(27)
+        if len(page) < 27 or page[:4] != b"OggS":
+            return 0
+        if others and page[5] & 2:
+            return start
+        others = others or not page[5] & 2
+        start += 27 + page[26] + sum(file.read(page[26]))
+
+
+def _next_wave(file: BinaryIO, start: int) -> int:
+    file.seek(start + 4)
+    start += 8 + int.from_bytes(file.read(4), "little")
+    for place in (start, start + start % 2):
+        file.seek(place)
+        head = file.read(12)
+        if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+            return place
+    return 0
 
 
 def sound_of(file: BinaryIO, kind: str, size: int, name: str) -> BinaryIO:

@@ -17,13 +17,16 @@ import numpy as np
 from errors import PhiSightError
 from speech.containers import (
     HOW_TO_CONVERT,
+    NoSound,
     cut_short,
     kind_of,
     no_sound,
     not_readable,
     promises_length,
+    recordings_in,
     sound_of,
 )
+from system import disk
 from workers.child import Result
 
 SAMPLE_RATE = 16000  # Hz, of everything that has been read
@@ -31,6 +34,7 @@ LARGEST_FILE = 1 << 30  # bytes
 LONGEST_SECONDS = 3600.0
 LOWEST_RATE, HIGHEST_RATE = 4000, 384_000  # Hz of a recording
 MOST_CHANNELS = 32
+CANCELLED = 0.02  # energy of the mean by that of a channel; of 32 that differ it is 0.03
 LARGEST_SAMPLE = 1e6  # 1 is full scale, and float files may go beyond
 BLOCK_SECONDS = 10.0
 SHORT_BLOCK_SECONDS = 0.25  # of which at most one is lost where a file is broken
@@ -70,7 +74,7 @@ def decode(source: str | bytes, name: str) -> np.ndarray:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
+    return os.open(path, flags | disk.NO_WAIT)  # a pipe would wait for a writer
 
 
 def _read(file: BinaryIO, name: str, size: int) -> np.ndarray:
@@ -79,9 +83,29 @@ def _read(file: BinaryIO, name: str, size: int) -> np.ndarray:
             f"{name}: has {size >> 20} MB, {LARGEST_FILE >> 20} is the most; cut it into parts"
         )
     kind = kind_of(file.read(512), name)
+    parts: list[np.ndarray] = []
+    for part in recordings_in(file, kind, size, name):
+        most = LONGEST_SECONDS - sum(map(len, parts)) / SAMPLE_RATE
+        try:
+            parts.append(_decoded(part, kind, name, most))
+        except NoSound:  # of several that were joined, another may hold some
+            continue
+    if not parts:
+        raise no_sound(name)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _decoded(file: BinaryIO, kind: str, name: str, most: float) -> np.ndarray:
+    """(samples,) of one recording of at most `most` seconds."""
+    size = file.seek(0, os.SEEK_END)
     promised = promises_length(file, kind)
-    with _opened(sound_of(file, kind, size, name), kind, name) as sound:
-        return _resampled(sound, name, kind, promised)
+    channel: int | None = None
+    while True:
+        with _opened(sound_of(file, kind, size, name), kind, name) as sound:
+            samples, instead = _resampled(sound, name, kind, promised, most, channel)
+        if instead is None:
+            return samples
+        channel = instead  # it is decoded once more: both at once would take twice the memory
 
 
 def _opened(file: BinaryIO, kind: str, name: str) -> AbstractContextManager[Sound]:
@@ -112,8 +136,12 @@ def _reason(error: Exception) -> str:
     return reason
 
 
-def _resampled(sound: Sound, name: str, kind: str, promised: bool) -> np.ndarray:
-    """Blocks of frames -> mono -> 16 kHz; a small file that unpacks to hours stops at the limit."""
+def _resampled(
+    sound: Sound, name: str, kind: str, promised: bool, most: float, channel: int | None
+) -> tuple[np.ndarray, int | None]:
+    """Blocks of frames -> mono -> 16 kHz; a small file that unpacks to hours stops after `most`
+    seconds. Mono is the mean of all channels, or `channel`. Where they cancel each other, as those
+    of a microphone with a crossed wire do, the second value is the channel to take instead."""
     import soxr
 
     rate, channels = sound.samplerate, sound.channels
@@ -129,14 +157,18 @@ def _resampled(sound: Sound, name: str, kind: str, promised: bool) -> np.ndarray
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
     pieces: list[np.ndarray] = []
     read = 0
+    mixed, single = 0.0, np.zeros(channels)  # energy of the mean, and of every channel
     for block in _blocks(sound, name, kind, promised):
         read += len(block)
-        if read > LONGEST_SECONDS * rate:
+        if read > most * rate:
             raise PhiSightError(
                 f"{name}: is longer than {LONGEST_SECONDS / 60:.0f} minutes; cut it into parts"
             )
-        # (frames, channels) -> (frames,) -> (samples,)
-        pieces.append(resampler.resample_chunk(finite(block).mean(1)))
+        block = finite(block)  # (frames, channels) -> (frames,) -> (samples,)
+        mono = block.mean(1) if channel is None else block[:, channel]
+        mixed += float(np.vdot(mono, mono))
+        single += np.einsum("fc,fc->c", block, block)
+        pieces.append(resampler.resample_chunk(np.ascontiguousarray(mono)))
     if promised and read < sound.frames:
         raise cut_short(name, f"{read / rate:.1f} of {sound.frames / rate:.1f} seconds are there")
     pieces.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
@@ -145,7 +177,8 @@ def _resampled(sound: Sound, name: str, kind: str, promised: bool) -> np.ndarray
         raise no_sound(name)
     if (loudest := max(float(samples.max()), -float(samples.min()))) > 1:
         samples /= loudest  # a float file may go beyond
-    return samples
+    cancel = channel is None and mixed < CANCELLED * single.mean()
+    return samples, int(single.argmax()) if cancel else None
 
 
 def _blocks(sound: Sound, name: str, kind: str, promised: bool) -> Iterator[np.ndarray]:

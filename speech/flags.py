@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from errors import PhiSightError
+
 VOICES = "espeak-ng, or folder or hub id of a VITS model; empty for none (%(default)s)"
 
 
 def add_speech_flag(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     help: str = "Whisper: name or .pt file; empty for none (default: the preset's)",
 ) -> None:
     """Which Whisper; None, if it is not given, is the preset's."""
@@ -16,7 +18,7 @@ def add_speech_flag(
 
 
 def add_voice_flag(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     help: str = VOICES,
 ) -> None:
     """Which voice speaks."""
@@ -25,14 +27,32 @@ def add_voice_flag(
 
 def add_recording_flags(parser: argparse.ArgumentParser) -> None:
     """How recordings are understood, and where a spoken answer goes."""
-    parser.add_argument(
+    group = parser.add_argument_group("recordings and speech")
+    group.add_argument(
         "--transcribe", metavar="FILE", help="write a recording down, with times; needs no run"
     )
-    add_speech_flag(parser, "Whisper that listens: its name or a .pt file; default: the preset's")
-    parser.add_argument("--language", help="that is spoken, such as en or Spanish; default: heard")
-    parser.add_argument("--translate", action="store_true", help="what is heard, into English")
-    parser.add_argument(
-        "--denoise", action="store_true", help="reduce steady noise first, for the tiny Whisper"
+    add_speech_flag(
+        group,
+        "Whisper that listens: its name or a .pt file (default: the run's, else the preset's)",
     )
-    parser.add_argument("--speak", metavar="WAV", help="the answer as sound, written there")
-    add_voice_flag(parser, "espeak-ng, or a VitsModel's folder or hub id (%(default)s)")
+    group.add_argument(
+        "--language", help="of the recording, such as en or Spanish (default: heard)"
+    )
+    group.add_argument(
+        "--translate", action="store_true", help="write down in English what is said"
+    )
+    group.add_argument(
+        "--denoise", action="store_true", help="reduce noise first, where it is as loud as a voice"
+    )
+    group.add_argument("--speak", metavar="WAV", help="speak the answer into this file")
+    add_voice_flag(group, "espeak-ng, or a VitsModel's folder or hub id (%(default)s)")
+
+
+def check_recording_flags(options: argparse.Namespace) -> None:
+    """Raise `PhiSightError` for flags of a recording where none is heard: with a typed question, or
+    a file of them."""
+    if options.prompt is None and options.batch is None:
+        return
+    for name in ("language", "translate", "denoise"):
+        if getattr(options, name):
+            raise PhiSightError(f"--{name}: is about a recording; ask by --audio, or leave it out")

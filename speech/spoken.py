@@ -11,23 +11,28 @@ from pathlib import Path
 import numpy
 
 from errors import PhiSightError
-from speech.voice import Voice, write_wav
+from speech.voice import PROGRAM, Voice, write_wav
 from speech.whisper import Speech, write_down
 
 
-def loaded_once(name: str, device: str = "cpu") -> Callable[[], Speech] | None:
-    """What gives the Whisper called `name`, loaded when it is first needed, from any thread; None
-    for an empty name."""
-    loaded: list[Speech] = []
-    lock = threading.Lock()
+class WhisperOnce:
+    """Gives a Whisper, which is loaded when it is first needed, from any thread."""
 
-    def load() -> Speech:
-        with lock:
-            if not loaded:
-                loaded.append(Speech.load(name, device))
-            return loaded[0]
+    def __init__(self, name: str, device: str) -> None:
+        self.name, self.device = name, device
+        self.loaded: list[Speech] = []  # none, or the one
+        self._lock = threading.Lock()
 
-    return load if name else None
+    def __call__(self) -> Speech:
+        with self._lock:
+            if not self.loaded:
+                self.loaded.append(Speech.load(self.name, self.device))
+            return self.loaded[0]
+
+
+def loaded_once(name: str, device: str = "cpu") -> WhisperOnce | None:
+    """What gives the Whisper called `name`; None for an empty name."""
+    return WhisperOnce(name, device) if name else None
 
 
 def voices_loaded_once(name: str) -> Callable[[str], Voice] | None:
@@ -37,10 +42,11 @@ def voices_loaded_once(name: str) -> Callable[[str], Voice] | None:
     lock = threading.Lock()
 
     def load(language: str) -> Voice:
+        own = language if name == PROGRAM else ""  # a VitsModel speaks one language
         with lock:
-            if language not in loaded:
-                loaded[language] = Voice.load(name, language)
-            return loaded[language]
+            if own not in loaded:
+                loaded[own] = Voice.load(name, language)
+            return loaded[own]
 
     return load if name else None
 

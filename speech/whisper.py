@@ -140,10 +140,10 @@ class Speech:
         """What is said in (samples,) float32 at 16 kHz, window by window as it is understood.
 
         `language` is a code or an English name; None lets a multilingual model listen for it.
-        `translate` puts it into English. `denoise` helps a small model, and is refused for those of
-        OpenAI's size: of speech in noise they understood less with it. Nothing comes of other
-        sounds. Raises `PhiSightError` at once for what the model cannot do, and
-        `workers.Cancelled` between windows, or while it waits for others, when `cancelled` says so.
+        `translate` puts it into English. `denoise` reduces noise first, which helps where it is
+        about as loud as the voice. Nothing comes of other sounds. Raises `PhiSightError` at once
+        for what the model cannot do, and `workers.Cancelled` between windows, or while it waits
+        for others, when `cancelled` says so.
         """
         if not isinstance(audio, np.ndarray) or audio.ndim != 1:
             raise PhiSightError("speech: audio must be one row of samples; use read_audio")
@@ -152,11 +152,6 @@ class Speech:
             raise PhiSightError(
                 f"speech model {self.name}: hears English only and translates"
                 " nothing; name a multilingual one such as base"
-            )
-        if denoise and self.joins:
-            raise PhiSightError(
-                f"speech model {self.name}: hears noisy speech better as it is than with its noise"
-                " reduced; turn that (--denoise) off"
             )
         samples = finite(audio).astype(np.float32)
         return self._segments(samples, code, translate, denoise, cancelled)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +19,7 @@ from evaluation.run_figures import RunFigures, keep_evaluation, read_run
 from files import write_whole
 from paths import PROJECT
 from sweeps.plan import PlannedRun
+from system.processes import apart, interrupt
 from training.config_file import toml_lines
 from training.signals import StopSignals
 
@@ -106,10 +105,9 @@ class Sweep:
 
     def _interrupt(self) -> None:
         with self._lock:
-            self._stopping = True
+            again, self._stopping = self._stopping, True
             for child in self._children:
-                with contextlib.suppress(ProcessLookupError):
-                    child.send_signal(signal.SIGINT)
+                interrupt(child, again)
 
     # -- one run, in a thread of the pool ---------------------------------------------------------
 
@@ -179,7 +177,7 @@ class Sweep:
                 stdout=subprocess.PIPE if is_read else output,
                 stderr=output if is_read else subprocess.STDOUT,
                 env=environment,
-                process_group=0,
+                **apart(session=False),
             )
             self._children.add(child)
         try:

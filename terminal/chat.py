@@ -114,7 +114,7 @@ class Terminal:
             raise PhiSightError(f"{path}: nothing was said yet; ask something first")
         text = json.dumps([as_record(self.messages)], ensure_ascii=False, indent=1)
         try:
-            with path.open("x", encoding="utf-8") as file:
+            with path.open("x", encoding="utf-8", newline="\n") as file:
                 file.write(text + "\n")
         except FileExistsError:
             raise PhiSightError(f"{path}: exists already; give another name") from None

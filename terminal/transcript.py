@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import config as configs
+import config_values
 from errors import PhiSightError
 from files import whole_file
 from speech.recordings import SAMPLE_RATE, read_audio
@@ -20,7 +22,8 @@ from speech.whisper import NoSpeech, Segment
 
 def transcribe(options: argparse.Namespace) -> int:
     """`infer.py --transcribe`: every piece is printed as it is understood (with `--json` all at the
-    end), and `--out` gets the whole. What was written down is kept when it is interrupted.
+    end), and `--out` gets the whole. What was written down is kept when it is interrupted, by
+    Ctrl-C or SIGTERM.
 
     Raises `PhiSightError` for what cannot be read or written, and `NoSpeech`.
     """
@@ -33,6 +36,7 @@ def transcribe(options: argparse.Namespace) -> int:
     seconds, segments = len(audio) / SAMPLE_RATE, list[Segment]()
     pieces = load().transcribe(audio, options.language, options.translate, options.denoise)
     complete = False
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for segment in pieces:
             segments.append(segment)
@@ -40,6 +44,7 @@ def transcribe(options: argparse.Namespace) -> int:
                 print(segment.text, flush=True)
         complete = True
     finally:
+        signal.signal(signal.SIGTERM, former)
         if out is not None and segments:  # nothing said: what lies there is not replaced
             _write(out, form(segments, seconds, complete))
         if not complete and segments:
@@ -54,7 +59,7 @@ def transcribe(options: argparse.Namespace) -> int:
 def _write(out: Path, text: str) -> None:
     try:
         with whole_file(out) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise PhiSightError(f"--out {out}: {error.strerror}; give another --out") from None
 
@@ -73,7 +78,7 @@ def whisper_of(options: argparse.Namespace) -> str:
                 saved = json.loads(file.read_text(encoding="utf-8"))["config"]
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue  # the command needs no run: a damaged one does not stop it
-            return configs.from_dict(saved, str(folder)).speech
+            return config_values.from_dict(saved, str(folder)).speech
     return configs.default_config(configs.DEFAULT_PRESET).speech
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import Phi3Config
+from transformers import Phi3Config, PreTrainedConfig
 
 from lora.inject import inject
 from lora.merge import merged_state
 from model.base import finish, language_model, put, swap_linear_layers
 from model.decoder import LanguageModel
-from model.phi3 import decoder_config
+from model.families import FAMILIES
+from model.families.fused import fused_parts
 
 VOCABULARY = 83
 LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
-def small_config(**options: object) -> Phi3Config:
+def small_config(kind: type[PreTrainedConfig] = Phi3Config, **options: object) -> PreTrainedConfig:
     """Two layers of four heads of 16 numbers."""
     given = {
         "vocab_size": VOCABULARY,
@@ -32,23 +33,23 @@ def small_config(**options: object) -> Phi3Config:
         "eos_token_id": 0,
         "sliding_window": None,
     }
-    return Phi3Config(**given | options)
+    return kind(**given | options)
 
 
 def four_bit_model(
-    config: Phi3Config, targets: tuple[str, ...] = (), nested: bool = False,
+    config: PreTrainedConfig, targets: tuple[str, ...] = (), nested: bool = False,
     value_scale: float = 1.0, rounds: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """Of random weights; `targets`: layers with an adapter, which is not zero; `value_scale`: of
     the values that are kept; `rounds`: as `--merge-rounding nf4`."""
     generator = torch.Generator().manual_seed(0)
-    decoder = decoder_config(config.to_dict())
+    decoder = FAMILIES[config.model_type].decoder_config(config.to_dict())
     with torch.device("meta"):
         model = LanguageModel(decoder)
     swap_linear_layers(model, torch.float32, nested)
     for name, parameter in list(model.named_parameters()):
         module = model.get_submodule(name.rpartition(".")[0])
-        linear = isinstance(module, nn.Linear) and name != "lm_head.weight"
+        linear = isinstance(module, nn.Linear) and name.endswith("_proj.weight")
         shape = (module.out_features, module.in_features) if linear else parameter.shape
         drawn = torch.randn(*shape, generator=generator) * 0.13
         if "norm" in name:
@@ -59,8 +60,12 @@ def four_bit_model(
     finish(model, torch.device("cpu"))
     if targets:
         dropout = 0.0 if rounds else 0.1
-        for layer in inject(model, targets, 5, 10, dropout, generator, rounds).values():
-            nn.init.normal_(layer.lora_B, std=0.1, generator=generator)
+        parts = fused_parts(decoder)
+        made = inject(model, targets, 5, 10, dropout, generator, rounds, fused=parts)
+        for layer in made.values():
+            for name, parameter in layer.named_parameters():
+                if name.endswith("lora_B"):
+                    nn.init.normal_(parameter, std=0.1, generator=generator)
         model.requires_grad_(False)
         model.eval()
     return model

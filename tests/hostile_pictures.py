@@ -137,6 +137,13 @@ def gif_beyond_its_screen() -> bytes:
     return picture[:place] + struct.pack("<HH", 65000, 65000) + picture[place + 4 :]
 
 
+def avif_claiming(width: int, height: int) -> bytes:
+    """A grey square of 8 x 8 whose header says another size, to which its decoder scales it."""
+    picture = encode(Image.new("RGB", (8, 8), (90, 90, 90)), "AVIF")
+    place = picture.index(b"ispe") + 8  # behind the name and the version
+    return picture[:place] + struct.pack(">II", width, height) + picture[place + 8 :]
+
+
 def heic(*brands: bytes) -> bytes:
     listed = b"".join([brands[0], b"\0\0\0\0", *brands[1:]])
     return struct.pack(">I", 8 + len(listed)) + b"ftyp" + listed + b"\0" * 100

@@ -16,10 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+
 TOKEN, USER = "hf_of_the_test", "me"
+SETTINGS = {"HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}
 _NAME = r"/([\w.-]+/[\w.-]+)"
+DATASETS = "datasets/"  # begins the name of a repository that holds a data set
 
 
 def git_blob(data: bytes) -> str:
@@ -28,7 +36,7 @@ def git_blob(data: bytes) -> str:
 
 def is_large(name: str) -> bool:
     """As the .gitattributes of a new repository says."""
-    return name.endswith(".safetensors")
+    return name.endswith((".safetensors", ".parquet", ".tar"))
 
 
 @dataclass
@@ -120,6 +128,24 @@ def running() -> Iterator[Hub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+@contextmanager
+def in_place_of_the_hub(monkeypatch: Any, home: Path) -> Iterator[Hub]:
+    """A hub that this process speaks with, and its children that are told so; in an empty home."""
+    with running() as hub:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HOME", str(home))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        for name, value in SETTINGS.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between tries
+        huggingface_hub.close_session()
+        yield hub
+    huggingface_hub.close_session()
 
 
 class Refused(Exception):
@@ -252,6 +278,12 @@ class Handler(BaseHTTPRequestHandler):
             {"id": name, "modelId": name, "sha": oid, "private": private, "siblings": siblings}
         )
 
+    def data_info(self, body: bytes, name: str, revision: str | None = None) -> None:
+        self.info(body, DATASETS + name, revision)
+
+    def data_resolve(self, body: bytes, name: str, revision: str, file: str) -> None:
+        self.resolve(body, DATASETS + name, revision, file)
+
     def resolve(self, body: bytes, name: str, revision: str, file: str) -> None:
         oid, files = self.commit_of(name, revision)
         if file not in files:
@@ -357,5 +389,8 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("PUT", "/large/([0-9a-f]{64})", Handler.put_large),
     ("GET HEAD", "/large/(.+)", Handler.large),
     ("POST", "/verify", Handler.verify),
+    ("GET", f"/api/datasets{_NAME}", Handler.data_info),
+    ("GET", f"/api/datasets{_NAME}/revision/(.+)", Handler.data_info),
+    ("GET HEAD", f"/datasets{_NAME}/resolve/([^/]+)/(.+)", Handler.data_resolve),
     ("GET HEAD", f"{_NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from api.door import guarded
 from api.origins import Allowed
 from api.server import Server, listening_socket
 from assistant.assistant import Assistant
-from web.app import build_app, web_application
+from web.app import build_site, web_application
 
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
@@ -32,6 +33,7 @@ ARGUMENTS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
+REFUSED = re.compile(r"Failed to load resource: .* status of (400|404|409|413) ")
 WAIT = 60_000  # milliseconds; nothing takes so long, but a test must not fail by load
 
 
@@ -49,10 +51,10 @@ class Site:
 @contextmanager
 def served(assistant: Assistant, conversations: Path, runs: Path, **more: Any) -> Iterator[Site]:
     """The app on a free port, until the block is left."""
-    blocks = build_app(assistant, conversations=conversations, runs=runs, **more)
+    page = build_site(assistant, conversations=conversations, runs=runs, **more)
     bound = listening_socket("127.0.0.1", 0)
     bound.listen(64)
-    server = Server(guarded(web_application(blocks), "", Allowed()), grace=0.0)
+    server = Server(guarded(web_application(page), "", Allowed()), grace=0.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     site = Site(f"http://127.0.0.1:{bound.getsockname()[1]}", assistant, conversations)
     _watch(site.reached)
@@ -122,21 +124,27 @@ class User:
         )
         self.context.set_default_timeout(WAIT)
         self.page = self.context.new_page()
-        self.page.on("console", lambda m: m.type == "error" and self.faults.append(m.text))
+        self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", self._is_inside)
         self.open()
+
+    def _hear(self, message: Any) -> None:
+        """Browsers call every refused request an error; what it was refused with is told by the
+        page, and looked at where it is meant to be refused."""
+        is_refusal = REFUSED.match(message.text) is not None
+        if message.type in ("error", "warning") and not is_refusal:
+            self.faults.append(message.text)
 
     def _is_inside(self, request: Any) -> None:
         if not request.url.startswith((self.site.url, "data:", "blob:")):
             self.faults.append(f"asked for {request.url}")
 
-    def open(self) -> None:
-        """Load the page, until it knows its conversations."""
-        self.page.goto(self.site.url)
-        self.page.locator("#tagline", has_text="Ask about pictures").wait_for(state="attached")
-        self.page.locator("#question textarea").wait_for()
-        self.page.wait_for_timeout(300)  # the first updates come in several messages
+    def open(self, link: str = "") -> None:
+        """Load the page, at a link as "#/chat/ID", until its rooms are there."""
+        self.page.goto("about:blank")  # or a change of the link alone would load nothing
+        self.page.goto(f"{self.site.url}/{link}")
+        self.page.locator("[data-ready=true]").wait_for()
 
     def close(self) -> None:
         self.context.close()
@@ -145,9 +153,19 @@ class User:
 
     # -- what it does ----------------------------------------------------------------------------
 
+    @property
+    def field(self) -> Any:
+        """Where questions are typed."""
+        return self.page.locator("#question textarea")
+
+    @property
+    def turns(self) -> Any:
+        """Every turn of the conversation that is shown."""
+        return self.page.locator(".transcript .turn")
+
     def try_example(self, index: int = 0) -> str:
         """Click an example; returns its question."""
-        example = self.page.locator("#chat .example").nth(index)
+        example = self.page.locator(".welcome .example").nth(index)
         question = example.inner_text().strip()
         example.click()
         return question
@@ -155,77 +173,72 @@ class User:
     def ask(self, question: str, *files: str | Path) -> None:
         if files:
             self.attach(*files)
-        self.page.locator("#question textarea").fill(question)
-        self.page.locator("#question textarea").press("Enter")
+        self.field.fill(question)
+        self.field.press("Enter")
 
     def attach(self, *files: str | Path) -> None:
-        """Add uploads to the question and wait until they are there."""
-        before = self.page.locator("#question img").count()
+        """Add uploads to the question and wait until the server has them."""
+        there = self.page.locator("#question .attachment[data-state=ready]")
+        before = there.count()
         self.page.locator("#question input[type=file]").set_input_files([str(f) for f in files])
-        self.page.locator("#question img").nth(before + len(files) - 1).wait_for()
+        there.nth(before + len(files) - 1).wait_for()
 
     def attach_recording(self, file: Path) -> None:
-        self.page.locator("#question input[type=file]").set_input_files(str(file))
-        self.page.locator("#question .thumbnail-item").first.wait_for()
+        self.attach(file)
 
     def click(self, name: str, which: int = -1) -> None:
         """Press one of the small buttons in the conversation."""
-        self.page.locator("#chat").get_by_role("button", name=name).nth(which).click()
+        self.page.locator(".transcript").get_by_role("button", name=name).nth(which).click()
 
-    def set(self, element: str, value: object) -> None:
-        """Give a slider of the settings a value, and see that the page has taken it: just after the
-        settings have opened, a field may be there before what listens to it."""
-        if not self.page.locator(f"#{element}").is_visible():
-            self.page.locator("#settings button").first.click()
-        number = self.page.locator(f"#{element} input[type=number]")
-        slider = self.page.locator(f"#{element} input[type=range]")
-
-        def is_taken() -> bool:
-            number.fill(str(value))
-            number.blur()
-            return float(slider.input_value()) == float(value) == float(number.input_value())
-
-        wait_with(self.page, is_taken)
+    def set(self, name: str, value: object) -> None:
+        """Choose a setting of the answers by its name in core/settings.js."""
+        self.page.evaluate(
+            """async ([name, value]) => {
+                const { href } = document.querySelector("link[href$='core/settings.js']");
+                (await import(href)).changeSetting(name, value);
+            }""",
+            [name, value],
+        )
 
     def start_over(self) -> None:
-        self.page.locator("#new-conversation").click()
-        self.page.locator("#chat .example").first.wait_for()
+        """Begin a new conversation."""
+        self.page.evaluate("location.hash = '#/chat'")
+        self.page.locator(".welcome .example").first.wait_for()
 
     # -- what it sees ----------------------------------------------------------------------------
 
     def said(self) -> list[tuple[str, str]]:
-        """(who, text) of every bubble with words."""
-        found = self.page.locator("#chat [data-testid=user], #chat [data-testid=bot]").evaluate_all(
-            "all => all.map(one => [one.dataset.testid, one.innerText.trim()])"
+        """(who, text) of every turn with words."""
+        found = self.turns.evaluate_all(
+            """all => all.map(turn => [
+                turn.dataset.role, turn.querySelector(".words").innerText.trim()
+            ])"""
         )
-        return [(who, text) for who, text in found if text]
+        return [("user" if who == "user" else "bot", text) for who, text in found if text]
 
     def pictures(self) -> int:
-        return self.page.locator("#chat .user-row img").count()
+        return self.page.locator(".transcript .turn.user .thumbnail img").count()
 
     def is_idle(self) -> bool:
-        return self.page.locator("#question .stop-button").count() == 0
+        return self.page.locator(".chat-room[data-busy=true]").count() == 0
 
     def answers(self, count: int) -> list[tuple[str, str]]:
         """Wait until so many answers are finished; returns the whole conversation."""
-        wait_with(
-            self.page,
-            lambda: (
-                self.is_idle()
-                and self.page.locator("#chat [data-testid=bot]").count() == count
-                and self.page.locator("#note").inner_text().strip() != ""
-            ),
-        )
+        finished = self.page.locator(".transcript .turn.assistant:not(.pending)")
+        wait_with(self.page, lambda: self.is_idle() and finished.count() == count)
         return self.said()
 
+    def note(self, which: int = -1) -> str:
+        """What stands under an answer, as "1.2 s · 14 tokens/s"."""
+        return self.page.locator(".transcript .turn.assistant .note").nth(which).inner_text()
+
     def conversations(self) -> list[str]:
-        return [
-            text.strip() for text in self.page.locator("#conversations label").all_inner_texts()
-        ]
+        """The titles in the sidebar."""
+        return [text.strip() for text in self.page.locator(".history-title").all_inner_texts()]
 
     def told(self) -> list[str]:
-        """The lines of the messages that are shown, without their headings."""
-        return self.page.locator(".toast-message-text").all_inner_texts()
+        """The lines of the messages that are shown."""
+        return self.page.locator(".toasts .toast p").all_inner_texts()
 
 
 def wait_with(page: Any, happened: Any) -> None:

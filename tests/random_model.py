@@ -6,14 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedConfig, PreTrainedModel
 
 from assistant.answer import Answer
 from assistant.engine import Engine
 from model.base import language_model
 from model.decoder import LanguageModel
-from model.phi3 import decoder_config
-from model.projector import ImageProjector
+from model.families import FAMILIES
+from model.projectors.mlp import MlpProjector
 from model.vlm import VisionLanguageModel
 
 VOCABULARY, DIM = 97, 64
@@ -45,41 +46,99 @@ def longrope_config(crossing: int) -> Phi3Config:
     )
 
 
-def hub_model(config: Phi3Config) -> Phi3ForCausalLM:
+def hub_model(config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' own model, the reference, of random weights."""
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.requires_grad_(False)
 
 
-def ours_of(hub: Phi3ForCausalLM) -> LanguageModel:
+def ours_of(hub: PreTrainedModel) -> LanguageModel:
     """Our decoder with the weights of transformers' model."""
-    config = decoder_config(hub.config.to_dict())
+    family = FAMILIES[hub.config.model_type]
+    config = family.decoder_config(hub.config.to_dict())
     state = {n: t.clone() for n, t in hub.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    return language_model(config, state.items())
+    return language_model(config, family.from_stored(state, config).items())
+
+
+def logits_of(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    """(tokens,) ids of one conversation -> (tokens, vocabulary)."""
+    return packed_logits(model, ids)[0]
 
 
 @torch.no_grad()
-def logits_of(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
-    """(tokens,) ids of one conversation -> (tokens, vocabulary)."""
-    embeddings = model.model.embed_tokens(ids[None])
-    return model.lm_head(model.model(embeddings, torch.arange(len(ids))[None], [len(ids)]))[0]
+def packed_logits(model: LanguageModel, *conversations: torch.Tensor) -> list[torch.Tensor]:
+    """(tokens, vocabulary) of each conversation, all of them packed into one row."""
+    lengths = [len(conversation) for conversation in conversations]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    embeddings = model.model.embed_tokens(torch.cat(conversations)[None])
+    return list(model.lm_head(model.model(embeddings, positions, lengths))[0].split(lengths))
+
+
+@torch.no_grad()
+def cached_logits(model: LanguageModel, tokens: torch.Tensor, cut: list[int]) -> torch.Tensor:
+    """The same of one conversation, fed in pieces of these lengths over a cache."""
+    cache, logits = model.model.empty_cache(), []
+    for piece in tokens.split(cut):
+        positions = torch.arange(cache.length, cache.length + len(piece))[None]
+        embeddings = model.model.embed_tokens(piece[None])
+        hidden = model.model(embeddings, positions, [len(piece)], [cache])
+        logits.append(model.lm_head(hidden)[0])
+    assert cache.length == len(tokens)
+    return torch.cat(logits)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To 1e-5 of the largest number."""
+    size = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * size)
+
+
+def some_ids(vocabulary: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length * 101 + seed)
+    return torch.randint(1, vocabulary, (length,), generator=generator)
+
+
+@st.composite
+def pieces(draw: st.DrawFn, whole: int) -> list[int]:
+    """Lengths that a conversation of `whole` tokens may be fed in."""
+    cut: list[int] = []
+    while sum(cut) < whole:
+        cut.append(draw(st.integers(1, whole - sum(cut))))
+    return cut
+
+
+def assert_logits_are_those_of_transformers(
+    config: PreTrainedConfig, vocabulary: int, lengths: Sequence[int], cut: list[int] | None
+) -> None:
+    """Of conversations packed into one row and alone; `cut`: of the first, over a cache."""
+    hub = hub_model(config)
+    ours = ours_of(hub)
+    conversations = [some_ids(vocabulary, length, seed) for seed, length in enumerate(lengths)]
+    for conversation, packed in zip(conversations, packed_logits(ours, *conversations)):
+        with torch.no_grad():
+            expected = hub(conversation[None]).logits[0]
+        assert_near(packed, expected)
+        assert_near(logits_of(ours, conversation), expected)
+    if cut:
+        whole = conversations[0]
+        assert_near(cached_logits(ours, whole, cut), logits_of(ours, whole))
 
 
 def phi(crossing: int) -> VisionLanguageModel:
     """A model that sees pictures, over `reference_phi(crossing)`."""
     language = ours_of(reference_phi(crossing))
-    projector = ImageProjector(FEATURES[1], DIM)
+    projector = MlpProjector(FEATURES[1], DIM)
     for parameter in projector.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return VisionLanguageModel(language, projector, PLACEHOLDER).requires_grad_(False)
 
 
-def reference_phi(crossing: int) -> Phi3ForCausalLM:
+def reference_phi(crossing: int) -> PreTrainedModel:
     return hub_model(longrope_config(crossing))
 
 

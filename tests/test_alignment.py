@@ -20,6 +20,7 @@ from assistant.assistant import Assistant
 from config import replace
 from data.dataset import Question
 from data.features import blank_picture
+from data.pictures import PictureFolders
 from errors import PhiSightError
 from evaluation.questions import add_pictures, answer_questions
 from exports import alignment, measure
@@ -121,14 +122,15 @@ def test_one_picture_cannot_be_swapped():
 def test_a_program_is_shown_the_same_pictures_as_the_run():
     probe = exporting.probe()
     name = probe.prompts[0].images[0]
+    folders = PictureFolders([runs.world() / "images"])
     shown = {
-        condition: alignment.pictures_under(condition, probe, runs.world() / "images")(name)
+        condition: alignment.pictures_under(condition, probe, folders)(name)
         for condition in ("right", "swapped", "blank")
     }
     assert shown["blank"].tobytes() == blank_picture().tobytes()
     assert shown["right"].tobytes() != shown["swapped"].tobytes()
     other = alignment.swapped_pictures(probe)[name]
-    again = alignment.pictures_under("right", probe, runs.world() / "images")(other)
+    again = alignment.pictures_under("right", probe, folders)(other)
     assert shown["swapped"].tobytes() == again.tobytes()
 
 

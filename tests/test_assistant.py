@@ -20,10 +20,11 @@ from reading import read_all
 
 import infer
 from assistant.answer import Answer
-from assistant.assistant import Assistant, Blocked
+from assistant.assistant import Assistant
 from assistant.caches import LeastRecentlyUsed
 from assistant.filter import WordFilter
 from assistant.messages import answer_message, user_message
+from assistant.refusals import Blocked
 from assistant.sampling import Sampling
 from errors import PhiSightError
 from speech.recordings import read_audio
@@ -591,8 +592,11 @@ def test_any_line_is_asked_or_has_its_error(line):
         (["--batch", "a.jsonl"], "--batch and --out belong together"),
         (["--prompt", "a", "--chat"], "give one of"),
         (["--chat", "--image", "a.png"], "belong to one question"),
+        (["--prompt", "a", "--denoise"], "--denoise: is about a recording"),
+        (["--prompt", "a", "--language", "en"], "--language: is about a recording"),
         (["--prompt", "a", "--stop", ""], "--stop: is empty"),
         (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
+        (["--prompt", "a", "--no-repeat-ngram-size", "65"], "--no-repeat-ngram-size 65: must be"),
         (["--prompt", "a", "--content-filter", "nope.txt"], "nope.txt"),
         (["--audio", "nope.wav"], "nope.wav"),
         (["--chat", "--speak", "a.wav"], "belong to one question"),

@@ -18,7 +18,7 @@ from evaluation.attention import attention_shares, probabilities
 from lora.layer import LoRALinear
 from lora.merge import merged_weight
 from model.build import Assembled, assemble
-from model.projector import ImageProjector
+from model.projectors.mlp import MlpProjector
 from model.vlm import VisionLanguageModel
 
 PLACEHOLDER, FEATURES = VOCABULARY - 1, (4, 8)
@@ -47,7 +47,7 @@ def features_of(name: str) -> torch.Tensor:
 
 def small_model(hub: Phi3ForCausalLM) -> VisionLanguageModel:
     torch.manual_seed(1)
-    projector = ImageProjector(FEATURES[1], hub.config.hidden_size)
+    projector = MlpProjector(FEATURES[1], hub.config.hidden_size)
     return VisionLanguageModel(ours_of(hub), projector, PLACEHOLDER).requires_grad_(False).eval()
 
 
@@ -129,7 +129,7 @@ def tiny_batches(tiny: Assembled, store, prepared, in_a_row: int) -> list[tuple[
     ]
     chat, longest = tiny.chat_format, max(len(one.input_ids) for one in samples)
     return meter.packed_batches(
-        samples, in_a_row * longest, store.features_of, chat.end_of_text_id, chat.image_id,
+        samples, in_a_row * longest, store.features_of, chat.padding_id, chat.image_id,
         store.shape, torch.device("cpu"),
     )  # fmt: skip
 

@@ -11,12 +11,19 @@ from random_model import logits_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from errors import PhiSightError
-from model.base import choose_compute_dtype, load_base
+from model.base import load_base
 from model.decoder import Head
-from model.projector import ImageProjector
+from model.devices import choose_compute_dtype
+from model.projectors.mlp import MlpProjector
 from ops import kernels
 from ops.nf4 import PanelLinear, base_weight, bitsandbytes_form, quantised
 
@@ -30,7 +37,7 @@ LONGROPE = {
 }
 
 
-def tiny_config(**changes) -> Phi3Config:
+def tiny_config(kind=Phi3Config, **changes) -> PreTrainedConfig:
     fields = dict(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -44,13 +51,14 @@ def tiny_config(**changes) -> Phi3Config:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return Phi3Config(**(fields | changes))
+    return kind(**(fields | changes))
 
 
 def save_model(folder, shard_size="1GB", **changes):
-    """A random Phi-3 in bfloat16 and a tokenizer, laid out as on the hub."""
+    """A random model in bfloat16 and a tokenizer, laid out as on the hub; Phi-3, or of another
+    `kind` of config."""
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(tiny_config(**changes))
+    model = AutoModelForCausalLM.from_config(tiny_config(**changes))
     for parameter in model.parameters():  # norms too: all ones would hide a norm never loaded
         nn.init.normal_(parameter, std=0.2)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard_size)
@@ -190,7 +198,7 @@ def test_a_weight_is_quantised_to_the_bits_of_bitsandbytes(dtype, blocksize):
     weight = torch.randn(48, 192, generator=generator).to(dtype)
     weight[0] = 0  # blocks of zeros, of equal numbers, and of tiny and great ones
     weight[1], weight[2], weight[3] = -1.5, 6e-5, 6e4
-    packed, state = quantised(weight, blocksize)
+    packed, state = quantised(weight, blocksize, torch.device("cpu"))
     theirs, wanted = bnb.functional.quantize_4bit(
         weight, blocksize=blocksize, compress_statistics=False, quant_type="nf4"
     )
@@ -246,7 +254,11 @@ def to_index(folder, content):
 BREAKS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: it is missing; .*token"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: .*download"),
-    "other model": (lambda f: edit_config(f, model_type="llama"), "'llama', not 'phi3'"),
+    "other model": (
+        lambda f: edit_config(f, model_type="gpt_neox"),
+        r"'gpt_neox', which no family of bases has; give a model of 'phi3' \(Phi-3\), 'llama'",
+    ),
+    "other family": (lambda f: edit_config(f, model_type="llama"), "missing .*q_proj.weight"),
     "bad field": (lambda f: edit_config(f, hidden_size="x"), "config.json: .*hidden_size"),
     "bad rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear"}), "config.json:"),
     "no heads": (lambda f: edit_config(f, num_attention_heads=0), "config.json:"),
@@ -332,7 +344,7 @@ def test_compute_dtype_follows_the_device(monkeypatch):
 
 
 def test_projector_is_linear_gelu_linear_and_seeded():
-    projector = ImageProjector(6, 8)
+    projector = MlpProjector(6, 8)
     assert [n for n, _ in projector.named_parameters()] == [
         "linear_1.weight",
         "linear_1.bias",

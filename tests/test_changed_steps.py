@@ -4,6 +4,7 @@ they could end without having trained anything."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -270,6 +271,15 @@ def test_a_rate_too_small_to_move_anything_is_told(tmp_path, capsys):
     said = said_warnings(capsys)
     # B begins at 0 and moves by any step; the projector's weights are too large for this one.
     assert len(said) == 1 and "'projector' did not move in any step" in said[0]
+
+
+def test_text_alone_is_told_to_leave_the_projector_out(tmp_path, capsys):
+    records = [{"instruction": f"Say {n}.", "input": "", "output": "two"} for n in range(8)]
+    (tmp_path / "text.json").write_text(json.dumps(records))
+    fields = runs.SHORT | {"data": tmp_path / "text.json", "validation_fraction": 0.0}
+    runs.start(tmp_path / "run", **fields | {"log_steps": 25})
+    [warning] = said_warnings(capsys)
+    assert "the data have no picture, and --no-train-projector leaves it out" in warning
 
 
 def test_steps_that_were_all_skipped_are_told(tmp_path, capsys, monkeypatch):

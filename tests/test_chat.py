@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.chat import (
-    LONG_TEXT,
-    MARKS,
     ChatFormat,
     Limits,
     first_exchange,
@@ -21,7 +19,9 @@ from data.chat import (
     render,
     render_to_limit,
 )
+from data.chat_forms.phi3 import PHI3
 from data.dataset import Message, Part
+from data.words import LONG_TEXT
 from errors import PhiSightError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,12 +146,12 @@ def test_generation_prompt_continues_into_the_training_ids(chat_format):
         assert not any(prompt.supervised[-1:])
 
 
-special = [*MARKS, "<s>", "</s>", "<unk>", "<|placeholder2|>"]
+special = [*PHI3.marks, "<s>", "</s>", "<unk>", "<|placeholder2|>"]
 
 
 @pytest.mark.parametrize("typed", special)
 def test_typed_special_tokens_stay_text(tokenizer, chat_format, typed):
-    frame = [chat_format.user_id, chat_format.end_id, chat_format.end_of_text_id]
+    frame = [*chat_format.openings["user"], *chat_format.closing, *chat_format.ending]
     reserved = set(tokenizer.added_tokens_decoder)
     for text in (typed, f"Hi{typed}\n<|assistant|>\nYes", f" {typed} x"):
         ids = render((Message("user", (Part("text", text),)),), chat_format).input_ids
@@ -314,7 +314,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
 @pytest.mark.parametrize("piece", ["What colour is the star? ", "👩‍👩‍👧", "a", " \n<|end|>"])
 def test_a_long_text_has_the_ids_that_the_tokenizer_gives_it(chat_format, piece):
     text = (piece * LONG_TEXT)[: 2 * LONG_TEXT]
-    encoded = chat_format.text_encoder.encode(text.strip(), add_special_tokens=False)
+    encoded = chat_format.text_encoder.tokenizer.encode(text.strip(), add_special_tokens=False)
     assert chat_format.encode_text(text) == encoded.ids
 
 

@@ -461,7 +461,10 @@ def test_show_verify_and_diff(tmp_path, capsys):
     assert set(shown["owners"]) == set(checkpoints.OWNERS.values())
     assert shown["trainer_state"]["finished"]
     assert checkpoints.main(["show", str(run)]) == 0
-    assert "verified" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "verified" in told
+    assert f"\nbase: {shown['base']}\nvision: {shown['vision']}\nprojector: mlp, " in told
+    assert [Path(shown[member]).name for member in ("base", "vision")] == ["phi3", "clip"]
     assert checkpoints.main(["verify", str(run)]) == 0
     assert capsys.readouterr().out.count("intact") == 3  # the log and two checkpoints
     older, newest = checkpoints.checkpoints_in(run)

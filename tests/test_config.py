@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import config as configs
+import config_values
 from config import Config
 from errors import PhiSightError
+from fields import DATA
 from paths import need_file
 from training.options import add_config_flags, config_from_options, given_fields
 
@@ -62,7 +64,7 @@ def test_without_flags_a_config_is_its_preset():
 def test_every_preset_is_valid_and_of_the_right_types(preset):
     config = configs.default_config(preset)
     configs.validate(config)
-    assert configs.from_dict(configs.to_dict(config), preset) == config
+    assert config_values.from_dict(config_values.to_dict(config), preset) == config
     assert configs.PRESETS[preset].keys() <= KINDS.keys()
 
 
@@ -105,8 +107,8 @@ def test_a_flag_that_was_a_boolean_once_takes_what_it_took(typed, value):
 
 @pytest.mark.parametrize(("old", "new"), [(True, "layers"), (False, "none")])
 def test_files_from_before_a_field_had_words_mean_what_they_meant(old, new, tmp_path):
-    saved = configs.to_dict(GOOD) | {"gradient_checkpointing": old}
-    assert configs.from_dict(saved, "an old checkpoint").gradient_checkpointing == new
+    saved = config_values.to_dict(GOOD) | {"gradient_checkpointing": old}
+    assert config_values.from_dict(saved, "an old checkpoint").gradient_checkpointing == new
     file = tmp_path / "old.toml"
     file.write_text(f"gradient_checkpointing = {str(old).lower()}\n")
     assert config_of("--config", str(file)).gradient_checkpointing == new
@@ -149,6 +151,8 @@ def values_of(field: dataclasses.Field) -> st.SearchStrategy:
     """Valid values of a field."""
     special = {
         "lora_dropout": SHARES,
+        "projector_dropout": SHARES,
+        "projector_queries": st.integers(1, 4096),
         "evaluation_samples": st.integers(0, 16),
         "warmup_fraction": SHARES,
         "adam_beta1": SHARES,
@@ -160,6 +164,11 @@ def values_of(field: dataclasses.Field) -> st.SearchStrategy:
         "seed": st.integers(0, 2**32 - 1),
         "threads": st.integers(0, 1024),
         "lora_targets": st.tuples(NAMES, NAMES),
+        # At least one: a flag that is not typed leaves the preset's.
+        "data": st.lists(WORDS.filter(lambda word: word and DATA.hold((word,))), min_size=1).map(
+            tuple
+        ),
+        "images": st.lists(WORDS.filter(bool), min_size=1).map(tuple),
     }
     if field.name in special:
         return special[field.name]
@@ -174,17 +183,20 @@ CONFIGS = st.builds(Config, **{field.name: values_of(field) for field in FIELDS}
 
 def typed(config: Config) -> list[str]:
     """The flags that spell out a config."""
-    return [
-        f"{flag_of(name)}={','.join(value) if isinstance(value, tuple) else value}"
-        for name, value in vars(config).items()
-    ]
+    flags = []
+    for name, value in vars(config).items():
+        each = [value] if not isinstance(value, tuple) else value
+        if name == "lora_targets":
+            each = [",".join(value)]
+        flags += [f"{flag_of(name)}={text}" for text in each]
+    return flags
 
 
 @given(CONFIGS)
 def test_flags_and_json_give_a_config_back(config):
     assert config_of(*typed(config)) == config
-    written = json.loads(json.dumps(configs.to_dict(config)))
-    assert configs.from_dict(written, "here") == config
+    written = json.loads(json.dumps(config_values.to_dict(config)))
+    assert config_values.from_dict(written, "here") == config
 
 
 @given(CONFIGS)
@@ -198,43 +210,44 @@ def test_what_was_typed_and_nothing_else_is_known_as_given(config):
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_a_field_of_another_type_is_refused_by_name(field):
-    for wrong in (None, {"a": 1}, [1], "text" if KINDS[field.name] is not str else 3, 2 + 0.5):
+    takes_text = KINDS[field.name] is str or field.metadata["repeated"]
+    for wrong in (None, {"a": 1}, [1], 3 if takes_text else "text", 2 + 0.5):
         if wrong == 2.5 and KINDS[field.name] is float:
             continue
         with pytest.raises(PhiSightError, match=f"somewhere: config field {field.name} is "):
-            configs.from_dict(configs.to_dict(GOOD) | {field.name: wrong}, "somewhere")
+            config_values.from_dict(config_values.to_dict(GOOD) | {field.name: wrong}, "somewhere")
 
 
 def test_true_is_no_number_and_a_whole_number_is_a_float():
     for name in ("batch_size", "learning_rate"):
         with pytest.raises(PhiSightError, match=name):
-            configs.from_dict(configs.to_dict(GOOD) | {name: True}, "here")
-    config = configs.from_dict(configs.to_dict(GOOD) | {"lora_alpha": 8}, "here")
+            config_values.from_dict(config_values.to_dict(GOOD) | {name: True}, "here")
+    config = config_values.from_dict(config_values.to_dict(GOOD) | {"lora_alpha": 8}, "here")
     assert type(config.lora_alpha) is float
 
 
 def test_missing_and_unknown_fields_are_refused_by_name():
-    values = configs.to_dict(GOOD)
+    values = config_values.to_dict(GOOD)
     del values["seed"]
     with pytest.raises(PhiSightError, match="here: .*lacks.*'seed'.*unknown.*'sead'"):
-        configs.from_dict(values | {"sead": 1}, "here")
+        config_values.from_dict(values | {"sead": 1}, "here")
 
 
 def test_a_checkpoint_from_before_the_field_that_no_training_depends_on_is_read():
-    values = configs.to_dict(GOOD)
+    values = config_values.to_dict(GOOD)
     del values["speech"]
-    assert configs.from_dict(values, "here") == configs.replace(GOOD, speech="base")
+    assert config_values.from_dict(values, "here") == configs.replace(GOOD, speech="base")
 
 
 def test_a_checkpoint_from_before_the_base_was_cached_used_no_cache():
-    values = configs.to_dict(GOOD)
+    values = config_values.to_dict(GOOD)
     del values["base_cache"]
-    assert configs.from_dict(values, "here") == configs.replace(GOOD, base_cache="")
+    assert config_values.from_dict(values, "here") == configs.replace(GOOD, base_cache="")
 
 
 def test_a_whole_number_that_no_float_can_hold_is_refused():
     with pytest.raises(PhiSightError, match="here: config field lora_alpha is 1000"):
-        configs.from_dict(configs.to_dict(GOOD) | {"lora_alpha": 10**400}, "here")
+        config_values.from_dict(config_values.to_dict(GOOD) | {"lora_alpha": 10**400}, "here")
 
 
 def test_the_fields_that_no_result_depends_on():
@@ -242,6 +255,7 @@ def test_the_fields_that_no_result_depends_on():
     assert set(configs.fields_without_effect()) == {
         "run",
         "features",
+        "unpacked",
         "base_cache",
         "save_steps",
         "save_every_minutes",
@@ -257,18 +271,24 @@ def test_the_fields_that_no_result_depends_on():
 
 def test_values_from_a_file_are_validated_too():
     with pytest.raises(PhiSightError, match="--lora-rank must be at least 1, not 0"):
-        configs.from_dict(configs.to_dict(GOOD) | {"lora_rank": 0}, "here")
+        config_values.from_dict(config_values.to_dict(GOOD) | {"lora_rank": 0}, "here")
 
 
 # -- validation -----------------------------------------------------------------------------------
 
 NAN, INFINITY = float("nan"), float("inf")
 BAD: dict[str, tuple] = {
+    "images": [("a", "")],
     "quantization": ("int8", ""),
     "vision_features": ("all",),
     "lora_rank": (0, -1),
     "lora_alpha": (0.0, -1.0, NAN, INFINITY),
     "lora_dropout": (-0.1, 1.0, NAN),
+    "lora_plus_ratio": (0.0, -1.0, NAN, INFINITY),
+    "projector_learning_rate": (-0.1, NAN, INFINITY),
+    "projector_dropout": (-0.1, 1.0, NAN),
+    "projector": ("perceiver", ""),
+    "projector_queries": (0, -1, 4097),
     "lora_targets": ((),),
     "data_fraction": (0.0, 1.1, NAN),
     "validation_fraction": (-0.1, 1.0, NAN),
@@ -298,6 +318,7 @@ BAD: dict[str, tuple] = {
     "keep_checkpoints": (0,),
     "log_steps": (0,),
     "run": ("",),
+    "data": (("a.json", "b.json:0"), ("c.json:0.0",), ("a.json", "")),
     "device": ("tpu",),
     "compute_type": ("int4",),
     "threads": (-1, 1025),
@@ -314,8 +335,7 @@ FREE = {  # any value of the right type is one; whether it is there is found out
     "vision",
     "vision_revision",
     "vision_layer",
-    "data",
-    "images",
+    "unpacked",
     "held_out_questions",
     "novel_pair_questions",
     "strict",
@@ -324,6 +344,7 @@ FREE = {  # any value of the right type is one; whether it is there is found out
     "deterministic",
     "train_lora",
     "train_projector",
+    "rank_stabilized",
     "pack",
     "start_from",
     "base_cache",
@@ -381,6 +402,6 @@ def test_the_tiny_preset_points_at_the_assets_of_this_project():
 
 
 def test_checkpoints_from_before_the_choice_go_on_cropping_their_pictures():
-    saved = configs.to_dict(GOOD)
+    saved = config_values.to_dict(GOOD)
     assert saved.pop("picture_fit") == "pad"
-    assert configs.from_dict(saved, "an old checkpoint").picture_fit == "crop"
+    assert config_values.from_dict(saved, "an old checkpoint").picture_fit == "crop"

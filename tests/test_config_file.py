@@ -15,8 +15,10 @@ from test_config import CONFIGS, FIELDS, GOOD, config_of
 
 import checkpoints
 import config as configs
+import config_values
 import train
 from errors import PhiSightError
+from training import options
 from training.config_file import FILE_LIMIT, read_config_file, to_toml
 
 CONTROLS = "\x00\x07\b\t\n\r\x1b\x7f\x85\u2028 \U0001f600"
@@ -60,7 +62,7 @@ def test_a_whole_number_will_do_for_a_float():
 
 
 def test_a_name_that_is_not_unicode_is_refused():
-    with pytest.raises(PhiSightError, match="--images 'a.udcff': .*rename"):
+    with pytest.raises(PhiSightError, match=r"--images \['a.+udcff'\]: .*rename"):
         to_toml(configs.replace(GOOD, images="a\udcff"))
 
 
@@ -154,7 +156,7 @@ def test_with_resume_it_is_the_config_that_the_resume_would_use(tmp_path, capsys
     run = runs.copy_of(runs.stopped_run(), tmp_path)
     before = runs.contents(run)
     resuming = ["--resume", "--run", str(run), "--save-steps", "7"]
-    saved = configs.from_dict(checkpoints.resolve(run).config["config"], "here")
+    saved = config_values.from_dict(checkpoints.resolve(run).config["config"], "here")
     expected = configs.replace(saved, run=str(run), save_steps=7)
     assert reread(printed(capsys, *resuming)) == expected
     assert reread(printed(capsys, *resuming, "--resume-if-any")) == expected
@@ -173,3 +175,19 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):
     with pytest.raises(PhiSightError, match="no checkpoint in"):
         train.main(["--print-config", "--resume", "--run", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "reason"),
+    [
+        ("--run", "a\udcff", "has bytes that are not UTF-8; rename it"),
+        ("--images", "\udcff/b", "has bytes that are not UTF-8; rename it"),
+        ("--run", "a" * 300, "is longer than a path can be"),
+    ],
+)
+def test_a_path_that_no_checkpoint_could_name_is_told_before_anything_is_loaded(
+    flag, value, reason
+):
+    with pytest.raises(PhiSightError, match=reason) as caught:
+        options.parse([flag, value])
+    assert str(caught.value).startswith(flag) and str(caught.value).isprintable()

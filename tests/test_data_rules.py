@@ -11,6 +11,7 @@ import runs
 
 import checkpoints
 import config as configs
+import config_values
 from assistant.assistant import Assistant
 from errors import PhiSightError
 from exports.measure import make_probe
@@ -40,10 +41,10 @@ def test_a_run_from_before_the_field_goes_on_with_its_own_split(
     whole, old = tmp_path / "whole", tmp_path / "old"
     runs.start(whole, split_by="name", **fields)
 
-    to_dict = configs.to_dict
+    to_dict = config_values.to_dict
     with monkeypatch.context() as before:
         before.setattr(
-            configs,
+            config_values,
             "to_dict",
             lambda config: {n: v for n, v in to_dict(config).items() if n != "split_by"},
         )

@@ -19,6 +19,7 @@ from data.dataset import (
     load_questions,
     write_quarantine,
 )
+from data.record_keys import MALFORMED
 from data.splits import split_by_image, take_fraction
 from errors import PhiSightError
 
@@ -87,8 +88,8 @@ def test_messages_form_and_id_from_content():
         ([], "empty, not an object"),
         ("text", "text, not an object"),
         (None, "missing, not an object"),
-        ({}, "one of `conversations` and `messages`"),
-        (GOOD | {"messages": []}, "one of `conversations` and `messages`"),
+        ({}, "none of the forms that are read: `conversations`; `messages`; `query`"),
+        (GOOD | {"messages": []}, "it has `conversations` and `messages`; keep one of them"),
         (GOOD | {"images": ["a.jpg"]}, "both `image` and `images`"),
         (GOOD | {"conversations": []}, "empty, not a list"),
         (GOOD | {"conversations": {"from": "human"}}, "not a list"),
@@ -111,12 +112,12 @@ def test_messages_form_and_id_from_content():
         (record(("human", "<image>"), ("gpt", "b"), ("gpt", "c")), "turn 3 is the assistant's"),
         (record(("human", "<image>"), ("gpt", "b"), ("system", "c")), "turn 3 is the system's"),
         (record(("human", "<image>"), ("gpt", "b"), ("human", "c")), "has no answer"),
-        (record(("human", "q"), ("gpt", "<image>")), "assistant's text"),
+        (record(("human", "<image>"), ("gpt", [{"type": "image"}])), "assistant's text"),
         (record(image=...), "0 picture(s) but 1 <image>"),
         (record(image=None), "0 picture(s) but 1 <image>"),
         (record(image=["a", "b", "c"]), "3 picture(s) but 1 <image>"),
         (record(image=5), "name is a number"),
-        (record(image=""), "not a file name"),
+        (record(image=""), "0 picture(s) but 1 <image>"),
         (record(image="."), "not a file name"),
         (record(image="a\0b"), "not a file name"),
         (record(image="/etc/passwd"), "outside"),
@@ -205,10 +206,14 @@ def test_a_file_of_any_json_loses_only_its_bad_records(tmp_path_factory, values)
         (b"hello", "not JSON"),
         (b"5", "a number, not a list"),
         (b"[]", "no usable record among 0"),
-        (b'[{"id": 1}]', "no usable record among 1, the first (d.json record 1): it must"),
+        (
+            b'[{"id": 1}]',
+            "no usable record among 1, the first (d.json record 1): it has turns in none",
+        ),
         (b"{}", "no usable record"),
         (b'{\n"id": 1}', "neither a JSON list nor one JSON object a line"),
         (b"\xff\xfe\0", "not UTF-8"),
+        (b"PK\x03\x04\x14\0\0\0\x08\0\xff", "not text, and of none of the kinds"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[" + b"1" * 5000 + b"]", "a number is too long"),
     ],
@@ -224,7 +229,7 @@ def test_bad_file(tmp_path, content, reason):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(PhiSightError, match="no such file"):
         read_all(tmp_path / "none.json")
-    with pytest.raises(PhiSightError, match="cannot be read"):
+    with pytest.raises(PhiSightError, match="holds no data that is read"):
         read_all(tmp_path)
 
 
@@ -247,7 +252,8 @@ def test_repeated_ids_are_fine(tmp_path):
 
 def test_quarantine_file_is_whole_or_absent(tmp_path):
     path = tmp_path / "new" / "q.jsonl"
-    entries = [Quarantined("line 1", "\ud800", "bad"), Quarantined("line 2", "", "worse")]
+    reasons = (("line 1", "\ud800", "bad"), ("line 2", "", "worse"))
+    entries = [Quarantined(*reason, MALFORMED) for reason in reasons]
     write_quarantine(path, entries)
     assert [Quarantined(**json.loads(line)) for line in path.read_text().splitlines()] == entries
     write_quarantine(path, entries[:1])

@@ -23,7 +23,7 @@ from errors import PhiSightError
 from exports.llama_cpp import language
 from exports.llama_cpp.asked import find_llama
 from model.decoder import LanguageModel
-from model.phi3 import decoder_config
+from model.families import PHI3
 from ops.nf4 import bitsandbytes_form
 
 SMALL = phi_config(2) | {
@@ -131,8 +131,8 @@ def test_the_random_base_is_of_its_shape():
 def test_llama_cpp_is_given_as_many_weights(tied):
     raw = SMALL | {"tie_word_embeddings": tied}
     with torch.device("meta"):
-        ours = sum(p.numel() for p in LanguageModel(decoder_config(raw)).parameters())
-    shapes = language.shapes_of(decoder_config(raw))
+        ours = sum(p.numel() for p in LanguageModel(PHI3.decoder_config(raw)).parameters())
+    shapes = language.shapes_of(PHI3.decoder_config(raw))
     theirs = {name: math.prod(shape) for name, shape in shapes.items()}
     factors = [theirs.pop(f"rope_factors_{kind}.weight") for kind in ("long", "short")]
     assert factors == [48, 48]
@@ -143,7 +143,7 @@ def test_the_gguf_has_the_tensors_of_the_shape(tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf, which writes llama.cpp's files, is absent")
     path, again = tmp_path / "a.gguf", tmp_path / "b.gguf"
     config = SMALL | {"hidden_size": 256, "rope_scaling": None}
-    written = decoder_config(config)
+    written = PHI3.decoder_config(config)
     llama_cpp_side.write(path, written)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for name, shape in language.shapes_of(written).items():

@@ -9,12 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_model import hub_model, ours_of
+from random_model import (
+    assert_logits_are_those_of_transformers,
+    hub_model,
+    logits_of,
+    ours_of,
+    packed_logits,
+    pieces,
+    some_ids,
+)
 from transformers import Phi3Config
 
 import ops
 from model.cache import BLOCK, KeyValues
-from model.decoder import LanguageModel
 from ops import cpu, cpu_inference, kernels, plain
 from ops.nf4 import dense_weight
 
@@ -49,39 +56,6 @@ def small_config(
     )
 
 
-def ids(length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(
-        1, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length * 101 + seed)
-    )
-
-
-@torch.no_grad()
-def logits_of(model: LanguageModel, *conversations: torch.Tensor) -> list[torch.Tensor]:
-    """(tokens, vocabulary) of each conversation, all of them packed into one row."""
-    lengths = [len(conversation) for conversation in conversations]
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    embeddings = model.model.embed_tokens(torch.cat(conversations)[None])
-    return list(model.lm_head(model.model(embeddings, positions, lengths))[0].split(lengths))
-
-
-@torch.no_grad()
-def cached_logits(model: LanguageModel, tokens: torch.Tensor, cut: list[int]) -> torch.Tensor:
-    """The same of one conversation, fed in pieces of these lengths over a cache."""
-    cache, logits = model.model.empty_cache(), []
-    for piece in tokens.split(cut):
-        positions = torch.arange(cache.length, cache.length + len(piece))[None]
-        embeddings = model.model.embed_tokens(piece[None])
-        hidden = model.model(embeddings, positions, [len(piece)], [cache])
-        logits.append(model.lm_head(hidden)[0])
-    assert cache.length == len(tokens)
-    return torch.cat(logits)
-
-
-def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    size = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * size)
-
-
 configs = st.builds(
     small_config,
     head_dim=st.sampled_from([16, 64, 80, 96, 128]),
@@ -98,22 +72,10 @@ configs = st.builds(
 @given(configs, st.lists(st.integers(1, 40), min_size=1, max_size=4), st.data())
 def test_logits_are_those_of_transformers(config, lengths, data):
     """Packed beside others, alone, and over a cache in pieces of any length."""
-    hub = hub_model(config)
-    ours = ours_of(hub)
-    conversations = [ids(length, seed) for seed, length in enumerate(lengths)]
-    for conversation, packed in zip(conversations, logits_of(ours, *conversations)):
-        with torch.no_grad():
-            expected = hub(conversation[None]).logits[0]
-        assert_near(packed, expected)
-        assert_near(logits_of(ours, conversation)[0], expected)
     # transformers' cache keeps keys that were turned by other factors; so one side of the crossing
-    whole = conversations[0]
-    if config.rope_parameters["rope_type"] == "default" or len(whole) <= 16:
-        cut, left = [], len(whole)
-        while left:
-            cut.append(data.draw(st.integers(1, left)))
-            left -= cut[-1]
-        assert_near(cached_logits(ours, whole, cut), logits_of(ours, whole)[0])
+    one_factor = config.rope_parameters["rope_type"] == "default" or lengths[0] <= 16
+    cut = data.draw(pieces(lengths[0])) if one_factor else None
+    assert_logits_are_those_of_transformers(config, VOCABULARY, lengths, cut)
 
 
 @pytest.mark.parametrize("longrope", [False, True])
@@ -122,8 +84,8 @@ def test_logits_of_one_conversation_are_equal_to_the_bit(longrope):
     hub = hub_model(config)
     for length in (1, 2, 16, 17, 40):
         with torch.no_grad():
-            expected = hub(ids(length)[None]).logits[0]
-        assert torch.equal(logits_of(ours_of(hub), ids(length))[0], expected)
+            expected = hub(some_ids(VOCABULARY, length)[None]).logits[0]
+        assert torch.equal(logits_of(ours_of(hub), some_ids(VOCABULARY, length)), expected)
 
 
 def test_parameters_have_the_names_and_the_order_of_transformers():
@@ -137,16 +99,17 @@ def test_parameters_have_the_names_and_the_order_of_transformers():
 
 def test_a_neighbour_changes_nothing():
     ours = ours_of(hub_model(small_config(longrope=True, kv_heads=2)))
-    short, long, other = ids(9), ids(33), ids(33, 1)
-    first, second = logits_of(ours, short, long), logits_of(ours, short, other)
+    short, long, other = (some_ids(VOCABULARY, *given) for given in ((9,), (33,), (33, 1)))
+    first, second = packed_logits(ours, short, long), packed_logits(ours, short, other)
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
 
 
 def test_every_option_changes_the_logits():
     """What the comparisons above would miss if an option had no effect on such a small model."""
-    plain_one = logits_of(ours_of(hub_model(small_config())), ids(30))[0]
+    ids = some_ids(VOCABULARY, 30)
+    plain_one = logits_of(ours_of(hub_model(small_config())), ids)
     for option in ({"partial": 0.5}, {"longrope": True}, {"window": 5}, {"kv_heads": 2}):
-        changed = logits_of(ours_of(hub_model(small_config(**option))), ids(30))[0]
+        changed = logits_of(ours_of(hub_model(small_config(**option))), ids)
         assert (changed - plain_one).abs().max() > 1e-2, option
 
 

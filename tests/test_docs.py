@@ -1,8 +1,8 @@
 """The commands in the documentation work as they are written.
 
 Every command of a fenced `sh` or `console` block is run in a folder that looks like the project's
-after `make demo`, with a tiny run in place of the demo's; or it stands in NOT_RUN with the reason,
-and then its flags are read by the command's own parser.
+after `make demo`, with a tiny run in place of the demo's, and trainings are cut to a few steps; or
+it stands in NOT_RUN with the reason, and then its flags are read by the command's own parser.
 """
 
 from __future__ import annotations
@@ -39,8 +39,20 @@ MINUTES = "takes minutes"
 FULL_SIZE = "needs a download, a GPU or files of full size"
 EXPORTS = "tests/test_export.py runs it on a run that was trained"
 NEEDS_LLAMA = "needs llama-cpp-python; tests/test_export_gguf.py runs it where that is installed"
+DOCKER = "needs Docker; tests/test_container.py and tools/try_container.py do without"
+CLUSTER = "tests/test_cluster.py does it on one machine"
 HUB = "speaks with the hub; tests/test_hub_runs.py runs it against one on this machine"
+FETCH = "fetches gigabytes; tests/test_fetch.py fetches from a server on this machine"
+IN_VOLUMES = (
+    "docker run --rm --init -v phisight-runs:/phisight/runs -v phisight-cache:/phisight/cache"
+)
+OWN = "mine.json and pictures stand for the reader's own; tests/test_forms.py trains on such"
 NOT_RUN = {
+    "python train.py --run runs/of_the_hub --preset phi35 --data hf:owner/name": "asks the hub:"
+    " tests/test_hub_sets.py trains so from a hub of its own",
+    "python -m data.preflight --data mine.json --images pictures --tokenizer assets/tiny/phi3": OWN,
+    "python train.py --run runs/both --data mine.json --images pictures --data captioned:0.5"
+    " --images captioned": OWN,
     "make demo": WHOLE_SET_UP,
     "make test": WHOLE_SET_UP,
     "make lint": WHOLE_SET_UP,
@@ -49,13 +61,27 @@ NOT_RUN = {
     " own input: tests/test_batch.py runs it as a process",
     "python -m tools.demo": "trains for minutes; it is `make demo`",
     "python -m pytest tests/test_sampler.py": "is a part of this suite",
-    "PHISIGHT_APP_RUN=runs/tiny PHISIGHT_APP_PICTURE=docs/app.png"
-    " python -m pytest tests/test_app.py -k test_its_picture": "writes docs/app.png",
+    "python -m benchmarks.page": MINUTES,
+    "python -m benchmarks.page --json --repeats 9": MINUTES,
+    "python -m pytest tests/test_texts.py tests/test_structure.py": "is a part of this suite",
+    "python -m pytest tests/test_machines.py tests/test_devices.py": "is a part of this suite",
+    "python -m pytest tests/test_app_batch.py tests/test_batch_routes.py": "is in this suite",
+    "python -m pytest tests/test_app_views.py": "is a part of this suite",
+    "PHISIGHT_APP_RUN=runs/tiny PHISIGHT_APP_PICTURES=docs/app"
+    " python -m pytest tests/test_app_views.py": "writes docs/app",
     "PHISIGHT_REPORT=runs/report.html PHISIGHT_REPORT_PICTURE=docs/evaluation.png"
     " python -m pytest tests/test_report_page.py -k test_its_picture": "writes docs/evaluation.png",
     "python train.py --preset phi35 --data llava_instruct_150k.json --images train2017": FULL_SIZE,
+    "python train.py --preset phi35 --base Qwen/Qwen3-0.6B --vision"
+    " google/siglip2-base-patch16-224 --projector resampler --run runs/qwen3-siglip2"
+    " --data llava_instruct_150k.json --images train2017": FULL_SIZE,
     "python -m data.preflight --data llava_instruct_150k.json --images train2017"
     " --tokenizer PHI35": FULL_SIZE,
+    "python -m data.fetch llava-instruct-150k --images train2017 --fraction 0.05": FETCH,
+    "python -m data.fetch llava-instruct-150k --images train2017": FETCH,
+    "cd train2017 && sha256sum --check --quiet SHA256SUMS": FETCH,
+    "python train.py --preset phi35 --data llava_instruct_150k.json --images train2017"
+    " --data-fraction 0.05": FULL_SIZE,
     "torchrun --nproc-per-node 2 -- train.py": "tests/test_ranks.py trains on several processes",
     "python train.py --run runs/whole --max-steps 60 --save-steps 10 --log-steps 10"
     " --evaluate-steps 0": "tests/test_torture.py kills runs and compares them",
@@ -104,6 +130,8 @@ NOT_RUN = {
     "python -m benchmarks.decode --llama-python ../llama/bin/python --smollm2 ../real": MINUTES,
     "python -m venv ../llama": "compiles llama.cpp in the next line",
     "../llama/bin/pip install llama-cpp-python gguf": "compiles llama.cpp, which takes minutes",
+    "python -m benchmarks.members": MINUTES,
+    "python -m benchmarks.members --base qwen3 --encoder siglip": "tests/test_members.py does some",
     "python -m benchmarks.cold_start": "measures; tests/test_commands.py holds what is imported",
     "python -m benchmarks.clip --vision FOLDER": "FOLDER stands for a CLIP's",
     "python -m benchmarks.train_step --layers 2": MINUTES,
@@ -121,12 +149,33 @@ NOT_RUN = {
     " tests/test_benchmark_suite.py compares",
     "python benchmarks/run.py --update --repeat 3": MINUTES,
     "python -m benchmarks.ears": MINUTES,
+    "python -m benchmarks.noise": MINUTES,
     "python -m benchmarks.design_choices --picture docs/design_choices.png": "takes half an hour:"
     " tests/test_design_choices.py runs it small",
+    "torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint first-machine:29500"
+    " --rdzv-id mine --max-restarts 3 --shutdown-timeout 300 -- train.py --run runs/mine"
+    " --resume-if-any": CLUSTER,
+    "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": CLUSTER,
+    "sbatch tools/slurm/phisight.sbatch --run runs/mine --preset phi35"
+    " --data llava_instruct_150k.json --images train2017": CLUSTER,
+    "python -m tools.two_agents": "tests/test_cluster.py runs it short",
+    "docker build --tag phisight .": DOCKER,
+    "docker run --rm --init phisight": DOCKER,
+    f"{IN_VOLUMES} phisight": DOCKER,
+    f"{IN_VOLUMES} phisight python train.py --status runs/tiny": DOCKER,
+    f"{IN_VOLUMES} -p 127.0.0.1:7860:7860 -e PHISIGHT_API_KEY=secret phisight python app.py"
+    " --host 0.0.0.0": DOCKER,
+    f"{IN_VOLUMES} -p 127.0.0.1:8000:8000 -e PHISIGHT_API_KEY=secret phisight python serve.py"
+    " --host 0.0.0.0": DOCKER,
+    "docker build --build-arg TORCH=cuda --tag phisight:cuda .": DOCKER,
+    "docker run --rm --init --gpus all phisight:cuda": DOCKER,
+    "docker build --build-arg PACKAGES=espeak-ng --tag phisight:spoken .": DOCKER,
+    "python -m tools.try_container --build-arg=TORCH=cuda": MINUTES,
     "python sweep.py sweep.toml --list": "tests/test_sweep_plan.py reads the page's own file",
     "python sweep.py sweep.toml --jobs 2 --evaluate": "tests/test_sweep.py runs one as processes",
 }
 SERVERS = ("app.py", "serve.py")
+STEPS = 4  # of a training of a page, at most
 
 
 # A module that another test has imported is run again under the name __main__.
@@ -206,7 +255,7 @@ def test_every_command_that_is_not_run_is_in_the_pages():
 def material(tmp_path_factory) -> Path:
     """What the pages name beside the runs: assets, a small world, questions, a recording."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("assets", "tests", "train.py"):
+    for name in ("assets", "recipes", "tests", "train.py"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "cache").mkdir()
     shutil.copytree(runs.world(), folder / "cache/world")
@@ -256,6 +305,17 @@ def run(python: list[str]) -> int:
     return ended.value.code or 0
 
 
+def shortened(words: list[str]) -> list[str]:
+    """A training of a page, as it is written but for its length: a command that works for
+    STEPS steps works for hundreds."""
+    if words[0] != "train.py" or {"--resume", "--status", "--config"} & set(words):
+        return words
+    if "--max-steps" not in words:
+        return [*words, f"--max-steps={STEPS}"]
+    at = words.index("--max-steps") + 1
+    return [*words[:at], str(min(int(words[at]), STEPS)), *words[at + 1 :]]
+
+
 def run_command(command: Command) -> None:
     words = command.python()
     assert words, f"{command.page.name}:{command.line}: {command.text}: run it, or say why not"
@@ -264,7 +324,7 @@ def run_command(command: Command) -> None:
     if ">" in words:
         words, file = words[: words.index(">")], words[words.index(">") + 1]
     with redirect_stdout(printed):
-        code = run(words)
+        code = run(shortened(words))
     if file:
         Path(file).write_text(printed.getvalue())
     where = f"{command.page.name}:{command.line}: {command.text}"

@@ -16,6 +16,7 @@ from test_config import config_of
 import app
 import checkpoints
 import config as configs
+import config_values
 import evaluate
 import export
 import infer
@@ -24,6 +25,7 @@ import serve
 import train
 from data import preflight
 from errors import PhiSightError
+from fields import as_texts
 from training.config_file import to_toml
 
 OWN = ("base", "vision", "speech", "data", "images", "run", "features")
@@ -52,26 +54,29 @@ def test_in_the_projects_folder_no_path_is_changed():
 def test_from_elsewhere_a_presets_paths_are_the_projects(elsewhere):
     config, plain = config_of(), configs.Config(**configs.PRESETS["tiny"])
     for name in OWN:
-        assert getattr(config, name) == str(runs.ROOT / getattr(plain, name))
+        placed = tuple(str(runs.ROOT / path) for path in as_texts(getattr(plain, name)))
+        assert as_texts(getattr(config, name)) == placed
     assert config.base_cache == ""
-    assert configs.to_dict(config) == configs.plain(plain), "a checkpoint holds what it always did"
-    assert configs.from_dict(configs.plain(plain), "here") == config
+    assert config_values.to_dict(config) == config_values.plain(plain), (
+        "a checkpoint holds what it always did"
+    )
+    assert config_values.from_dict(config_values.plain(plain), "here") == config
     full = config_of("--preset=phi35")
     assert full.base == "microsoft/Phi-3.5-mini-instruct" and full.speech == "base"
-    assert full.base_cache == str(runs.ROOT / "cache/bases") and full.data == ""
+    assert full.base_cache == str(runs.ROOT / "cache/bases") and full.data == ()
 
 
 def test_what_is_typed_is_relative_to_where_it_is_typed(elsewhere):
     (elsewhere / "my base").mkdir()
     config = config_of("--data=x.json", "--run=out", "--base=my base", "--vision=org/clip")
-    assert (config.data, config.run) == ("x.json", "out")
-    written = configs.to_dict(config)
-    assert written["data"] == str(elsewhere / "x.json")
+    assert (config.data, config.run) == (("x.json",), "out")
+    written = config_values.to_dict(config)
+    assert written["data"] == [str(elsewhere / "x.json")]
     assert written["run"] == str(elsewhere / "out")
     assert written["base"] == str(elsewhere / "my base")
     assert written["vision"] == "org/clip", "a name of the hub stays a name"
     inside = config_of(f"--data={runs.ROOT / 'cache/mine.json'}")
-    assert configs.to_dict(inside)["data"] == "cache/mine.json", "the project may be moved"
+    assert config_values.to_dict(inside)["data"] == ["cache/mine.json"], "the project may be moved"
 
 
 PLAIN = st.lists(st.text("abc é_-", min_size=1, max_size=5), min_size=1, max_size=4)
@@ -121,7 +126,7 @@ def test_a_run_from_elsewhere_is_trained_asked_measured_and_exported(
     assert f"go on with: python {runs.ROOT}/train.py --resume --run out/run" in said
     saved = checkpoints.resolve("out/run").config["config"]
     assert saved["base"] == "assets/tiny/phi3" and saved["speech"].startswith("assets/")
-    assert saved["data"] == str(elsewhere / "train.json")
+    assert saved["data"] == [str(elsewhere / "train.json")]
     third = tmp_path / "third"
     third.mkdir()
     for folder in (third, runs.ROOT):
@@ -163,7 +168,7 @@ def test_defaults_of_flags_lie_in_the_project(elsewhere):
         (export.main, ["--run=runs/tiny", "--merge", "--out=a/b"], "no checkpoint in runs/tiny"),
         (export.main, ["--import-peft=gone", "--out=a/b"], "adapter_config.json: is missing"),
         (serve.main, ["--run=runs/tiny", "--port=0"], "no checkpoint in runs/tiny"),
-        (app.main, ["--run=runs/tiny", "--port=0"], "no checkpoint in runs/tiny"),
+        (app.main, ["--run=runs/tiny", "--port=0"], "--run runs/tiny: no such folder"),
         (checkpoints.main, ["show", "runs/tiny"], "no checkpoint in runs/tiny"),
         (checkpoints.main, ["verify", "runs/tiny"], "runs/tiny: no such folder"),
         (preflight.main, ["--data=gone.json"], "gone.json: no such file"),

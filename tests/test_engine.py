@@ -23,8 +23,9 @@ from random_model import (
 
 from assistant.answer import Answer
 from assistant.decoding import Decoding
-from assistant.engine import Busy, Engine
+from assistant.engine import Engine
 from assistant.prefix import CONVERSATIONS, SHORTEST, PrefixCache, token_keys
+from assistant.refusals import Busy
 from assistant.sampling import Sampling
 from assistant.text_stream import TextStream
 from errors import PhiSightError

@@ -48,7 +48,7 @@ def exact(assistant: Assistant, samples: list[RenderedSample], store: FeatureSto
         samples,
         3 * longest,
         store.features_of,
-        assistant.parts.chat_format.end_of_text_id,
+        assistant.parts.chat_format.padding_id,
         assistant.parts.chat_format.image_id,
         store.shape,
         torch.device("cpu"),
@@ -117,7 +117,7 @@ def test_an_evaluation_leaves_the_model_and_the_generators_as_they_were():
     store = store_of(assistant, [question.image for question in questions])
     samples = [sample_of(assistant, question, question.answer) for question in questions]
     longest = max(len(sample.input_ids) for sample in samples)
-    model, padding = assistant.model, assistant.parts.chat_format.end_of_text_id
+    model, padding = assistant.model, assistant.parts.chat_format.padding_id
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         for training in (True, False):
@@ -152,7 +152,7 @@ def test_the_validation_loss_is_a_mean_over_tokens_however_they_are_packed():
                 samples,
                 room,
                 store.features_of,
-                assistant.parts.chat_format.end_of_text_id,
+                assistant.parts.chat_format.padding_id,
                 assistant.parts.chat_format.image_id,
                 store.shape,
                 torch.device("cpu"),
@@ -177,7 +177,7 @@ def test_conversations_without_a_picture_are_no_matter_of_alignment():
         [text_only],
         store,
         len(text_only.input_ids),
-        assistant.parts.chat_format.end_of_text_id,
+        assistant.parts.chat_format.padding_id,
         torch.device("cpu"),
     )
     assert found["alignment"] == {} and found["validation_loss"] > 0

@@ -270,7 +270,7 @@ def test_a_run_without_held_out_questions_is_asked_about_its_validation(assistan
     assert probe.facts["questions_from"] == "validation conversations"
     assert 0 < len(probe.prompts) <= 3
     for prompt in probe.prompts:
-        assert prompt.input_ids[-1] == assistant.parts.chat_format.assistant_id
+        assert prompt.input_ids[-1:] == [*assistant.parts.chat_format.openings["assistant"]]
         assert prompt.images and not any(prompt.supervised)
 
 

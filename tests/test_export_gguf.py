@@ -26,6 +26,7 @@ from exports.llama_cpp import export as gguf_export
 from exports.llama_cpp.vocabulary import SPACE, Kind, vocabulary_of
 from lora.merge import merged_state
 from model.decoder import LanguageModel
+from model.families import PHI3
 from model.vision import load_clip, read_vision_spec
 from tools import llama_cpp as builder
 
@@ -130,7 +131,7 @@ def test_the_file_says_what_it_is_and_of_which_run(assistant, folder):
 
 def test_longrope_goes_along_and_a_window_limits_the_context(tmp_path):
     hub = random_model.longrope_config(64)
-    config = random_model.decoder_config(hub.to_dict())
+    config = PHI3.decoder_config(hub.to_dict())
     assert language.usual_context(config) == 64 and language.context_of(config) == 256
     windowed = dataclasses.replace(config, sliding_window=100)
     assert language.context_of(windowed) == 100
@@ -247,7 +248,7 @@ def test_texts_have_the_ids_that_llama_cpp_is_to_give(assistant):
     samples = [*certificate.samples_of(probe), *probe.prompts]
     texts = certificate.chat_texts(samples, tokenizer, chat_format, "\n")
     assert len(texts) == len(samples)
-    texts += certificate.template_texts(certificate.template_of("\n"), chat_format)
+    texts += certificate.template_texts(certificate.template_of(chat_format, "\n"), chat_format)
     for text, ids in texts:
         assert tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids == ids, text
     shown = texts[-2][0]
@@ -304,7 +305,7 @@ def test_an_interpreter_without_llama_cpp_is_told(tmp_path, monkeypatch):
 def test_what_llama_cpp_cannot_hold_is_refused(assistant):
     config = assistant.parts.base.model.config
     with pytest.raises(PhiSightError, match="8 heads of 32, which are not its width of 128"):
-        language.need_shape(dataclasses.replace(config, head_dim=32))
+        language.architecture_for("phi3", dataclasses.replace(config, head_dim=32))
     pooled = dataclasses.replace(assistant.config, feature_pooling=2)
     blind = dataclasses.replace(assistant.config, vision_features="pooled")
     for other, match in ((pooled, "llama.cpp reads every patch"), (blind, "one pooled vector")):
@@ -325,8 +326,9 @@ def test_marks_have_a_line_end_where_llama_cpp_lets_them_swallow_it(missing, ass
         content["model"]["vocab"]["<other>"] = content["model"]["vocab"].pop(missing)
     vocabulary = vocabulary_of(content, 1280)
     assert vocabulary.line_end == ("" if missing else "\n")
-    template = certificate.template_of(vocabulary.line_end)
-    texts = certificate.template_texts(template, assistant.parts.chat_format)
+    chat_format = assistant.parts.chat_format
+    template = certificate.template_of(chat_format, vocabulary.line_end)
+    texts = certificate.template_texts(template, chat_format)
     end = vocabulary.line_end
     assert texts[-2][0] == f"<|user|>{end}Is<|placeholder1|>a cat?<|end|>{end}<|assistant|>{end}"
 
@@ -357,7 +359,7 @@ def test_the_fault_of_llama_cpp_is_told_from_others(assistant, monkeypatch):
     does, rounded."""
     probe, spec = runs_probe(), assistant.parts.vision
     names = [*dict.fromkeys(name for prompt in probe.prompts for name in prompt.images)][:2]
-    pictures = [certificate.load_image(Path(assistant.config.images) / name) for name in names]
+    pictures = [certificate.load_image(Path(assistant.config.images[0]) / name) for name in names]
     shifted = eyes.embeddings_behind_class(spec, assistant.model, pictures)
     right = assistant.model.projector(torch.stack([probe.store.features_of(n) for n in names]))
 
@@ -398,7 +400,7 @@ def write_random(path: Path, model: LanguageModel, quantise: str = "f16") -> Non
     shapes = language.shapes_of(model.config)
     kinds = {n: (shapes[n], weights.kind_of(n, shapes[n], quantise)) for n, _ in values}
     assert kinds.keys() == shapes.keys()
-    weights.write(path, language.ARCHITECTURE, describe, kinds, values)
+    weights.write(path, language.PHI3.name, describe, kinds, values)
 
 
 @needs_llama

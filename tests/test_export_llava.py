@@ -28,7 +28,7 @@ import exports.requantize
 import infer
 from assistant.assistant import Assistant
 from config import replace
-from data.chat import IMAGE_TOKEN, ChatFormat, load_tokenizer, render
+from data.chat import ChatFormat, load_tokenizer, render
 from data.dataset import Message, Part
 from errors import PhiSightError
 from exports import measure
@@ -117,7 +117,9 @@ def test_the_processor_fits_a_picture_that_is_not_square_as_the_run_does(
     processor = AutoProcessor.from_pretrained(tmp_path)
     wide = pictures()[0].resize((150, 60)).rotate(7)
     for picture in (wide, wide.transpose(Image.Transpose.ROTATE_90), wide.resize((40, 40))):
-        pixels = processor(images=[picture], text=IMAGE_TOKEN, return_tensors="pt")["pixel_values"]
+        pixels = processor(images=[picture], text=processor.image_token, return_tensors="pt")[
+            "pixel_values"
+        ]
         assert torch.equal(pixels, spec.preparation([picture]))
 
 
@@ -210,7 +212,7 @@ def test_the_defaults_of_a_folder_are_those_of_infer(which, llava, merged, assis
     typed = infer.parse(["--prompt", "x"])
     assert set(defaults.eos_token_id) == assistant.stop_ids
     assert defaults.max_new_tokens == typed.max_new_tokens and not defaults.do_sample
-    assert defaults.pad_token_id == assistant.parts.chat_format.end_of_text_id
+    assert defaults.pad_token_id == assistant.parts.chat_format.padding_id
     assert typed.temperature == 0
 
 
@@ -220,7 +222,7 @@ def test_a_folder_that_ends_elsewhere_is_refused(tmp_path, assistant, probe, mon
     tokenizer = assistant.parts.base.tokenizer.full
     words = sorted({id for text in said for id in tokenizer(text).input_ids})
     assert words
-    write = exports.merge.write_phi3
+    write = exports.merge.write_causal_model
 
     def with_other_defaults(folder, *rest):
         write(folder, *rest)
@@ -228,7 +230,7 @@ def test_a_folder_that_ends_elsewhere_is_refused(tmp_path, assistant, probe, mon
         settings = json.loads(path.read_text())
         path.write_text(json.dumps(settings | {"eos_token_id": words}))
 
-    monkeypatch.setattr(exports.merge, "write_phi3", with_other_defaults)
+    monkeypatch.setattr(exports.merge, "write_causal_model", with_other_defaults)
     with pytest.raises(PhiSightError, match="refused, nothing was written"):
         exports.merge.export_merged(
             assistant, tmp_path / "out", torch.float32, probe, Tolerance(0.01, 99)

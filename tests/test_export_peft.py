@@ -8,18 +8,23 @@ from pathlib import Path
 
 import peft
 import pytest
+import random_model
 import runs
 import torch
 from exporting import BASE, VISION, draw, drawn_phi3, logits_of, text_ids
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 import checkpoints
@@ -27,13 +32,15 @@ import export
 from assistant.assistant import Assistant
 from config import default_config
 from errors import PhiSightError
-from exports import peft_adapter
+from exports import peft_adapter, peft_config, peft_import
 from lora.inject import inject
 from lora.merge import merged_state
-from lora.state import lora_state
-from model.base import load_base
+from lora.state import load_lora_state, lora_state
+from model.base import language_model, load_base
 from model.build import model_state
-from model.phi3 import decoder_config
+from model.decoder import DecoderConfig, LanguageModel
+from model.families import FAMILIES, PHI3
+from model.families.fused import PARTS, fused_parts, part_sizes
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +65,10 @@ def as_llama(phi3: Phi3ForCausalLM) -> LlamaForCausalLM:
         **{name: getattr(phi3.config, name) for name in names},
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    rows, state = peft_adapter.part_sizes(decoder_config(phi3.config.to_dict())), {}
+    rows, state = part_sizes(PHI3.decoder_config(phi3.config.to_dict())), {}
     for name, tensor in phi3.state_dict().items():
         kind = name.split(".")[-2]
-        parts = peft_adapter.PARTS.get(kind, (kind,))
+        parts = PARTS.get(kind, (kind,))
         pieces = tensor.split([rows[part] for part in parts]) if len(parts) > 1 else [tensor]
         state |= {name.replace(kind, part): piece for part, piece in zip(parts, pieces)}
     llama = LlamaForCausalLM(config).eval()
@@ -133,7 +140,7 @@ def test_a_split_adapter_does_in_llama_what_the_fused_one_does_in_phi3(tmp_path,
     bare = logits_of(ours, ids)
     layers = inject(
         ours.requires_grad_(False),
-        peft_adapter.PLACES,
+        peft_import.PLACES,
         4,
         6.0,
         0.0,
@@ -143,72 +150,244 @@ def test_a_split_adapter_does_in_llama_what_the_fused_one_does_in_phi3(tmp_path,
         layer.lora_B.data.copy_(draw(*layer.lora_B.shape, seed=number))
     expected = logits_of(ours, ids)
     assert (expected - bare).abs().max() > 1e-2
-    rows = peft_adapter.part_sizes(decoder_config(ours.config.to_dict()))
-    peft_adapter.write_peft(tmp_path, lora_state(ours), rows, default_config("tiny"))
-    names = {name.split(".")[-3] for name in load_file(tmp_path / peft_adapter.WEIGHTS)}
+    decoder = PHI3.decoder_config(ours.config.to_dict())
+    peft_adapter.write_peft(tmp_path, lora_state(ours), decoder, True, default_config("tiny"))
+    names = {name.split(".")[-3] for name in load_file(tmp_path / peft_config.WEIGHTS)}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     theirs = peft_logits(as_llama(drawn_phi3()), tmp_path, ids)
     torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=1e-5)
 
 
+EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def trained_by_peft(model: nn.Module, folder: Path, **settings: object) -> peft.PeftModel:
+    """An adapter over `model`, as PEFT trained and saved it: each layer has an A of its own."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | settings)
+    torch.manual_seed(3)
+    made = peft.get_peft_model(model, config)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(folder)
+    return made
+
+
+def taken_over(folder: Path, base: DecoderConfig) -> peft_import.Imported:
+    tensors = load_file(folder / peft_config.WEIGHTS)
+    settings = peft_config.read_peft_config(folder)
+    return peft_import.lora_from_peft(folder, tensors, base, settings)
+
+
+def with_adapter(model: LanguageModel, found: peft_import.Imported) -> LanguageModel:
+    parts = fused_parts(model.config)
+    inject(model, found.targets, found.rank, found.alpha, 0.0, torch.Generator(), fused=parts)
+    load_lora_state(model, found.state)
+    return model
+
+
 @pytest.mark.parametrize(
-    "targets",
+    ("targets", "ours"),
     [
-        ["q_proj", "v_proj"],
-        ["k_proj", "up_proj", "down_proj"],
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        (["q_proj", "v_proj"], ("q_proj", "v_proj")),
+        (["k_proj", "up_proj", "down_proj"], ("k_proj", "up_proj", "down_proj")),
+        (EVERY, tuple(EVERY)),
     ],
 )
-def test_an_adapter_that_peft_trained_on_llama_names_becomes_a_fused_one(tmp_path, small, targets):
+def test_an_adapter_that_peft_trained_on_llama_names_has_separate_targets(
+    tmp_path, small, targets, ours
+):
     ids = torch.arange(20)[None]
-    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
-    torch.manual_seed(3)
-    theirs = peft.get_peft_model(as_llama(small[0]), settings)
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:  # each part has an A of its own
-            nn.init.normal_(parameter, std=0.1)
-    theirs.save_pretrained(tmp_path)
-    found = peft_adapter.read_peft_config(tmp_path)
-    state, fused, rank = peft_adapter.lora_from_peft(
-        tmp_path,
-        load_file(tmp_path / peft_adapter.WEIGHTS),
-        decoder_config(small[0].config.to_dict()),
-        found["r"],
-        found["lora_alpha"] / found["r"],
+    theirs = trained_by_peft(as_llama(small[0]), tmp_path, target_modules=targets)
+    model = random_model.ours_of(drawn_phi3())
+    found = taken_over(tmp_path, model.config)
+    assert set(found.targets) == set(ours) and (found.rank, found.alpha) == (4, 6)
+    saved = load_file(tmp_path / peft_config.WEIGHTS)
+    assert sorted(map(total, saved.values())) == sorted(
+        total(tensor) for name, tensor in found.state.items() if "lora_" in name
     )
-    ours = drawn_phi3()
-    layers = inject(ours.requires_grad_(False), fused, rank, 1.5 * rank, 0.0, torch.Generator())
-    for name, layer in layers.items():
-        layer.lora_A.data.copy_(state[f"{name}.lora_A"])
-        layer.lora_B.data.copy_(state[f"{name}.lora_B"])
-        assert torch.equal(layer.scaling, state[f"{name}.scaling"])
-    assert state.keys() == lora_state(ours).keys()
     expected = logits_of(theirs, ids)
     assert (expected - logits_of(small[1], ids)).abs().max() > 1e-2
-    torch.testing.assert_close(logits_of(ours, ids), expected, atol=1e-5, rtol=1e-5)
-
-
-@given(
-    st.sets(st.sampled_from(["q_proj", "k_proj", "v_proj"]), min_size=1),
-    st.booleans(),
-    st.integers(1, 3),
-)
-def test_fused_parts_have_the_product_of_each(present, shared, rank):
-    rows = {"q_proj": 5, "k_proj": 2, "v_proj": 3}
-    pairs = {
-        part: {
-            "A": draw(rank, 7, seed=0 if shared else place + 1),
-            "B": draw(rows[part], rank, seed=place + 9),
-        }
-        for place, part in enumerate(rows)
-        if part in present
-    }
-    down, up = peft_adapter.fuse(pairs, "qkv_proj", rows)
-    wanted = torch.cat(
-        [pairs[p]["B"] @ pairs[p]["A"] if p in pairs else torch.zeros(rows[p], 7) for p in rows]
+    torch.testing.assert_close(
+        logits_of(with_adapter(model, found), ids), expected, atol=1e-5, rtol=1e-5
     )
-    torch.testing.assert_close(up @ down, wanted, atol=1e-6, rtol=1e-6)
-    assert len(down) == (rank if shared else rank * len(pairs))
+
+
+def total(tensor: torch.Tensor) -> float:
+    return tensor.double().sum().item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank"),
+    [
+        ({"use_rslora": True}, 4),
+        ({"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 12}}, 8),  # of one scale
+        ({"rank_pattern": {"layers.1.mlp.up_proj": 2, "o_proj": 1}}, 4),  # of 2 and 4 times it
+        ({"alpha_pattern": {"layers.0.self_attn.v_proj": 24}, "use_rslora": True}, 4),
+        ({"layers_to_transform": [1]}, 4),
+    ],
+)
+def test_what_peft_writes_for_ranks_and_scales_is_computed_as_there(
+    tmp_path, small, settings, rank
+):
+    ids = torch.arange(20)[None]
+    theirs = trained_by_peft(as_llama(small[0]), tmp_path, target_modules=EVERY, **settings)
+    model = random_model.ours_of(drawn_phi3())
+    found = taken_over(tmp_path, model.config)
+    assert found.rank == rank
+    expected, got = logits_of(theirs, ids), logits_of(with_adapter(model, found), ids)
+    assert (expected - logits_of(small[1], ids)).abs().max() > 1e-2
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_scales_that_would_round_are_refused(tmp_path, small):
+    trained_by_peft(as_llama(small[0]), tmp_path, target_modules=EVERY, rank_pattern={"v_proj": 3})
+    message = (
+        "adapter_config.json: B A is scaled by 2 in v_proj of layer 0 and by 1.5 elsewhere; a run"
+        " has one scale, and B cannot take up the difference to the bit; merge it with PEFT and use"
+        " the result as base"
+    )
+    with pytest.raises(PhiSightError, match=message):
+        taken_over(tmp_path, random_model.ours_of(small[0]).config)
+
+
+def test_a_layer_that_is_whole_goes_in_by_part_where_another_is_in_parts(tmp_path, small):
+    """Phi-3's names in one layer and Llama's in the other: B of the whole one is cut by rows."""
+    trained_by_peft(as_llama(small[0]), tmp_path, target_modules=["q_proj", "k_proj", "v_proj"])
+    path, base = tmp_path / peft_config.WEIGHTS, random_model.ours_of(small[0]).config
+    before = taken_over(tmp_path, base).state
+
+    def join_the_first(tensors: dict) -> None:
+        place = "base_model.model.model.layers.0.self_attn."
+        ups = [tensors.pop(f"{place}{part}.lora_B.weight") for part in PARTS["qkv_proj"]]
+        downs = [tensors.pop(f"{place}{part}.lora_A.weight") for part in PARTS["qkv_proj"]]
+        tensors[f"{place}qkv_proj.lora_B.weight"] = torch.cat(ups)
+        tensors[f"{place}qkv_proj.lora_A.weight"] = downs[0]
+
+    change_tensors(path, join_the_first)
+    found = taken_over(tmp_path, base)
+    assert found.targets == PARTS["qkv_proj"]
+    place = "model.layers.0.self_attn.qkv_proj"
+    for part in PARTS["qkv_proj"]:
+        assert torch.equal(found.state[f"{place}.{part}.lora_B"], before[f"{place}.{part}.lora_B"])
+        assert torch.equal(found.state[f"{place}.{part}.lora_A"], before[f"{place}.q_proj.lora_A"])
+
+
+# -- adapters of models that see ------------------------------------------------------------------
+
+TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+SEEING = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28,
+          "num_attention_heads": 2, "patch_size": 14, "projection_dim": 32}  # fmt: skip
+IN_TEXT = r".*language_model.*\.(q_proj|v_proj|o_proj|up_proj|qkv_proj|down_proj)"
+
+
+def llava_over(text: PreTrainedConfig) -> nn.Module:
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=CLIPVisionConfig(**SEEING), text_config=text, image_token_id=95)
+    )
+
+
+def qwen2_vl() -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=TEXT | {"rope_parameters": rope}, vision_config=vision)
+    )
+
+
+SEEING_MODELS = {
+    "LLaVA over Phi-3": (lambda: llava_over(Phi3Config(**TEXT)), "phi3"),
+    "LLaVA over Llama": (lambda: llava_over(LlamaConfig(**TEXT)), "llama"),
+    "Qwen2-VL": (qwen2_vl, "qwen2"),
+}
+
+
+@pytest.mark.parametrize("name", SEEING_MODELS)
+def test_an_adapter_of_the_language_model_within_a_seeing_one_is_taken_over(tmp_path, name):
+    """Trained and saved by PEFT over the whole model; the text's logits are those of the whole."""
+    make, family = SEEING_MODELS[name]
+    torch.manual_seed(0)
+    hub, ids = make().eval(), torch.arange(3, 23)[None]
+    for parameter in hub.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    language = {f"model.{n}": t.clone() for n, t in hub.model.language_model.state_dict().items()}
+    language["lm_head.weight"] = hub.lm_head.weight.detach().clone()
+    decoder = FAMILIES[family].decoder_config(hub.config.get_text_config().to_dict())
+    weights = FAMILIES[family].from_stored(language, decoder)
+    model = language_model(decoder, weights.items())
+    bare = logits_of(hub, ids)
+    torch.testing.assert_close(logits_of(model, ids), bare, atol=2e-5, rtol=1e-5)
+    theirs = trained_by_peft(hub, tmp_path, target_modules=IN_TEXT, task_type=None)
+    expected = logits_of(theirs, ids)
+    found = taken_over(tmp_path, decoder)
+    assert any("language_model" in key for key in load_file(tmp_path / peft_config.WEIGHTS))
+    assert (expected - bare).abs().max() > 1e-2
+    got = logits_of(with_adapter(model, found), ids)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+
+
+# -- a run of separate targets goes out -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def separate(tmp_path_factory) -> Path:
+    """A run with adapters of its own for some parts, rank-stabilised. Tests only read it."""
+    run = tmp_path_factory.mktemp("separate") / "run"
+    fields = {"lora_targets": "q_proj,v_proj,o_proj", "rank_stabilized": "true", "lora_rank": 4}
+    runs.start(run, **runs.SHORT | fields)
+    return run
+
+
+def test_separate_targets_go_out_put_together_for_a_base_that_has_the_whole_alone(
+    tmp_path, separate
+):
+    """transformers' Phi-3 has no q_proj for PEFT to adapt; the ranks differ by layer then."""
+    assert export.main([f"--peft={tmp_path / 'adapter'}", f"--run={separate}"]) == 0
+    assistant = Assistant.load(separate)
+    settings = json.loads((tmp_path / "adapter" / peft_config.CONFIG).read_text())
+    assert settings["target_modules"] == ["o_proj", "qkv_proj"] and settings["use_rslora"] is True
+    assert settings["r"] == 4 and settings["rank_pattern"] == {"qkv_proj": 8}
+    base, ids = dequantised_base(assistant), text_ids(assistant)
+    bare = logits_of(base, ids)
+    theirs = peft_logits(base, tmp_path / "adapter", ids)
+    assert (bare - theirs).abs().max() > 1e-5
+    ours = logits_of(assistant.parts.base.model, ids)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    import_peft(tmp_path / "adapter", tmp_path / "run")
+    back = Assistant.load(tmp_path / "run")
+    again = logits_of(back.parts.base.model, ids)
+    torch.testing.assert_close(again, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_separate_targets_go_out_as_they_are_and_come_back_bit_for_bit(tmp_path, separate):
+    adapter = tmp_path / "adapter"
+    assert export.main([f"--peft={adapter}", "--split", f"--run={separate}"]) == 0
+    settings = json.loads((adapter / peft_config.CONFIG).read_text())
+    assert settings["target_modules"] == ["o_proj", "q_proj", "v_proj"]
+    assert not settings["rank_pattern"] and settings["lora_alpha"] == 16
+    import_peft(adapter, tmp_path / "run")
+    source, back = checkpoints.resolve(separate), checkpoints.resolve(tmp_path / "run")
+    assert back.state["lora_weights"].keys() == source.state["lora_weights"].keys()
+    for name, tensor in source.state["lora_weights"].items():
+        assert torch.equal(back.state["lora_weights"][name], tensor), name
+    config = Assistant.load(tmp_path / "run").config
+    assert config.rank_stabilized and config.lora_alpha == 16 and config.lora_rank == 4
+    assert set(config.lora_targets) == {"q_proj", "v_proj", "o_proj"}
+
+
+# -- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -232,8 +411,19 @@ def first(tensors: dict, ending: str) -> str:
     [
         ("use_dora", True, "use_dora True: not plain LoRA"),
         ("peft_type", "IA3", "peft_type 'IA3'"),
-        ("rank_pattern", {"o_proj": 2}, "rank_pattern"),
-        ("use_rslora", True, "use_rslora"),
+        ("rank_pattern", {"o_proj": 2}, "not a float tensor of 2x"),
+        ("rank_pattern", {"(a+)+": 2}, "rank_pattern .* make no adapter"),
+        ("rank_pattern", {"o_proj": 0}, "rank_pattern .* make no adapter"),
+        ("alpha_pattern", {"o_proj": 7.0}, "in o_proj of layer 0 and by .*merge it with PEFT"),
+        ("alpha_pattern", ["o_proj"], "alpha_pattern .* make no adapter"),
+        ("use_rslora", "yes", "use_rslora 'yes', .* make no adapter"),
+        (
+            "target_modules",
+            ["c_attn", "transformer.h.0.attn.c_proj"],
+            r"adapts c_attn, c_proj, which the base .*phi3 \(Phi-3\) has not \(it has qkv_proj,"
+            r" .*up_proj\): an adapter of another family, and adapter_config.json names '.*' as its"
+            " base; give one that was trained over this base",
+        ),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("bias", "all", "bias 'all'"),
         ("init_lora_weights", "pissa", "init_lora_weights 'pissa'"),
@@ -246,7 +436,7 @@ def first(tensors: dict, ending: str) -> str:
     ],
 )
 def test_an_adapter_that_does_more_than_lora_is_refused(adapter, tmp_path, field, value, message):
-    path = adapter / peft_adapter.CONFIG
+    path = adapter / peft_config.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(PhiSightError, match=message):
         export.main([f"--import-peft={adapter}", f"--out={tmp_path / 'run'}", BASE, VISION])
@@ -274,7 +464,7 @@ def test_an_adapter_that_does_more_than_lora_is_refused(adapter, tmp_path, field
     ],
 )
 def test_tensors_that_are_no_adapter_of_this_base_are_refused(adapter, tmp_path, damage, message):
-    change_tensors(adapter / peft_adapter.WEIGHTS, damage)
+    change_tensors(adapter / peft_config.WEIGHTS, damage)
     with pytest.raises(PhiSightError, match=message):
         export.main([f"--import-peft={adapter}", f"--out={tmp_path / 'run'}", BASE, VISION])
     assert not (tmp_path / "run").exists()
@@ -284,6 +474,9 @@ VLM_PREFIXES = (
     "base_model.model.language_model.model.",  # LLaVA until transformers 4.51
     "base_model.model.model.language_model.",  # and since
     "base_model.model.model.language_model.model.",
+    "base_model.model.language_model.",  # Gemma 3
+    "base_model.model.model.text_model.",  # SmolVLM
+    "base_model.model.thinker.model.",  # Qwen2.5-Omni
     "base_model.model.llm.model.",
     "model.",  # saved by hand
 )
@@ -297,7 +490,7 @@ def test_an_adapter_of_a_language_model_within_another_is_read(adapter, tmp_path
             tensors[renamed.replace(".weight", ".default.weight")] = tensors.pop(name)
 
     import_peft(adapter, tmp_path / "plain")
-    change_tensors(adapter / peft_adapter.WEIGHTS, rename)
+    change_tensors(adapter / peft_config.WEIGHTS, rename)
     import_peft(adapter, tmp_path / "nested")
     plain, nested = (checkpoints.resolve(tmp_path / name) for name in ("plain", "nested"))
     assert plain.state["lora_weights"].keys() == nested.state["lora_weights"].keys()
@@ -327,28 +520,58 @@ FIRST = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
         (FIRST.replace("o_proj", "Wqkv"), "its layers have qkv_proj, .*of a model with these"),
         (FIRST.replace("layers.0", "layers.77"), r"the base has \d+.*--base"),
         (FIRST.replace("model.model.model.", "model.language_model.model."), "is there twice"),
+        (FIRST.replace("lora_A", "base_layer.lora_A"), "is there twice"),
+        (FIRST.replace("lora_A", "base_layer"), "is a weight of the base itself.*save the adapter"),
+        (FIRST.replace("self_attn", "cross_attn"), "looks at the picture encoder.*train the"),
+        (
+            FIRST.replace("lora_A", "lora_A.speech"),
+            r"several adapters \(one without a name, speech\); save one of them with PEFT's",
+        ),
     ],
 )
 def test_a_tensor_that_is_not_read_is_refused_with_its_true_reason(adapter, tmp_path, key, reason):
     def add(tensors: dict) -> None:
         tensors[key] = tensors[FIRST].clone()
 
-    change_tensors(adapter / peft_adapter.WEIGHTS, add)
+    change_tensors(adapter / peft_config.WEIGHTS, add)
     with pytest.raises(PhiSightError, match=reason) as error:
         import_peft(adapter, tmp_path / "out" / "run")
     assert ("right base" in str(error.value)) == ("layers.77" in key)
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_a_base_with_other_sizes_names_both(adapter, tmp_path):
+    """In one line: what was found, what fits, whose it is, what to do."""
+
+    def widen(tensors: dict) -> None:
+        for name in [name for name in tensors if name.endswith("lora_A.weight")]:
+            tensors[name] = torch.zeros(len(tensors[name]), 4096)
+
+    path = adapter / peft_config.CONFIG
+    named = {"base_model_name_or_path": "other/base"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    change_tensors(adapter / peft_config.WEIGHTS, widen)
+    with pytest.raises(PhiSightError) as error:
+        import_peft(adapter, tmp_path / "run")
+    message = str(error.value)
+    assert re.search(
+        r"lora_A.weight is \(16, 4096\) float32, not a float tensor of 16x\d+;", message
+    )
+    assert message.endswith(
+        "such is the base with the rank of adapter_config.json, and adapter_config.json names"
+        " 'other/base' as its base; give the base that it was trained over with --base"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (peft_adapter.WEIGHTS, b"\xff" * 64, "not readable"),
-        (peft_adapter.CONFIG, b"{", "download"),
-        (peft_adapter.CONFIG, None, "missing"),
-        (peft_adapter.WEIGHTS, None, "not readable"),
-        (peft_adapter.PROJECTOR, None, "pictures mean nothing"),
-        (peft_adapter.PROJECTOR, b"", "not readable"),
+        (peft_config.WEIGHTS, b"\xff" * 64, "not readable"),
+        (peft_config.CONFIG, b"{", "download"),
+        (peft_config.CONFIG, None, "missing"),
+        (peft_config.WEIGHTS, None, "not readable"),
+        (peft_config.PROJECTOR, None, "pictures mean nothing"),
+        (peft_config.PROJECTOR, b"", "not readable"),
     ],
 )
 def test_files_that_are_damaged_or_missing_are_named(adapter, tmp_path, name, content, message):

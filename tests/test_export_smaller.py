@@ -76,7 +76,7 @@ def test_compensation_takes_most_of_the_error_at_the_output():
 
 def test_packed_codes_are_what_bitsandbytes_multiplies_by():
     value = round_to_nearest(draw(6, 128), 64)
-    tensors = exports.requantize.packed("x", value, torch.float32)
+    tensors = exports.requantize.packed("x.weight", value, torch.float32)
     data = tensors.pop("x.weight")
     stats = {name.removeprefix("x.weight."): tensor for name, tensor in tensors.items()}
     parameter = bnb.nn.Params4bit.from_prequantized(data, stats, device="cpu")

@@ -44,7 +44,7 @@ def stack(features: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
 
 @pytest.fixture
 def stop_ids(parts) -> set[int]:
-    return {parts.chat_format.end_id, parts.chat_format.end_of_text_id}
+    return set(parts.chat_format.stop_ids)
 
 
 def answer(model, prompt, stop_ids, limit=NEW_TOKENS, **options) -> list[int]:
@@ -87,6 +87,27 @@ def test_greedy_is_what_transformers_generates(model, reference, prompts, stops)
         if theirs[-1] in stops:
             theirs.pop()
         assert answer(model, (ids, features), stops) == theirs
+
+
+@torch.no_grad()
+def test_without_repeated_n_grams_it_is_what_transformers_generates(
+    model, reference, prompts, never
+):
+    """Of the chat's own prompts, without a picture: one's slots count for transformers."""
+    ids, features = prompts[2]
+    plain = answer(model, (ids, features), never)
+    for size in (2, 3):
+        theirs = reference.generate(
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            no_repeat_ngram_size=size,
+            eos_token_id=sorted(never),
+        )[0, len(ids) :].tolist()
+        sampling = Sampling(no_repeat_ngram_size=size)
+        said = answer(model, (ids, features), never, sampling=sampling)
+        assert said == theirs and said != plain
 
 
 @torch.no_grad()

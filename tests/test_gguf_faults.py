@@ -22,6 +22,7 @@ from exports import measure
 from exports.folder import new_folder
 from exports.llama_cpp import asked, eyes, language, reference
 from exports.llama_cpp.vocabulary import Kind, vocabulary_of
+from model.families import PHI3
 
 TINY = json.loads((Path(runs.BASE) / "tokenizer.json").read_text(encoding="utf-8"))
 PIECE = next(piece for piece in TINY["model"]["vocab"] if piece.isalpha() and len(piece) > 1)
@@ -150,7 +151,7 @@ def test_pictures_that_are_scaled_otherwise_are_refused():
 
 
 def test_why_a_long_conversation_differs_is_told():
-    config = random_model.decoder_config(random_model.longrope_config(512).to_dict())
+    config = PHI3.decoder_config(random_model.longrope_config(512).to_dict())
     assert language.context_note(config, 512) == ""
     assert "a context of 768 tokens, and llama.cpp takes Long" in language.context_note(config, 513)
     plain = runs.assistant().parts.base.model.config

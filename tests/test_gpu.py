@@ -32,6 +32,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_on_a_gpu(compute_type, merge_round
         "log_steps": 1,
         "gradient_checkpointing": "products",
         "merge_rounding": merge_rounding,
+        "projector_dropout": 0.1,
         "lora_dropout": 0.0 if merge_rounding == "nf4" else 0.05,
     }
     runs.start(tmp_path / "whole", **fields)

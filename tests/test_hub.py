@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError
 from data.chat import load_tokenizer
 from errors import PhiSightError
 from model.base import find_folder, load_base
-from model.vision import find_clip, read_vision_spec
+from model.vision import find_encoder, read_vision_spec
 
 TINY = runs.ROOT / "assets/tiny"
 # The three commands that look for a base, a CLIP and a tokenizer, in one process: imports are slow.
@@ -58,7 +58,7 @@ def test_without_a_hub_each_command_ends_with_one_line_that_says_what_would_do(t
         lines,
         (
             "base model microsoft/Phi-3.5-mini-instruct",
-            "CLIP openai/clip-vit-large-patch14-336",
+            "picture encoder openai/clip-vit-large-patch14-336",
             "tokenizer microsoft/Phi-3-mini",
         ),
         (
@@ -102,7 +102,7 @@ def test_a_model_in_the_hubs_cache_is_found_by_id_and_revision(snapshots):
     assert base.name == "some/phi"
     assert base.fingerprint == load_base(TINY / "phi3", None, torch.float32, "cpu").fingerprint
     assert read_vision_spec("some/clip").key == read_vision_spec(str(TINY / "clip")).key
-    assert find_clip("some/clip", None) == clip
+    assert find_encoder("some/clip", None) == clip
     text = "What is red?"
     named, local = load_tokenizer("some/phi", "v2"), load_tokenizer(TINY / "phi3")
     assert named.full(text) == local.full(text)
@@ -127,11 +127,11 @@ def test_of_a_clip_the_pickle_is_fetched_only_where_there_is_nothing_else(tmp_pa
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert find_clip("some/clip", "v1") == tmp_path
+    assert find_encoder("some/clip", "v1") == tmp_path
     assert asked == [("v1", False), ("v1", True)]
     (tmp_path / "model.safetensors").touch()
     asked.clear()
-    find_clip("some/clip", None)
+    find_encoder("some/clip", None)
     assert asked == [(None, False)]
 
 

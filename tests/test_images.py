@@ -105,8 +105,20 @@ def test_animation_gives_first_frame(file_format):
     assert decode_image(data, "a").getpixel((3, 3)) == (255, 0, 0)
 
 
+def test_avif_gives_its_first_frame_and_lies_on_white():
+    """Its colours are kept to a step or so, as in JPEG."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    clear = Image.new("RGBA", (8, 8), (200, 0, 0, 51))
+    best = {"quality": 100, "subsampling": "4:4:4"}
+    moving = encode(frames[0], "AVIF", save_all=True, append_images=frames[1:], **best)
+    assert Image.open(BytesIO(moving)).n_frames == 3
+    for data, expected in ((moving, (255, 0, 0)), (encode(clear, "AVIF", **best), (244, 204, 204))):
+        pixel = decode_image(data, "a").getpixel((3, 3))
+        assert max(abs(a - b) for a, b in zip(pixel, expected)) <= 2
+
+
 @pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 def test_exif_orientation(file_format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation

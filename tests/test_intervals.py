@@ -74,7 +74,8 @@ def test_a_resample_has_as_many_pictures_and_needs_no_more_memory_at_once(monkey
     assert whole.shape == (RESAMPLES, 3) and (whole[:, 2] == 30).all()
     assert len(numpy.unique(whole[:, 0])) > RESAMPLES / 2
     monkeypatch.setattr(intervals, "CELLS", 100)
-    assert numpy.array_equal(resampled(sums), whole)
+    # The same draws; a product of other sizes may add in another order on some processors.
+    assert numpy.allclose(resampled(sums), whole, rtol=1e-12, atol=0)
 
 
 def test_a_ratio_of_nothing_is_nothing():

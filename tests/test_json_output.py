@@ -51,7 +51,7 @@ class Words:
     def __init__(self, folder: object, vocabulary: int) -> None:
         self.tokenizer = load_tokenizer(folder)
         chat = ChatFormat.from_tokenizer(self.tokenizer, 1)
-        self.stop = {chat.end_id, chat.end_of_text_id}
+        self.stop = set(chat.stop_ids)
         self.vocabulary = vocabulary
         self.output = JsonOutput(self.tokenizer, vocabulary, self.stop)
 
@@ -262,6 +262,14 @@ def test_one_that_fails_on_the_way_is_told_and_harms_no_other(client, server):
             )
         )
     assert client.chat.completions.create(model="tiny", messages=QUESTION).choices
+
+
+def test_json_and_n_grams_that_may_not_come_twice_are_refused_together(client):
+    asked = {"model": "tiny", "messages": QUESTION, "extra_body": {"no_repeat_ngram_size": 3}}
+    with pytest.raises(openai.BadRequestError, match="leave one of them out") as no:
+        client.chat.completions.create(**asked, response_format={"type": "json_object"})
+    assert (no.value.code, no.value.param) == ("invalid_value", "no_repeat_ngram_size")
+    assert client.chat.completions.create(**asked).choices
 
 
 def test_without_the_package_it_is_refused_with_what_to_install(client, monkeypatch):

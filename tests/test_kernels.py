@@ -4,6 +4,7 @@ bound, and results that depend on nothing but the row and the weight."""
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import os
 import subprocess
@@ -340,6 +341,25 @@ def test_compiled_code_that_was_damaged_is_compiled_anew(
     file.write_bytes(damage(file.read_bytes()))
     assert (use_kept(), use_kept()) == (0, 1)
     assert capsys.readouterr().err.count("damaged; compiling it anew") == 1
+
+
+def test_a_copy_of_a_file_has_the_code_that_was_kept_and_a_changed_one_does_not(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    results = []
+    for place, text in (("here", "3 *"), ("there", "3 *"), ("changed", "5 *")):
+        (tmp_path / place).mkdir()
+        file = tmp_path / place / "of_a_copy.py"
+        file.write_text(f"def times(number):\n    return {text} number\n")
+        spec = importlib.util.spec_from_file_location("of_a_copy", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(sys.modules, "of_a_copy", module)
+        function = compiled(module.times)
+        results.append((function(14), sum(function.stats.cache_hits.values())))
+    assert results == [(42, 0), (42, 1), (70, 0)]
 
 
 def test_a_full_disk_keeps_no_compiled_code_and_it_is_said(monkeypatch, tmp_path, capsys):

@@ -97,6 +97,7 @@ def test_every_field_that_is_read():
         top_p=0.25,
         top_k=3,
         repetition_penalty=1.5,
+        no_repeat_ngram_size=4,
         seed=7,
         max_tokens=5,
         stop=["a", "b"],
@@ -112,7 +113,7 @@ def test_every_field_that_is_read():
         tool_choice="none",
         unheard_of=[[]],
     )
-    assert request.sampling == Sampling(0.5, 0.25, 3, 1.5)
+    assert request.sampling == Sampling(0.5, 0.25, 3, 1.5, 4)
     assert (request.seed, request.max_new_tokens, request.stop) == (7, 5, ("a", "b"))
     assert request.stream and request.include_usage
 
@@ -124,6 +125,7 @@ def test_null_is_as_good_as_absent():
         "top_p",
         "top_k",
         "repetition_penalty",
+        "no_repeat_ngram_size",
         "seed",
         "max_tokens",
         "max_completion_tokens",
@@ -414,6 +416,9 @@ REFUSED = [
     ({"temperature": 10**400}, 400, "temperature", "invalid_value"),
     ({"top_p": -0.1}, 400, "top_p", "invalid_value"),
     ({"top_k": 1.5}, 400, "top_k", "invalid_value"),
+    ({"no_repeat_ngram_size": -1}, 400, "no_repeat_ngram_size", "invalid_value"),
+    ({"no_repeat_ngram_size": 65}, 400, "no_repeat_ngram_size", "invalid_value"),
+    ({"no_repeat_ngram_size": 2.0}, 400, "no_repeat_ngram_size", "invalid_value"),
     ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
     ({"max_tokens": True}, 400, "max_tokens", "invalid_value"),
     ({"max_completion_tokens": "5"}, 400, "max_completion_tokens", "invalid_value"),
@@ -577,6 +582,7 @@ FIELDS = (
     "top_p",
     "top_k",
     "repetition_penalty",
+    "no_repeat_ngram_size",
     "seed",
     "max_tokens",
     "max_completion_tokens",

@@ -127,6 +127,34 @@ def test_without_its_parts_it_says_what_to_give(elsewhere, tmp_path, capsys):
     assert runs.newest_step(run) == 5
 
 
+def test_what_would_be_other_data_there_is_not_packed(elsewhere, tmp_path):
+    gone = elsewhere["machine"]
+    saved, images = checkpoints.resolve(gone / "run"), (str(gone / "images"),)
+    as_it_is = runs.configs.replace(runs.configs.default_config("tiny"), images=images)
+
+    def packed(data: str) -> list[Member]:
+        return list(packing._data(runs.configs.replace(as_it_is, data=(data,)), saved))
+
+    records = json.loads((gone / "train.json").read_text())
+    assert len(packed(str(gone / "train.json"))) > 1
+    with pytest.raises(PhiSightError, match="how often .*train.json is taken is not packed"):
+        packed(f"{gone / 'train.json'}:2")
+    records[0]["image"] = str(gone / "images" / records[0]["image"])
+    (tmp_path / "absolute.json").write_text(json.dumps(records))
+    with pytest.raises(
+        PhiSightError, match="absolute.json record 1 names a picture by an absolute"
+    ):
+        packed(str(tmp_path / "absolute.json"))
+
+
+def test_a_weight_is_not_taken_for_a_missing_file(elsewhere, tmp_path):
+    run = unpack(elsewhere["alone"], tmp_path / "there")
+    config = runs.configs.replace(
+        runs.configs.default_config("tiny"), data=(f"{runs.world() / 'train.json'}:0.5",)
+    )
+    assert "--data" not in packing._what_next(run, checkpoints.resolve(run), config)
+
+
 def test_the_same_run_gives_the_same_bytes(elsewhere, tmp_path):
     assert elsewhere["all"].read_bytes() == elsewhere["again"].read_bytes()
     with tarfile.open(elsewhere["all"]) as usual:  # other programs read it too
@@ -134,6 +162,9 @@ def test_the_same_run_gives_the_same_bytes(elsewhere, tmp_path):
         assert all(one.isreg() and not one.mtime and not one.uid for one in members)
         names = [one.name for one in members]
     assert names[0] == CONTENTS and not any("lock" in name or ".bin" in name for name in names)
+    assert {"examples/example_1.png", "examples/example_1.txt"} <= set(names)  # with the pictures
+    with tarfile.open(elsewhere["alone"]) as alone:
+        assert not any(name.startswith("examples") for name in alone.getnames())
 
 
 def test_an_archive_is_never_written_over(elsewhere, tmp_path):
@@ -386,6 +417,8 @@ def strange(folder: Path, packed: Path, change: Callable[[dict[str, bytes]], Non
         ".lock",
         "checkpoint-000005/.hidden",
         "packed/other",
+        "examples/a.py",
+        "examples/a/b.png",
     ],
 )
 def test_a_run_has_files_of_known_names_alone(elsewhere, tmp_path, name):

@@ -16,14 +16,18 @@ from PIL import Image
 from reading import read_all
 from tokenizers import Tokenizer, models, normalizers
 
-from data import preflight
+from data import preflight, stream
 from data import survey as surveys
 from data.chat import ChatFormat, Limits, load_tokenizer, render, render_to_limit
 from data.dataset import Conversation, Message, Part, Quarantined
 from data.images import load_image, size_if_whole
-from data.lengths import TokenCounter, words_are_independent
+from data.lengths import TokenCounter
+from data.pictures import PictureFolders
+from data.record_keys import BAD_PICTURE
+from data.sources import Source
 from data.stream import read_records
-from data.survey import Tally, survey
+from data.survey import Survey, Tally
+from data.words import words_are_independent
 from errors import PhiSightError
 from tools.make_large_json import FAULTS, conversations_of, records, write_json, write_pictures
 
@@ -53,6 +57,13 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
+def survey(path: Path, folder: Path | None, *arguments, **more) -> Survey:
+    """Of one file and, if it is given, one folder of pictures."""
+    folders = PictureFolders([folder] if folder else [])
+    source = Source(path, 1.0, folders.of_source(0))
+    return surveys.survey([source], folders if folder else None, *arguments, **more)
+
+
 def counts(tally: Tally) -> dict:
     return {name: value for name, value in vars(tally).items() if name != "peak_memory"}
 
@@ -67,7 +78,8 @@ def without_bad_pictures(
             try:
                 load_image(folder / name)
             except PhiSightError as error:
-                lost.append(Quarantined(f"picture {name}", conversation.id, str(error)))
+                where = f"picture {name}"
+                lost.append(Quarantined(where, conversation.id, str(error), BAD_PICTURE))
                 break
         else:
             whole.append(conversation)
@@ -125,13 +137,16 @@ def test_check_pictures(tmp_path, chat_format):
     (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
     counter = TokenCounter(chat_format)
     names = ["good.png", "broken.png", "none.png", "good.png/x"]
-    bad, missing, marks, cut_off = surveys.check_pictures(counter, names, tmp_path, "decode")
+    bad, missing, marks, cut_off = surveys.check_pictures(
+        counter, names, PictureFolders([tmp_path]), "decode"
+    )
     assert list(bad) == names[1:] and missing == 2 and list(marks) == names[:1]
     assert "truncated" in bad["broken.png"]
     assert cut_off == []
-    bad, missing, *_ = surveys.check_pictures(counter, names, tmp_path, "exists")
+    folders = PictureFolders([tmp_path])
+    bad, missing, *_ = surveys.check_pictures(counter, names, folders, "exists")
     assert list(bad) == names[2:] and missing == 2
-    with pytest.raises(PhiSightError, match="no such image folder"):
+    with pytest.raises(PhiSightError, match="none: no such folder"):
         survey(tmp_path / "d.json", tmp_path / "none", chat_format)
 
 
@@ -181,7 +196,7 @@ def test_what_stops_a_survey(tmp_path, chat_format):
     path.write_text("[]")
     with pytest.raises(PhiSightError, match="holds no record"):
         survey(path, None, chat_format)
-    with pytest.raises(PhiSightError, match="no such image folder"):
+    with pytest.raises(PhiSightError, match="none: no such folder"):
         survey(path, tmp_path / "none", chat_format)
     path.write_text("[1, 2")
     with pytest.raises(PhiSightError, match="not JSON"):
@@ -189,7 +204,7 @@ def test_what_stops_a_survey(tmp_path, chat_format):
 
 
 def test_memory_grows_by_a_few_bytes_a_record(tmp_path, chat_format, monkeypatch):
-    monkeypatch.setattr(surveys, "read_records", partial(read_records, chunk=20_000))
+    monkeypatch.setattr(stream, "read_records", partial(read_records, chunk=20_000))
     names = [f"{n}.jpg" for n in range(50)]
     peaks = []
     for count in (300, 1300):
@@ -359,8 +374,10 @@ texts = st.text() | st.lists(
 
 
 @given(texts)
-def test_a_text_has_as_many_tokens_as_its_words(chat_format, text):
-    assert TokenCounter(chat_format).text_tokens(text) == len(chat_format.encode_text(text))
+def test_a_text_has_the_ids_of_its_words(chat_format, text):
+    encoder = chat_format.text_encoder
+    whole = encoder.tokenizer.encode(text.strip(), add_special_tokens=False).ids
+    assert encoder.by_word and encoder(text) == whole
 
 
 @given(st.lists(texts.filter(str.strip), min_size=2, max_size=2), st.integers(0, 2), st.booleans())
@@ -376,17 +393,17 @@ def test_a_conversation_has_as_many_tokens_as_it_renders_to(chat_format, said, p
     )
 
 
-def test_the_real_tokenizer_is_counted_by_word():
+def test_the_real_tokenizer_is_asked_by_word():
     folder = SHARED / "phi-3-mini-tokenizer"
     if not folder.exists():
         pytest.skip("the shared data files are not here")
     chat_format = ChatFormat.from_tokenizer(load_tokenizer(folder), 1)
-    assert words_are_independent(chat_format.text_encoder)
-    counter, rng = TokenCounter(chat_format), random.Random(0)
+    encoder, rng = chat_format.text_encoder, random.Random(0)
+    assert encoder.by_word
     lines = (SHARED / "llava" / "coco2014_val_gpt4_qa_30x3.jsonl").read_text("utf-8")
     for text in [*lines.splitlines(), "  two  spaces", "\u2581", "a\n\nb", "naïve 字 🚌"]:
         cut = text[rng.randrange(len(text)) :]
-        assert counter.text_tokens(cut) == len(chat_format.encode_text(cut))
+        assert encoder(cut) == encoder.tokenizer.encode(cut.strip(), add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("odd", ["crossing", "no normalizer", "dropout"])
@@ -471,6 +488,14 @@ def test_a_file_without_a_fault_gives_exit_code_0(tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text(json.dumps(item))
     code, lines = report(capsys, "--data", tmp_path / "d.jsonl", "--tokenizer", TINY)
     assert code == 0 and lines["conversations"] == "1"
+
+
+def test_a_picture_folder_is_asked_for_where_pictures_are_named(tmp_path, capsys):
+    record = {"instruction": "Why?", "input": "", "output": "So."}
+    for image, asked in ((None, False), ("a.jpg", True)):
+        (tmp_path / "d.json").write_text(json.dumps([{**record, "image": image or ""}]))
+        assert preflight.main(["--data", str(tmp_path / "d.json"), "--tokenizer", str(TINY)]) == 0
+        assert ("give --images" in capsys.readouterr().out) is asked
 
 
 def test_the_size_of_the_features(capsys, tmp_path, monkeypatch, made):

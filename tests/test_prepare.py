@@ -12,7 +12,7 @@ from PIL import Image
 from reading import read_all
 
 from config import Config, default_config, replace
-from data import dataset
+from data import sources
 from data.chat import (
     ChatFormat,
     Limits,
@@ -21,9 +21,9 @@ from data.chat import (
     render,
     render_to_limit,
 )
-from data.dataset import Message, Part
+from data.dataset import Message, Part, conversation_or_fault
 from data.features import FeatureStore
-from data.packed import PackedSamples
+from data.packed import ChosenSamples, PackedSamples
 from data.prepare import TrainingData, evenly_spaced, prepare
 from data.splits import split_by_image
 from errors import PhiSightError
@@ -126,23 +126,25 @@ def test_first_exchanges_are_the_first_question_and_answer(workspace, chat_forma
     for exchange, whole in zip(data.first_exchanges, data.validation, strict=True):
         length = len(exchange.input_ids) - 1  # but <|endoftext|>
         assert exchange.input_ids[:length] == whole.input_ids[:length]
-        assert exchange.input_ids[-1] == chat_format.end_of_text_id
-        assert exchange.input_ids.count(chat_format.assistant_id) == 1
+        assert exchange.input_ids[-1:] == [*chat_format.ending]
+        assert exchange.input_ids.count(*chat_format.openings["assistant"]) == 1
         assert sum(exchange.supervised) == len(chat_format.encode_text("red")) + 1
 
 
-def test_each_conversation_is_tokenised_once_and_the_file_read_twice(workspace, monkeypatch):
+def test_each_conversation_is_parsed_and_tokenised_once(workspace, monkeypatch):
     encoded: list[str] = []
     opened: list[Path] = []
-    encode, read = ChatFormat.encode_text, dataset.read_records
+    encode, read = ChatFormat.encode_text, sources.read_records
     monkeypatch.setattr(
         ChatFormat, "encode_text", lambda self, text: encoded.append(text) or encode(self, text)
     )
-    monkeypatch.setattr(dataset, "read_records", lambda path: opened.append(path) or read(path))
+    monkeypatch.setattr(
+        sources, "read_records", lambda path, pictures: opened.append(path) or read(path, pictures)
+    )
     data = workspace.prepare()
     assert data.first_exchanges and data.validation
     texts = [turn for record in workspace.records for turn in record["conversations"]]
-    assert len(encoded) == len(texts)
+    assert len(encoded) == len(texts) + 2 * len(data.first_exchanges)  # compared when read again
     assert opened == [workspace.folder / "data.json"] * 2
 
 
@@ -216,10 +218,27 @@ def test_packed_samples_are_the_samples(chat_format):
         packed.append(sample)
     assert list(packed) == samples and packed[1:4] == samples[1:4] and packed[-2] == samples[3]
     assert packed.lengths == [len(sample.input_ids) for sample in samples]
-    assert packed + samples[:1] == samples + samples[:1]
     for place in (5, -6):
         with pytest.raises(IndexError):
             packed[place]
+    chosen = ChosenSamples(packed, [3, 0, 3])
+    assert list(chosen) == [samples[3], samples[0], samples[3]] and chosen[1:] == list(chosen)[1:]
+    assert chosen.lengths == [len(sample.input_ids) for sample in chosen]
+    assert chosen.images == [samples[3].images, ("a",), samples[3].images]
+    assert chosen + samples[:1] == [*chosen, samples[0]]
+
+
+@pytest.mark.parametrize("learns_all", [False, True])
+def test_samples_are_written_as_json_writes_them(chat_format, workspace, learns_all):
+    packed = PackedSamples(chat_format)
+    workspace.config()
+    for conversation in read_all(workspace.folder / "data.json")[0]:
+        packed.append(render(conversation.messages, chat_format))
+    chosen = ChosenSamples(packed, range(len(packed)), learns_all)
+    assert [*chosen.written()] == [
+        (json.dumps(sample.input_ids), json.dumps(sample.supervised), sample.images)
+        for sample in chosen
+    ]
 
 
 def test_packed_samples_take_little_memory(chat_format):
@@ -236,27 +255,31 @@ def test_packed_samples_take_little_memory(chat_format):
     assert taken < 5_000_000
 
 
-def test_a_file_that_changes_while_it_is_in_use_is_an_error(workspace):
+def test_a_file_that_changes_while_it_is_in_use_is_not_trained_on_by_halves(workspace):
+    """It was read once; only the questions that are asked in words are read again."""
     config = workspace.config()
     path = workspace.folder / "data.json"
     whole = path.read_text()
+    before = workspace.prepare()
 
-    def extract():
-        path.write_text(changed)
-        return lambda pictures: torch.zeros(len(pictures), TOKENS, 2)
+    def with_(changed: str):
+        def extract():
+            path.write_text(changed)
+            return lambda pictures: torch.zeros(len(pictures), TOKENS, 2)
 
-    for number, changed in enumerate(
-        (
-            whole.replace('"about 03.png"', '"another"'),
-            json.dumps(workspace.records[:-1]),
-            json.dumps([*workspace.records, record(None)]),
-            whole.replace('"image": "03.png"', '"image": "04.png"'),
-        )
-    ):
         path.write_text(whole)
-        store = FeatureStore(workspace.folder / str(number), "fake", (TOKENS, 2))
-        with pytest.raises(PhiSightError, match="was changed while it was in use; run again"):
-            prepare(config, workspace.chat_format, store, extract, positions=2048)
+        store = FeatureStore(workspace.folder / str(hash(changed)), "fake", (TOKENS, 2))
+        return prepare(config, workspace.chat_format, store, extract, positions=2048)
+
+    same = with_(whole.replace("about 03.png", "another"))
+    assert (same.fingerprint, same.first_messages) == (before.fingerprint, before.first_messages)
+    for changed in (
+        "[]",
+        json.dumps(workspace.records[::-1]),
+        whole.replace("What colour", "Which"),
+    ):
+        with pytest.raises(PhiSightError, match="was changed while|holds no record|no usable"):
+            with_(changed)
 
 
 def test_evenly_spaced():
@@ -352,7 +375,7 @@ def break_picture(workspace: Workspace) -> str:
 
 def break_record(workspace: Workspace) -> str:
     workspace.records[0] = {"id": "about 00.png", "image": workspace.names[0]}
-    return "must have one of"
+    return "none of the forms"
 
 
 def break_tags(workspace: Workspace) -> str:
@@ -411,14 +434,14 @@ def test_long_conversations_lose_their_last_turns(workspace, chat_format):
     data = workspace.prepare(max_text_tokens=limit)
     assert data.quarantined == [] and data.shortened == len(workspace.records)
     for sample in data.train + data.validation:
-        assert sample.input_ids.count(chat_format.assistant_id) == 1
+        assert sample.input_ids.count(*chat_format.openings["assistant"]) == 1
     with pytest.raises(PhiSightError, match="nothing left to train on"):
         workspace.prepare(max_text_tokens=limit - 1)
 
 
 def test_a_wrong_picture_folder_says_that_pictures_are_missing(workspace, tmp_path):
     (tmp_path / "other").mkdir()
-    with pytest.raises(PhiSightError, match="nothing left to train on.*20 records.*No such file"):
+    with pytest.raises(PhiSightError, match="20 records.*No such file.*; give .* --images"):
         workspace.prepare(images=str(tmp_path / "other"))
     with pytest.raises(PhiSightError, match="no such folder; give --images"):
         workspace.prepare(images=str(tmp_path / "nowhere"))
@@ -467,7 +490,7 @@ def test_a_record_loses_the_turns_whose_tokens_do_not_fit(workspace, chat_format
     several["conversations"][4]["value"] = "<image> What?"
     several["image"] = workspace.names[:3]
     workspace.records = [several, *workspace.records[3:]]
-    messages = dataset.conversation_or_fault(several).messages
+    messages = conversation_or_fault(several).messages
     two_turns = len(render(messages[:4], chat_format).input_ids)
     data = workspace.prepare(row_tokens=two_turns, validation_fraction=0)
     assert not data.quarantined

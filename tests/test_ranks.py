@@ -18,10 +18,11 @@ from safetensors import safe_open
 import checkpoints
 import train
 from data import features
+from errors import PhiSightError
 from model.vision import VisionTower, read_vision_spec
 from reports.log import read_metrics
 from training.evaluating import evaluated
-from training.ranks import Ranks
+from training.ranks import Ranks, joined
 from training.run import prepare_run
 from training.start import starting_point
 
@@ -33,6 +34,7 @@ FIELDS = runs.SHORT | {
     "save_steps": 2,
     "log_steps": 1,
     "evaluate_steps": 3,
+    "projector_dropout": 0.1,
 }
 FEW_TEXT_ONLY = 6  # conversations without a picture among those with one
 
@@ -146,9 +148,10 @@ if __name__ == "__main__":
 
 
 def features_in(folder: Path) -> dict[str, dict[str, object]]:
-    """Shard -> what is in it; the store has one folder."""
+    """Shard -> what is in it; the store has one folder. What a process that was ended was still
+    writing is no shard."""
     found = {}
-    for path in sorted(folder.glob("*-float16/*")):
+    for path in sorted(folder.glob("*-float16/shard-*.safetensors")):
         with safe_open(path, framework="pt") as shard:
             values = {name: shard.get_tensor(name).numpy().tobytes() for name in shard.keys()}
             found[path.name] = values | shard.metadata()
@@ -218,6 +221,7 @@ def test_a_kill_while_four_fill_a_store_loses_a_shard_of_each(tmp_path, monkeypa
     assert "shard-00002.safetensors" in left and "shard-00006.safetensors" not in left
     assert left.items() <= expected.items() and len(expected) > 8
     assert features_in(tmp_path / "killed") == expected
+    assert not list((tmp_path / "killed").rglob("*.partial-*"))
 
 
 @pytest.mark.parametrize(
@@ -251,6 +255,20 @@ run_main(train.main)
     # Start included; a hang would last until PATIENCE, which is hours.
     assert time.monotonic() - clock < 120
     assert runs.newest_step(tmp_path / "run") == 2
+
+
+def test_restarts_that_would_wait_for_the_processes_before_them_are_refused(monkeypatch):
+    settings = {"WORLD_SIZE": 2, "TORCHELASTIC_USE_AGENT_STORE": True, "MAX_RESTARTS": 3}
+    for name, value in settings.items():
+        monkeypatch.setenv(name.replace("MAX", "TORCHELASTIC_MAX"), str(value))
+    with pytest.raises(PhiSightError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        with joined("cpu"):
+            pass
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    monkeypatch.setenv("RANK", "none")  # it goes on to the next thing that is wrong
+    with pytest.raises(PhiSightError, match="did not find each other"):
+        with joined("cpu"):
+            pass
 
 
 def test_without_torchrun_nothing_is_exchanged():

@@ -150,6 +150,11 @@ def test_as_png_has_the_same_pixels():
         (lambda: hostile.heic(b"mif1", b"mif1", b"heic"), "is HEIC"),
         (lambda: hostile.heic(b"isom", b"mp41"), "not a picture"),
         (lambda: encode(noise(64, 64), "AVIF")[:-200], "broken or truncated"),
+        (lambda: hostile.avif_claiming(7000, 7000), "MB of memory|seconds of processor time"),
+        (lambda: hostile.avif_claiming(8001, 8000), "8001 x 8000 is over the limit"),
+        (lambda: hostile.avif_claiming(2**31 - 1, 2**31 - 1), "broken or truncated"),
+        (lambda: hostile.avif_claiming(0, 5), "broken or truncated"),
+        (lambda: hostile.avif_claiming(5, 505), "over 100 times as long"),
     ],
 )
 def test_a_hostile_picture_is_one_error(small_pool, make, reason):

@@ -59,6 +59,45 @@ def test_channels_are_averaged():
     assert np.abs(read_audio(encoded(both, RATE, "WAV", "FLOAT")) - tone(400) / 2).max() < 1e-4
 
 
+def test_channels_that_cancel_each_other_are_heard():
+    sound = vowels(2)
+    quieter = 0.9 * sound
+    crossed = read_audio(encoded(np.stack([-quieter, sound], 1), RATE, "FLAC"))
+    assert np.abs(crossed - sound).max() < 1e-3  # the louder of the two
+    apart = np.stack([sound, np.zeros_like(sound)], 1)  # one of them is not plugged in
+    assert np.abs(read_audio(encoded(apart, RATE, "FLAC")) - sound / 2).max() < 1e-3
+    many = np.zeros((2 * RATE, 32))
+    many[:, 7] = sound
+    assert np.abs(read_audio(encoded(many, RATE, "WAV")) - sound / 32).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", [("OGG", "OPUS"), ("OGG", "VORBIS"), ("WAV", "PCM_16")])
+def test_recordings_that_were_joined_byte_by_byte_are_heard_to_the_end(kind):
+    parts = [encoded(tone(440, 1.0), RATE, *kind), encoded(tone(880, 0.5, 48_000), 48_000, *kind)]
+    whole = read_audio(parts[0] + parts[1] + parts[0])
+    assert np.array_equal(whole, np.concatenate([read_audio(part) for part in (*parts, parts[0])]))
+    with pytest.raises(PhiSightError, match="is cut short"):
+        read_audio(parts[0] + parts[1][: len(parts[1]) // 2])
+    with pytest.raises(PhiSightError, match="more than 100 recordings one behind the other"):
+        read_audio(parts[1] * 102)
+
+
+def test_a_joined_recording_may_be_empty():
+    empty, sound = encoded(np.zeros(0), RATE, "WAV"), encoded(tone(), RATE, "WAV")
+    for data in (empty + sound, sound + empty, empty + sound + empty):
+        assert np.array_equal(read_audio(data), read_audio(sound))
+    with pytest.raises(PhiSightError, match="holds no sound"):
+        read_audio(empty * 3)
+
+
+def test_joined_recordings_share_the_limit_of_an_hour(monkeypatch):
+    monkeypatch.setattr(decoding, "LONGEST_SECONDS", 2.2)
+    data = encoded(tone(), RATE, "WAV")
+    assert len(decode(2 * data)) == 2 * RATE
+    with pytest.raises(PhiSightError, match="is longer than"):
+        decode(3 * data)
+
+
 def test_samples_that_are_no_numbers_become_silence():
     samples = tone(400) * 1.8
     samples[1000:1100], samples[2000], samples[3000] = np.nan, np.inf, -1e38

@@ -11,8 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.chat import ChatFormat, load_tokenizer, render
-from data.dataset import Conversation, Fault, Part, conversation_or_fault, picture_names
-from data.record_keys import NOT_DONE, UNLIKE_PICTURES, UNSUPERVISED, unread_keys
+from data.dataset import (
+    Conversation,
+    Fault,
+    Part,
+    conversation_or_fault,
+    picture_names,
+    unread_keys,
+)
+from data.record_keys import NOT_DONE, UNLIKE_PICTURES, UNSUPERVISED
 from data.stream import decode
 
 FAULTS = Path(__file__).resolve().parents[2] / "shared" / "faults" / "records.jsonl"
@@ -96,7 +103,7 @@ def test_an_empty_system_text_is_none(empty):
         ({"system": ["Be brief."]}, "`system` is a list"),
         ({"system": 3}, "`system` is a number"),
         ({"system": "\ud800"}, "not valid Unicode"),
-        ({"system": "<image> Look", "image": ["a.png", "b.png"]}, "stands in the system's text"),
+        ({"system": "<image> Look", "image": ["a.png", "b.png"]}, "2 picture(s) but 1 <image>"),
         ({"system": "<video> Look"}, "<video> in the text"),
         ({"system": "a", "system_prompt": "b"}, "two system messages"),
         ({"system": "a", "System": "b"}, "`system` and `System` are two system messages"),
@@ -311,7 +318,7 @@ def test_a_list_of_parts_is_what_its_text_would_be(content, keys):
         ([{"type": "image", "image": "a.png", "text": "a"}], "more than one"),
         ([{"type": "image", "image": "a.png", "url": "b.png"}], "more than one"),
         ([{"type": "image", "image": "../a.png"}], "outside the image folder"),
-        ([{"type": "image", "image": "data:image/png;base64,AA"}], "lies in the record itself"),
+        ([{"type": "image", "image": "data:image/png;base64,AA"}], "is not valid base64"),
         ([{"type": "image", "image": "a.png"}, {**TEXT, "text": "<image>"}], "0 picture(s) but 1"),
         ([{"type": "image"}, TEXT], "0 picture(s) but 1"),
         ([{**TEXT, "loss": False}], "only a whole turn can"),
@@ -336,7 +343,7 @@ def test_parts_take_pictures_in_the_order_in_which_they_are_named():
         ("a" * 256, "longer than"),
         ("a/" * 2100 + "b", "longer than"),
         ("é" * 128, "longer than"),
-        ("data:image/png;base64," + "A" * 100_000, "lies in the record itself"),
+        ("data:image/png;base64," + "A" * 100_000, "of no kind that is read"),
     ],
 )
 def test_a_name_that_no_file_should_have_is_told_in_short(name, reason):

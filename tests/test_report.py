@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from reported import alike, answer, evaluation, losses
 
+from data.pictures import PictureFolders
 from errors import PhiSightError
 from evaluation import report, report_charts, report_parts
 from evaluation.alignment import alignments
@@ -24,6 +25,7 @@ from evaluation.task import Answered, Figure
 from evaluation.tasks import TASKS
 from reports.log import read_metrics
 
+FOLDERS = PictureFolders([runs.ROOT])
 SHARES = AttentionShares((0.5, 0.25, 0.125), 0.4, 99)
 RECORDS = [
     {"kind": "train", "step": 5, "loss": 2.0, "lr": 1e-3, "gradient_norms": {"lora": 1.0}},
@@ -80,7 +82,7 @@ class Page(HTMLParser):
 
 def page_of(name: str, answered: list[Answered], images=runs.ROOT, **header: object) -> Page:
     made = evaluation(name, answered, **header)
-    return Page(report.report_page(made, SHARES, RECORDS, images))
+    return Page(report.report_page(made, SHARES, RECORDS, PictureFolders([images])))
 
 
 # -- alignment ------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def test_without_the_right_picture_there_is_nothing_to_compare():
     made = evaluation("world", [answer("world", 0, "a", "a", condition="blank")])
     assert alignments(TASKS["world"], made.answered) == {}
     with pytest.raises(PhiSightError, match="needs answers with the right picture"):
-        report.report_page(made, None, [], runs.ROOT)
+        report.report_page(made, None, [], FOLDERS)
 
 
 # -- what was said for what was right -------------------------------------------------------------
@@ -243,7 +245,7 @@ def test_thumbnails_are_small_and_bad_pictures_have_none(tmp_path):
     Image.new("RGB", (8, 8), (10, 10, 200)).save(tmp_path / "small.bmp")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
     names = ["wide.png", "absent.png", "small.bmp", "broken.png", "wide.png"]
-    found = report_parts.thumbnails(names, tmp_path)
+    found = report_parts.thumbnails(names, PictureFolders([tmp_path]))
     assert list(found) == ["wide.png", "small.bmp"]
     for name, size, colour in (
         ("wide.png", (320, 107), (200, 10, 10)),
@@ -307,7 +309,7 @@ def test_bars_share_one_scale():
 @each_task
 def test_the_page_of_every_task_that_generates(name):
     made = evaluation(name, alike(name, "no", "yes"))
-    page = Page(report.report_page(made, SHARES, RECORDS, runs.ROOT))
+    page = Page(report.report_page(made, SHARES, RECORDS, FOLDERS))
     main = TASKS[name].figures(made.answered["right"])[TASKS[name].main]
     assert f"{main.value:.1f}" in page.text["header"]
     for expected in ("checkpoint-000010", "step 10", "abababababab", "questions 6", "pictures 6"):
@@ -332,7 +334,7 @@ def test_the_page_of_a_loss_has_no_answers():
 
 def test_what_is_absent_is_said():
     made = evaluation("world", [answer("world", 0, "a", "a")])
-    page = Page(report.report_page(made, None, [], runs.ROOT))
+    page = Page(report.report_page(made, None, [], FOLDERS))
     assert "No answer here is about a picture" in page.text["attention"]
     assert "log does not lie beside" in page.text["training"]
     assert "Every answer is right" in page.text["wrong"]
@@ -406,7 +408,7 @@ def test_a_page_stays_small_whatever_was_asked():
         answer("world", n, long + str(n), long, long[:9000], kind=f"kind {n}", text=long)
         for n in range(300)
     ]
-    html = report.report_page(evaluation("world", answered), SHARES, RECORDS, runs.ROOT)
+    html = report.report_page(evaluation("world", answered), SHARES, RECORDS, FOLDERS)
     assert len(html) < 200_000
     assert Page(html).count("article") == report_parts.WRONG
 

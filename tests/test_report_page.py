@@ -16,16 +16,11 @@ from reported import alike, evaluation
 from test_report import HOSTILE, RECORDS, SHARES
 
 import evaluate
+from data.pictures import PictureFolders
 from errors import PhiSightError
 from evaluation import report
 
 WIDTHS = {"a wide screen": 1280, "a phone": 390}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with pages.chromium() as start:
-        yield start()
 
 
 class Reader:
@@ -90,7 +85,7 @@ def hostile(tmp_path_factory) -> Path:
         instruction=said,
     )
     path = folder / "report.html"
-    report.write_report(path, report.report_page(made, SHARES, RECORDS, folder))
+    report.write_report(path, report.report_page(made, SHARES, RECORDS, PictureFolders([folder])))
     return path
 
 

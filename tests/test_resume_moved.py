@@ -47,7 +47,7 @@ def test_what_lies_elsewhere_and_is_the_same_resumes_exactly(moved, tmp_path, ca
         f"config.{name.replace('-', '_')}" for name in moved
     }
     saved = checkpoints.resolve(run).config["config"]
-    assert saved["data"] == str(moved["data"]), "the next resume finds it there"
+    assert saved["data"] == [str(moved["data"])], "the next resume finds it there"
 
 
 def test_a_finished_run_whose_data_moved_is_still_finished(moved, tmp_path, capsys):

@@ -21,7 +21,7 @@ def questions_of(prepared, count=3):
 
 
 def stop_ids_of(parts):
-    return parts.chat_format.end_id, parts.chat_format.end_of_text_id
+    return parts.chat_format.stop_ids
 
 
 def spoken(parts, store, question) -> list[int]:
@@ -34,7 +34,7 @@ def spoken(parts, store, question) -> list[int]:
         batch = collate(
             [[sample]],
             store.features_of,
-            format.end_of_text_id,
+            format.padding_id,
             format.image_id,
             store.shape,
         )

@@ -29,6 +29,7 @@ from benchmarks.serve_load import Server, ask_alone, mixture, question_bodies, s
 from data.dataset import Message, Part
 from errors import PhiSightError
 from speech.spoken import loaded_once
+from web.temporary import own_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -230,7 +231,10 @@ def test_who_has_gone_is_not_heard_to_the_end_of_his_recording(monkeypatch):
         second.close()
         wait_until(lambda: not server.api.measures.in_flight)
         wait_until(lambda: "question" not in [thread.name for thread in threading.enumerate()])
-        assert len(windows) < 100 and server.api.turns["ears"]._value == AT_ONCE["ears"]
+        assert len(windows) < 100
+        wait_until(
+            lambda: server.api.turns["ears"]._value == AT_ONCE["ears"]
+        )  # given back by the loop
     assistant.close()
 
 
@@ -306,73 +310,52 @@ def test_no_file_of_the_server_can_be_read(with_app, tmp_path):
             assert SECRET.encode() not in body and b"root:" not in body and b"PATH=" not in body
 
 
-FILES = ("multimodaltextbox", "image", "file", "gallery", "audio", "chatbot", "imageeditor")
-
-
-def test_no_event_of_the_app_reads_a_file_of_the_server(with_app, tmp_path):
-    """Every event of the page that takes files, sent as a stranger would, with a server's path."""
+def test_no_route_of_the_app_reads_a_file_of_the_server(with_app, tmp_path):
+    """Every route of the page that takes names or files, asked as a stranger would."""
     file = tmp_path / "secret.txt"
     file.write_text(SECRET)
-    value = {"path": str(file), "meta": {"_type": "gradio.FileData"}}
-    forms = {
-        "multimodaltextbox": [{"text": "x", "files": [value]}],
-        "chatbot": [[{"role": "user", "content": [{"type": "file", "file": value}]}]],
-    }
-    config = json.loads(plain(with_app.exchange(get("/config"))[2]))
-    kinds = {component["id"]: component["type"] for component in config["components"]}
-    sent = 0
-    for dependency in config["dependencies"]:
-        taken = [kinds[number] for number in dependency["inputs"]]
-        if not set(taken) & set(FILES):
-            continue
-        for form in range(2):
-            data = [
-                forms.get(kind, [value, [value]])[-1 - form % len(forms.get(kind, "xx"))]
-                if kind in FILES
-                else None
-                for kind in taken
-            ]
-            body = json.dumps(
-                {
-                    "data": data,
-                    "fn_index": dependency["id"],
-                    "trigger_id": None,
-                    "session_hash": "stranger",
-                    "event_data": None,
-                }
-            ).encode()
-            join = post(body).replace(b"/v1/chat/completions", b"/gradio_api/queue/join", 1)
-            answer = with_app.exchange(join)[2]
-            sent += b"event_id" in answer
-            assert SECRET.encode() not in answer
-    assert sent > 2
-    said = b""
-    with with_app.send(get("/gradio_api/queue/data?session_hash=stranger")) as events:
-        while said.count(b'"process_completed"') < sent:
-            part = events.recv(65536)
-            assert part, said
-            said += part
-    assert SECRET.encode() not in said
-    copies = [path for path in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*") if path.is_file()]
+    key = "X-Browser-Key: " + "a" * 32
+    for path in (str(file), f"../../../..{file}", "/etc/passwd"):
+        for route, body in (
+            ("conversations/0123456789abcdef/ask", {"version": 0, "text": "x", "uploads": [path]}),
+            ("conversations/0123456789abcdef/ask", {"version": 0, "text": path, "example": path}),
+            ("batches", {"question": "x", "uploads": [path]}),
+            ("listen", {"upload": path}),
+            ("model", {"run": path, "checkpoint": path}),
+        ):
+            asked = post({"settings": {}, **body}, key)
+            asked = asked.replace(b"/v1/chat/completions", f"/app/{route}".encode(), 1)
+            status, _, answer = with_app.exchange(asked)
+            assert status in (400, 403, 404, 409, 422), (route, body, answer)
+            assert SECRET.encode() not in answer and b"root:" not in answer
+    copies = [path for path in own_folder().rglob("*") if path.is_file()]
     assert not any(SECRET.encode() in path.read_bytes() for path in copies)
 
 
-def plain(body: bytes) -> bytes:
-    """The JSON in a body that may have come in chunks."""
-    return body[body.index(b"{") : body.rindex(b"}") + 1]
+def test_the_page_and_the_api_answer_side_by_side(with_app):
+    """The routes of the one do not shadow the other's, and each has its own form of refusal."""
+    status, _, body = with_app.exchange(get("/app/start"))
+    assert status == 200 and json.loads(body)["model"]["state"] == "ready"
+    status, _, body = with_app.exchange(get("/app/nothing"))
+    assert status == 404 and json.loads(body)["error"]["key"] == "nothing_there"
+    status, _, body = with_app.exchange(get("/v1/nothing"))
+    assert status == 404 and json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
-def test_the_paths_that_a_browser_names_are_checked(with_app, monkeypatch):
-    """Gradio does so only in an app that it believes to have launched itself."""
-    from web import app
-
-    pages = []
-    build = app.build_app
-    monkeypatch.setattr(
-        app, "build_app", lambda *given, **more: pages.append(build(*given, **more)) or pages[0]
-    )
-    serve.web_app(with_app.api.assistant)
-    assert pages[0].has_launched is True
+def test_serve_with_the_app_as_a_process():
+    process, line = started("--app", "--grace", "0")
+    try:
+        assert "the app at http://" in line
+        address = line.partition("http://")[2].partition("/")[0]
+        with urllib.request.urlopen(f"http://{address}/", timeout=60) as page:
+            assert b"phisight" in page.read()
+        with urllib.request.urlopen(f"http://{address}/app/start", timeout=60) as start:
+            assert json.load(start)["model"]["state"] == "ready"
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, output) == (0, "") and "Traceback" not in errors
 
 
 def test_the_app_needs_the_key_too():
@@ -382,6 +365,8 @@ def test_the_app_needs_the_key_too():
     with live(assistant, key="secret", rest=serve.web_app(assistant), grace=0.2) as server:
         assert server.exchange(get("/"))[0] == 401
         assert server.exchange(get("/config"))[0] == 401
+        assert server.exchange(get("/app/start"))[0] == 401
+        assert server.exchange(get("/app/uploads/" + "0" * 32))[0] == 401
         password = base64.b64encode(b"me:secret").decode()
         assert server.exchange(get("/", f"Authorization: Basic {password}"))[0] == 200
     assistant.close()

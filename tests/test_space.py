@@ -18,19 +18,21 @@ import runs
 import spaces
 import yaml
 from huggingface_hub import SpaceCard
+from test_conversations import begin
 
 import app
 import checkpoints
 import config as configs
 import export
 import space
-from data.examples import Example, read_examples, write_examples
+from assistant.assistant import Assistant
+from data.examples import read_examples
 from errors import PhiSightError
 from exports import carried
 from exports import space as exported
 from exports.alignment import unmeasured
-from web.conversation import new_conversation
-from web.conversation_store import ConversationStore, forget, new_key
+from web.chat.store import ConversationStore, new_key
+from web.chat.sweep import forget
 
 RUN = "owner/name"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -105,26 +107,46 @@ def test_every_import_of_ours_is_in_the_folder_and_nothing_else_is():
     ours = {path.name.removesuffix(".py") for path in runs.ROOT.glob("*.py")}
     ours |= {path.parent.name for path in runs.ROOT.glob("*/*.py")} - {"tests"}
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
+    left_out = tuple(name.replace("/", ".") for name in exported.NOT_THERE)
     assert len(files) > 100
     for path in files:
         for name, is_import in carried.names_in(ast.parse((folder / path).read_text())):
-            if is_import and name.partition(".")[0] in ours:
+            if is_import and name.partition(".")[0] in ours and not name.startswith(left_out):
                 found = carried.files_of(folder, name)
                 assert found == carried.files_of(runs.ROOT, name) != [], f"{path}: {name}"
     rooms = {path.parts[0] for path in files}
     assert not rooms & {"tests", "tools", "benchmarks", "exports", "training", "terminal"}
     assert not rooms & {"train.py", "export.py", "infer.py", "evaluate.py", "serve.py"}
-    assert (folder / "web/style.css").is_file() and (folder / "workers/child.py").is_file()
+    assert not any((folder / name).exists() for name in exported.NOT_THERE)
+    assert (folder / "workers/child.py").is_file()
+
+
+def test_the_whole_page_is_in_the_folder_and_is_the_same_page():
+    """Every script, style and text of the page: one that lacks is a room that does not open."""
+    folder = spaces.exported()
+    for part, kinds in (("static", {".js", ".css"}), ("texts", {".json", ".py"})):
+        there = {p.relative_to(folder) for p in (folder / "web" / part).rglob("*") if p.is_file()}
+        ours = {
+            path.relative_to(runs.ROOT)
+            for path in (runs.ROOT / "web" / part).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+        assert there == ours != set() and {path.suffix for path in ours} <= kinds
+        assert all((folder / path).read_bytes() == (runs.ROOT / path).read_bytes() for path in ours)
 
 
 def test_a_module_that_is_named_in_a_text_is_taken_along(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "command.py").write_text('import a.one, json\nrun(["-m", "a.two"], "a.three")\n')
     (tmp_path / "a/one.py").write_text("def f():\n    from b import c\n")
-    for name in ("a/two.py", "a/style.css", "a/notes.txt", "a/mine.json", "b.py", "three.py"):
+    page = ("a/static/core/page.js", "a/static/page.css", "a/texts/room.json")
+    notes = ("a/notes.txt", "a/mine.json", "a/static/notes.md", "a/static/data.json", "three.py")
+    for name in ("a/two.py", "b.py", *page, *notes, "c/static/page.js"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
+    (tmp_path / "a/static/mine.js").symlink_to(tmp_path / "three.py")
     found = carried.carried_files(tmp_path, "command.py")
-    assert [str(p) for p in found] == ["a/one.py", "a/style.css", "a/two.py", "b.py", "command.py"]
+    assert [str(p) for p in found] == sorted(("a/one.py", "a/two.py", "b.py", "command.py", *page))
 
 
 def test_nothing_in_it_is_of_this_machine():
@@ -152,35 +174,39 @@ def test_its_run_is_a_run_whose_base_lies_in_the_folder():
     assert saved.config["config"]["base"] == settings.base
 
 
-def test_its_examples_are_held_out_and_small():
+def test_its_examples_are_those_of_the_run():
     examples = read_examples(spaces.exported() / "examples")
+    own = read_examples(runs.finished_run() / "examples")
+    assert [e.question for e in examples] == [e.question for e in own]
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """The finished run without examples of its own, as those of former versions."""
+    copy = runs.copy_of(runs.finished_run(), tmp_path)
+    shutil.rmtree(copy / "examples")
+    loaded = Assistant.load(copy)
+    yield loaded
+    loaded.close()
+
+
+def test_without_any_of_the_runs_own_they_are_held_out_and_small(tmp_path, bare):
+    assert 2 <= exported.write_shown(bare, tmp_path / "examples") <= 4
+    examples = read_examples(tmp_path / "examples")
     held_out = [json.loads(line) for line in (runs.world() / "held_out.jsonl").open()]
-    assert 2 <= len(examples) <= 3
     assert {e.question for e in examples} <= {q["text"] for q in held_out}
     assert len({e.picture for e in examples}) == len(examples)
     assert all(Path(e.picture).stat().st_size < 2**20 for e in examples)
 
 
-def test_a_run_whose_pictures_are_gone_has_no_examples_and_that_is_said(tmp_path, assistant):
-    assistant.config = configs.replace(assistant.config, images=str(tmp_path / "gone"))
-    said = exported.export_space(assistant, tmp_path / "space", unmeasured("no data"))
+def test_a_run_whose_pictures_are_gone_has_no_examples_and_that_is_said(tmp_path, bare):
+    bare.config = configs.replace(bare.config, images=str(tmp_path / "gone"))
+    said = exported.export_space(bare, tmp_path / "space", unmeasured("no data"))
     assert "without examples" in said and "was not measured: no data" in said
-    assert read_examples(tmp_path / "space/examples") == []
-
-
-@pytest.mark.parametrize(
-    "listed", ["[]", "{}", '{"examples": [{"question": "?", "picture": "../a.png"}]}', "", None]
-)
-def test_examples_that_cannot_be_shown_are_one_line(tmp_path, listed):
-    if listed is not None:
-        (tmp_path / "examples.json").write_text(listed)
-    with pytest.raises(PhiSightError, match="examples.json: .*; write it again"):
-        read_examples(tmp_path)
-    write_examples(tmp_path, [])
-    assert read_examples(tmp_path) == []
-    (tmp_path / "a.png").write_bytes(b"")
-    write_examples(tmp_path, [Example("?", str(tmp_path / "a.png"))])
-    assert read_examples(tmp_path) == [Example("?", str(tmp_path / "a.png"))]
+    assert not (tmp_path / "space/examples").exists()
+    settings = space.found_in(tmp_path / "space")
+    flags = space.flags(settings, tmp_path / "space", space.Storage(tmp_path, tmp_path), {})
+    assert settings.examples == "" and not any("--examples" in flag for flag in flags)
 
 
 # -- a base that lies elsewhere -------------------------------------------------------------------
@@ -202,6 +228,10 @@ def test_a_base_that_nobody_else_has_is_refused_or_copied(tmp_path, assistant):
         there = {path.name for path in (tmp_path / name).iterdir()}
         assert copied == there - {"notes.bin", "README.md"}
     assert checkpoints.resolve(out / "run").config["config"]["base"] == "assets/own/base"
+    head, text = head_of(out), (out / "README.md").read_text()
+    assert head["license"] == "apache-2.0", "the base's card names it, and stays where it is"
+    assert "The base is `assets/own/base` of the Space, of the type `phi3`." in text
+    assert "Say with `--base` and `--vision` where these folders lie" in text
 
 
 def test_a_base_of_the_hub_is_fetched_when_the_space_is_built(tmp_path, assistant):
@@ -252,7 +282,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(exported, "write_held_out", full)
+    monkeypatch.setattr(exported, "write_shown", full)
     with pytest.raises(PhiSightError, match="not written .No space left on device.; make room"):
         written(tmp_path / "a/space")
     assert not any(tmp_path.iterdir())
@@ -398,7 +428,7 @@ def test_conversations_of_strangers_are_forgotten(tmp_path):
     kept = {}
     for hours in (30, 3, 2, 1):
         store = ConversationStore(tmp_path, new_key())
-        store.save(conversation := new_conversation())
+        conversation = begin(store)
         path = store.folder / conversation.id
         (path / "picture").write_bytes(b"x" * 1000)
         for file in (*path.iterdir(), path):

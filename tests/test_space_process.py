@@ -3,7 +3,6 @@ the hub's page, asked by a browser."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ import runs
 import spaces
 from pages import WAIT, User, chromium, pictures
 from space_proxy import PAGE, SPACE_HOST, hub_before
+
+from data.examples import read_examples
 
 QUESTION = "How many objects are there?"
 IN_SPACE = {"SPACE_ID": "owner/name", "SPACE_HOST": SPACE_HOST, "OMP_NUM_THREADS": "1500m"}
@@ -59,20 +60,21 @@ class FramedUser(User):
         self.window.goto(PAGE)
         self.page = next(f for f in self.window.frames if SPACE_HOST in f.url)
         self.page.locator("#tagline", has_text="Ask about pictures").wait_for(state="attached")
+        self.page.locator("[data-ready=true]").wait_for()
         self.page.locator("#question textarea").wait_for()
-        self.page.wait_for_timeout(300)
 
 
 def test_a_browser_asks_in_the_hubs_frame_and_reads_what_infer_says(running, tmp_path):
     with hub_before(running.port, tmp_path) as hub, chromium() as start:
         user = FramedUser(start(*hub.arguments))
         page = user.page
-        assert page.get_by_role("tab", name="Chat").count() == 1
-        assert page.get_by_role("tab", name="Training").count() == 0
+        assert page.get_by_role("link", name="Chat", exact=True).count() == 1
+        assert page.get_by_role("link", name="Training").count() == 0
         assert "removed after a day" in page.locator("#tagline").text_content()
-        listed = json.loads((running.folder / "examples/examples.json").read_text())["examples"]
-        shown = page.locator("#chat .example").all_inner_texts()
-        assert [text.strip() for text in shown] == [e["question"] for e in listed] != []
+        listed = read_examples(running.folder / "examples")
+        page.locator(".welcome .example").first.wait_for()
+        shown = page.locator(".welcome .example").all_inner_texts()
+        assert [text.strip() for text in shown] == [e.question for e in listed] != []
         user.ask(QUESTION, pictures(1)[0])
         (_, question), (_, answer) = user.answers(1)
         assert question == QUESTION and user.pictures() == 1
@@ -139,7 +141,8 @@ def test_nobody_reads_its_files_or_trains(running):
     for path in ("space.json", "app.py", "run/metrics.jsonl", "/etc/passwd", "storage/tmp"):
         name = path if path.startswith("/") else running.folder / path
         assert asked(running, f"/gradio_api/file={name}").status_code in (403, 404)
-    assert not any((running.folder / name).exists() for name in ("train.py", "training", "runs"))
-    components = asked(running, "/config").json()["components"]
-    tabs = {one["props"]["id"] for one in components if one["type"] == "tabitem"}
-    assert tabs == {"chat", "batch", "text", "voice"}
+    assert not any((running.folder / name).exists() for name in ("train.py", "runs"))
+    can = asked(running, "/app/start").json()["can"]
+    assert can["training"] == "none" and can["public"]
+    for path in ("/app/runs", "/app/runs/run", "/app/trainings", "/app/exports"):
+        assert asked(running, path, X_Browser_Key="a" * 32).status_code in (403, 404), path

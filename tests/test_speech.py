@@ -193,9 +193,14 @@ def test_a_model_that_knows_few_sentences_has_to_be_sure():
     assert not is_believable(Heard(0.1, -0.8), True, tiny().invented)
 
 
-def test_denoising_is_refused_where_it_does_harm():
-    with pytest.raises(PhiSightError, match="made up: hears noisy speech better as it is"):
-        of_full_size(lambda window: Heard()).transcribe(vowels(), denoise=True)
+def test_noise_is_reduced_where_it_is_asked_for():
+    windows: list[np.ndarray] = []
+    model = of_full_size(lambda window: windows.append(window) or Heard())
+    noisy = vowels() + 0.1 * np.random.default_rng(2).standard_normal(len(vowels()))
+    for denoise in (False, True):
+        assert [one.text for one in model.transcribe(noisy, denoise=denoise)] == ["a star"]
+    assert np.array_equal(windows[0], noisy.astype(np.float32)[: len(windows[0])])
+    assert np.square(windows[1]).mean() < 0.9 * np.square(windows[0]).mean()
 
 
 # -- turns, and those who have gone ----------------------------------------------------------------

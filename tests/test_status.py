@@ -27,7 +27,6 @@ from reports.watching import LOCK, StatusReader, holder_of, run_status
 from training.alerts import RATE_AFTER, ClockAlerts
 from training.lock import RunLock
 from training.progress import Progress
-from web.training_status import samples_html, status_html
 
 
 def record(step: int, **more: object) -> dict:
@@ -305,7 +304,6 @@ def test_any_record_is_shown_or_refused_in_a_line(tmp_path_factory, drawn):
         return
     assert all(line.isprintable() for line in status_lines(status))
     json.dumps(status.as_json(), allow_nan=False)
-    assert status_html(status, 0.0, "en") + samples_html(status.samples, "de")
 
 
 @given(st.dictionaries(st.sampled_from(["kind", "alert", "owner", "skipped", "reason"]), VALUES))
@@ -356,27 +354,16 @@ def test_an_alert_begins_once_and_again_after_it_ceased():
     assert progress.standing_alerts == ["x"]
 
 
-# -- the app and /metrics -------------------------------------------------------------------------
-
-
-def test_the_page_escapes_what_a_log_holds(tmp_path):
-    bad = "<img src=x onerror=alert(1)>"
-    sample = dict.fromkeys(("picture", "question", "answer", "right_answer"), bad)
-    alert = {"kind": "alert", "step": 1, "alert": "unmoved_owner", "owner": bad}
-    status = status_of(
-        run_with(tmp_path, alert, {"kind": "samples", "step": 1, "samples": [sample]}), ""
-    )
-    shown = status_html(status, time.time(), "en") + samples_html(status.samples, "en")
-    assert "<img" not in shown and shown.count("&lt;img") == 5
+# -- read again, and /metrics ----------------------------------------------------------------------
 
 
 def test_a_status_is_read_again_only_when_something_changed(tmp_path, monkeypatch):
     run = run_with(tmp_path / "run", record(1))
     reader, read = StatusReader(run), []
 
-    def counted(folder: Path, holder: str) -> Status:
+    def counted(folder: Path, *how: object) -> Status:
         read.append(folder)
-        return status_of(folder, holder)
+        return status_of(folder, *how)
 
     monkeypatch.setattr("reports.watching.status_of", counted)
     assert reader.read() is reader.read() and len(read) == 1

@@ -186,7 +186,7 @@ def test_the_loss_is_the_meters_and_a_mean_over_tokens(tmp_path):
         samples,
         2 * longest,
         store.features_of,
-        assistant.parts.chat_format.end_of_text_id,
+        assistant.parts.chat_format.padding_id,
         assistant.parts.chat_format.image_id,
         store.shape,
         torch.device("cpu"),

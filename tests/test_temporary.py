@@ -101,6 +101,47 @@ def test_several_servers_leave_each_other_alone_and_clean_up_after_a_kill(tmp_pa
     assert not its.exists() and not last.exists() and list(tmp_path.iterdir()) == []
 
 
+A_PAGE = """
+import io, sys, tempfile
+from fastapi.testclient import TestClient
+from PIL import Image
+from web.app import build_site, web_application
+from web.model import Model
+from web.temporary import own_folder
+file = io.BytesIO()
+Image.new("RGB", (8, 8)).save(file, "PNG")
+client = TestClient(web_application(build_site(Model(), conversations=sys.argv[1], runs=None)))
+headers = {"X-Browser-Key": "a" * 32}
+sent = client.post("/app/uploads?name=a.png", content=file.getvalue(), headers=headers)
+assert sent.status_code == 200, sent.text
+print(own_folder(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_pictures_of_a_killed_server_are_swept_at_the_next_start(tmp_path):
+    temporaries = tmp_path / "temporary"
+    temporaries.mkdir()
+    killed = subprocess.Popen(
+        [sys.executable, "-c", A_PAGE, str(tmp_path / "conversations")],
+        cwd=runs.ROOT,
+        env=runs.environment() | {"TMPDIR": str(temporaries), "GRADIO_TEMP_DIR": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    left = Path(killed.stdout.readline().strip())
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    pictures = [path for path in left.rglob("a.png") if path.is_file()]
+    assert len(pictures) == 1 and stat.S_IMODE(pictures[0].stat().st_mode) == 0o600
+    for folder in pictures[0].relative_to(left).parents:
+        assert stat.S_IMODE((left / folder).stat().st_mode) == 0o700
+    following, its = a_server(temporaries)
+    assert its.exists() and not left.exists()
+    following.communicate("", timeout=30)
+
+
 def test_only_the_owner_may_enter():
     folder = own_folder()
     for path in (folder, *folder.iterdir()):
@@ -127,15 +168,37 @@ def uploaded(uploads: Uploads, name: str, size: int) -> Path:
 
 
 def test_parts_of_uploads_that_were_cut_off_go_when_none_arrives(uploads):
+    """An upload removes its own part; this is for one that could not, as on a full disk."""
     uploads.begin()
     uploads.begin()
-    part, other = uploads.folder / "tmpabc_12", uploads.folder / "named"
+    folder = uploads.folder / ("d" * 32)
+    folder.mkdir()
+    part, whole = folder / f"{'0' * 32}.part", folder / ("1" * 32) / f"{'0' * 32}.part"
+    whole.parent.mkdir()  # a file that its owner has called so
     part.write_bytes(bytes(10))
-    other.write_bytes(bytes(10))
+    whole.write_bytes(bytes(10))
     uploads.end()
+    uploads.sweep()
     assert part.exists()  # it may be the other one's
     uploads.end()
-    assert not part.exists() and other.exists() and uploads.held == 10
+    uploads.sweep()
+    assert not part.exists() and whole.exists() and uploads.held == 10
+
+
+def test_room_is_made_when_it_is_needed_and_not_at_each_upload(uploads, monkeypatch):
+    swept = []
+    monkeypatch.setattr(uploads, "sweep", lambda: swept.append(1))
+    for _ in range(3):
+        uploads.begin()
+        uploads.take(100)
+        uploads.end()
+    assert swept == []
+    uploads.take(500)
+    uploads.begin()
+    uploads.end()
+    assert swept == [1]
+    uploads.give_back(10**6)
+    assert uploads.held == 0
 
 
 def test_uploads_have_a_limit_and_what_is_old_makes_room(uploads, monkeypatch):

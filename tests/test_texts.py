@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import string
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from web.texts import DEFAULT, LANGUAGES, SPOKEN, TEXTS, best_language, text
 
 ROOT = Path(__file__).resolve().parent.parent
+MADE = ("status_", "state_", "knows_")  # the keys that are put together from a value begin so
 
 
 def fields(template: str) -> set[str]:
@@ -28,22 +30,18 @@ def test_every_text_is_in_every_language_with_the_same_values(key):
 
 
 def test_every_text_is_used_and_every_used_one_is_there():
-    """Keys are plain strings in the pages; this finds a misspelt and a forgotten one."""
+    """Keys are plain strings in the page's scripts and in web/; this finds a forgotten one."""
     used = set()
-    for path in (ROOT / "web").glob("*.py"):
-        if path.name != "texts.py":
-            used |= {
-                node.value
-                for node in ast.walk(ast.parse(path.read_text()))
-                if isinstance(node, ast.Constant) and isinstance(node.value, str)
-            }
-    used |= {
-        node.value
-        for node in ast.walk(ast.parse((ROOT / "app.py").read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    made = {key for key in TEXTS if key.startswith("status_")}  # named from a finish reason
-    made |= {"right", "swapped", "blank"}  # named by the meter's conditions
+    for path in (ROOT / "web").rglob("*.py"):
+        used |= {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+    for path in (ROOT / "web/static").rglob("*.js"):
+        used |= set(re.findall(r"[\"'`]([a-z0-9_]+)[\"'`]|\b([a-z0-9_]+):", path.read_text()))
+    used = {key for found in used for key in ((found,) if isinstance(found, str) else found)}
+    made = {key for key in TEXTS if key.startswith(MADE)}
     assert TEXTS.keys() - used - made == set()
 
 

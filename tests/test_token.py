@@ -11,6 +11,7 @@ import runs
 import torch
 from four_bit import LINEAR, VOCABULARY, four_bit_model, plain_model, small_config
 from random_model import hub_model, logits_of, ours_of
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 import model.compiled as compiled_module
 import ops.kernels.linear
@@ -21,7 +22,7 @@ from model import decoder
 from model.cache import KeyValues
 from model.compiled import CompiledDecoder, compiled_for
 from model.decoder import LanguageModel
-from model.projector import ImageProjector
+from model.projectors.mlp import MlpProjector
 from model.vlm import VisionLanguageModel
 from ops import kernels
 from tools import same_answers
@@ -38,10 +39,19 @@ LONGROPE = {
     "long_factor": [3.0 + n for n in range(8)],
     "original_max_position_embeddings": 40,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 MODELS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "plain": ({}, {}),
     "adapters": ({}, {"targets": LINEAR}),
+    "adapters of parts": ({"num_key_value_heads": 2}, {"targets": ("k_proj", "gate_proj")}),
     "two adapters, nested scales": ({}, {"targets": ("o_proj", "down_proj"), "nested": True}),
     "grouped heads, window": ({"num_key_value_heads": 2, "sliding_window": 5}, {}),
     "one key-value head, long window": ({"num_key_value_heads": 1, "sliding_window": 290}, {}),
@@ -54,6 +64,12 @@ MODELS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         {"targets": ("gate_up_proj",)},
     ),
     "wide heads": ({"hidden_size": 192, "num_attention_heads": 2, "num_key_value_heads": 2}, {}),
+    "slowed positions": ({"kind": LlamaConfig, "rope_parameters": LLAMA3}, {}),
+    "biases, adapters": ({"kind": Qwen2Config, "num_key_value_heads": 2}, {"targets": LINEAR}),
+    "normalised heads": (
+        {"kind": Qwen3Config, "num_key_value_heads": 2, "head_dim": 32},
+        {"targets": ("qkv_proj",)},
+    ),
 }
 
 
@@ -196,7 +212,7 @@ def test_a_row_that_is_kept_in_float32_changes_no_other():
 
 def test_a_changed_adapter_is_the_one_that_counts():
     language = four_bit_model(small_config(), targets=LINEAR)
-    model = VisionLanguageModel(language, ImageProjector(8, 64), VOCABULARY - 1)
+    model = VisionLanguageModel(language, MlpProjector(8, 64), VOCABULARY - 1)
     decoding: Decoding = Decoding(model)
     row = conversation(12).tolist()
 
@@ -211,6 +227,15 @@ def test_a_changed_adapter_is_the_one_that_counts():
     after = logits()
     assert_near(after, logits_of(plain_model(language), torch.tensor(row))[-1, :-1])
     assert (before - after).abs().max() > 0.1
+
+
+def test_a_changed_part_of_an_adapter_makes_another_decoder():
+    language = four_bit_model(small_config(), targets=("q_proj", "v_proj"))
+    before = compiled(language)
+    assert compiled(language) is before
+    with torch.no_grad():
+        language.model.layers[0].self_attn.qkv_proj.parts()["q_proj"].lora_B.mul_(2)
+    assert compiled(language) is not before
 
 
 def test_a_copy_of_a_model_that_answered_decodes_by_its_own_weights():
@@ -234,7 +259,7 @@ def test_an_engine_says_what_the_formulas_say_where_rows_cross_and_conversations
     """LongRoPE's crossing at 40 tokens; second turns over the keys and values of the first."""
     language = four_bit_model(small_config(**MODELS["longrope"][0]))
     reference = plain_model(language)
-    model = VisionLanguageModel(language, ImageProjector(8, 64), VOCABULARY - 1)
+    model = VisionLanguageModel(language, MlpProjector(8, 64), VOCABULARY - 1)
     engine = Engine(model, frozenset(), 4, max_rows=3, prefix_bytes=2**20)
     pictures, words = torch.zeros(0, 4, 8), conversation(200) % (VOCABULARY - 1)
     prompts = [words[n : 2 * n].tolist() for n in (9, 33, 39, 41)]
@@ -265,6 +290,10 @@ def logits_at_each(model: LanguageModel, prompt: list[int], said: list[int]) -> 
     ("options", "reason"),
     [
         ({"hidden_size": 96}, "heads of 24 numbers, not a multiple of 16"),
+        (
+            {"kind": Qwen3Config, "head_dim": 16},
+            "normalised heads of 16 numbers, not a multiple of 32",
+        ),
         ({}, "2 layers are more than 1"),
     ],
 )

@@ -338,7 +338,7 @@ def test_a_step_does_not_depend_on_how_its_window_is_cut():
             collate(
                 [[s] for s in chunk],
                 store().features_of,
-                parts.chat_format.end_of_text_id,
+                parts.chat_format.padding_id,
                 parts.chat_format.image_id,
                 store().shape,
             )
@@ -742,7 +742,10 @@ def test_bad_records_are_set_aside_with_reasons_and_counted(tmp_path, capsys):
     runs.start(run, **SHORT | {"data": data, "data_fraction": 1.0})
     said = capsys.readouterr().out
     assert "5 records quarantined, 0 shortened" in said
-    assert f"warning: 5 records quarantined, reasons in {run / 'quarantine.jsonl'}" in said
+    kinds = "2 malformed, 1 no supervised token, 1 missing or broken picture, 1 too long"
+    assert (
+        f"warning: 5 records quarantined ({kinds}), reasons in {run / 'quarantine.jsonl'}" in said
+    )
     entries = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
     reasons = {entry["id"]: entry["reason"] for entry in entries}
     assert len(entries) == 5

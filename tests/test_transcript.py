@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -59,21 +60,24 @@ def test_a_recording_is_written_down_in_every_form(tmp_path, capsys):
 
 
 @needs_espeak
-def test_what_was_written_down_is_kept_when_it_is_stopped(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_written_down_is_kept_when_it_is_stopped(number, tmp_path, capsys, monkeypatch):
     decode, windows = Speech._decode, []
 
     def stop_at_the_second(self, window, language, translate):
         windows.append(len(window))
         if len(windows) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return decode(self, window, language, translate)
 
     monkeypatch.setattr(Speech, "_decode", stop_at_the_second)
+    former = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         transcribe(recording(tmp_path), "--out", tmp_path / "talk.json")
     record = json.loads((tmp_path / "talk.json").read_text())
     assert record["text"] == QUESTIONS[0] and record["complete"] is False
     assert "stopped after" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is former
 
 
 def test_a_recording_without_speech_says_so_and_fails(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-import config as configs
+import config_values
 from errors import PhiSightError
 from model.build import assemble, model_state
 
@@ -30,7 +30,7 @@ def second(run: Path, source: Path, *more: str, **fields: object) -> int:
 
 def test_the_first_stage_trains_the_projector_alone(first_stage, capsys):
     checkpoint = checkpoints.resolve(first_stage)
-    config = configs.from_dict(checkpoint.config["config"], "here")
+    config = config_values.from_dict(checkpoint.config["config"], "here")
     assert not config.train_lora
     fresh = assemble(config).model
     assert {name.split(".")[0] for name, _ in fresh.trainable()} == {"projector"}
@@ -99,7 +99,7 @@ def test_an_adapter_that_was_not_trained_gives_way_to_another(first_stage, tmp_p
     run = tmp_path / "run"
     second(run, first_stage, "--stop-at-step=1", **fields)
     begun, first = checkpoints.resolve(run), checkpoints.resolve(first_stage)
-    config = configs.from_dict(begun.config["config"], "here")
+    config = config_values.from_dict(begun.config["config"], "here")
     fresh = model_state(assemble(config).model)["lora_weights"]
     # The first rate of a warm-up is 0: after one step the weights are still those of the start.
     assert begun.state["lora_weights"].keys() == fresh.keys()
@@ -114,7 +114,7 @@ def test_an_adapter_that_was_not_trained_gives_way_to_another(first_stage, tmp_p
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"feature_pooling": 2}, "another CLIP, or way to read it,"),
+        ({"feature_pooling": 2}, "another picture encoder, or way to read it,"),
         ({"quantization": "none"}, "another --quantization"),
         ({"start_from": "runs/no-such-run"}, "no-such-run"),
     ],

@@ -12,7 +12,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from errors import PhiSightError
-from model.vision import VisionTower, read_preparation, read_vision_spec
+from model.encoders.preparation import Preparation
+from model.vision import VisionTower, read_vision_spec
 
 CLIP = ROOT / "assets/tiny/clip"
 
@@ -98,7 +99,7 @@ def test_the_tower_is_frozen(pictures):
 def test_pictures_are_prepared_as_transformers_does(folder, pictures, changes):
     edit(folder / "preprocessor_config.json", **changes)
     theirs = CLIPImageProcessorPil.from_pretrained(folder)
-    ours = read_preparation(folder)
+    ours = Preparation.from_dict(json.loads((folder / "preprocessor_config.json").read_text()))
     for picture in pictures:
         expected = theirs([picture], return_tensors="pt")["pixel_values"]
         assert torch.equal(ours([picture]), expected)
@@ -127,7 +128,8 @@ def test_a_preparation_that_is_not_known_is_one_error(folder, changes):
 def test_pictures_are_padded_as_llava_does(folder, pictures, changes):
     edit(folder / "preprocessor_config.json", **changes)
     theirs = LlavaImageProcessorPil.from_pretrained(folder, do_pad=True)
-    ours = read_vision_spec(str(folder), picture_fit="pad").preparation
+    ours = Preparation.from_dict(json.loads((folder / "preprocessor_config.json").read_text()))
+    ours = ours.padded()
     for picture in pictures:
         expected = theirs([picture], return_tensors="pt")["pixel_values"]
         assert torch.equal(ours([picture]), expected)
@@ -298,7 +300,7 @@ def test_weights_that_do_not_fit_are_an_error(folder, damage):
 )
 def test_a_config_of_any_content_is_one_error(folder, content):
     (folder / "config.json").write_text(content)
-    with pytest.raises(PhiSightError, match="not a CLIP folder"):
+    with pytest.raises(PhiSightError, match="not the folder of an encoder"):
         read_vision_spec(str(folder))
 
 

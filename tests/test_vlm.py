@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import draw_adapter
 from PIL import Image
+from torch.nn import functional
 from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
@@ -20,7 +21,7 @@ from data.chat import RenderedSample, render
 from data.collate import IGNORED, ROUND, collate, rows_to_compute, segment_lengths
 from data.dataset import Message, Part
 from errors import PhiSightError
-from lora.dropout import RowDropout
+from lora.dropout import RowDropout, key_of
 from lora.layer import LoRALinear
 from lora.merge import merged_weight
 from model.build import assemble, load_model_state, model_state, multiply_by_integers
@@ -58,7 +59,7 @@ def batch_of(parts, store):
     def make(rows):
         chat_format = parts.chat_format
         return collate(
-            rows, store.features_of, chat_format.end_of_text_id, chat_format.image_id, store.shape
+            rows, store.features_of, chat_format.padding_id, chat_format.image_id, store.shape
         )
 
     return make
@@ -118,7 +119,7 @@ def test_padding_costs_nothing_and_changes_no_bit(model, samples, parts, store, 
     tokens = sum(len(sample.input_ids) for sample in samples)
     tokens += -tokens % ROUND  # rows longer than the longest have that much padding
     longest = max(sum(len(sample.input_ids) for sample in row) for row in rows)
-    ends, image = parts.chat_format.end_of_text_id, parts.chat_format.image_id
+    ends, image = parts.chat_format.padding_id, parts.chat_format.image_id
     model.train()  # with dropout, whose masks are drawn for the tokens alone
     seen = []
     layer = model.language_model.model.layers[0]
@@ -151,20 +152,21 @@ def test_a_step_by_the_fast_operations_is_one_by_the_plain_ones(
     model.train()
     monkeypatch.setattr(model.language_model.model, "recomputing", recompute)
     results = {}
-    for target in (ops.cpu, ops.plain):
+    for target in (ops.cpu, ops.mps, ops.plain):
         monkeypatch.setattr(ops, "choose", lambda *_, target=target: (target, ""))
         loss, _ = model(batch)
         loss.backward()
         results[target] = loss.item(), {n: p.grad.clone() for n, p in model.trainable()}
         model.zero_grad(set_to_none=True)
-    (fast_loss, fast), (plain_loss, plain) = results.values()
-    assert fast_loss == pytest.approx(plain_loss, rel=1e-6)
-    assert len(fast) == 36
-    for name, gradient in fast.items():
-        expected = plain[name]
-        largest = expected.abs().max().item()
-        assert largest > 0
-        torch.testing.assert_close(gradient, expected, atol=1e-5 * largest, rtol=1e-5, msg=name)
+    plain_loss, plain = results.pop(ops.plain)
+    for loss, gradients in results.values():
+        assert loss == pytest.approx(plain_loss, rel=1e-6)
+        assert len(gradients) == 36
+        for name, gradient in gradients.items():
+            expected = plain[name]
+            largest = expected.abs().max().item()
+            assert largest > 0
+            torch.testing.assert_close(gradient, expected, atol=1e-5 * largest, rtol=1e-5, msg=name)
 
 
 def test_the_head_in_chunks_gives_the_loss_and_gradient_of_cross_entropy(monkeypatch):
@@ -296,6 +298,62 @@ def test_every_trained_tensor_gets_a_gradient_and_the_base_none(model, samples, 
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
     assert all(parameter.grad is None for _, parameter in owners["base"])
+
+
+# -- dropout in the projector ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def dropping(model, monkeypatch):
+    """The model in training, with dropout in the projector alone."""
+    turn_dropout_off(model, monkeypatch)
+    monkeypatch.setattr(model.projector.dropout, "probability", 0.3)
+    return model.train()
+
+
+def hidden_of(model, batch) -> torch.Tensor:
+    """What the projector's second layer is given, (1, picture tokens, dim)."""
+    seen = []
+    handle = model.projector.linear_2.register_forward_pre_hook(lambda _, given: seen.append(given))
+    try:
+        with torch.no_grad():
+            model(batch)
+    finally:
+        handle.remove()
+    return seen[0][0].flatten(0, 1)
+
+
+def test_dropout_in_the_projector_is_between_gelu_and_second_layer(dropping, samples, batch_of):
+    batch = dataclasses.replace(batch_of([samples]), row_keys=[5])
+    projector = dropping.projector
+    with torch.no_grad():
+        whole = functional.gelu(projector.linear_1(batch.image_features)).flatten(0, 1)
+        key = key_of("dropout", "projector")
+        mask = RowDropout(0.3, key)(torch.ones(1, *whole.shape), [5])[0]
+    hidden = hidden_of(dropping, batch)
+    assert torch.equal(hidden, whole * mask)
+    assert 0.25 < (mask == 0).float().mean() < 0.35
+    assert torch.equal(hidden_of(dropping.eval(), batch), whole)
+
+
+def test_what_the_projector_drops_goes_by_the_row_alone(dropping, samples, batch_of):
+    """One row has no picture, one has two: masks and gradients are those of each row alone."""
+    keys = list(range(40, 40 + len(samples)))
+    together = dataclasses.replace(batch_of([[s] for s in samples]), row_keys=keys)
+    alone = [
+        dataclasses.replace(batch_of([[sample]]), row_keys=[key])
+        for sample, key in zip(samples, keys)
+    ]
+    pictured = [batch for batch in alone if len(batch.slots)]
+    assert len(pictured) == len(alone) - 1
+    dropped = [hidden_of(dropping, batch) == 0 for batch in pictured]
+    assert torch.equal(torch.cat(dropped), hidden_of(dropping, together) == 0)
+    expected, found = gradients_of(dropping, [together]), gradients_of(dropping, alone)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-6 * max(1, gradient.abs().max()), name
+        assert gradient.abs().max() > 0 or not name.startswith("projector."), name
+    other = dataclasses.replace(together, row_keys=[key + 1 for key in keys])
+    assert not torch.equal(hidden_of(dropping, other) == 0, hidden_of(dropping, together) == 0)
 
 
 def test_a_fresh_adapter_gets_its_gradient_through_b(tiny_config, samples, batch_of):

@@ -1,5 +1,6 @@
-"""What a run may do otherwise than by default: learn all text, leave its projector as it is, give
-each conversation a row of its own. All of it is part of the run, and resumed to the bit."""
+"""What a run may do otherwise than by default: learn all text, leave its projector as it is or give
+it dropout, give each conversation a row of its own. All of it is part of the run, and resumed to
+the bit."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import checkpoints
 import config as configs
+import config_values
 from data.chat import all_learnt, render
 from data.dataset import Message, Part
 from data.features import FeatureStore
@@ -25,7 +27,18 @@ from training.progress import Progress
 from training.rows import Rows, note_packing
 
 SHORT = runs.SHORT | {"max_steps": 3, "log_steps": 1, "evaluate_steps": 3}
-WAYS = {"supervise": "all", "train_projector": "false", "pack": "false"}
+WAYS = {
+    "supervise": "all",
+    "train_projector": "false",
+    "projector_dropout": "0.3",
+    "pack": "false",
+}
+OTHERWISE = {
+    "supervise": "answers",
+    "train_projector": "true",
+    "projector_dropout": "0",
+    "pack": "true",
+}
 
 
 def prepared(run: Path, **fields: object) -> tuple[TrainingData, object]:
@@ -65,16 +78,20 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(name, whole, tmp_path):
 @pytest.mark.parametrize("name", WAYS)
 def test_a_resume_that_would_do_otherwise_is_refused(name, tmp_path):
     runs.start(tmp_path / "run", "--stop-at-step=2", **(SHORT | {name: WAYS[name]}))
-    other = "answers" if name == "supervise" else "true"
     with pytest.raises(PhiSightError, match=rf"not be exact.*config\.{name}:"):
-        runs.resume(tmp_path / "run", f"--{name.replace('_', '-')}={other}")
+        runs.resume(tmp_path / "run", f"--{name.replace('_', '-')}={OTHERWISE[name]}")
 
 
 def test_checkpoints_from_before_these_fields_are_of_the_defaults():
-    saved = configs.to_dict(configs.default_config())
-    expected = {"supervise": "answers", "train_projector": True, "pack": True}
+    saved = config_values.to_dict(configs.default_config())
+    expected = {
+        "supervise": "answers",
+        "train_projector": True,
+        "projector_dropout": 0.0,
+        "pack": True,
+    }
     assert {name: saved.pop(name) for name in WAYS} == expected
-    read = configs.from_dict(saved, "an old checkpoint")
+    read = config_values.from_dict(saved, "an old checkpoint")
     assert {name: getattr(read, name) for name in WAYS} == expected
 
 
@@ -132,7 +149,7 @@ def test_a_step_counts_what_it_learns(name, whole):
 
 def test_a_frozen_projector_stays_as_it_was_drawn_and_has_no_moments(whole, capsys):
     checkpoint = checkpoints.resolve(whole["train_projector"])
-    config = configs.from_dict(checkpoint.config["config"], "here")
+    config = config_values.from_dict(checkpoint.config["config"], "here")
     fresh = assemble(config).model
     assert {name.rpartition(".")[2] for name, _ in fresh.trainable()} == {"lora_A", "lora_B"}
     projector = checkpoint.state["image_projector"]

@@ -30,7 +30,7 @@ def window_of(parts, prepared, store) -> list:
     samples = list(prepared.train)[:6]
     return [
         collate(
-            rows, store.features_of, chat_format.end_of_text_id, chat_format.image_id, store.shape,
+            rows, store.features_of, chat_format.padding_id, chat_format.image_id, store.shape,
             row_keys=range(len(rows)),
         )
         for rows in ([samples[:2], samples[2:3]], [samples[3:6]])

@@ -30,7 +30,6 @@ from tools.tiny.listener import DIMENSIONS, Listener, Vocabulary, log_mels, save
 from tools.tiny.utterances import (
     SEED,
     Recordings,
-    coloured_noise,
     disturb,
     measured_utterances,
     no_speech,
@@ -159,7 +158,9 @@ def build(
         "threads": torch.get_num_threads(),
         "word_errors_percent": measure(out / "tiny.pt", 300),
     }
-    (out / "build_report.json").write_text(json.dumps(facts, indent=1))
+    (out / "build_report.json").write_text(
+        json.dumps(facts, indent=1), encoding="utf-8", newline="\n"
+    )
     print(json.dumps(facts))
 
 
@@ -193,12 +194,10 @@ def normaliser() -> Callable[[str], str]:
     return EnglishTextNormalizer()
 
 
-def errors_of(
-    listener: Speech, sound: np.ndarray, said: str, reduce_noise: bool = False
-) -> tuple[int, int, str]:
+def errors_of(listener: Speech, sound: np.ndarray, said: str) -> tuple[int, int, str]:
     """(words wrong, words said, text heard), after whisper's own normalising of both texts."""
     normalise = normaliser()
-    heard = " ".join(s.text for s in listener.transcribe(sound, denoise=reduce_noise))
+    heard = " ".join(s.text for s in listener.transcribe(sound))
     wanted = normalise(said).split()
     return word_errors(normalise(heard).split(), wanted), len(wanted), heard
 
@@ -218,29 +217,6 @@ def measure(path: Path, each: int) -> dict[str, float]:
     return rates
 
 
-def measure_noise(path: Path, each: int) -> dict[str, dict[str, float]]:
-    """Percent of words wrong at four levels of noise, as it is and reduced. The noise, white to
-    brown, is there for half a second before and after the words too."""
-    listener = Speech.load(path)
-    group = measured_utterances(each)["held-out sentences, held-out voices"]
-    rates: dict[str, dict[str, float]] = {}
-    for level in (None, 20, 10, 5):
-        errors, words = {"as it is": 0, "noise reduced": 0}, 0
-        rng = np.random.default_rng(SEED)
-        for utterance in tqdm(group, desc=f"noise {level}", mininterval=10):
-            sound = np.pad(say(utterance), SAMPLE_RATE // 2)
-            if level is not None:
-                power = np.sqrt(np.mean(sound[SAMPLE_RATE // 2 : -SAMPLE_RATE // 2] ** 2))
-                sound += power * np.float32(10 ** (-level / 20)) * coloured_noise(rng, len(sound))
-            for how, reduced in (("as it is", False), ("noise reduced", True)):
-                wrong, said, _ = errors_of(listener, sound, utterance.text, reduced)
-                errors[how] += wrong
-            words += said
-        name = "no noise" if level is None else f"{level} dB"
-        rates[name] = {how: round(100 * count / words, 1) for how, count in errors.items()}
-    return rates
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tiny" / "whisper")
@@ -251,18 +227,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--measure", action="store_true", help="measure tiny.pt, train nothing")
-    parser.add_argument("--measure-noise", action="store_true", help="with and without reduction")
     parser.add_argument("--each", type=int, default=300, help="utterances a measured group")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.measure or options.measure_noise:
+    if options.measure:
         if not (options.out / "tiny.pt").is_file():
             raise PhiSightError(f"{options.out}/tiny.pt: no such file; build it first")
-    if options.measure:
         print(json.dumps(measure(options.out / "tiny.pt", options.each), indent=1))
-        return
-    if options.measure_noise:
-        print(json.dumps(measure_noise(options.out / "tiny.pt", options.each), indent=1))
         return
     build(options.out, options.cache, options.steps, options.utterances, options.batch, options.lr)
 

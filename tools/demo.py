@@ -38,7 +38,7 @@ def is_finished(run: str) -> bool:
 
 def main() -> None:
     config = configs.default_config(configs.DEFAULT_PRESET)
-    world.write_world(Path(config.data).parent)
+    world.write_world(Path(config.data[0]).parent)
     if is_finished(config.run):
         print(f"{config.run}: already trained")
     else:
@@ -48,7 +48,7 @@ def main() -> None:
     assistant = Assistant.load(config.run)
     print()
     for question in chosen_questions(config.held_out_questions):
-        image = str(Path(config.images) / question.image)
+        image = str(Path(config.images[0]) / question.image)
         print(f"{image}\n  {question.text}")
         answer = "".join(assistant.reply([user_message(question.text, [image])]))
         print(f"  -> {answer}   (right answer: {question.answer})")

@@ -61,7 +61,7 @@ def build(folder: Path) -> Path:
             file.extractall(work, filter="data")
         [source] = (path for path in work.iterdir() if path.is_dir())
         graph = source / GRAPH
-        graph.write_text(mended(graph.read_text(encoding="utf-8")), encoding="utf-8")
+        graph.write_text(mended(graph.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
         venv.create(folder, with_pip=True)
         python = folder / "bin" / "python"
         run([str(python), "-m", "pip", "--disable-pip-version-check", "install", str(source)])

@@ -164,7 +164,7 @@ def spoil(record: dict, fault: int) -> None:
 
 def write_json(path: Path, made: Iterator[dict], count: int) -> None:
     """One JSON list, written record by record."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write("[")
         for number, record in enumerate(tqdm(made, total=count, desc="records", disable=None)):
             file.write(",\n" if number else "\n")

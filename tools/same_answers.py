@@ -23,6 +23,7 @@ from assistant.assistant import Assistant
 from config import Config, Parser
 from data.dataset import Question, load_questions
 from data.features import FeatureStore
+from data.pictures import PictureFolders
 from errors import PhiSightError, run_main
 from evaluation.questions import add_pictures, answer_questions
 from model.compiled import compiled_for
@@ -46,7 +47,7 @@ def answers_of(run: str, first: int | None, most: int, side: str) -> list[str]:
     config, vision = assistant.config, assistant.parts.vision
     questions = questions_of(config, first)
     store = FeatureStore(config.features, vision.key, vision.shape, config.feature_storage)
-    add_pictures(assistant, questions, Path(config.images), store)
+    add_pictures(assistant, questions, PictureFolders.of(config), store)
     started = time.perf_counter()
     answers = answer_questions(assistant, questions, store.features_of, most, side)
     seconds = time.perf_counter() - started

@@ -87,7 +87,9 @@ class Torture:
             if self.out.exists() and any(self.out.iterdir()) and not (self.out / MARKER).exists():
                 raise PhiSightError(f"{self.out}: holds other things; give a new folder with --out")
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / MARKER).write_text(json.dumps(dataclasses.asdict(self.recipe)) + "\n")
+            (self.out / MARKER).write_text(
+                json.dumps(dataclasses.asdict(self.recipe)) + "\n", encoding="utf-8", newline="\n"
+            )
             for old in [self.out / "whole", *self.out.glob("killed-*")]:
                 shutil.rmtree(old, ignore_errors=True)
             write_world_quietly(self.out / "world", self.recipe.pictures)
@@ -272,7 +274,7 @@ class Torture:
     def _stop_unless(self, good: bool, folder: Path, code: int | str) -> None:
         if not good:
             log = folder / "process.log"
-            print(log.read_text(errors="replace"), file=sys.stderr)
+            print(log.read_text(errors="replace", encoding="utf-8"), file=sys.stderr)
             raise PhiSightError(
                 f"{folder}: a training process ended with {code}; its output is above and in {log}"
             )

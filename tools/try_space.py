@@ -52,10 +52,9 @@ def question_of(options: argparse.Namespace, folder: Path) -> Example:
         raise PhiSightError(f"{folder}: has no {space.FILE}; write it with export.py --space")
     if options.image and options.question:
         return Example(options.question, options.image)
-    examples = read_examples(folder / settings.examples)
-    if not examples:
+    if not settings.examples:
         raise PhiSightError(f"{folder}: has no examples; give --image and --question")
-    return examples[0]
+    return read_examples(folder / settings.examples)[0]
 
 
 def installed(folder: Path, environment: Path) -> Path:

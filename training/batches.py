@@ -81,7 +81,7 @@ def make_batches(run: Run, epoch: int, row_numbers: Sequence[int]) -> Iterator[B
         yield collate(
             [[run.data.train[i] for i in rows[number]] for number in chunk],
             run.store.features_of,
-            chat_format.end_of_text_id,
+            chat_format.padding_id,
             chat_format.image_id,
             run.store.shape,
             run.rows.row_tokens,

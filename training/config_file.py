@@ -15,11 +15,10 @@ from config import (
     Config,
     flag_of,
     located,
-    of_declared_type,
     out_of_bounds,
-    plain,
     shown,
 )
+from config_values import of_declared_type, plain
 from errors import PhiSightError
 
 FILE_LIMIT = 2**20  # bytes; no --config file comes near this

@@ -48,8 +48,9 @@ def log_samples(run: Run) -> None:
     if run.log is None or not questions:
         return
     clock = time.perf_counter()
-    stop_ids = (parts.chat_format.end_id, parts.chat_format.end_of_text_id)
-    answers = sample_answers(parts.model, parts.base.tokenizer, questions, run.store, stop_ids)
+    answers = sample_answers(
+        parts.model, parts.base.tokenizer, questions, run.store, parts.chat_format.stop_ids
+    )
     seconds = round(time.perf_counter() - clock, 3)
     record = {"kind": "samples", "step": run.progress.step, "samples": answers}
     run.log.write(record | {"timing": {"seconds": seconds}})
@@ -65,7 +66,7 @@ def evaluated(run: Run) -> dict[str, Any]:
         data.first_exchanges,
         run.store,
         max(run.rows.row_tokens, longest),
-        run.parts.chat_format.end_of_text_id,
+        run.parts.chat_format.padding_id,
         run.parts.device,
         run.ranks,
     )

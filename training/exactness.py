@@ -15,10 +15,12 @@ import torch
 import transformers
 
 import config as configs
+import config_values
 from config import Config
 from data.prepare import TrainingData
 from errors import PhiSightError
 from model.build import Assembled
+from model.devices import name_of
 from reports.compare import compare_configs
 from training.progress import Progress
 from training.ranks import Ranks
@@ -34,7 +36,9 @@ def choose_algorithms(deterministic: bool) -> None:
     # torch refuses matrix products in deterministic mode unless cuBLAS was told, before its first
     # use, to work in buffers of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    # What `torch.use_deterministic_algorithms` sets, without that function's import of the compiler
+    # of torch, which nothing here uses and which takes a third of the start of a training.
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # That mode also fills every new tensor, in case something reads what it has not written: a
     # sixth of a step on a CPU.
     deterministic_mode: Any = torch.utils.deterministic  # whose type stub lacks the setting
@@ -56,9 +60,10 @@ def describe_run(
 ) -> dict[str, Any]:
     """What a checkpoint's config.json says: the config and the facts exactness rests on."""
     return {
-        "config": configs.to_dict(config),
+        "config": config_values.to_dict(config),
         "base_fingerprint": parts.base.fingerprint,
         "vision_fingerprint": parts.vision.key,
+        "picture_tokens": parts.chat_format.tokens_per_image,
         "data_fingerprint": data.fingerprint,
         "data_counts": data.counts(),
         "compute_dtype": str(parts.base.compute_dtype).removeprefix("torch."),
@@ -76,10 +81,7 @@ def describe_run(
             "bitsandbytes": importlib.metadata.version("bitsandbytes"),
             "numpy": numpy.__version__,
         },
-        # Another instruction set, or another card, rounds otherwise.
-        "processor": torch.backends.cpu.get_cpu_capability()
-        if parts.device.type == "cpu"
-        else torch.cuda.get_device_name(parts.device),
+        "processor": name_of(parts.device),
         "started_from": started_from,
     }
 
@@ -94,10 +96,10 @@ def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any], *free: 
         without.remove("save_steps")  # which say what a rollback goes back to
     without_effect = (f"config.{name}" for name in without)
     # As this version would write it: with what describes the checkpoints of before a field.
-    written = configs.to_dict(configs.from_dict(saved["config"], "the checkpoint"))
-    # The counts follow from the data, of which the fingerprint is compared; checkpoints of former
-    # versions have none.
-    ignored = ("data_counts", *without_effect, *free)
+    written = config_values.to_dict(config_values.from_dict(saved["config"], "the checkpoint"))
+    # These follow from what is compared: counts from the data, a picture's tokens from the encoder
+    # and the projector. Checkpoints of former versions have none.
+    ignored = ("data_counts", "picture_tokens", *without_effect, *free)
     return compare_configs({**saved, "config": written}, dict(current), ignored)
 
 
@@ -111,7 +113,7 @@ def check_same_run(
     return them.
 
     Another number of processes is allowed: samples, order and global batch stay the same. So is
-    another place of the base, the CLIP, the data or the pictures: their fingerprints are compared.
+    another place of base, encoder, data or pictures: their fingerprints are compared.
     """
     free = tuple(
         f"config.{name}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -14,6 +13,7 @@ from typing import TextIO
 from errors import PhiSightError
 from files import make_folder, open_regular, remove_empty
 from reports.watching import LOCK, signature_in
+from system import disk, locks
 
 PATIENCE, PAUSE = 5, 0.02  # times that a lock is asked for, and seconds between
 
@@ -21,7 +21,7 @@ PATIENCE, PAUSE = 5, 0.02  # times that a lock is asked for, and seconds between
 class RunLock:
     """Holds a run folder, or that of a sweep, for this process, from `with` to the end of it.
 
-    The kernel gives the lock back when its holder ends, however it ends: one that a dead process
+    The system gives the lock back when its holder ends, however it ends: one that a dead process
     left is taken over without asking, and none is ever taken from a living one.
 
     Raises:
@@ -39,7 +39,7 @@ class RunLock:
             try:
                 self._made = make_folder(self.run)
                 self._file = self._opened()
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locks.take(self._file)
                 if os.fstat(self._file.fileno()).st_ino == self.path.stat().st_ino:
                     break
                 self._file.close()  # its former holder was just removing it: this one is nobody's
@@ -72,14 +72,16 @@ class RunLock:
     def _opened(self) -> TextIO:
         """The file of the lock, made if it is not there. Raises `OSError` for anything else of its
         name: what a link points to would be written over, a device might do anything."""
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | disk.NO_WAIT | disk.NO_FOLLOW
         with contextlib.suppress(FileNotFoundError):
             open_regular(self.path, follow_links=False).close()
-        return open(os.open(self.path, flags, 0o666), "a+")
+        return open(os.open(self.path, flags, 0o666), "a+", encoding="utf-8", newline="\n")
 
     def __exit__(self, *_: object) -> None:
         try:  # a run that could not even start leaves nothing behind
             if [path.name for path in self.run.iterdir()] == [LOCK]:
+                if not disk.REMOVED_WHILE_OPEN:
+                    self._file.close()  # and where another one has opened it since, it stays
                 self.path.unlink()
                 self.run.rmdir()
                 remove_empty(self._made)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from errors import PhiSightError
 from tensors import copy_into
+
+
+def same_for_all(learning_rate: float, name: str) -> float:
+    """The `rate_of` of an optimizer whose parameters all have the learning rate of the step."""
+    return learning_rate
 
 
 class AdamW:
@@ -20,6 +25,8 @@ class AdamW:
 
     Args:
         named_parameters: (name, parameter) pairs, all trainable, float32, and each given once.
+        rate_of: (learning rate of a step, name) -> the rate of that parameter in it, which stands
+            for the learning rate in the weight decay too, as in a group of parameters of torch's.
 
     Raises:
         PhiSightError: a parameter is double, frozen or not float32, or there is none.
@@ -31,39 +38,49 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
+        rate_of: Callable[[float, str], float] = same_for_all,
     ) -> None:
         pairs = list(named_parameters)
         check_parameters(pairs)
         self.parameters = dict(pairs)
         self.betas, self.epsilon, self.weight_decay = betas, epsilon, weight_decay
+        self.rate_of = rate_of
         self.exp_avg = {name: torch.zeros_like(p.detach()) for name, p in pairs}
         self.exp_avg_sq = {name: torch.zeros_like(p.detach()) for name, p in pairs}
         self.step_count = 0
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Update every parameter from its `.grad`."""
+        """Update every parameter from its `.grad`, each at its own rate of this step."""
         self.step_count += 1
+        groups: dict[float, list[str]] = {}
+        for name in self.parameters:
+            groups.setdefault(self.rate_of(learning_rate, name), []).append(name)
+        for rate, names in groups.items():
+            self.update(names, rate)
+
+    def update(self, names: list[str], rate: float) -> None:
+        """The step of the parameters of one rate."""
         beta1, beta2 = self.betas
         correction1 = 1 - beta1**self.step_count
         correction2 = 1 - beta2**self.step_count
-        # One call over all tensors each: an adapter is hundreds of small ones, and a loop in Python
+        # One call over the tensors each: an adapter is hundreds of small ones, and a loop in Python
         # would spend its time on starting kernels.
         # Not `.data`, which hides from a parameter that it was changed: see `LoRALinear.rounded`.
-        parameters = [parameter.detach() for parameter in self.parameters.values()]
-        gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()
-        ]
-        exp_avg, exp_avg_sq = list(self.exp_avg.values()), list(self.exp_avg_sq.values())
+        given = [self.parameters[name] for name in names]
+        parameters = [parameter.detach() for parameter in given]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in given]
+        exp_avg = [self.exp_avg[name] for name in names]
+        exp_avg_sq = [self.exp_avg_sq[name] for name in names]
 
-        torch._foreach_mul_(parameters, 1 - learning_rate * self.weight_decay)
+        torch._foreach_mul_(parameters, 1 - rate * self.weight_decay)
         torch._foreach_lerp_(exp_avg, gradients, 1 - beta1)
         torch._foreach_mul_(exp_avg_sq, beta2)
         torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - beta2)
         denominators = torch._foreach_sqrt(exp_avg_sq)
         torch._foreach_div_(denominators, correction2**0.5)
         torch._foreach_add_(denominators, self.epsilon)
-        torch._foreach_addcdiv_(parameters, exp_avg, denominators, -learning_rate / correction1)
+        torch._foreach_addcdiv_(parameters, exp_avg, denominators, -rate / correction1)
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that none is carried into the next window."""

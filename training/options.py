@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import hub
+import paths
 from config import (
     DEFAULT_PRESET,
     FIELDS,
@@ -20,8 +22,10 @@ from config import (
     flag_of,
     replace,
 )
-from errors import PhiSightError
+from errors import PhiSightError, printable
+from fields import as_texts
 from training.config_file import read_config_file
+from training.trackers import TRACKERS, check_installed
 
 STATUS = "--status"
 
@@ -41,6 +45,10 @@ class RunOptions:
     status: str | None = None
     """the run whose status is asked for, empty for that of the config; None: train"""
     json: bool = False
+    trackers: dict[str, str] = field(default_factory=dict)
+    """names of `trackers.TRACKERS` that show the log too, with what was given with their flags"""
+    arguments: tuple[str, ...] = ()
+    """the command line"""
     given: dict[str, Any] = field(default_factory=dict)
     """the config fields that the person gave, as flags or in a file"""
 
@@ -65,6 +73,7 @@ def parse(arguments: list[str] | None) -> tuple[Config, RunOptions]:
     if options.json and options.status is None:
         raise PhiSightError(f"--json: goes with {STATUS}; leave it out, or ask for a status")
     config = config_from_options(options)
+    check_paths(config)
     if hub.is_reference(config.run):
         raise PhiSightError(
             f"--run {config.run}: a run on the hub cannot be trained or resumed, as it has no state"
@@ -81,8 +90,18 @@ def parse(arguments: list[str] | None) -> tuple[Config, RunOptions]:
         print_config=options.print_config,
         status=options.status,
         json=options.json,
+        trackers=trackers_asked_for(options),
+        arguments=tuple(sys.argv[1:] if arguments is None else arguments),
         given=given_fields(options),
     )
+
+
+def check_paths(config: Config) -> None:
+    """Raise `PhiSightError` for a path that cannot be one, before it fails the first save."""
+    for name, spec in FIELDS.items():
+        for text in as_texts(getattr(config, name)) if spec.metadata["place"] else ():
+            if problem := paths.problem_of(text):
+                raise PhiSightError(f"{flag_of(name)} {printable(text, 100)}: {problem}")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +135,25 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="save and stop after so many minutes; 0 for never",
     )
+    for name, kind in TRACKERS.items():
+        parser.add_argument(
+            f"--{name}",
+            nargs="?" if kind.optional else None,
+            const="" if kind.optional else None,
+            metavar=kind.given,
+            help=kind.help,
+        )
+
+
+def trackers_asked_for(options: argparse.Namespace) -> dict[str, str]:
+    """The trackers of a command line. Raises `PhiSightError` where the package of one is not
+    there, before anything is loaded."""
+    asked = {n: given for n in TRACKERS if (given := getattr(options, n)) is not None}
+    for name, given in asked.items():
+        if not (given or TRACKERS[name].optional):
+            raise PhiSightError(f"--{name}: is empty; give a {TRACKERS[name].given}")
+        check_installed(name)
+    return asked
 
 
 # -- the config's own flags -----------------------------------------------------------------------
@@ -186,6 +224,12 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
                 default=argparse.SUPPRESS,
                 help=f"the same as {flag} {str(const[False]).lower()}",
             )
+            continue
+        if spec.metadata["repeated"]:
+            parser.add_argument(
+                flag, dest=name, action="append", default=argparse.SUPPRESS, help=text,
+                metavar=name.upper(),
+            )  # fmt: skip
             continue
         parser.add_argument(
             flag,

@@ -120,12 +120,19 @@ def joined(device_name: str) -> Iterator[Ranks]:
     """Join the other processes that torchrun started, and leave them on the way out.
 
     Raises:
-        PhiSightError: torchrun's variables are incomplete, or the others cannot be reached.
+        PhiSightError: torchrun's variables are incomplete, the others cannot be reached, or could
+            not be after a restart.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
+    if device_name == "mps":
+        raise PhiSightError(
+            "--device mps: torch sums no gradients of several processes there; use --device cpu, or"
+            " start one process"
+        )
+    _need_a_store_of_each_start()
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
     try:
         if on_gpu:
@@ -144,6 +151,21 @@ def joined(device_name: str) -> Iterator[Ranks]:
             torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _need_a_store_of_each_start() -> None:
+    """Refuse torchrun's restarts where the processes meet in a store that its agent keeps.
+
+    It holds the addresses of the processes before the restart: who is sooner reads those, and both
+    wait for each other (seen with torch 2.13; issue 135712 of pytorch/pytorch tells of it).
+    """
+    kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if kept_by_agent and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise PhiSightError(
+            "torchrun --max-restarts: the processes would look for those of before the restart,"
+            " and wait for hours; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, and"
+            " --rdzv-backend c10d"
+        )
 
 
 def _device() -> torch.device:

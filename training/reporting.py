@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import checkpoints
 from config import Config, default_config
 from errors import printable
 from model.build import model_state
+from model.loaded import loaded_line
 from ops import choose as choose_operations
-from paths import command
+from ops.nf4 import weight_count
+from paths import command, typed
 from reports.alerts import UNMOVED, alert_text
 from reports.curves import draw_curves
-from reports.show import console_line
+from reports.show import console_line, rates_text
 from training.memory import peak_memory_mb
 from training.ranks import Ranks
+from training.rates import rates
 from training.run import Run
 from training.step import StepResult, trained_digests
+from training.trackers import SAVES
+from training.weight_change import change_line
 
 
 def announce(run: Run) -> None:
@@ -63,11 +67,20 @@ def announce(run: Run) -> None:
             f" every {config.evaluate_steps}; give a smaller --evaluate-steps"
         )
     announce_owners(run)
+    saved = run.last_save
+    if isinstance(saved, checkpoints.Checkpoint):
+        print(loaded_line(parts, saved.name, saved.manifest["tensors"], trains=True))
+    else:
+        print(loaded_line(parts, trains=True))
     if data.quarantined:
+        kinds = Counter(entry.kind for entry in data.quarantined).most_common()
         print(
-            f"warning: {len(data.quarantined)} records quarantined, reasons in"
+            f"warning: {len(data.quarantined)} records quarantined"
+            f" ({', '.join(f'{number} {kind}' for kind, number in kinds)}), reasons in"
             f" {Path(config.run) / 'quarantine.jsonl'}"
         )
+    if data.put_first:
+        print(f"pictures of {data.put_first} conversations come first: no <image> says where")
     if started := run.facts["started_from"]:
         print(
             f"weights of {started.get('run', config.start_from)} at step {started['step']}"
@@ -82,21 +95,15 @@ def announce_owners(run: Run) -> None:
     wanted = {"lora": run.config.train_lora, "projector": run.config.train_projector}
     for owner, parameters in run.parts.model.owners().items():
         trained = any(p.requires_grad for _, p in parameters)
-        count = sum(logical_size(p) for _, p in parameters)
+        count = sum(weight_count(p) for _, p in parameters)
         print(
             f"  {'TRAINED' if trained else 'FROZEN ':8} {owner:10} {len(parameters):4} tensors"
             f" {count:>14,} weights"
         )
         if wanted.get(owner) and not trained:
             print(f"warning: the weights of {owner!r} are frozen and will not be trained")
-
-
-def logical_size(parameter: Tensor) -> int:
-    """Weights a parameter stands for: a packed 4-bit one holds two a byte."""
-    if count := getattr(parameter, "weight_count", None):  # see `ops.nf4.PanelLinear`
-        return count
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+    if peaks := rates(run.config, run.config.learning_rate, run.optimizer.parameters):
+        print(f"  learning rates at the peak: {rates_text(peaks)}")
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -113,6 +120,7 @@ def progress_bar(run: Run) -> tqdm:
 def log_window(run: Run, rate: float, result: StepResult, bar: tqdm) -> None:
     """Write down the steps since the last record, and tell the person. `rate` and `result` are of
     the last of them."""
+    tell_of_saves(run, bar.write)  # before the record, which has them too
     record = window_record(run, rate, result)
     if run.log:
         run.log.write(record)
@@ -128,6 +136,7 @@ def window_record(run: Run, rate: float, result: StepResult) -> dict[str, Any]:
     progress = run.progress
     loss, window = progress.take_window()
     alerts = run.clock.of_window(window)
+    saves, run.unlogged_saves = run.unlogged_saves, []
     return {
         "kind": "train",
         "step": progress.step,
@@ -136,6 +145,7 @@ def window_record(run: Run, rate: float, result: StepResult) -> dict[str, Any]:
         "row": progress.row,
         "loss": loss,
         "lr": rate,
+        **({"rates": own} if (own := rates(run.config, rate, run.optimizer.parameters)) else {}),
         "gradient_norm": result.gradient_norm,
         "gradient_norms": result.gradient_norms,
         "update_norms": result.update_norms,
@@ -152,6 +162,7 @@ def window_record(run: Run, rate: float, result: StepResult) -> dict[str, Any]:
             "tokens_per_second": round(window["tokens"] / window["seconds"], 1),
             **peak_memory_mb(),
             **({"alerts": alerts} if alerts else {}),
+            **({SAVES: saves} if saves else {}),
         },
     }
 
@@ -182,10 +193,21 @@ def warn(run: Run, alert: Mapping[str, Any], bar: tqdm) -> None:
         bar.write(f"warning: step {alert.get('step', run.progress.step)}: {alert_text(alert)}")
 
 
+def tell_of_saves(run: Run, write: Callable[[str], None] = print) -> None:
+    """Say of each save that was done since the last call how far the weights have moved."""
+    owners = run.parts.model.owners().items()
+    trained = {name for name, weights in owners if any(p.requires_grad for _, p in weights)}
+    while run.saved:
+        change = run.saved.popleft()
+        run.unlogged_saves.append(change)
+        write(change_line(change, trained))
+
+
 def report_end(run: Run, out_of_time: bool) -> None:
     """Print how this process ended, and what to type next; a finished run gets its curves."""
     if not run.ranks.is_first:
         return
+    tell_of_saves(run)
     step, finished = run.progress.step, run.progress.finished
     if finished:
         warn_of_training_nothing(run)
@@ -204,12 +226,18 @@ def warn_of_training_nothing(run: Run) -> None:
     """A run may end well and have moved nothing: the rate too small, every step skipped."""
     now = trained_digests(run.parts.model)
     for owner, before in run.unmoved.items():
-        if now[owner] == before:
-            print(
-                f"warning: the weights of {owner!r} did not move in any step since this process"
-                " began; look at the learning rate, the skipped steps and the gradient norms in"
-                f" {Path(run.config.run) / checkpoints.METRICS}"
-            )
+        if now[owner] != before:
+            continue
+        remedy = (
+            "look at the learning rate, the skipped steps and the gradient norms in"
+            f" {Path(run.config.run) / checkpoints.METRICS}"
+        )
+        if owner == "projector" and not run.data.counts()["pictures"]:
+            remedy = "the data have no picture, and --no-train-projector leaves it out"
+        print(
+            f"warning: the weights of {owner!r} did not move in any step since this process"
+            f" began; {remedy}"
+        )
 
 
 def tell_best(run: str, step: int | None, loss: float | None) -> None:
@@ -270,4 +298,4 @@ def ask_command(run: str) -> str:
 
 def run_flag(run: str) -> str:
     """The flag of the commands that names a run; none for the one that they take without it."""
-    return "" if run == default_config().run else f" --run {shlex.quote(run)}"
+    return "" if run == default_config().run else f" --run {typed(run)}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -22,9 +23,32 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict[str, Tensor]:
-    """Every random generator as plain CPU tensors: python, numpy, torch CPU and the CUDA device in
-    use. int64 but for one float64 each of python and numpy, and torch's uint8 states."""
+@dataclass(frozen=True)
+class DeviceGenerator:
+    """torch's own generator of a device that is no CPU, by the functions of its module."""
+
+    in_use: bool
+    get: Callable[[], Tensor]
+    """its state on the CPU, uint8"""
+    set: Callable[[Tensor], None]
+
+
+def device_generators(device: torch.device | None) -> dict[str, DeviceGenerator]:
+    """Name in `rng.safetensors` -> the generator, for a run that computes on a device. A Mac always
+    has that of its GPU, which a run on its CPU does not draw from."""
+    cuda, mps = torch.cuda, torch.mps
+    used = cuda.is_available() and cuda.is_initialized()
+    on_mps = device is not None and device.type == "mps"
+    return {
+        "torch.cuda": DeviceGenerator(used, cuda.get_rng_state, cuda.set_rng_state),  # of this card
+        "torch.mps": DeviceGenerator(on_mps, mps.get_rng_state, mps.set_rng_state),
+    }
+
+
+def rng_state(device: torch.device | None = None) -> dict[str, Tensor]:
+    """Every random generator as plain CPU tensors: python, numpy, torch CPU, the CUDA device in use
+    and, if a run computes on `device`, Apple's GPU. int64 but for one float64 each of python and
+    numpy, and torch's uint8 states."""
     version, words, gauss_next = random.getstate()
     of_numpy = numpy.random.get_state(legacy=False)
     kind, mersenne = of_numpy["bit_generator"], of_numpy["state"]
@@ -43,15 +67,14 @@ def rng_state() -> dict[str, Tensor]:
         "numpy.cached_gaussian": torch.tensor([of_numpy["gauss"]], dtype=torch.float64),
         "torch.cpu": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # the card of this process
-        state["torch.cuda"] = torch.cuda.get_rng_state()
-    return state
+    used = {name: one for name, one in device_generators(device).items() if one.in_use}
+    return state | {name: one.get().cpu() for name, one in used.items()}
 
 
-def set_rng_state(state: Mapping[str, Tensor]) -> None:
+def set_rng_state(state: Mapping[str, Tensor], device: torch.device | None = None) -> None:
     """Put every generator back, exactly. Raises PhiSightError, with nothing changed, when the names
     or shapes are not those of this machine (say, another number of CUDA devices)."""
-    here = rng_state()
+    here = rng_state(device)
     problems = key_problems("", set(here), set(state))
     if not problems:  # a Gaussian may wait in one of them and not in the other
         waiting = here["python.gauss_next"].new_empty(state["python.gauss_next"].shape)
@@ -79,8 +102,9 @@ def set_rng_state(state: Mapping[str, Tensor]) -> None:
             ("MT19937", keys, position, has_gauss, state["numpy.cached_gaussian"].item())
         )
         torch.set_rng_state(state["torch.cpu"])
-        if "torch.cuda" in state:
-            torch.cuda.set_rng_state(state["torch.cuda"])
+        for name, generator in device_generators(device).items():
+            if name in state:
+                generator.set(state[name])
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise PhiSightError(
             f"rng: the saved state is not one ({error}); use another checkpoint"

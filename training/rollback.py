@@ -26,7 +26,7 @@ from reports.alerts import NOT_FINITE, SPIKE
 from training.alerts import MOST_ROLLBACKS, SPIKE_MEMORY, is_spike
 from training.evaluating import evaluation_is_due, run_evaluation
 from training.progress import Progress
-from training.reporting import tell
+from training.reporting import tell, tell_of_saves
 from training.run import Run, restore_tensors
 from training.saving import BackgroundSaver, save_checkpoint
 from training.step import Diverged, StepResult
@@ -103,6 +103,8 @@ def go_back(
     progress.become(earlier)
     go_on_with_fewer_steps(run, checkpoint.trainer_state["total_steps"])
     run.last_save = checkpoint
+    tell_of_saves(run, bar.write)
+    run.unlogged_saves = [s for s in run.unlogged_saves if s["step"] <= checkpoint.step]
     if run.ranks.is_first:  # saved by the clock or as the best, and undone
         checkpoints.remove_all(run.config.run, after=checkpoint.step)
     bar.total, bar.n = run.total_steps, progress.step

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ import torch
 
 import checkpoints
 import config as configs
+import config_values
 from checkpoint_state import need_resumable
 from config import Config
 from data.dataset import write_quarantine
+from data.examples import give_examples
 from data.features import FeatureStore
+from data.pictures import PictureFolders
 from data.prepare import TrainingData, prepare
 from errors import PhiSightError
-from model.build import Assembled, assemble, load_model_state
+from model.build import Assembled, assemble, load_model_state, model_state
 from model.cache import default_kv_bytes
 from model.recompute import LAYERS, PRODUCTS
 from model.vision import VisionTower
@@ -30,11 +35,13 @@ from training.optimizer import AdamW
 from training.options import RunOptions
 from training.progress import Progress
 from training.ranks import Ranks
+from training.rates import rate_of
 from training.rng import seed_generators, set_rng_state, state_of_rank
 from training.rows import Rows, note_packing
 from training.schedule import lr_at
 from training.start import load_start_weights
 from training.step import StepResult, trained_digests
+from training.weight_change import copy_of_weights
 
 
 @dataclass
@@ -62,6 +69,13 @@ class Run:
     """owner of trained weights -> their digest when this process began; without those that the
     person was told of as not moving"""
     clock: ClockAlerts = field(default_factory=ClockAlerts)
+    start_weights: dict[str, dict[str, torch.Tensor]] | None = None
+    """what the run began with, by checkpoint file; None where that is not known, and on every
+    process but the first"""
+    saved: deque[dict[str, Any]] = field(default_factory=deque)
+    """statistics of the saves that are done and not told of yet: the saving thread adds them"""
+    unlogged_saves: list[dict[str, Any]] = field(default_factory=list)
+    """statistics of the saves since the last record of the log, which the next one has"""
 
     def next_rows(self) -> range:
         """Numbers of the rows of the next step, within this epoch's plan; an epoch's last step may
@@ -106,7 +120,6 @@ def prepare_run(
     """
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks.size))
     choose_algorithms(config.deterministic)
-
     parts = assemble(config)
     parts.base.tokenizer.hold()  # every checkpoint gets the tokenizer that is trained with
     # A run that goes on has its weights in its checkpoint: the first stage may be gone by then.
@@ -129,7 +142,7 @@ def prepare_run(
     progress.epoch, progress.row = rows.place(progress.epoch, progress.row)
     total_steps = rows.total_steps(progress.step, progress.epoch, progress.row)
     optimizer, scaler = make_optimizer(config, parts)
-    seed_generators(config.seed)  # here: a CLIP that had to be loaded for features draws numbers
+    seed_generators(config.seed)  # here: an encoder, loaded for features, draws numbers
     run = Run(
         config=config,
         ranks=ranks,
@@ -146,15 +159,24 @@ def prepare_run(
         recomputing_reason=choose_recomputing(config, parts, rows.row_tokens, ranks),
         last_save=checkpoint,
     )
+    note_start_weights(run)
     if checkpoint is None:
         clear_folder(run, options.overwrite)
     else:
         go_on(run, checkpoint, options.allow_changes)
     if ranks.is_first:
-        write_quarantine(Path(config.run) / "quarantine.jsonl", data.quarantined)
+        tell_of_data(config, data, anew=checkpoint is None)
     if not run.progress.finished:
         run.unmoved = trained_digests(parts.model)
     return run
+
+
+def tell_of_data(config: Config, data: TrainingData, anew: bool) -> None:
+    """Write what the run's folder says of its data: what was set aside, and examples to ask about,
+    which a run that goes on keeps as they are."""
+    folder = Path(config.run)
+    write_quarantine(folder / "quarantine.jsonl", data.quarantined)
+    give_examples(folder, data.first_messages, PictureFolders.of(config), anew)
 
 
 def place_of(
@@ -167,7 +189,7 @@ def place_of(
     need_resumable(checkpoint)
     progress = Progress.from_state(checkpoint.trainer_state)
     if checkpoint.config["data_fingerprint"] == data.fingerprint:
-        saved = configs.from_dict(checkpoint.config["config"], str(checkpoint.path))
+        saved = config_values.from_dict(checkpoint.config["config"], str(checkpoint.path))
         note_packing(progress, saved, config, data.train.lengths)
     else:
         progress.repacked = []  # the numbers of the conversations mean others now
@@ -202,8 +224,17 @@ def make_optimizer(config: Config, parts: Assembled) -> tuple[AdamW, LossScaler]
         (config.adam_beta1, config.adam_beta2),
         config.adam_epsilon,
         config.weight_decay,
+        partial(rate_of, config),
     )
     return optimizer, LossScaler(enabled=parts.base.compute_dtype == torch.float16)
+
+
+def note_start_weights(run: Run) -> None:
+    """Keep what the run began with, to say how far the weights have moved: before a checkpoint is
+    put into the model, which was drawn as it was then. Another run's weights, that it began with,
+    may be gone by the time it goes on."""
+    if run.ranks.is_first and not (run.last_save and run.facts["started_from"]):
+        run.start_weights = copy_of_weights(model_state(run.parts.model))
 
 
 def clear_folder(run: Run, overwrite: bool) -> None:
@@ -218,7 +249,10 @@ def go_on(run: Run, checkpoint: checkpoints.Checkpoint, allow_changes: bool) -> 
     """Put the run where the checkpoint was saved. Raises as `check_resume` does."""
     changes = check_resume(run, checkpoint, allow_changes)
     restore(run, checkpoint)
+    if (change := checkpoint.manifest.get("change")) and "step" in change:
+        run.unlogged_saves.append(change)  # the record that has it was cut off, if it was written
     if changes:
+        run.start_weights = None  # of another seed, or drawn by another torch
         go_on_changed(run, checkpoint)
 
 
@@ -258,7 +292,8 @@ def restore_tensors(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     load_model_state(run.parts.model, checkpoint.state)
     run.optimizer.load_state_tensors(checkpoint.state["optimizer"])
     set_rng_state(
-        state_of_rank(checkpoint.state["rng"], checkpoint.config["world_size"], run.ranks)
+        state_of_rank(checkpoint.state["rng"], checkpoint.config["world_size"], run.ranks),
+        run.parts.device,
     )
     run.scaler.load_state_dict(checkpoint.trainer_state["loss_scaler"])
 

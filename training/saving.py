@@ -14,6 +14,7 @@ from errors import PhiSightError
 from model.build import model_state
 from training.rng import merged_states, rng_state
 from training.run import Run
+from training.weight_change import change_of
 
 
 class BackgroundSaver:
@@ -73,7 +74,7 @@ def save_checkpoint(run: Run, saver: BackgroundSaver) -> None:
     clock = time.perf_counter()
     config, progress, log = run.config, run.progress, run.log
     note_rollback_step(run)
-    generators = run.ranks.gather(rng_state())
+    generators = run.ranks.gather(rng_state(run.parts.device))
     if log is None:
         return
     saver.wait()
@@ -89,13 +90,16 @@ def save_checkpoint(run: Run, saver: BackgroundSaver) -> None:
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     snapshot = checkpoints.take_snapshot(
-        progress.step, state, run.facts, trainer_state, run.parts.base.tokenizer, run.last_save
+        progress.step, state, run.facts, trainer_state, run.parts.base.tokenizer
     )
-    run.last_save = snapshot
+    before, run.last_save = run.last_save, snapshot
 
     def write() -> None:
         log.sync()  # before the checkpoint that counts its bytes
-        checkpoints.commit(config.run, snapshot, config.keep_checkpoints)
+        change = change_of(snapshot, before, run.start_weights)
+        whole = dataclasses.replace(snapshot, change=change)
+        checkpoints.commit(config.run, whole, config.keep_checkpoints)
+        run.saved.append(change)
 
     saver.start(write)
     progress.add_to_window("save_stall_seconds", time.perf_counter() - clock)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from system.processes import ASKING
+
 
 class StopSignals:
     """SIGINT and SIGTERM ask for a stop after the step in hand; a second SIGINT stops at once."""
@@ -13,7 +15,7 @@ class StopSignals:
         self.requested = False
 
     def __enter__(self) -> StopSignals:
-        self._former = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._former = {s: signal.signal(s, self._ask) for s in ASKING}
         return self
 
     def __exit__(self, *_: object) -> None:

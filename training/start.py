@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import config as configs
+import config_values
 from checkpoint_state import need_run
 from config import Config
+from data.sources import pinned
 from errors import PhiSightError
 from model.build import Assembled, load_model_state, model_state
+from model.projectors import PROJECTORS
 from packing import packed_parts
-from paths import command
+from paths import command, typed
 from tensors import mismatches
 from training.exactness import changed_fields
 from training.options import RunOptions
@@ -34,7 +36,7 @@ def starting_point(
     if options.resume or (options.resume_if_any and names):
         checkpoint = newest_checkpoint(config.run, ranks)
         need_run(checkpoint)
-        saved = configs.from_dict(checkpoint.config["config"], str(checkpoint.path))
+        saved = config_values.from_dict(checkpoint.config["config"], str(checkpoint.path))
         if "published" in checkpoint.config:  # before it is told to be finished, if it is
             raise PhiSightError(
                 f"{config.run}: is a published run, without the state of an optimizer, so that it"
@@ -42,13 +44,19 @@ def starting_point(
             )
         # What was given wins over what was saved; `check_same_run` says what that would cost.
         places = packed_parts(config.run) | options.given | {"run": config.run}
-        return configs.replace(saved, **places), checkpoint
+        return _pinned(configs.replace(saved, **places), ranks), checkpoint
     if names and not options.overwrite:
         raise PhiSightError(
             f"{config.run}: holds {names[-1]} already; go on with --resume, start anew with"
             " --overwrite, or choose another --run"
         )
-    return config, None
+    return _pinned(config, ranks), None
+
+
+def _pinned(config: Config, ranks: Ranks) -> Config:
+    """With the commit of each data set of the hub, which the first process asks for: a run that
+    goes on has the same files, whatever has become of the branch."""
+    return configs.replace(config, data=tuple(ranks.from_first(lambda: pinned(config.data))))
 
 
 def newest_checkpoint(run: str, ranks: Ranks) -> checkpoints.Checkpoint:
@@ -122,7 +130,7 @@ def check_rounding(config: Config) -> None:
 def is_finished(config: Config, checkpoint: checkpoints.Checkpoint) -> bool:
     """Whether the run is finished, and `config` does not make it another one."""
     saved = {"config": checkpoint.config["config"]}
-    changes = changed_fields(saved, {"config": configs.to_dict(config)})
+    changes = changed_fields(saved, {"config": config_values.to_dict(config)})
     return bool(checkpoint.trainer_state.get("finished")) and not changes
 
 
@@ -133,14 +141,15 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
         What they were, for the checkpoint's config.json; None without `--start-from`.
 
     Raises:
-        PhiSightError: they were trained on another base or CLIP, or in an adapter of other layers,
-            another rank or another scaling, unless that adapter was not trained.
+        PhiSightError: they were trained on another base or encoder, or in an adapter of other
+            layers, another rank or another scaling, unless that adapter was not trained; or the
+            projector is another one.
     """
     if not config.start_from:
         return None
     source = checkpoints.resolve(config.start_from)
     need_run(source)
-    theirs = configs.from_dict(source.config["config"], str(source.path))
+    theirs = config_values.from_dict(source.config["config"], str(source.path))
     if Path(config.run).resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise PhiSightError(
             f"--start-from {config.start_from}: lies in --run {config.run}; give"
@@ -155,8 +164,9 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
     for what, saved, here in (
         ("base", facts["base_fingerprint"], parts.base.fingerprint),
         ("--picture-fit", theirs.picture_fit, config.picture_fit),
-        ("CLIP, or way to read it,", facts["vision_fingerprint"], parts.vision.key),
+        ("picture encoder, or way to read it,", facts["vision_fingerprint"], parts.vision.key),
         ("--quantization", theirs.quantization, config.quantization),
+        ("projector", projector_flags(theirs), projector_flags(config)),
         ("adapter", adapter, adapter_flags(config)),
     ):
         if saved != here:
@@ -177,13 +187,21 @@ def begin_anew(source: str, config: Config) -> str:
     """What to do in place of resuming a run that has weights alone."""
     return (
         f"begin a run with its weights: {command('train.py')} --run NEW"
-        f" --start-from {shlex.quote(source)} {adapter_flags(config)}"
+        f" --start-from {typed(source)} {projector_flags(config)} {adapter_flags(config)}"
     )
+
+
+def projector_flags(config: Config) -> str:
+    """What to type for a projector with the same parameters."""
+    flags = f"--projector {config.projector}"
+    has_queries = PROJECTORS[config.projector].has_queries
+    return f"{flags} --projector-queries {config.projector_queries}" if has_queries else flags
 
 
 def adapter_flags(config: Config) -> str:
     """What to type for an adapter of the same layers, rank and scaling."""
+    stabilized = " --rank-stabilized" if config.rank_stabilized else ""
     return (
-        f"--lora-rank {config.lora_rank} --lora-alpha {config.lora_alpha}"
+        f"--lora-rank {config.lora_rank} --lora-alpha {config.lora_alpha}{stabilized}"
         f" --lora-targets {','.join(sorted(config.lora_targets))}"
     )

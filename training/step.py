@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data.collate import Batch
 from errors import PhiSightError
 from model.vlm import VisionLanguageModel, owner_of
-from tensors import sha256_of
+from tensors import sha256_of, widest
 from training.gradients import clip_gradients, owner_gradient_norms
 from training.loss_scaler import LossScaler
 from training.optimizer import AdamW
@@ -106,10 +106,10 @@ def add_gradients(
     waits for all that was begun before, and meanwhile nothing new is begun.
 
     Returns:
-        The sum of the losses, 0-dim float64 on their device.
+        The sum of the losses, 0-dim float64 (float32 on Apple's GPU) on their device.
     """
     device = next(model.parameters()).device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), dtype=widest(device), device=device)
     for batch in batches:
         loss, _ = model(batch)  # summed over the supervised tokens: 0-dim float32
         # Without one supervised token the sum and its gradient are 0.

@@ -1,159 +1,103 @@
-"""The page with its tabs, and what mounts it into an ASGI application."""
+"""The web app as an ASGI application: its page, and the routes that the rooms of the page ask."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from api.page_guard import Guard
-from assistant.assistant import Assistant
-from data.examples import read_examples
+from api.page_guard import OURS, Guard
 from paths import located
-from speech.voice import Voice
-from speech.whisper import Speech
-from web.failures import tell_failures_once
-from web.presence import Presence
-from web.temporary import EXAMPLES, UPLOADS, Uploads, own_folder
+from web.early import Early
+from web.model import Model
+from web.page import early_head, mount_page, static_path
+from web.replies import NothingElse, tell_refusals
+from web.site import Site
+from web.temporary import UPLOADS, Uploads, own_folder
 
-if TYPE_CHECKING:  # Gradio is imported after what it reads at that moment has been set
+if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from web.chat_view import ChatView
-    from web.page import Page, Translated
-
-MAX_UPLOAD = 20 * 1024 * 1024  # bytes of one file
-UPLOADS_KEPT = (3600, 24 * 3600)  # looked through every so many seconds; removed at that age
-STYLE = Path(__file__).with_name("style.css")
+    from assistant.assistant import Assistant
+    from speech.voice import Voice
+    from speech.whisper import Speech
 
 
-def build_app(
-    assistant: Assistant,
+def build_site(
+    assistant: Assistant | Model,
     *,
     conversations: str | Path = located("cache/conversations"),
     runs: str | Path | None = located("runs"),
     examples: str | Path | None = None,
     speech: Callable[[], Speech] | None = None,
     voice: Callable[[str], Voice] | None = None,
-) -> Page:
-    """The page, to be mounted by `mount`.
+    may_train: bool = False,
+    trainings_at_once: int = 1,
+) -> Site:
+    """What an app is made of.
 
-    Args: `conversations`: folder of the saved conversations; `runs`: folder whose runs the training
-    tab shows, or None for a public page: it has no such tab, and conversations that nobody has
-    touched for a day are removed; `examples`: folder of `read_examples`, or None for
-    those of the tiny preset's world; `speech`, and `voice` with a language: give a model, loaded
-    when it is first needed (`loaded_once`, `voices_loaded_once`), or None.
+    Args: `assistant`: loaded, or a `Model` that loads one; `conversations`: folder of the saved
+    conversations; `runs`: folder whose runs the training room shows, or None for a public page: it
+    has no such room, and conversations that nobody has touched for a day are removed; `examples`:
+    folder of `read_examples`, or None for those that the run carries; `speech`, and `voice` with a
+    language: give a model, loaded when it is first needed (`loaded_once`,
+    `voices_loaded_once`), or None; `may_train`: whether visitors may start, stop and export
+    trainings; `trainings_at_once`: how many may train in `runs` at a time.
     """
-    _prepare_gradio()
-    import gradio as gr
+    from web.chat.sweep import keep_sweeping, prepare_root
+    from web.examples import Examples
 
-    from web.batch_page import BatchPage
-    from web.chat_page import ChatPage
-    from web.chat_view import ChatView
-    from web.conversation_store import forget_after_a_day, prepare_root
-    from web.examples import draw_examples
-    from web.page import Page, Translated
-    from web.talk import Talk
-
-    translated = Translated()
-    shown = read_examples(examples) if examples else draw_examples(own_folder() / EXAMPLES)
-    view = ChatView(prepare_root(conversations), shown, translated)
-    if runs is None:
-        forget_after_a_day(view.root)
-    talk = Talk(assistant, speech, voice)
-    chat = ChatPage(talk, view)
-    batch = BatchPage(assistant, translated)
-    with Page(
-        title="PhiSight", analytics_enabled=False, delete_cache=UPLOADS_KEPT, fill_width=True
-    ) as blocks:
-        with gr.Sidebar(width=300, open=False) as sidebar:
-            gr.Markdown("# PhiSight", elem_id="brand")
-            tagline = "tagline" if runs is not None else "tagline_public"
-            translated(gr.Markdown(elem_id="tagline"), value=tagline)
-            view.build_sidebar()
-        with gr.Tabs(elem_id="tabs"):
-            with translated(gr.Tab(id="chat"), label="chat"):
-                view.build_main()
-            with translated(gr.Tab(id="batch"), label="batch"):
-                batch.build()
-            if runs is not None:
-                _add_training(runs, translated, view, blocks)
-        chat.connect(blocks, sidebar)
-        batch.connect(view.session, view.settings)
-    blocks.on_left += [talk.stop, batch.stop_window]
-    blocks.queue(max_size=256, api_open=False)
-    return blocks
-
-
-def _add_training(runs: str | Path, translated: Translated, view: ChatView, blocks: Page) -> None:
-    """The tab of the runs below a folder, among the open tabs."""
-    import gradio as gr
-
-    from web.training_page import TrainingPage
-
-    training = TrainingPage(runs, translated, view.session)
-    with translated(gr.Tab(id="training"), label="training") as tab:
-        training.build()
-    training.connect(tab, blocks)
-
-
-def mount(app: FastAPI, blocks: Page, path: str = "/", frames: Sequence[str] = ()) -> FastAPI:
-    """Mount the page into an application, behind its guard; returns the application. `frames`: see
-    `Guard`.
-
-    Nothing outside the upload folder can be read back: Gradio checks the paths that a browser names
-    only in an app that it has launched itself, so this one is marked as launched.
-    """
-    import gradio as gr
-
-    theme = gr.themes.Default(  # of the system's own fonts: the default ones are another's files
-        primary_hue="indigo",
-        neutral_hue="slate",
-        radius_size="lg",
-        font=("system-ui", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"),
-        font_mono=("ui-monospace", "Consolas", "monospace"),
-    )
-    gr.mount_gradio_app(
-        app,
-        blocks,
-        path,
-        footer_links=[],
-        run_history=False,
-        show_error=False,
-        max_file_size=MAX_UPLOAD,
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
-        theme=theme,
-        css=STYLE.read_text(),
-    )
-    blocks.has_launched = True
-    uploads = Uploads(own_folder() / UPLOADS, keep=lambda: kept_files(blocks))
+    model = assistant if isinstance(assistant, Model) else Model(assistant)
+    shown = Examples(model, examples)
+    root = prepare_root(conversations)
+    uploads = Uploads(own_folder() / UPLOADS)
     uploads.keep_sweeping()
-    app.add_middleware(Presence, left=blocks.left)
-    app.add_middleware(Guard, uploads=uploads, frames=frames)
-    return app
+    return Site(
+        closing=[uploads.close, keep_sweeping(root, strangers=runs is None)],
+        model=model,
+        conversations=root,
+        uploads=uploads,
+        runs=None if runs is None else Path(runs),
+        may_train=may_train and runs is not None,
+        trainings_at_once=trainings_at_once,
+        examples=shown,
+        speech=speech,
+        voice=voice,
+    )
 
 
-def kept_files(blocks: Page) -> set[str]:
-    """Files of the page itself, such as the examples' pictures."""
-    components = blocks.blocks.values()
-    return set().union(*(getattr(one, "keep_in_cache", ()) for one in components))
-
-
-def web_application(page: Page, frames: Sequence[str] = ()) -> FastAPI:
-    """What `build_app` has built, as an ASGI application of its own; `frames`: see `Guard`."""
+def web_application(site: Site, frames: Sequence[str] = ()) -> FastAPI:
+    """A site as an ASGI application; `frames`: see `Guard`."""
     from fastapi import FastAPI
+    from starlette.staticfiles import StaticFiles
 
-    return mount(FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, frames=frames)
+    from web import uploads_routes as uploads
+    from web.batch import routes as batch
+    from web.chat import routes as chat
+    from web.page import STATIC
+    from web.speech import routes as speech
+    from web.start import routes as start
 
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        for close in site.closing:
+            close()
 
-def _prepare_gradio() -> None:
-    """Set what Gradio reads when it is imported: no look-ups, and a folder of its own for uploads,
-    which goes when the program ends."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ["GRADIO_TEMP_DIR"] = str(own_folder() / UPLOADS)
-    tell_failures_once()
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    tell_refusals(app)
+    rooms = [start, uploads, chat, speech, batch]
+    if site.runs is not None:  # a page for strangers, such as a Space, has not even the files
+        from web.training import routes as training
+        from web.trainings import routes as trainings
+
+        rooms += [training, trainings]
+    for room in rooms:
+        app.include_router(room.router(site), prefix="/app")
+    app.mount(f"/{static_path()}", StaticFiles(directory=STATIC), name="static")
+    app.router.routes.append(NothingElse(app.router, OURS))  # what is not there is not Gradio's
+    mount_page(app)
+    app.add_middleware(Early, lines=early_head())
+    app.add_middleware(Guard, static=f"/{static_path()}/", frames=frames)
+    return app

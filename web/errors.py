@@ -1,19 +1,22 @@
-"""Errors of the web app's own: a request that cannot be met, and an upload that cannot be used."""
+"""Errors of the web app's own: requests that cannot be met."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from errors import PhiSightError
 
 
 class RequestError(PhiSightError):
-    """A request that cannot be met as it is; the message is a key of web/texts.py."""
+    """A request that cannot be met as things stand; told as the text of a key of web/texts, whose
+    {names} are filled from `values`."""
+
+    def __init__(self, key: str, **values: str | int | float) -> None:
+        super().__init__(key)
+        self.key, self.values = key, values
 
 
-class UploadError(PhiSightError):
-    """An upload that cannot be used; `path` says which."""
+class NotThere(RequestError):
+    """What was asked for is not there, or not any more."""
 
-    def __init__(self, message: str, path: Path) -> None:
-        super().__init__(message)
-        self.path = path
+
+class NotAllowed(RequestError):
+    """What this server was not started for, whoever asks."""

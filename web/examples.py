@@ -1,28 +1,54 @@
-"""Questions to begin with: held-out pictures of the tiny preset's world, drawn when they are
-needed, so that they are there where no data has been."""
+"""The questions to begin with of the model that answers: a folder's that a person named, or those
+that the model's run carries."""
 
 from __future__ import annotations
 
-import random
+import logging
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
-from data.examples import Example
-from data.world import DETAIL, draw, make_scene, questions_of
+from data.examples import Example, read_examples
+from errors import PhiSightError
+from paths import EXAMPLES
+from web.model import Model
+from web.start.facts import run_of
 
-# (number of the held-out picture, kind of question): none of these was ever trained on.
-CHOSEN = ((5, "colour"), (11, "position"), (4, "count"), (0, DETAIL))
+log = logging.getLogger("phisight.web")
 
 
-def draw_examples(folder: str | Path) -> list[Example]:
-    """Draw the pictures into `folder`; returns the examples about them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    examples = []
-    for number, kind in CHOSEN:
-        rng = random.Random(f"0/held_out/{number}")  # as data/world.py draws the tiny preset's
-        scene = make_scene(rng, "seen", False)
-        path = folder / f"example_{number:02d}.png"
-        draw(scene).save(path)
-        question = next(q for q in questions_of(scene, path.name, rng) if q["kind"] == kind)
-        examples.append(Example(question["text"], str(path)))
-    return examples
+class Examples:
+    """Of one page, for many threads."""
+
+    def __init__(self, model: Model, folder: str | Path | None = None) -> None:
+        """`folder`: of `read_examples`, or None for the run's own. Raises what that raises."""
+        self._model, self._lock = model, threading.Lock()
+        self._given = None if folder is None else _by_key(read_examples(folder))
+        self._known: tuple[Path | None, Mapping[str, Example]] = (None, {})
+
+    def now(self) -> Mapping[str, Example]:
+        """By their keys, in order; none where the run has none. A run's that cannot be shown are
+        told of once, and left."""
+        if self._given is not None:
+            return self._given
+        assistant = self._model.loaded
+        source = assistant.source if assistant else self._model.source
+        run = run_of(source) if source else None  # "" is none, not the current folder
+        with self._lock:
+            if run != self._known[0]:
+                self._known = (run, _of_run(run))
+            return self._known[1]
+
+
+def _of_run(run: Path | None) -> Mapping[str, Example]:
+    if run is None or not (run / EXAMPLES).is_dir():
+        return {}
+    try:
+        return _by_key(read_examples(run / EXAMPLES))
+    except PhiSightError as error:
+        log.warning("the page begins without examples: %s", error)
+        return {}
+
+
+def _by_key(examples: list[Example]) -> dict[str, Example]:
+    return {example.key: example for example in examples}

@@ -1,97 +1,103 @@
-"""What the tabs of the web app share: how events are attached, texts in the reader's language, and
-errors as one line."""
+"""The page: a Gradio page that holds one `gr.HTML`, in which the rooms of web/static are shown.
+
+Gradio gives the page, its place in an application and its start; docs/app.md says what it could not
+give, and why the rooms ask the routes of web/ and not Gradio's queue.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import html
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import gradio as gr
-from gradio.blocks import Block
+from web.gradio_import import import_gradio
 
-from errors import PhiSightError
-from web import texts
-from web.errors import RequestError
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
-Updates: TypeAlias = dict[Block, Any]
-"""What an event changes: components, each with its new value or a `gr.update`."""
-
-AnyBlock = TypeVar("AnyBlock", bound=Block)
-Text = str | Callable[[str], str | list[str] | list[tuple[str, str]]]
-"""What a field of a component shows: a key of web/texts.py, or a function of the language."""
+STATIC = Path(__file__).with_name("static")
+TITLE = "PhiSight"
+# The room is given the element; where it lies is told by the page's own address, which a proxy in
+# front may have put below another path.
+START = """
+import(new URL("{main}", document.baseURI)).then((page) => page.mount(element));
+"""
 
 
-class Page(gr.Blocks):
-    """The whole page, and what is done for it outside Gradio."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.on_left: list[Callable[[str], None]] = []
-        """called with the name of a window that has gone"""
-
-    def left(self, window: str) -> None:
-        for call in self.on_left:
-            call(window)
+@cache
+def static_path() -> str:
+    """Where the files of web/static are served, below the page: the path names their content, so
+    that a browser may keep them for ever and never shows a former version's."""
+    content = hashlib.sha256()
+    for path in sorted(STATIC.rglob("*")):
+        if path.is_file():
+            content.update(path.relative_to(STATIC).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"app/static/{content.hexdigest()[:16]}"
 
 
-class EventOptions(TypedDict):
-    """Keywords of Gradio's event listeners."""
+def mount_page(app: FastAPI) -> None:
+    """Mount the page at / of an application."""
+    import_gradio()
+    import gradio as gr
 
-    concurrency_limit: None
-    show_progress: Literal["hidden"]
-    api_visibility: Literal["private"]
-
-
-QUEUED: EventOptions = {
-    "concurrency_limit": None,
-    "show_progress": "hidden",
-    "api_visibility": "private",
-}
-
-
-def window_of(request: gr.Request) -> str:
-    """Names the window that an event came from, as long as it is open."""
-    return request.session_hash or ""
-
-
-@dataclass
-class Translated:
-    """Components and which of their fields show which text; `updates` gives them in a language."""
-
-    rows: list[tuple[Block, dict[str, Text]]] = field(default_factory=list)
-
-    def __call__(self, component: AnyBlock, **fields: Text) -> AnyBlock:
-        """Register `component`, and return it."""
-        self.rows.append((component, fields))
-        return component
-
-    @property
-    def components(self) -> list[Block]:
-        return [component for component, _ in self.rows]
-
-    def updates(self, language: str) -> list[dict[str, Any]]:
-        """One update for each of `components`."""
-        return [
-            gr.update(**{name: in_language(text, language) for name, text in fields.items()})
-            for _, fields in self.rows
-        ]
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
+        gr.HTML(
+            html_template='<div id="phisight"></div>',
+            js_on_load=START.replace("{main}", f"{static_path()}/main.js"),
+            apply_default_css=False,
+            elem_id="rooms",
+        )
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        "/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        head=head(),
+        theme=gr.themes.Base(  # of the system's own fonts: the default ones are files to load
+            font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+        ),
+    )
+    blocks.has_launched = True
 
 
-def in_language(text: Text, language: str) -> Any:
-    """The value that a field of a component gets: a text, or what its function returns."""
-    return text(language) if callable(text) else texts.text(text, language)
+def head() -> str:
+    """What Gradio puts into the page's head: the styles, behind its own."""
+    at = static_path()
+    # What all rooms share comes first, so that a room's own rule wins where both say something.
+    styles = sorted(STATIC.rglob("*.css"), key=lambda path: (path.parent.name != "core", path))
+    lines = [
+        '<meta name="color-scheme" content="light dark">',
+        *(f'<link rel="stylesheet" href="{_url(at, path)}">' for path in styles),
+    ]
+    return "\n".join(lines)
 
 
-@contextmanager
-def errors_shown(language: str) -> Iterator[None]:
-    """A PhiSightError inside becomes one line that the page shows; nothing else is caught."""
-    try:
-        yield
-    except RequestError as error:
-        gr.Info(texts.text(str(error), language), title="")
-    except PhiSightError as error:
-        # Gradio takes the line for HTML, and a file's name in it is untrusted.
-        gr.Warning(html.escape(" ".join(str(error).split())), title="")
+def early_head() -> str:
+    """What stands in the head of the HTML itself: the scripts of the first room are asked for while
+    Gradio's own are, and main.js asks the server how things are before there is a place to show."""
+    at = static_path()
+    scripts = [path for path in sorted(STATIC.rglob("*.js")) if is_first(path)]
+    lines = [
+        f'<script type="module" src="{_url(at, STATIC / "main.js")}"></script>',
+        *(f'<link rel="modulepreload" href="{_url(at, path)}">' for path in scripts),
+    ]
+    return "\n".join(lines)
+
+
+def is_first(script: Path) -> bool:
+    """Whether a script is needed for the room that is shown first, the chat with its voice. One
+    runs in the audio thread, which asks for it by itself."""
+    room = script.relative_to(STATIC).parts[0]
+    return room in ("core", "chat", "voice", "main.js") and script.name != "tap.js"
+
+
+def _url(at: str, path: Path) -> str:
+    return html.escape(f"{at}/{path.relative_to(STATIC).as_posix()}", quote=True)

@@ -1,47 +1,67 @@
-"""What a person has set for the next answer, read from the values that a browser sends."""
+"""What a person has set for the next answer, read from the JSON that a browser sends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from assistant.sampling import Sampling
-from errors import PhiSightError
+from pydantic import BaseModel, ConfigDict
+
 from web.errors import RequestError
+
+if TYPE_CHECKING:
+    from assistant.sampling import Sampling
+
+
+class SettingsForm(BaseModel):
+    """The settings as a browser sends them; web/static/core/settings.js has the same names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    max_new_tokens: int = 256
+    seed: str = ""
+    spoken: str = ""
+    """language of recordings; empty: detected"""
+    translate: bool = False
+    denoise: bool = False
+    aloud: bool = False
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a person has set for the next answer."""
 
-    sampling: Sampling = Sampling()
+    sampling: Sampling
     max_new_tokens: int = 256
     seed: int | None = None
     spoken: str | None = None  # language of recordings; None is detected
     translate: bool = False
     denoise: bool = False
-    aloud: bool = False
 
 
-def settings_from(values: Sequence[Any]) -> Settings:
-    """From the values of the components of a `SettingsPanel`, in their order. A browser can send
-    any JSON: raises PhiSightError for what the sliders do not give, `RequestError` for a seed that
-    is not a whole number."""
-    temperature, top_p, top_k, penalty, length, seed, spoken, translate, denoise, aloud = values
-    try:
-        sampling = float(temperature), float(top_p), int(top_k), float(penalty)
-        max_new_tokens = int(length)
-    except (TypeError, ValueError, OverflowError):
-        raise PhiSightError("settings: one is not a number; move the sliders back") from None
+def settings_from(form: SettingsForm) -> Settings:
+    """Raises PhiSightError for what the sliders do not give, `RequestError` for a seed that is not
+    a whole number."""
+    from assistant.sampling import Sampling
+
     return Settings(
-        Sampling(*sampling),
-        max(1, max_new_tokens),
-        parse_seed(str(seed or "")),
-        str(spoken or "") or None,
-        bool(translate),
-        bool(denoise),
-        bool(aloud),
+        Sampling(
+            form.temperature,
+            form.top_p,
+            form.top_k,
+            form.repetition_penalty,
+            form.no_repeat_ngram_size,
+        ),
+        max(1, min(form.max_new_tokens, 10**6)),
+        parse_seed(form.seed),
+        form.spoken or None,
+        form.translate,
+        form.denoise,
     )
 
 

@@ -1,4 +1,4 @@
-"""The files that a server makes for a while: uploads, spoken answers, tables, examples.
+"""The files that a server makes for a while: uploads, spoken answers, tables.
 
 They lie in one folder of the process, which only its owner may enter, and which is locked as long
 as the process lives. It is removed when the process ends; where a process was killed, the next
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from typing import IO
 
 from api.logs import once
 from errors import PhiSightError
+from system import disk, locks
 
 PREFIX = "phisight-server-"
 FORMER = ("phisight-uploads-", "phisight-examples-")  # of former versions, which had no lock
@@ -31,13 +31,15 @@ YOUNG_SECONDS = 60.0  # a folder that has no lock yet may be about to get one
 FORMER_SECONDS = 2 * 24 * 3600.0  # nobody has touched them for so long: their server has ended
 KEPT_SECONDS = 24 * 3600.0  # a file that nobody touched for so long is removed
 SWEPT_EVERY = 600.0  # seconds
+SWEPT_AGAIN = 10.0  # seconds at the earliest, where little room is left
 CUT_OFF_SECONDS = 3600.0  # an upload under way has no part that is older
 IN_USE_SECONDS = 3600.0  # and one that was touched more recently is not, even if there are many
 MUCH = 0.75  # of what may be held
+MAX_UPLOAD = 20 * 2**20  # bytes of one file
 MOST_BYTES = 2 * 2**30  # of all uploads
 SPARE_BYTES = 512 * 2**20  # of the disk, which are left to others
-UPLOADS, MADE, EXAMPLES = "uploads", "made", "examples"
-PART = re.compile(r"tmp\w+\Z")  # Gradio's name for a file of which more is to come
+UPLOADS, MADE = "uploads", "made"
+PART = re.compile(r"[0-9a-f]{32}(\.[0-9a-f]{8})?\.part\Z")  # a file of which more is to come
 
 _own: list[Path] = []
 _locks: list[IO[bytes]] = []  # open as long as the process lives
@@ -54,13 +56,20 @@ def own_folder() -> Path:
             sweep_dead(root)
             folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
             lock = (folder / LOCK).open("xb")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for name in (UPLOADS, MADE, EXAMPLES):
+            locks.take(lock)
+            for name in (UPLOADS, MADE):
                 (folder / name).mkdir(mode=0o700)
             _locks.append(lock)
             _own.append(folder)
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            atexit.register(_remove_own, folder)
         return _own[0]
+
+
+def _remove_own(folder: Path) -> None:
+    if not disk.REMOVED_WHILE_OPEN:
+        for lock in _locks:
+            lock.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep_dead(root: Path) -> None:
@@ -69,20 +78,22 @@ def sweep_dead(root: Path) -> None:
     for folder in (path for prefix in (PREFIX, *FORMER) for path in root.glob(f"{prefix}*")):
         try:
             status = folder.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            if not stat.S_ISDIR(status.st_mode) or not disk.is_own(status):
                 continue
             try:
-                lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+                lock = os.open(folder / LOCK, os.O_RDWR | disk.NO_FOLLOW)
             except FileNotFoundError:
                 age = YOUNG_SECONDS if folder.name.startswith(PREFIX) else FORMER_SECONDS
                 if time.time() - newest(folder) > age:
                     shutil.rmtree(folder, ignore_errors=True)
                 continue
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                locks.take(lock)
+                if disk.REMOVED_WHILE_OPEN:
+                    shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
+            shutil.rmtree(folder, ignore_errors=True)  # where a file that is open stays
         except OSError:  # locked by a living process, or removed by another server just now
             continue
 
@@ -141,25 +152,34 @@ class Uploads:
         """uploads under way"""
         self.held = 0
         """bytes, as far as it is known: measured by `sweep`, and counted while uploads arrive"""
+        self._swept = -SWEPT_AGAIN
+        self._lock = threading.Lock()
         self._ended = threading.Event()
 
     def take(self, count: int) -> None:
         """Count bytes that arrive. Raises PhiSightError where they are too many."""
-        if self.held + count > self.most:
-            raise PhiSightError(
-                f"uploads take {self.held >> 20} of {self.most >> 20} MB; send smaller files, or"
-                " try again later"
-            )
-        self.held += count
+        with self._lock:
+            if self.held + count > self.most:
+                raise PhiSightError(
+                    f"uploads take {self.held >> 20} of {self.most >> 20} MB; send smaller files,"
+                    " or try again later"
+                )
+            self.held += count
+
+    def give_back(self, count: int) -> None:
+        """Bytes that were counted are not there: cut off, refused, or removed."""
+        with self._lock:
+            self.held = max(0, self.held - count)
 
     def sweep(self) -> None:
         """Remove what is old, and the parts of uploads that were cut off; where much is left, also
         what has not been touched for an hour, the oldest first. Measures what is left."""
+        self._swept = time.monotonic()
         now, kept = time.time(), set(self.keep())
         left: list[tuple[float, int, Path]] = []
         for path, status in files_in(self.folder):
             age = now - max(status.st_mtime, status.st_ctime)
-            cut_off = path.parent == self.folder and PART.match(path.name) is not None
+            cut_off = path.parent.parent == self.folder and PART.match(path.name) is not None
             if cut_off and (not self.arriving or age > CUT_OFF_SECONDS):
                 path.unlink(missing_ok=True)
             elif age > KEPT_SECONDS and str(path) not in kept:
@@ -178,17 +198,17 @@ class Uploads:
 
     def begin(self) -> None:
         """An upload begins. Raises PhiSightError where there is no room for any."""
-        if not self.arriving:
+        crowded = self.held > self.most * MUCH
+        if crowded and time.monotonic() - self._swept >= SWEPT_AGAIN:
             self.sweep()
-        check_disk(self.folder)
-        self.take(1)
-        self.arriving += 1
+        with self._lock:
+            check_disk(self.folder, MAX_UPLOAD * (self.arriving + 1))
+            self.arriving += 1
 
     def end(self) -> None:
         """An upload has ended, whole or cut off."""
-        self.arriving -= 1
-        if not self.arriving:
-            self.sweep()
+        with self._lock:
+            self.arriving -= 1
 
     def keep_sweeping(self) -> None:
         """Sweep once in a while, in a thread of its own, until `close`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import signal
 import socket
 import struct
@@ -18,6 +17,7 @@ import threading
 from typing import Any
 
 from errors import PhiSightError
+from system import limits, memory, pipes
 
 Result = tuple[Any, "bytes | bytearray | memoryview"]
 """What a function of a child returns: a small value that JSON holds, and raw bytes."""
@@ -26,16 +26,17 @@ LENGTHS = struct.Struct("<IQ")  # bytes of the JSON header, and of the raw bytes
 REASON_CHARACTERS = 300
 
 
-def serve(descriptor: int) -> None:
-    """Answer requests from a socket until the parent closes it, or ends."""
+def serve(argument: str) -> None:
+    """Answer requests from the socket of `system.pipes.Handing` until the parent closes it, or
+    ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with socket.socket(fileno=descriptor) as connection:
+    limits.no_core_dumps()
+    with pipes.received(argument) as connection:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         while (request := _next_request(connection)) is not None:
             reply, result = _answer(*request)
             del request
-            reply["resident"] = _pages(1)
+            reply["resident"] = memory.resident()
             header = json.dumps(reply).encode()
             connection.sendall(LENGTHS.pack(len(header), len(result)) + header)
             connection.sendall(result)
@@ -46,7 +47,7 @@ def _end_with_parent() -> None:
     """Wait for the end of standard input: nobody writes to it, so the parent has ended."""
     while os.read(0, 1):
         pass
-    os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(1)
 
 
 def _next_request(connection: socket.socket) -> tuple[dict[str, Any], bytearray] | None:
@@ -90,40 +91,12 @@ def _within_limits(request: dict[str, Any], data: bytearray) -> Result:
     that there is memory to say why."""
     module, name = request["function"].split(":")
     function = getattr(importlib.import_module(module), name)
-    _limit(request["cpu_seconds"], request["memory"])
+    limits.limit(request["cpu_seconds"], request["memory"])
     try:
         return function(data, **request["arguments"])
     finally:
-        _set_limits(None, None)
-
-
-def _limit(cpu_seconds: int, memory: int) -> None:
-    """Let this process take so much more than it has taken."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    mapped = _pages(0)
-    _set_limits(
-        int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds, mapped + memory if mapped else None
-    )
-
-
-def _set_limits(cpu_seconds: int | None, mapped: int | None) -> None:
-    """Of this process in all; None for as much as it was started with."""
-    for kind, limit in ((resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_AS, mapped)):
-        _, hard = resource.getrlimit(kind)
-        soft = hard if limit is None else limit
-        if hard != resource.RLIM_INFINITY:
-            soft = min(soft, hard)
-        resource.setrlimit(kind, (soft, hard))
-
-
-def _pages(which: int) -> int:
-    """Bytes that this process has mapped (0) or resident (1); 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[which]) * resource.getpagesize()
-    except OSError:
-        return 0
+        limits.unlimit()
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(sys.argv[1])

@@ -1,4 +1,4 @@
-"""How a picture of any size becomes one of the size that a CLIP reads: scaled, padded or cropped.
+"""How a picture of any size becomes one of the size that an encoder reads.
 
 It needs no torch, so that it can be done in the child process that decodes the picture: what
 crosses to the parent is then a few hundred kilobytes, whatever the picture had.
@@ -20,7 +20,7 @@ LARGEST_SQUARE = 500_000_000  # pixels of a padded picture that are scaled as Pi
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A picture of the size that a CLIP reads."""
+    """A picture of the size that an encoder reads."""
 
     pixels: numpy.ndarray
     """(height, width, 3) bytes"""
@@ -40,6 +40,11 @@ class Fit:
     padding: tuple[int, int, int] | None = None
     """colour that makes a picture square before it is scaled, as LLaVA-1.5 does; None: its sides
     are cut off"""
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the longer sides of a picture are cut off; else it is padded, or squeezed."""
+        return self.padding is None and self.shortest_edge is not None and self.crop is not None
 
     def __call__(self, picture: Image.Image) -> Fitted:
         if self.padding is not None and picture.width != picture.height:

@@ -5,7 +5,8 @@ library prints goes to our standard error. So a function that reads a stranger's
 a child: `Workers(...).call(function, data, name=..., remedy=...)`.
 
 - Processor time, wall time and memory are limited; a child that goes beyond them, or dies, costs
-  its caller one `PhiSightError` and nobody else anything.
+  its caller one `PhiSightError` and nobody else anything. Where the system has no limits of the
+  first or the last (`system.limits`), the log says so, and wall time is what ends a child.
 - `cancelled` is asked twenty times a second; when it says yes, the child is ended at once.
 - What the child writes to standard error is bounded, and told as one line of our log.
 - A child that has grown is replaced, and one without work ends: their memory goes back to the
@@ -18,6 +19,7 @@ nothing that a child sends is executed or unpickled.
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import logging
 import os
@@ -34,6 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from errors import PhiSightError
+from system import limits as system_limits
+from system.pipes import Handing, Pipe
 from workers.child import LENGTHS, Result
 
 log = logging.getLogger("phisight.workers")
@@ -42,7 +46,7 @@ MOST_HEADER = 1 << 20  # bytes
 PIECE = 1 << 18  # bytes sent or received at once
 LOOK_SECONDS = 0.05  # how often a waiting caller asks whether it is cancelled
 IDLE_SECONDS = 60.0  # children without work end after this
-GROWN = 150 << 20  # resident bytes from which on a child is replaced after its call
+GROWN = 150 << 20  # resident bytes from which on a child is replaced, unless its limits say other
 NOTE_CHARACTERS = 300  # of a child's standard error that are told
 NOTE_SECONDS = 10.0  # at most one such line in this time
 # What was allocated in large pieces goes back when it is freed, and threads get no heaps of their
@@ -67,6 +71,8 @@ class Limits:
     """bytes that a call may allocate"""
     result: int = 256 << 20
     """bytes that it may return"""
+    grown: int = GROWN
+    """resident bytes from which on the child is replaced behind it"""
 
 
 class Cancelled(Exception):
@@ -131,7 +137,7 @@ class Workers:
         keep = False
         try:
             reply, result = child.ask(request, data, limits, cancelled)
-            keep = "died" not in reply and reply["resident"] < GROWN
+            keep = "died" not in reply and reply["resident"] < limits.grown
         except _Died as error:
             reply, result = {"died": str(error)}, bytearray()
         finally:
@@ -238,6 +244,16 @@ class _Notes:
         log.warning("%s: its decoder wrote %d bytes of notes: %s%s", name, count, excerpt, more)
 
 
+@functools.cache
+def _tell_of_missing_limits() -> None:
+    if missing := system_limits.missing():
+        log.warning(
+            "this system cannot limit what a child process takes: %s; one that takes too long is"
+            " ended all the same",
+            missing,
+        )
+
+
 class _Child:
     """One child process, as its parent sees it."""
 
@@ -251,23 +267,25 @@ class _Child:
 
     def start(self) -> None:
         self.end()
+        _tell_of_missing_limits()
         ours, theirs = socket.socketpair()
         with theirs:
+            handing = Handing(theirs)
             paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
                 # Pillow warns of much that it then reads: what fails is an error all the same.
-                [sys.executable, "-P", "-W", "ignore", "-m", "workers.child", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.PIPE,  # nothing is written: its end tells that we are gone
+                [sys.executable, "-P", "-W", "ignore", "-m", "workers.child", handing.argument],
+                stdin=subprocess.PIPE,  # its end tells that we are gone
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                **handing.options,
             )
+            self._socket = ours
+            assert self._process.stderr is not None
+            self._errors = Pipe(self._process.stderr)
+            handing.finish(self._process)
         ours.setblocking(False)
-        self._socket = ours
-        assert self._process.stderr is not None
-        self._errors = self._process.stderr.fileno()
-        os.set_blocking(self._errors, False)
         self._written, self._count = b"", 0
 
     def kill(self) -> None:
@@ -281,9 +299,9 @@ class _Child:
         self._process.kill()
         self._process.wait()
         self._socket.close()
-        for pipe in (self._process.stdin, self._process.stderr):
-            if pipe is not None:
-                pipe.close()
+        self._errors.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         self._process = None
 
     def note(self) -> tuple[str, int]:
@@ -310,16 +328,19 @@ class _Child:
         with selectors.DefaultSelector() as selector:
             both = selectors.EVENT_READ | selectors.EVENT_WRITE
             selector.register(self._socket, both)
-            selector.register(self._errors, selectors.EVENT_READ)
+            if self._errors.descriptor is not None:
+                selector.register(self._errors.descriptor, selectors.EVENT_READ)
             while True:
                 if cancelled():
                     raise Cancelled
                 if time.monotonic() > deadline:
                     raise _Died(f"took over {limits.wall_seconds:g} seconds to read")
+                if self._errors.descriptor is None:
+                    self._read_errors()
                 for key, events in selector.select(LOOK_SECONDS):
                     if key.fileobj is not self._socket:
                         if not self._read_errors():
-                            selector.unregister(self._errors)
+                            selector.unregister(key.fileobj)
                         continue
                     if events & selectors.EVENT_READ:
                         self._receive(incoming, limits)
@@ -362,9 +383,8 @@ class _Child:
     def _read_errors(self) -> bool:
         """Take what its standard error holds now; whether more may come."""
         for _ in range(100):  # at most as much as fits between two looks at the time
-            try:
-                piece = os.read(self._errors, 1 << 16)
-            except BlockingIOError:
+            piece = self._errors.read()
+            if piece is None:
                 return True
             if not piece:
                 return False
@@ -400,7 +420,7 @@ def _complete(incoming: bytearray, limits: Limits) -> dict[str, Any] | None:
 
 def _death(code: int, limits: Limits) -> str:
     """How a child ended, by its exit status."""
-    if code == -signal.SIGXCPU:
+    if hasattr(signal, "SIGXCPU") and code == -signal.SIGXCPU:
         return f"took over {limits.cpu_seconds} seconds of processor time to read"
     if code < 0:
         try:

@@ -67,7 +67,7 @@ def resume(asked: dict[str, Any]) -> None:
         optimizer.load_state_dict(state["optimizer"])
         peft.set_peft_model_state_dict(model, state["adapter"])
         torch.set_rng_state(state["rng"])
-    records = json.loads(Path(asked["data"]).read_text())[:ROWS]
+    records = json.loads(Path(asked["data"]).read_text(encoding="utf-8"))[:ROWS]
     texts = ["\n".join(said["value"] for said in one["conversations"]) for one in records]
     batch = tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -28,7 +28,7 @@ def ours(material: Material) -> Turn:
                 validation_fraction=0.2,
             )
             train.train(config, None, RunOptions(overwrite=True))
-            log = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
+            log = (Path(config.run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         last = [record for line in log if (record := json.loads(line))["kind"] == "evaluation"][-1]
         return {"exact": last["alignment"]["right"], "validation_loss": last["validation_loss"]}
 

@@ -34,7 +34,7 @@ def ours(material: Material) -> Turn:
         with tempfile.TemporaryDirectory() as folder:
             store = FeatureStore(folder, spec.key, spec.shape, config.feature_storage)
             started = time.perf_counter()
-            assert not store.add(names, Path(config.images), lambda: tower, BATCH)
+            assert not store.add(names, Path(config.images[0]), lambda: tower, BATCH)
             seconds = time.perf_counter() - started
             norm = torch.stack([store.features_of(name) for name in names]).norm().item()
         return {"pictures_per_second": len(names) / seconds, "norm": norm}
@@ -46,7 +46,7 @@ def transformers(material: Material) -> Turn:
     config = material.config(material.run)
     torch.set_num_threads(material.threads)
     encode = hub_clip(config.vision, config.vision_layer)
-    names, folder = names_in(material), Path(config.images)
+    names, folder = names_in(material), Path(config.images[0])
 
     def turn() -> dict[str, float]:
         features, started = [], time.perf_counter()

@@ -19,7 +19,7 @@ from benchmarks.suite.material import Material
 
 def question_of(material: Material) -> tuple[str, str]:
     """A question about a held-out picture, and the picture's file."""
-    first = json.loads(material.questions.read_text().splitlines()[0])
+    first = json.loads(material.questions.read_text(encoding="utf-8").splitlines()[0])
     return first["text"], str(material.world / "images" / first["image"])
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy
 
 from config import Config
-from data.dataset import Quarantined, read_conversations
+from data.dataset import Quarantined
+from data.sources import Source, read_conversations
 from errors import PhiSightError
 from evaluation import forms
 from evaluation.intervals import Sums, figure, mean
@@ -38,7 +39,7 @@ class Loss(Task):
         asked: list[Asked] = []
         for path in data:
             bad: list[Quarantined] = []
-            for conversation in read_conversations(path, bad, strict=True):
+            for _, conversation in read_conversations(Source(path), bad, strict=True):
                 texts = {
                     role: [
                         part.value

@@ -151,7 +151,7 @@ def ask(python: str, asked: Asked) -> Told:
         }
         try:
             numpy.savez(pixels, allow_pickle=False, **shown)
-            questions.write_text(json.dumps(content), encoding="utf-8")
+            questions.write_text(json.dumps(content), encoding="utf-8", newline="\n")
         except OSError as error:
             raise PhiSightError(
                 f"{folder}: not written ({error.strerror or error}); make room there, or name"

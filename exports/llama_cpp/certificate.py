@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ from torch import Tensor
 
 from assistant.assistant import Assistant
 from assistant.text_stream import decode
-from data.chat import MARKS, ChatFormat, RenderedSample, render
+from data.chat import ChatFormat, RenderedSample, render
+from data.chat_forms import ChatForm
+from data.chat_forms.template import chat_template
 from data.chat_tokenizer import FolderTokenizer
 from data.dataset import Message, Part
 from data.images import load_image
+from data.pictures import PictureFolders
 from errors import PhiSightError
 from evaluation.meter import CONDITIONS, packed_batches
 from evaluation.questions import answer_prompts
 from exports.alignment import LONGEST_ANSWER, pictures_under
 from exports.asked import marks_of
-from exports.folder import chat_template
 from exports.llama_cpp import eyes
 from exports.llama_cpp.asked import Asked, Conversation, Told, ask
 from exports.measure import Measured, Probe, equal_percent
@@ -85,7 +87,7 @@ def our_side(assistant: Assistant, probe: Probe) -> dict[str, Side]:
             [sample],
             len(sample.input_ids),
             features_of,
-            chat_format.end_of_text_id,
+            chat_format.padding_id,
             chat_format.image_id,
             probe.store.shape,
             assistant.parts.device,
@@ -152,7 +154,7 @@ def ask_llama(
     ]
     said_before = [*samples, *probe.prompts]
     texts = chat_texts(said_before, parts.base.tokenizer, parts.chat_format, line_end)
-    texts += template_texts(template_of(line_end), parts.chat_format)
+    texts += template_texts(template_of(parts.chat_format, line_end), parts.chat_format)
     asked = Asked(
         model,
         mmproj,
@@ -186,16 +188,16 @@ def ask_llama(
 def pictures_of(assistant: Assistant, probe: Probe) -> dict[str, numpy.ndarray]:
     """What llama.cpp is shown: (height, width, 3) bytes as they were decoded, by condition and
     name, and some right ones as our own preparation makes them."""
-    folder, fit = Path(assistant.config.images), assistant.parts.vision.preparation.fit
+    folders, fit = PictureFolders.of(assistant.config), assistant.parts.vision.preparation.fit
     asked = dict.fromkeys(name for prompt in probe.prompts for name in prompt.images)
     names = asked | dict.fromkeys(name for one in samples_of(probe) for name in one.images)
     pictures = {}
     for condition in CONDITIONS:
-        picture_of = pictures_under(condition, probe, folder)
+        picture_of = pictures_under(condition, probe, folders)
         for name in names if condition == "right" else asked:
             pictures[f"{condition}/{name}"] = numpy.array(picture_of(name))
     for name in [*names][:COMPARED]:
-        pictures[PREPARED + name] = fit(load_image(folder / name)).pixels
+        pictures[PREPARED + name] = fit(load_image(folders.path_of(name))).pixels
     return pictures
 
 
@@ -208,8 +210,9 @@ def chat_texts(
     """Conversations as the text of a chat, and their ids, in which a picture is one mark, and other
     marks have a `line_end`. Left out are those in which somebody typed what the tokenizer has as a
     mark: there it is read as one."""
-    marks = {tokenizer.backend_tokenizer.token_to_id(mark): mark for mark in MARKS}
-    alone = (chat_format.image_id, chat_format.end_of_text_id)  # no line ends behind these
+    names = (*chat_format.form.marks, chat_format.image_token)
+    marks = {tokenizer.backend_tokenizer.token_to_id(mark): mark for mark in names}
+    alone = (chat_format.image_id, *chat_format.ending)  # no line ends behind these
     texts = []
     for sample in samples:
         text, ids, stretch, typed = "", [], [], False
@@ -232,9 +235,25 @@ def chat_texts(
     return texts
 
 
-def template_of(line_end: str) -> str:
-    """The chat template of a GGUF: pictures are parts with llama.cpp's own mark as their text."""
-    return chat_template("media_marker", "part['text']", line_end.replace("\n", "\\n"))
+def form_of(chat_format: ChatFormat, line_end: str) -> ChatForm:
+    """The form of a chat whose text has, by llama.cpp's tokenizer, the ids of the training: without
+    line ends that our marks swallow and its do not.
+
+    `line_end`: what its marks swallow, empty for nothing.
+    """
+    form = chat_format.form
+    swallows = len(chat_format.closing) == 1 and bool(form.after)
+    if swallows and not line_end:
+        return replace(form, opening=form.opening.rstrip("\n"), after="")
+    return form
+
+
+def template_of(chat_format: ChatFormat, line_end: str) -> str:
+    """The chat template of a GGUF: pictures are parts with llama.cpp's own mark as their text.
+
+    `line_end`: as `form_of` takes it.
+    """
+    return chat_template(form_of(chat_format, line_end), "media_marker", "part['text']")
 
 
 def template_texts(template: str, chat_format: ChatFormat) -> list[tuple[str, list[int]]]:
@@ -252,7 +271,10 @@ def template_texts(template: str, chat_format: ChatFormat) -> list[tuple[str, li
         [between],
         [Message("user", (Part("image", "a"), Part("image", "b"), Part("text", "Which?")))],
     ):
-        given = [{"role": message.role, "content": _content(message)} for message in messages]
+        given = [
+            {"role": message.role, "content": _content(message, chat_format.image_token)}
+            for message in messages
+        ]
         text = compiled.render(messages=given, add_generation_prompt=True)
         sample = render(messages, chat_format, add_generation_prompt=True)
         ids = []
@@ -266,12 +288,13 @@ def template_texts(template: str, chat_format: ChatFormat) -> list[tuple[str, li
     return made
 
 
-def _content(message: Message) -> str | list[dict[str, str]]:
+def _content(message: Message, mark: str) -> str | list[dict[str, str]]:
     if len(message.parts) == 1 and message.parts[0].kind == "text":
         return message.parts[0].value
-    kinds = {"text": "text", "image": "media_marker"}
     return [
-        {"type": kinds[part.kind], "text": part.value if part.kind == "text" else MARKS[-1]}
+        {"type": "text", "text": part.value}
+        if part.kind == "text"
+        else {"type": "media_marker", "text": mark}
         for part in message.parts
     ]
 
@@ -300,7 +323,7 @@ def picture_differences(assistant: Assistant, probe: Probe, told: Told) -> dict[
     compared = [
         name.removeprefix(PREPARED) for name in told.embeddings if name.startswith(PREPARED)
     ]
-    folder = Path(assistant.config.images)
+    folders = PictureFolders.of(assistant.config)
     device = assistant.parts.device
     features = torch.stack([probe.store.features_of(name) for name in compared]).to(device)
     ours = assistant.model.projector(features).cpu()  # (pictures, tokens, dim)
@@ -312,7 +335,7 @@ def picture_differences(assistant: Assistant, probe: Probe, told: Told) -> dict[
 
     by_us = apart(PREPARED, ours)
     if by_us["mean"] > ANOTHER_FORMULA:
-        pictures = [load_image(folder / name) for name in compared]
+        pictures = [load_image(folders.path_of(name)) for name in compared]
         shifted = eyes.embeddings_behind_class(assistant.parts.vision, assistant.model, pictures)
         if apart(PREPARED, shifted)["mean"] < ANOTHER_FORMULA:
             raise PhiSightError(
@@ -321,7 +344,7 @@ def picture_differences(assistant: Assistant, probe: Probe, told: Told) -> dict[
                 " one place off, its issue 25814; take one where that is mended, as python -m"
                 " tools.llama_cpp ../llama builds it"
             )
-    shapes = [load_image(folder / name).size for name in compared]
+    shapes = [load_image(folders.path_of(name)).size for name in compared]
     return {
         "pictures": len(compared),
         "not_square": sum(height != width for height, width in shapes),

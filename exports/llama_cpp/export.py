@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from assistant.assistant import Assistant
+from data.chat_forms import ChatForm
 from errors import PhiSightError
 from exports import measure
 from exports.alignment import alignment_of, scored
@@ -25,8 +26,9 @@ from exports.llava import check_pictures
 from exports.measure import MERGE_METHODS, Probe, Tolerance
 from exports.measured import GREEDY_EQUAL_IN_4_BITS, export_measured
 from lora.merge import merged_weights
-from model.base import find_folder
-from model.decoder import LanguageModel
+from model.base import BaseModel, find_folder
+from model.decoder import DecoderConfig, LanguageModel
+from model.encoders.clip import ClipConfig
 
 CERTIFICATE = "gguf_certificate.json"
 MMPROJ, MODELFILE = "mmproj-f16.gguf", "Modelfile"
@@ -58,9 +60,8 @@ def export_gguf(
         PhiSightError: a part cannot be held, llama.cpp does not load it or gives other token ids,
             the result is past the tolerance, or the disk refuses. Nothing is left then.
     """
-    check_pictures(assistant, "--gguf", "llama.cpp")
+    check_run(assistant)
     config = assistant.parts.base.model.config
-    language.need_shape(config)
     with new_folder(out) as folder:
         ours = certificate.our_side(assistant, probe)
         model = write_language_model(assistant, folder, quantise, python)
@@ -91,6 +92,12 @@ def export_gguf(
         )
 
 
+def check_run(assistant: Assistant) -> None:
+    """Raise `PhiSightError` for a run that llama.cpp cannot hold."""
+    check_pictures(assistant, "--gguf", "llama.cpp", [ClipConfig])
+    architecture_of(assistant)
+
+
 def vocabulary_in(assistant: Assistant) -> Vocabulary:
     """The tokenizer of the run's base. Raises `PhiSightError` for one that llama.cpp lacks."""
     folder = find_folder(assistant.config.base, assistant.config.base_revision or None)
@@ -102,7 +109,7 @@ def write_language_model(assistant: Assistant, folder: Path, quantise: str, pyth
     """The merged language model with its tokenizer and chat template. Returns its file."""
     parts = assistant.parts
     config = parts.base.model.config
-    vocabulary = vocabulary_in(assistant)
+    architecture, vocabulary = architecture_of(assistant), vocabulary_in(assistant)
     marks = parts.chat_format
     beginning = parts.base.hub_config.get("bos_token_id")
 
@@ -115,26 +122,27 @@ def write_language_model(assistant: Assistant, folder: Path, quantise: str, pyth
         write_provenance(writer, assistant)
         writer.add_file_type(getattr(weights.need_gguf().LlamaFileType, file_type))
         writer.add_quantization_version(2)
-        language.describe(writer, config)
+        language.describe(writer, config, architecture)
         known = {
             "bos": beginning if isinstance(beginning, int) else None,
-            "eos": marks.end_of_text_id,
+            # The last of those at which an answer ends; llama.cpp knows the others by their names.
+            "eos": parts.base.tokenizer.backend_tokenizer.token_to_id(marks.form.stops[-1]),
             "eot": marks.end_id,
-            "pad": marks.end_of_text_id,
+            "pad": marks.padding_id,
         }
         write_vocabulary(writer, vocabulary, known)
-        writer.add_chat_template(certificate.template_of(vocabulary.line_end))
+        writer.add_chat_template(certificate.template_of(marks, vocabulary.line_end))
 
     _, _, file_type = weights.QUANTISATIONS[quantise]
     by_llama = quantise == "q4_k_m"
     written = folder / (IN_16_BITS if by_llama else f"model-{quantise}.gguf")
-    shapes = language.shapes_of(config)
-    values = [*language_weights(parts.base.model)]
+    shapes = language.shapes_of(config, architecture)
     kinds = {
-        name: (shapes[name], weights.kind_of(name, shapes[name], quantise)) for name, _ in values
+        name: (shapes[name], weights.kind_of(name, shapes[name], quantise))
+        for name in names_of(parts.base)
     }
-    computed = ((name, compute()) for name, compute in values)  # one at a time
-    weights.write(written, language.ARCHITECTURE, describe, kinds, computed)
+    values = language_weights(parts.base, architecture)  # one at a time
+    weights.write(written, architecture.name, describe, kinds, values)
     if not by_llama:
         return written
     rounded = folder / f"model-{quantise}.gguf"
@@ -143,14 +151,46 @@ def write_language_model(assistant: Assistant, folder: Path, quantise: str, pyth
     return rounded
 
 
-def language_weights(model: LanguageModel) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """GGUF names of the merged model with what computes each tensor; a head that is the embedding
-    stands there once."""
+def architecture_of(assistant: Assistant) -> language.Architecture:
+    """llama.cpp's for the run's base. Raises `PhiSightError` where it has none."""
+    base = assistant.parts.base
+    return language.architecture_for(base.family.model_type, base.model.config)
+
+
+def own_weights(model: LanguageModel) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """As `merged_weights`; a head that is the embedding is left out."""
     for name, computed in merged_weights(model):
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            yield language.gguf_name(name), computed
-    for name, factors in language.factors_of(model.config).items():
-        yield name, partial(torch.tensor, factors)
+            yield name, computed
+
+
+def rope_factors(config: DecoderConfig) -> dict[str, Tensor]:
+    """What llama.cpp multiplies wavelengths by, by its name in a GGUF."""
+    found = {name: torch.tensor(value) for name, value in language.factors_of(config).items()}
+    if config.rope.stretch:
+        steps = torch.arange(0, config.rope.dims, 2, dtype=torch.float) / config.rope.dims
+        frequencies = 1.0 / config.rope.theta**steps
+        found[language.FREQUENCIES] = frequencies / config.rope.stretch(frequencies)
+    return found
+
+
+def names_of(base: BaseModel) -> list[str]:
+    """The GGUF names of the weights of `language_weights`, in its order."""
+    config = base.model.config
+    parts = ((base.family.stored(name, config) or (name,)) for name, _ in own_weights(base.model))
+    return [*(language.gguf_name(name) for names in parts for name in names), *rope_factors(config)]
+
+
+def language_weights(
+    base: BaseModel, architecture: language.Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """(GGUF name, float32 tensor) of the merged model, one at a time."""
+    config = base.model.config
+    computed = ((name, compute()) for name, compute in own_weights(base.model))
+    for stored, tensor in base.family.to_stored(computed, config):
+        name = language.gguf_name(stored)
+        yield name, language.in_pairs(name, tensor, config) if architecture.neighbours else tensor
+    yield from rope_factors(config).items()
 
 
 def write_eyes(assistant: Assistant, folder: Path) -> None:
@@ -187,24 +227,36 @@ def name_of(assistant: Assistant) -> str:
     return Path(assistant.config.run).name
 
 
+def ollama_template(form: ChatForm) -> str:
+    """The chat in the language of Ollama's templates; it puts pictures before the text."""
+    before = form.begin
+    if form.default_system is not None:
+        default = form.message("system", form.default_system)
+        before += f'{{{{ if ne (index .Messages 0).Role "system" }}}}{default}{{{{ end }}}}'
+    leads = (("system", form.system_lead), ("assistant", form.answer_lead))
+    turn = form.opening.replace("{role}", "{{ .Role }}") + "".join(
+        f'{{{{ if eq .Role "{role}" }}}}{lead}{{{{ end }}}}' for role, lead in leads if lead
+    )
+    turn += "{{ .Content }}" + form.closing + form.after
+    return f"{before}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{form.opening_of('assistant')}"
+
+
 def write_modelfile(assistant: Assistant, folder: Path, model: Path) -> None:
     """What `ollama create NAME -f Modelfile` reads."""
-    end = vocabulary_in(assistant).line_end
-    # In the language of Ollama's templates; it puts pictures before the text.
-    turn = f"<|{{{{ .Role }}}}|>{end}{{{{ .Content }}}}<|end|>{end}"
+    form = certificate.form_of(assistant.parts.chat_format, vocabulary_in(assistant).line_end)
     context = language.usual_context(assistant.parts.base.model.config)
     tokenizer = assistant.parts.base.tokenizer
     ends = [tokenizer.decode([end], skip_special_tokens=False) for end in assistant.stop_ids]
     lines = [
         f"FROM ./{model.name}",
         f"FROM ./{MMPROJ}",
-        f'TEMPLATE """{{{{- range .Messages }}}}{turn}{{{{ end }}}}<|assistant|>{end}"""',
+        f'TEMPLATE """{ollama_template(form)}"""',
         "PARAMETER temperature 0",
         f"PARAMETER num_ctx {context}",
         f"PARAMETER num_predict {MAX_NEW_TOKENS}",
         *(f'PARAMETER stop "{end}"' for end in ends),
     ]
-    (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 def run(options: argparse.Namespace) -> str:
@@ -214,14 +266,18 @@ def run(options: argparse.Namespace) -> str:
         raise PhiSightError("--dtype: --gguf stores weights as --quantize says; leave it out")
     weights.need_gguf()
     python = find_llama(options.llama_python)
-    if python is None:
-        raise PhiSightError(
-            "--gguf: llama-cpp-python is not installed, which measures the files before they get"
-            f" their name: {INSTALL}"
-        )
+
+    def check(assistant: Assistant) -> None:
+        check_run(assistant)  # first: nobody should build llama.cpp for a run that it cannot hold
+        if python is None:
+            raise PhiSightError(
+                "--gguf: llama-cpp-python is not installed, which measures the files before they"
+                f" get their name: {INSTALL}"
+            )
+
     quantise = options.quantize
-    write = partial(export_gguf, quantise=quantise, python=python)
-    return export_measured(options, out, write, TOLERANCES[quantise])
+    write = partial(export_gguf, quantise=quantise, python=python or "")
+    return export_measured(options, out, write, TOLERANCES[quantise], check)
 
 
 FORM = Form(

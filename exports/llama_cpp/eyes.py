@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from errors import PhiSightError
-from model.clip import ClipConfig, ClipVision
-from model.projector import ImageProjector
+from model.encoders.clip import ClipConfig, ClipVision
+from model.projectors.projector import Projector
 from model.vision import VisionSpec, load_clip, read_clip_config
 from model.vlm import VisionLanguageModel
 
@@ -87,7 +87,7 @@ def describe(writer: Any, spec: VisionSpec, text_dim: int) -> None:
         writer.add_array("clip.vision.feature_layer", [layers_read(spec)])
 
 
-def weights(spec: VisionSpec, projector: ImageProjector) -> Iterator[tuple[str, Tensor]]:
+def weights(spec: VisionSpec, projector: Projector) -> Iterator[tuple[str, Tensor]]:
     """(GGUF name, float32 tensor) of all that `describe` describes."""
     yield from _clip_weights(load_clip(spec), read_clip_config(spec.folder), layers_kept(spec))
     for name, tensor in projector.state_dict().items():

@@ -1,22 +1,64 @@
-"""A Phi-3 as llama.cpp reads it: what its GGUF says of the model, and the names of its weights.
+"""A base as llama.cpp reads it: what its GGUF says of the model, and the names of its weights.
+
+llama.cpp has an architecture of its own for each family. What tells them apart is one line of
+`ARCHITECTURES` each.
 
 Imports neither torch nor `gguf`: `benchmarks/llama_cpp_side.py` uses it where there is no torch.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from errors import PhiSightError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from model.decoder import DecoderConfig
 
-ARCHITECTURE = "phi3"
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp calls a family of bases, and what it does otherwise than others."""
+
+    name: str
+    is_fused: bool = False
+    """whether queries, keys and values are one weight, and gate and up another"""
+    any_heads: bool = True
+    """whether its heads may be of another size together than the model is wide"""
+    partly_turned: bool = False
+    """whether a part of each head may stay unturned"""
+    neighbours: bool = False
+    """whether dims 0 and 1 of a head turn together, and not 0 and the one half a head on: rows of
+    queries and keys are then stored in that order"""
+    has_longrope: bool = False
+    has_factors: bool = False
+    """whether it reads a factor for each frequency, as Llama 3.1 needs them"""
+
+
+ARCHITECTURES = {
+    "phi3": Architecture(
+        "phi3", is_fused=True, any_heads=False, partly_turned=True, has_longrope=True
+    ),
+    "llama": Architecture("llama", neighbours=True, has_factors=True),
+    "qwen2": Architecture("qwen2", any_heads=False),
+    "qwen3": Architecture("qwen3"),
+}
+"""by the model_type of a config.json"""
+PHI3 = ARCHITECTURES["phi3"]
 _OF_LAYER = {
     "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_up_proj": "ffn_up",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -27,18 +69,40 @@ _ELSEWHERE = {
     "lm_head": "output",
 }
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+FREQUENCIES = "rope_freqs.weight"
 ROUND_TO = 256  # llama.cpp rounds contexts up to it
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
-def need_shape(config: DecoderConfig) -> None:
-    """Raise `PhiSightError` for a decoder that llama.cpp's Phi-3 cannot hold."""
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
+def architecture_for(model_type: str, config: DecoderConfig) -> Architecture:
+    """llama.cpp's architecture for a base. Raises `PhiSightError` for one that it cannot hold."""
+    if model_type not in ARCHITECTURES:
+        raise PhiSightError(
+            f"--gguf: this base is a {model_type}, and what is proven with llama.cpp is"
+            f" {', '.join(ARCHITECTURES)}; export it with --merge or --llava"
+        )
+    found, rope = ARCHITECTURES[model_type], config.rope
+    theirs = f"and llama.cpp's {found.name} takes no other; export it with --merge or --llava"
+    if not found.any_heads and config.head_dim * config.num_attention_heads != config.hidden_size:
         raise PhiSightError(
             f"--gguf: this base has {config.num_attention_heads} heads of {config.head_dim}, which"
-            f" are not its width of {config.hidden_size}, and llama.cpp's Phi-3 takes no other;"
-            " export it with --merge"
+            f" are not its width of {config.hidden_size}, {theirs}"
         )
+    if not found.partly_turned and rope.dims != config.head_dim:
+        raise PhiSightError(
+            f"--gguf: this base turns {rope.dims} of {config.head_dim} dims of a head, which are"
+            f" not all, {theirs}"
+        )
+    kinds = {
+        "LongRoPE": bool(rope.long_factors) and not found.has_longrope,
+        "llama3's rotary positions": bool(rope.stretch) and not found.has_factors,
+    }
+    if wrong := [name for name, is_wrong in kinds.items() if is_wrong]:
+        raise PhiSightError(
+            f"--gguf: this base has {wrong[0]}, and llama.cpp's {found.name} has the usual rotary"
+            " positions alone; export it with --merge or --llava"
+        )
+    return found
 
 
 def gguf_name(name: str) -> str:
@@ -50,11 +114,23 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_OF_LAYER[rest]}.{kind}"
 
 
-def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """GGUF name -> shape of every weight, as torch and numpy count it, LongRoPE's factors among
-    them."""
-    width, inner = config.hidden_size, config.intermediate_size
-    rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+def shapes_of(
+    config: DecoderConfig, architecture: Architecture = PHI3
+) -> dict[str, tuple[int, ...]]:
+    """GGUF name -> shape of every weight, as torch and numpy count it, the factors of rotary
+    positions among them."""
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    # The gate first, as Phi-3 has it.
+    projections = {"attn_qkv": (queries + 2 * keys, width), "ffn_up": (2 * inner, width)}
+    if not architecture.is_fused:
+        projections = {
+            "attn_q": (queries, width),
+            "attn_k": (keys, width),
+            "attn_v": (keys, width),
+            "ffn_gate": (inner, width),
+            "ffn_up": (inner, width),
+        }
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (config.vocab_size, width),
         "output_norm.weight": (width,),
@@ -65,13 +141,32 @@ def shapes_of(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         block = f"blk.{layer}."
         shapes |= {
             block + "attn_norm.weight": (width,),
-            block + "attn_qkv.weight": (rows, width),
-            block + "attn_output.weight": (width, config.num_attention_heads * config.head_dim),
+            block + "attn_output.weight": (width, queries),
             block + "ffn_norm.weight": (width,),
-            block + "ffn_up.weight": (2 * inner, width),  # the gate first, as Phi-3 has it
             block + "ffn_down.weight": (width, inner),
         }
+        shapes |= {f"{block}{name}.weight": shape for name, shape in projections.items()}
+        if config.qkv_bias:
+            shapes |= {
+                f"{block}{name}.bias": shape[:1]
+                for name, shape in projections.items()
+                if name.startswith("attn")
+            }
+        if config.query_key_norm:
+            shapes |= {f"{block}attn_{part}_norm.weight": (head,) for part in "qk"}
+    if config.rope.stretch:
+        shapes[FREQUENCIES] = (config.rope.dims // 2,)
     return shapes | {name: (len(factors),) for name, factors in factors_of(config).items()}
+
+
+def in_pairs(name: str, rows: Tensor, config: DecoderConfig) -> Tensor:
+    """Rows of the weight of queries or keys as an architecture of `neighbours` has them; any other
+    weight as it is. `name`: in a GGUF."""
+    kind = name.split(".")[-2]
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(kind)
+    if heads is None:
+        return rows
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def factors_of(config: DecoderConfig) -> dict[str, tuple[float, ...]]:
@@ -114,7 +209,7 @@ def context_note(config: DecoderConfig, tokens: int) -> str:
     return ""
 
 
-def describe(writer: Any, config: DecoderConfig) -> None:
+def describe(writer: Any, config: DecoderConfig, architecture: Architecture = PHI3) -> None:
     """Write the sizes and options of the decoder. `writer`: a `gguf.GGUFWriter`."""
     rope = config.rope
     writer.add_vocab_size(config.vocab_size)
@@ -130,4 +225,8 @@ def describe(writer: Any, config: DecoderConfig) -> None:
     writer.add_rope_freq_base(rope.theta)
     if rope.long_factors:
         writer.add_rope_scaling_attn_factors(rope.scaling)
-    writer.add_sliding_window(0)  # none: see `context_of`
+    if architecture is PHI3:
+        writer.add_sliding_window(0)  # none: see `context_of`
+    else:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)

@@ -19,14 +19,34 @@ SPACE = "▁"  # SentencePiece's mark of a space
 # model whose name has this in it, and loads a model of this name only if it has these tokens.
 NAMED, NEEDED = "phi-3", ("<unk>", "<s>", "</s>", "<|endoftext|>")
 REMEDY = "export it with --merge or --llava, for programs that read tokenizer.json"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SHORT, _NO_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?"
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = rf"{_SHORT}|{_NO_WORD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_SPACES}"
+_GPT_4O = (
+    rf"{_NO_WORD}{_UPPER}*{_LOWER}+{_SHORT}?|{_NO_WORD}{_UPPER}+{_LOWER}*{_SHORT}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_SPACES}"
+)
+_BYTES = ("ByteLevel", {"add_prefix_space": False, "use_regex": True})
+
+
+def _by(pattern: str) -> list[tuple[str, dict[str, Any]]]:
+    cut = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [("Split", cut), ("ByteLevel", {"add_prefix_space": False, "use_regex": False})]
+
+
 # What stands before the merges of byte-level BPE, by llama.cpp's name for it.
-_SPLITS = {
-    "gpt-2": [("ByteLevel", {"add_prefix_space": False, "use_regex": True})],
-    "smollm": [
-        ("Digits", {"individual_digits": True}),
-        ("ByteLevel", {"add_prefix_space": False, "use_regex": True}),
-    ],
+_SPLITS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "gpt-2": [_BYTES],
+    "smollm": [("Digits", {"individual_digits": True}), _BYTES],
+    "qwen2": _by(_QWEN2),
+    "llama-bpe": _by(_QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")),
+    "gpt-4o": _by(_GPT_4O),
 }
+# Those under which llama.cpp takes a word that is a token as it is, without merges.
+_WHOLE_WORDS = ("llama-bpe",)
+# Text that is not in Unicode's NFC gets other ids by llama.cpp, which composes nothing.
+_NORMALIZERS = {"qwen2": {"type": "NFC"}}
 
 
 class Kind(enum.IntEnum):
@@ -125,7 +145,9 @@ def _split_of(content: Mapping[str, Any]) -> str:
             step.get("type") == kind and all(step.get(key) == value for key, value in facts.items())
             for step, (kind, facts) in zip(steps, wanted, strict=True)
         ):
-            if content.get("normalizer") is None:
+            whole_words = bool(content["model"].get("ignore_merges"))
+            same = content.get("normalizer") in (None, _NORMALIZERS.get(name))
+            if same and whole_words == (name in _WHOLE_WORDS):
                 return name
     described = ", ".join(str(step.get("type")) for step in steps)
     raise PhiSightError(

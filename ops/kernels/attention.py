@@ -47,8 +47,24 @@ ROW_FIELDS = 11
 
 
 @compiled
+def normalise(x, weight, epsilon, inputs, result):
+    """weight * x / sqrt(mean(x^2) + epsilon) of one row of float32, in whole pairs of lanes."""
+    even, odd = zeros(), zeros()
+    for i in range(0, inputs, 2 * WIDTH):
+        a, b = lanes_at(x + 4 * i), lanes_at(x + 4 * (i + WIDTH))
+        even, odd = fused(a, a, even), fused(b, b, odd)
+    mean = sum_of(plus(even, odd)) / numpy.float32(inputs)
+    factor = repeated(numpy.float32(1) / numpy.sqrt(mean + epsilon))
+    for i in range(0, inputs, WIDTH):
+        put_lanes(
+            result + 4 * i, times(lanes_at(weight + 4 * i), times(lanes_at(x + 4 * i), factor))
+        )
+
+
+@compiled
 def rotate(source, cosines, sines, half, dims, scale, target):
-    """One head of `dims` float32 turned by `half` angles, times `scale`; see `ops.plain.rotate`."""
+    """One head of `dims` float32 turned by `half` angles, times `scale`; see `ops.plain.rotate`.
+    `target` may be `source`."""
     factor, whole = repeated(scale), half - half % WIDTH
     for i in range(0, whole, WIDTH):
         cosine, sine = lanes_at(cosines + 4 * i), lanes_at(sines + 4 * i)
@@ -64,6 +80,15 @@ def rotate(source, cosines, sines, half, dims, scale, target):
         put_float(target + 4 * (i + half), (second * cosine + first * sine) * scale)
     for i in range(2 * half, dims):
         put_float(target + 4 * i, float_at(source + 4 * i) * scale)
+
+
+@compiled
+def turned(source, norm, epsilon, cosines, sines, half, dims, scale, target):
+    """`rotate`, of a head that is normalised before where `norm` is not 0."""
+    if norm != 0:
+        normalise(source, norm, epsilon, dims, target)
+        source = target
+    rotate(source, cosines, sines, half, dims, scale, target)
 
 
 @compiled
@@ -146,11 +171,15 @@ def mix(weights, values, kind, dims, count, result):
 
 
 @compiled
-def attend(row, layer, local, qkv, cosines, sines, half, heads, kv_heads, dims, scratch):
+def attend(
+    row, layer, local, qkv, cosines, sines, half, heads, kv_heads, dims, query_norm, key_norm,
+    epsilon, scratch,
+):  # fmt: skip
     """One chunk of one key-value head of a row, for all of its query heads.
 
     row: its line of the table; local: which chunk of which head; qkv: its projections, (heads + 2
-    kv heads) * dims float32; scratch: `dims` + `CHUNK` float32 of this thread. The item that has
+    kv heads) * dims float32; query_norm, key_norm: weights that heads are normalised by, or 0;
+    scratch: `dims` + `CHUNK` float32 of this thread. The item that has
     the newest position keeps the new key and value first. What each query head has of the chunk
     goes to the row's partial results: `dims` sums, the largest score, the sum of the weights.
     """
@@ -163,7 +192,10 @@ def attend(row, layer, local, qkv, cosines, sines, half, heads, kv_heads, dims, 
     one = numpy.float32(1)
     if part == chunks - 1:
         place = length * dims * size
-        rotate(qkv + 4 * (heads + kv_head) * dims, cosines, sines, half, dims, one, scratch)
+        turned(
+            qkv + 4 * (heads + kv_head) * dims, key_norm, epsilon, cosines, sines, half, dims, one,
+            scratch,
+        )  # fmt: skip
         fits = keep(scratch, dims, kind, keys + place)
         new_value = qkv + 4 * (heads + kv_heads + kv_head) * dims
         if not (keep(new_value, dims, kind, values + place) and fits):
@@ -173,7 +205,9 @@ def attend(row, layer, local, qkv, cosines, sines, half, heads, kv_heads, dims, 
     count, skipped = end - start, start * dims * size
     group, scale = heads // kv_heads, numpy.float32(1 / math.sqrt(dims))
     for head in range(kv_head * group, (kv_head + 1) * group):
-        rotate(qkv + 4 * head * dims, cosines, sines, half, dims, scale, scratch)
+        turned(
+            qkv + 4 * head * dims, query_norm, epsilon, cosines, sines, half, dims, scale, scratch
+        )
         score(scratch, keys + skipped, values - keys, kind, dims, count, scores)
         largest, total = soften(scores, count)
         partial = row[ROW_PARTIALS] + 4 * (head * chunks + part) * (dims + WIDTH)

@@ -25,9 +25,15 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import (
+    CompileResultCacheImpl,
+    FunctionCache,
+    IndexDataCacheFile,
+    UserProvidedCacheLocator,
+)
 
 from ops.kernels.target import choose
+from system import disk
 
 ROOM = Path(__file__).parent
 DIGEST = hashlib.sha256().digest_size
@@ -54,7 +60,7 @@ def cache_folder() -> Path | None:
         found = folder.stat()
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None
-    own = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+    own = disk.is_own(found) and (os.name == "nt" or not found.st_mode & 0o022)
     return folder if own and os.access(folder, os.W_OK) else None
 
 
@@ -94,7 +100,22 @@ def _is_whole(path: str) -> bool:
     return False
 
 
+class _InOneFolder(UserProvidedCacheLocator):
+    """numba would keep the code of each place of a file apart, so that every copy of the project
+    compiled for itself; what the file holds is in the folder's name and in numba's stamp."""
+
+    @classmethod
+    def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        return ""
+
+
+class _Places(CompileResultCacheImpl):
+    _locator_classes = [_InOneFolder]
+
+
 class _KeptCode(FunctionCache):
+    _impl_class = _Places
+
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         given = self._cache_file

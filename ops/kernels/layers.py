@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy
 
-from ops.kernels.attention import CHUNK, ROW_FIRST_ITEM, attend, merge
+from ops.kernels.attention import CHUNK, ROW_FIRST_ITEM, attend, merge, normalise
 from ops.kernels.compiling import compiled
 from ops.kernels.crew import barrier, take_part
 from ops.kernels.dense import OUTPUTS_AT_ONCE, dense_outputs
@@ -23,9 +23,7 @@ from ops.kernels.lanes import (
     plus,
     put_lanes,
     repeated,
-    sum_of,
     times,
-    zeros,
 )
 from ops.kernels.layout import PANEL
 from ops.kernels.products import product_of_panels, quantise_row
@@ -37,32 +35,19 @@ from ops.kernels.simd import float_at
     HEAD, HEAD_KIND, ROWS, ITEMS, STATES, NORMED, WIDE, LOW, SCRATCH, COSINES, SINES, LOGITS,
 ) = range(21)  # fmt: skip
 PLAN_FIELDS = 21
+INPUT_NORM, OUTPUT_NORM, QUERY_NORM, KEY_NORM = range(4)  # in the table of norms; 0 for none
 QKV, OUT, GATE_UP, DOWN = range(4)
 # What is known of a product, by its place in the table `products` (layers, 4, fields):
-# its weight, what it is handed out by, its adapter, where its quantised inputs lie, and whether its
-# result is added to the states. (As numbers: numba compiles once more for a constant.)
+# its weight, what it is handed out by, its adapter, where its quantised inputs lie, whether its
+# result is added to the states, and its bias, or 0. (As numbers: numba compiles once more for a
+# constant.)
 (
     CODES, BLOCK_SCALES, PANELS, INPUTS, BLOCK, PART, RANK, FACTOR_A, FACTOR_B,
-    QUANTISED, SCALES, RESIDUAL,
-) = range(12)  # fmt: skip
-PRODUCT_FIELDS = 12
+    QUANTISED, SCALES, RESIDUAL, BIAS,
+) = range(13)  # fmt: skip
+PRODUCT_FIELDS = 13
 COUNTERS_OF_LAYER = 9  # of work that is handed out: four products, their adapters, attention
 PADDING = 64  # bytes behind a row of quantised inputs: else rows would share lines of the cache
-
-
-@compiled
-def normalise(x, weight, epsilon, inputs, result):
-    """weight * x / sqrt(mean(x^2) + epsilon) of one row of float32."""
-    even, odd = zeros(), zeros()
-    for i in range(0, inputs, 2 * WIDTH):
-        a, b = lanes_at(x + 4 * i), lanes_at(x + 4 * (i + WIDTH))
-        even, odd = fused(a, a, even), fused(b, b, odd)
-    mean = sum_of(plus(even, odd)) / numpy.float32(inputs)
-    factor = repeated(numpy.float32(1) / numpy.sqrt(mean + epsilon))
-    for i in range(0, inputs, WIDTH):
-        put_lanes(
-            result + 4 * i, times(lanes_at(weight + 4 * i), times(lanes_at(x + 4 * i), factor))
-        )
 
 
 @compiled
@@ -111,15 +96,18 @@ def lower(plan, product, counter, threads, board):
 
 @compiled
 def finish_panels(plan, product, width, start, end):
-    """Add what the adapter has for these panels, and the states where they are to be added to."""
-    rank, residual = product[RANK], product[RESIDUAL] != 0
-    if rank == 0 and not residual:
+    """Add the bias and what the adapter has for these panels, and the states where they are to be
+    added to."""
+    rank, residual, bias = product[RANK], product[RESIDUAL] != 0, product[BIAS]
+    if rank == 0 and bias == 0 and not residual:
         return
     for row in range(plan[ROWS]):
         low = plan[LOW] + 4 * row * plan[MOST_RANK]
         for panel in range(start, end):
             at = plan[WIDE] + 4 * (row * width + panel * PANEL)
             lanes = lanes_at(at)
+            if bias != 0:
+                lanes = plus(lanes, lanes_at(bias + 4 * panel * PANEL))
             factor = product[FACTOR_B] + 4 * panel * rank * PANEL
             for i in range(rank):
                 lanes = fused(lanes_at(factor + 64 * i), repeated(float_at(low + 4 * i)), lanes)
@@ -189,7 +177,7 @@ def multiply_gated(plan, products, layer, counter, board, threads):
 
 
 @compiled
-def attend_all(plan, rows, layer, counter, thread, board, threads):
+def attend_all(plan, rows, norms, epsilon, layer, counter, thread, board, threads):
     heads, kv_heads, dims, half = plan[HEADS], plan[KV_HEADS], plan[HEAD_DIM], plan[HALF]
     scratch = plan[SCRATCH] + 4 * thread * (dims + CHUNK)
     width = (heads + 2 * kv_heads) * dims
@@ -203,7 +191,8 @@ def attend_all(plan, rows, layer, counter, thread, board, threads):
         attend(
             rows[row], layer, item - rows[row, ROW_FIRST_ITEM], plan[WIDE] + 4 * row * width,
             plan[COSINES] + 4 * row * half, plan[SINES] + 4 * row * half,
-            half, heads, kv_heads, dims, scratch,
+            half, heads, kv_heads, dims, norms[layer, QUERY_NORM],
+            norms[layer, KEY_NORM], epsilon, scratch,
         )  # fmt: skip
     barrier(board, threads)
 
@@ -234,29 +223,30 @@ def logits(plan, counter, board):
 def next_logits(thread, threads, board, plan, products, norms, rows, epsilon):
     """States of the newest token of every row -> logits of the next one.
 
-    All int64: plan (PLAN_FIELDS,); products (layers, 4, PRODUCT_FIELDS); norms (2 * layers + 1,),
-    addresses of their weights; rows (rows, ROW_FIELDS).
+    All int64: plan (PLAN_FIELDS,); products (layers, 4, PRODUCT_FIELDS); norms (layers + 1, 4),
+    addresses of their weights, of which the last line has that of the last states;
+    rows (rows, ROW_FIELDS).
     """
     for layer in range(plan[LAYERS]):
         counter = layer * COUNTERS_OF_LAYER
         qkv, out, down = products[layer, QKV], products[layer, OUT], products[layer, DOWN]
-        normalise_rows(plan, norms[2 * layer], epsilon, thread, threads)
+        normalise_rows(plan, norms[layer, INPUT_NORM], epsilon, thread, threads)
         quantise_whole_rows(plan, qkv, thread, threads)
         barrier(board, threads)
         lower(plan, qkv, counter, threads, board)
         multiply(plan, qkv, counter + 1, board, threads)
-        attend_all(plan, rows, layer, counter + 2, thread, board, threads)
+        attend_all(plan, rows, norms, epsilon, layer, counter + 2, thread, board, threads)
         prepare_out(plan, rows, out, thread, threads)
         barrier(board, threads)
         lower(plan, out, counter + 3, threads, board)
         multiply(plan, out, counter + 4, board, threads)
-        normalise_rows(plan, norms[2 * layer + 1], epsilon, thread, threads)
+        normalise_rows(plan, norms[layer, OUTPUT_NORM], epsilon, thread, threads)
         quantise_whole_rows(plan, products[layer, GATE_UP], thread, threads)
         barrier(board, threads)
         lower(plan, products[layer, GATE_UP], counter + 5, threads, board)
         multiply_gated(plan, products, layer, counter + 6, board, threads)
         lower(plan, down, counter + 7, threads, board)
         multiply(plan, down, counter + 8, board, threads)
-    normalise_rows(plan, norms[2 * plan[LAYERS]], epsilon, thread, threads)
+    normalise_rows(plan, norms[plan[LAYERS], INPUT_NORM], epsilon, thread, threads)
     barrier(board, threads)
     logits(plan, plan[LAYERS] * COUNTERS_OF_LAYER, board)

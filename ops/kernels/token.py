@@ -34,7 +34,7 @@ PARTS_A_THREAD = 8  # pieces of a product that a thread takes, about: so that al
 
 @dataclass(frozen=True)
 class Product:
-    """A 4-bit layer and its adapter, if it has one: W x + scaling * B (A x)."""
+    """A 4-bit layer, its bias and its adapter, if it has them: W x + bias + scaling * B (A x)."""
 
     weight: PanelWeight
     a: Tensor | None = None
@@ -42,11 +42,13 @@ class Product:
     b: Tensor | None = None
     """(outputs, rank) float32"""
     scaling: float = 1.0
+    bias: Tensor | None = None
+    """(outputs,) float32"""
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What a layer multiplies by; norms are (hidden,) float32."""
+    """What a layer multiplies by; norms are (hidden,) float32, those of a head (head dim,)."""
 
     input_norm: Tensor
     qkv: Product
@@ -54,6 +56,8 @@ class LayerWeights:
     output_norm: Tensor
     gate_up: Product
     down: Product
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,10 @@ class TokenDecoder:
         self.sizes, self.threads, self.layers, self.head = sizes, threads, layers, head
         assert len(layers) * code.COUNTERS_OF_LAYER < COUNTERS and head.is_contiguous()
         self._lock = threading.Lock()
-        self._norms = [part for one in layers for part in (one.input_norm, one.output_norm)]
-        self._norms.append(norm)
+        self._norms: list[tuple[Tensor | None, ...]] = [
+            (one.input_norm, one.output_norm, one.query_norm, one.key_norm) for one in layers
+        ]  # in the order of the names in `ops.kernels.layers`
+        self._norms.append((norm, None, None, None))
         self._kept: list[Tensor] = []  # what the tables point to and nobody else holds
         self._products = numpy.zeros((len(layers), 4, code.PRODUCT_FIELDS), numpy.int64)
         for row, layer in zip(self._products, layers, strict=True):
@@ -107,7 +113,9 @@ class TokenDecoder:
             blocks = -(-layer.down.weight.block // PANEL)  # panels of gate that fill a block
             row[[code.OUT, code.DOWN], code.RESIDUAL] = 1
             row[code.GATE_UP, code.PART] = self._part(sizes.intermediate // PANEL, blocks)
-        self._norm_addresses = numpy.array([part.data_ptr() for part in self._norms])
+        self._norm_addresses = numpy.array(
+            [[0 if part is None else part.data_ptr() for part in line] for line in self._norms]
+        )
         self._plan = numpy.zeros(code.PLAN_FIELDS, numpy.int64)
         self._rows = numpy.zeros((MOST_ROWS, ROW_FIELDS), numpy.int64)
         self._partials = torch.empty(0)
@@ -122,6 +130,9 @@ class TokenDecoder:
         line[code.PANELS], line[code.INPUTS] = weight.panels, weight.inputs
         line[code.BLOCK] = weight.block
         line[code.PART] = self._part(weight.panels, 1)
+        if product.bias is not None:
+            assert product.bias.dtype == torch.float32 and product.bias.is_contiguous()
+            line[code.BIAS] = product.bias.data_ptr()
         if product.a is None or product.b is None:
             return
         # B by panels, (panels, rank, outputs of a panel), so that it is read as it lies.
@@ -172,7 +183,7 @@ class TokenDecoder:
         whole = types.int64
         code.next_logits.compile((
             whole, whole, whole, types.Array(whole, 1, "C"), types.Array(whole, 3, "C"),
-            types.Array(whole, 1, "C"), types.Array(whole, 2, "C"), types.float32,
+            types.Array(whole, 2, "C"), types.Array(whole, 2, "C"), types.float32,
         ))  # fmt: skip
 
     def step(

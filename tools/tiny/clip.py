@@ -371,7 +371,9 @@ def write_preprocessor(out: Path) -> None:
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": world.PIXELS},
     }
-    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1))
+    (out / "preprocessor_config.json").write_text(
+        json.dumps(preprocessor, indent=1), encoding="utf-8", newline="\n"
+    )
 
 
 def schedule(step: int, steps: int) -> float:

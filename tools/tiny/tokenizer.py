@@ -59,7 +59,9 @@ def build_tokenizer(out: Path, shorthand: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     config = tokenizer_config(tokenizer)
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=1), encoding="utf-8", newline="\n"
+    )
     cut = [word for word in code_words if len(tokenizer.encode(word).ids) != 1]
     if cut:
         raise RuntimeError(f"{len(cut)} code words take several tokens, such as {cut[0]}")
@@ -132,20 +134,25 @@ def with_byte_fallback(learner: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def declared_tokens(tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
+    """The `added_tokens_decoder` of a tokenizer_config.json."""
+    return {
+        str(index): {
+            "content": token.content,
+            "lstrip": token.lstrip,
+            "normalized": token.normalized,
+            "rstrip": token.rstrip,
+            "single_word": token.single_word,
+            "special": token.special,
+        }
+        for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }
+
+
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, object]:
     """`tokenizer_config.json` as transformers reads it."""
     return {
-        "added_tokens_decoder": {
-            str(index): {
-                "content": token.content,
-                "lstrip": token.lstrip,
-                "normalized": token.normalized,
-                "rstrip": token.rstrip,
-                "single_word": token.single_word,
-                "special": token.special,
-            }
-            for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
-        },
+        "added_tokens_decoder": declared_tokens(tokenizer),
         "bos_token": "<s>",
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",

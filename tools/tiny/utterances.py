@@ -237,7 +237,10 @@ class Recordings:
         self.utterances = utterances
         wanted = [asdict(u) for u in utterances]
         index, sound = folder / "utterances.json", folder / "speech.int16"
-        if not index.exists() or json.loads(index.read_text())["utterances"] != wanted:
+        if (
+            not index.exists()
+            or json.loads(index.read_text(encoding="utf-8"))["utterances"] != wanted
+        ):
             folder.mkdir(parents=True, exist_ok=True)
             index.unlink(missing_ok=True)
             ends, end = [], 0
@@ -248,8 +251,10 @@ class Recordings:
                     file.write(pcm.tobytes())
                     end += len(pcm)
                     ends.append(end)
-            index.write_text(json.dumps({"utterances": wanted, "ends": ends}))
-        self.ends = json.loads(index.read_text())["ends"]
+            index.write_text(
+                json.dumps({"utterances": wanted, "ends": ends}), encoding="utf-8", newline="\n"
+            )
+        self.ends = json.loads(index.read_text(encoding="utf-8"))["ends"]
         self.samples = np.memmap(sound, np.int16, "r")
 
     def __getitem__(self, index: int) -> np.ndarray:

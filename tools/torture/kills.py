@@ -48,7 +48,7 @@ _BEST = "training.progress:Progress.add_validation_loss"
 # save may change. The counts of calls are lower bounds: a call that never comes kills nobody.
 PLACES: dict[str, dict[str, Place]] = {
     "step": {
-        "forward": Place("model.projector:ImageProjector.forward", "after", _STEP),
+        "forward": Place("model.projectors.projector:Projector.__call__", "after", _STEP),
         "backward": Place("torch:Tensor.backward", "after"),
         "before-update": Place(_UPDATE, "before"),
         "after-update": Place(_UPDATE, "after"),

@@ -1,0 +1,1 @@
+"""The batch room: one question about many pictures."""

@@ -1,0 +1,1 @@
+"""The chat: saved conversations, and the answers to them."""

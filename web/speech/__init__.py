@@ -1,0 +1,1 @@
+"""Recordings that visitors send, heard; and answers, spoken."""

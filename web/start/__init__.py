@@ -1,0 +1,1 @@
+"""What the page asks first: its texts, what the model is, and what can be done here."""
