@@ -118,9 +118,22 @@ def copy_of(run: Path, folder: Path) -> Path:
     return Path(shutil.copytree(run, folder / "run"))
 
 
+def own_assistant() -> Assistant:
+    """The finished run's, with nothing asked yet. Who makes it closes it, or who it is given to."""
+    return Assistant.load(finished_run())
+
+
+class Shared(Assistant):
+    """One that the tests of a process share: who closes it would fail all that come after."""
+
+    def close(self) -> None:
+        raise AssertionError("a test closes the assistant of all tests; take `own_assistant`")
+
+
 @functools.cache
 def assistant() -> Assistant:
-    return Assistant.load(finished_run())
+    """The finished run's, for all tests of this process. It remembers what others asked."""
+    return Shared.load(finished_run())
 
 
 def newest_step(run: Path) -> int:

@@ -30,10 +30,11 @@ LONG_ANSWER = "Describe the picture in detail."
 def site(tmp_path_factory) -> Iterator[Site]:
     """The app with the tests' own small run, or with a better one: see `test_its_picture`."""
     run = os.environ.get("PHISIGHT_APP_RUN")
-    assistant = Assistant.load(run) if run else runs.assistant()
+    assistant = Assistant.load(run) if run else runs.own_assistant()
     logs = Path(run).parent if run else runs.finished_run().parent
     with served(assistant, tmp_path_factory.mktemp("conversations"), logs) as site:
         yield site
+    assistant.close()
 
 
 @pytest.fixture

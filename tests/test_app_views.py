@@ -38,7 +38,7 @@ WITHOUT_FOLDER = """() => document.querySelectorAll(".begin-code code").forEach(
 def site(tmp_path_factory) -> Iterator[Site]:
     """The app with the tests' own small run, or with that of PHISIGHT_APP_RUN."""
     run = os.environ.get("PHISIGHT_APP_RUN")
-    assistant = Assistant.load(run) if run else runs.assistant()
+    assistant = Assistant.load(run) if run else runs.own_assistant()
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(run or runs.finished_run(), folder / "tiny")
     shutil.copytree(runs.finished_run(), folder / "short")
@@ -46,6 +46,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
     hears = {"speech": lambda: None, "voice": lambda language: None}
     with served(assistant, conversations, folder, may_train=True, **hears) as site:
         yield site
+    assistant.close()
 
 
 class Judged(User):

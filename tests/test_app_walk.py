@@ -34,7 +34,7 @@ def site(tmp_path, monkeypatch) -> Iterator[Site]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "runs"
     folder.mkdir()
-    model = Model(runs.assistant(), load=Assistant.load)
+    model = Model(runs.own_assistant(), load=Assistant.load)
     speech, voice = loaded_once(str(TINY)), voices_loaded_once("espeak-ng")
     with served(
         model, tmp_path / "talk", folder, may_train=True, speech=speech, voice=voice

@@ -38,7 +38,7 @@ LIMIT = 8
 @pytest.fixture(scope="module")
 def assistant():
     """Of its own, since its counts are looked at."""
-    made = Assistant.load(runs.finished_run())
+    made = runs.own_assistant()
     yield made
     made.close()
 
