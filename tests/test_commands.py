@@ -345,7 +345,7 @@ def test_bad_data_is_one_clear_error(content, said, tmp_path):
         ({"images": "gone"}, "gone: no such folder; give --images"),
         ({"base": "./gone"}, "no such folder"),
         ({"vision": "./gone"}, "no such folder"),
-        ({"lora_targets": "q_proj"}, "q_proj matches no layer"),
+        ({"lora_targets": "c_attn"}, "c_attn matches no layer"),
         ({"vision_layer": 1000}, "--vision-layer 1000"),
         ({"row_tokens": 5}, "--row-tokens 5"),
         ({"max_text_tokens": 1}, "nothing left to train on"),

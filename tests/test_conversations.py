@@ -856,7 +856,11 @@ def test_tokens_are_counted_by_the_model_that_reads_them():
 
     class Encoded(list):
         tokens_per_image = 4
+        heads = {"user": (7, 7, 7)}
         text_encoder = property(lambda self: self)
+
+        def frame_tokens(self, role: str) -> int:
+            return 2
 
         def encode_text(self, text: str) -> list[int]:
             return list(self)
@@ -865,4 +869,4 @@ def test_tokens_are_counted_by_the_model_that_reads_them():
     for length in range(1, 30):
         asked = [Message("user", (Part("text", "Hi"),))]
         counts.append(told.tokens_of(asked, Encoded([0] * length)))  # type: ignore[arg-type]
-    assert counts == [length + 2 for length in range(1, 30)]
+    assert counts == [length + 5 for length in range(1, 30)]

@@ -34,6 +34,7 @@ from exports.llava import check_pictures
 from exports.measure import Measured, Probe, certificate_of
 from lora.dropout import RowDropout, key_of
 from model.build import assemble, load_model_state, model_state
+from model.encoders.clip import ClipConfig
 from model.grid import positions
 from model.projectors import PROJECTORS, name_of, picture_tokens
 from model.vision import VisionTower
@@ -445,7 +446,7 @@ def test_what_is_told_of_a_run_names_its_projector(name, whole, capsys):
     certificate = certificate_of("merge", assistant, probe, same, same, None)
     assert certificate["projector"] == {"name": name, "tokens": tokens}
     with pytest.raises(PhiSightError) as error:
-        check_pictures(assistant, "--llava", "LLaVA")
+        check_pictures(assistant, "--llava", "LLaVA", [ClipConfig])
     assert str(error.value) == (
         f"--llava: {assistant.source} has the projector {name}, LLaVA reads mlp; export a run that"
         " was trained with --projector mlp, or this one with --peft"

@@ -109,7 +109,7 @@ def test_an_imported_run_cannot_be_gone_on_with_but_begun_from(imported, tmp_pat
     message = str(error.value)
     assert runs.contents(run).keys() - before.keys() <= {".lock"}
     assert "was imported, without the state of an optimizer" in message
-    assert f"python train.py --run NEW --start-from {run} --lora-rank" in message
+    assert f"python train.py --run NEW --start-from {run} --projector mlp --lora-rank" in message
 
 
 def test_an_imported_run_is_where_another_begins(imported, tmp_path):
@@ -118,7 +118,7 @@ def test_an_imported_run_is_where_another_begins(imported, tmp_path):
         runs.resume(runs.copy_of(imported, tmp_path), "--epochs=3")
     named = str(error.value).partition("--start-from")[2].split()[1:]
     fields = runs.SHORT | {"start_from": imported}
-    assert named[::2] == ["--lora-rank", "--lora-alpha", "--lora-targets"]
+    assert named[::2] == ["--projector", "--lora-rank", "--lora-alpha", "--lora-targets"]
     assert runs.start(tmp_path / "new", *named, **fields) == 0
     assert state_of(tmp_path / "new")["finished"] == "all steps done"
 

@@ -512,10 +512,14 @@ class LongListener:
 def test_who_has_gone_is_not_listened_to_whether_it_waits_or_is_heard():
     listener, assistant = LongListener(), assistant_of()
     with live(assistant, limits=LIMITS, listen=listener) as server:
-        connections = [server.send(post(spoken("x"))) for _ in range(AT_ONCE["ears"] + 2)]
-        wait_until(lambda: server.api.places.taken["ears"] == AT_ONCE["ears"] + 2)
+        heard = [server.send(post(spoken("x"))) for _ in range(AT_ONCE["ears"])]
         wait_until(lambda: listener.begun == AT_ONCE["ears"])
-        for connection in connections:
+        waiting = [server.send(post(spoken("x"))) for _ in range(2)]
+        wait_until(lambda: server.api.places.taken["ears"] == AT_ONCE["ears"] + 2)
+        for connection in waiting:
+            connection.close()
+        wait_until(lambda: server.api.measures.in_flight == AT_ONCE["ears"])
+        for connection in heard:
             connection.close()
         wait_until(lambda: server.api.measures.in_flight == 0)
         wait_until(lambda: stops(assistant))  # no thread goes on with it either

@@ -307,6 +307,17 @@ def test_children_end_with_their_parent(function, then):
     wait_until(lambda: gone(process))
 
 
+def where(data: bytearray) -> Result:
+    return os.getcwd(), b""
+
+
+def test_a_child_works_where_our_own_folder_is_gone(pool, tmp_path, monkeypatch):
+    """A server goes on when the folder that it was started in is removed."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert pool.call(where, **NAMED)[0] == str(ROOT)
+
+
 def test_a_closed_pool_refuses(pool):
     process = pool.call(echo, **NAMED)[0]["process"]
     pool.close()

@@ -42,6 +42,7 @@ from workers.child import LENGTHS, Result
 
 log = logging.getLogger("phisight.workers")
 
+ROOT = Path(__file__).resolve().parent.parent
 MOST_HEADER = 1 << 20  # bytes
 PIECE = 1 << 18  # bytes sent or received at once
 LOOK_SECONDS = 0.05  # how often a waiting caller asks whether it is cancelled
@@ -271,14 +272,16 @@ class _Child:
         ours, theirs = socket.socketpair()
         with theirs:
             handing = Handing(theirs)
-            paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+            given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+            paths = [str(ROOT), *map(os.path.abspath, given)]
             self._process = subprocess.Popen(
                 # Pillow warns of much that it then reads: what fails is an error all the same.
                 [sys.executable, "-P", "-W", "ignore", "-m", "workers.child", handing.argument],
                 stdin=subprocess.PIPE,  # its end tells that we are gone
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
+                cwd=ROOT,  # ours may be removed while we run, and nothing is imported from there
                 **handing.options,
             )
             self._socket = ours

@@ -129,7 +129,9 @@ class Preparation:
 
     def __call__(self, pictures: Sequence[Image.Image | Fitted]) -> Tensor:
         """RGB pictures of any size, or fitted ones -> (pictures, 3, height, width) float32."""
-        return torch.from_numpy(numpy.stack([self._pixels(picture) for picture in pictures]))
+        pixels = numpy.stack([self._pixels(picture) for picture in pictures])
+        # Channel by channel also in memory: some processors convolve other layouts to other bits.
+        return torch.from_numpy(numpy.ascontiguousarray(pixels))
 
     def _pixels(self, picture: Image.Image | Fitted) -> numpy.ndarray:
         fitted = picture if isinstance(picture, Fitted) else self.fit(picture)
