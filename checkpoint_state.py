@@ -191,6 +191,7 @@ _PROGRESS = {
 _STARTED_FROM = {"step": COUNT, "finished": TEXT}
 _FACTS = {"config": OBJECT, "base_fingerprint": TEXT, "vision_fingerprint": TEXT}
 _MORE_FACTS = {
+    "tokenizer_fingerprint": TEXT,
     "data_fingerprint": TEXT,
     "data_counts": {"*": COUNT},
     "compute_dtype": TEXT,

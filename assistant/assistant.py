@@ -325,8 +325,8 @@ def content_key(picture: Image.Image | bytes) -> str:
 def check_parts(
     parts: Assembled, config: configs.Config, facts: Mapping[str, Any], where: str
 ) -> None:
-    """Raise `PhiSightError` unless base and picture encoder are those that a checkpoint (`where`)
-    was trained on, by the fingerprints in its `facts`."""
+    """Raise `PhiSightError` unless base, tokenizer and picture encoder are those that a checkpoint
+    (`where`) was trained on, by the fingerprints in its `facts`."""
     encoder = f"{config.vision} ({parts.vision.told})"
     for what, name, named, found in (
         ("base", "base", config.base, parts.base.fingerprint),
@@ -337,3 +337,9 @@ def check_parts(
                 f"{where}: was trained on another {what} ({facts['config'][name]}) than {named};"
                 f" name the right one with --{name}"
             )
+    tokenizer = parts.base.tokenizer.fingerprint
+    if facts.get("tokenizer_fingerprint", tokenizer) != tokenizer:  # former versions do not say it
+        raise PhiSightError(
+            f"{where}: was trained with another tokenizer.json than that of {config.base}; restore"
+            " the one that came with the base, or name a base that has it with --base"
+        )

@@ -7,6 +7,7 @@ of it. It is made where something else of it is needed: a checkpoint is saved, o
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,15 @@ class FolderTokenizer:
         try:
             has_config = (self.folder / CONFIG).is_file()
             config = read_json(self.folder / CONFIG, own=False) if has_config else {}
-            backend = Tokenizer.from_str((self.folder / FILE).read_text(encoding="utf-8"))
+            content = (self.folder / FILE).read_text(encoding="utf-8")
+            backend = Tokenizer.from_str(content)
             alone = _says_all(backend, config)
         except Exception as error:  # all that `tokenizers` raises, for whatever reason
             raise _unusable(folder, error) from error
         backend.no_truncation()  # by none of ours; transformers too undoes them at every call
         backend.no_padding()
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        """of tokenizer.json, which says the ids of texts"""
         self.alone = alone
         """whether tokenizer.json is all of it; else transformers makes the tokenizer of both"""
         self.backend_tokenizer = backend if self.alone else self.full.backend_tokenizer

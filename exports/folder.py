@@ -114,8 +114,24 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def hub_config(base: BaseModel, dtype: torch.dtype) -> PretrainedConfig:
     """What transformers makes of the base's config.json; it names no code, and says `dtype` and
-    the class of the base's family."""
-    config = CONFIG_MAPPING[base.family.model_type].from_dict(dict(base.hub_config))
+    the class of the base's family.
+
+    Raises `PhiSightError` where transformers takes less than our loader, which reads few keys.
+    """
+    content = dict(base.hub_config)
+    for place in ("rope_scaling", "rope_parameters"):
+        rope = content.get(place)
+        for key in ("rope_type", "type"):  # transformers knows today's names of kinds alone
+            if isinstance(rope, dict) and isinstance(kind := rope.get(key), str):
+                content[place] = rope = rope | {key: base.family.rope_kinds.get(kind, kind)}
+    try:
+        config = CONFIG_MAPPING[base.family.model_type].from_dict(content)
+    except Exception as error:  # its checks raise whatever they like
+        reason = " ".join(str(error).split())[:200]
+        raise PhiSightError(
+            f"{base.name}: transformers does not take its config.json ({reason}); mend that"
+            " key before the next training; this run can be exported by --peft"
+        ) from error
     config.dtype = dtype
     config.architectures = [base.family.architecture]
     if hasattr(config, "auto_map"):  # it names Python files that are not part of the folder

@@ -146,6 +146,7 @@ def write_run(
     facts = {
         "config": config_values.to_dict(configs.replace(config, run=str(out))),
         "base_fingerprint": parts.base.fingerprint,
+        "tokenizer_fingerprint": parts.base.tokenizer.fingerprint,
         "vision_fingerprint": parts.vision.key,
         "picture_tokens": parts.chat_format.tokens_per_image,
         "imported_from": str(source),

@@ -41,10 +41,11 @@ def export_merged(
     """
     config, parts = assistant.config, assistant.parts
     base_folder = find_folder(config.base, config.base_revision or None)
+    described = hub_config(parts.base, dtype)
     with new_folder(out) as folder:
         before = measure.measure(assistant, probe, "before merging")
         state = rounded_state(merged_state(parts.base.model), parts.base, dtype)
-        write_causal_model(folder, hub_config(parts.base, dtype), state, base_folder, assistant)
+        write_causal_model(folder, described, state, base_folder, assistant)
         del state
         written = load_base(folder, None, parts.base.compute_dtype, parts.device, "none")
         after = measured_folder(assistant, written, probe, folder)

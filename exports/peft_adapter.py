@@ -35,13 +35,19 @@ from exports.folder import (
     write_json,
 )
 from exports.form import Form, folder_to_write
-from exports.peft_config import CONFIG, PREFIX, PROJECTOR, REMEDY, WEIGHTS, read_peft_config
+from exports.peft_config import (
+    CONFIG,
+    PREFIX,
+    PROJECTOR,
+    PROVENANCE,
+    REMEDY,
+    WEIGHTS,
+    read_peft_config,
+)
 from lora.split import join
 from lora.state import adapters_in, lora_state
 from model.decoder import DecoderConfig
 from model.families.fused import fused_parts, whole_of
-
-PROVENANCE = "provenance.json"  # what the weights come from: nothing is measured here
 
 
 def export_peft(assistant: Assistant, out: str | Path, split: bool) -> str:

@@ -16,6 +16,7 @@ from model.base import read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROJECTOR = "image_projector.safetensors"  # PEFT does not look at it
+PROVENANCE = "provenance.json"  # what the weights come from, where we wrote the folder
 PREFIX = "base_model.model."
 REMEDY = "export the adapter again with PEFT's save_pretrained"
 # Fields of adapter_config.json that are read, or do not change what a loaded adapter computes. Any

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from config import Config
+from documents import read_json
 from errors import PhiSightError, printable
 from exports.folder import read_tensors
 from exports.form import Form, folder_to_write
@@ -32,12 +33,14 @@ from exports.peft_config import (
     CONFIG,
     PREFIX,
     PROJECTOR,
+    PROVENANCE,
     REMEDY,
     WEIGHTS,
     PeftConfig,
     read_peft_config,
 )
 from model.base import find_folder, read_family
+from model.build import Assembled
 from model.decoder import DecoderConfig
 from model.families.fused import FUSED, PARTS, fused_parts, part_sizes
 
@@ -119,9 +122,32 @@ def import_peft(source: str | Path, out: str | Path, config: Config) -> str:
         lora_dropout=settings.dropout,
         rank_stabilized=settings.rank_stabilized,
     )
+    check_provenance(source, parts, config)
     write_run(out, parts, config, found.state, projector, source)
     targets = ", ".join(found.targets)
     return f"{out}: {len(tensors)} tensors of {source} became rank {found.rank} on {targets}"
+
+
+def check_provenance(source: Path, parts: Assembled, config: Config) -> None:
+    """Raise `PhiSightError` for a folder that says it was trained over another base or encoder:
+    tensors that fit by their shapes alone would answer nonsense."""
+    path = source / PROVENANCE
+    if not path.is_file():  # of another program
+        return
+    try:
+        chain = read_json(path, own=False).get("provenance")
+    except (OSError, PhiSightError) as error:
+        raise PhiSightError(f"{path}: {error}; {REMEDY}") from error
+    if not isinstance(chain, dict):
+        raise PhiSightError(f"{path}: says nothing of what was trained; {REMEDY}")
+    how = "give --vision, --vision-layer, --feature-pooling and --picture-fit as they were"
+    for what, named, told, found, remedy in (
+        ("base", config.base, "base", parts.base.fingerprint, "give the right one with --base"),
+        ("picture encoder, or way to read it,", config.vision, "vision", parts.vision.key, how),
+    ):
+        wanted = chain.get(f"{told}_fingerprint")
+        if wanted is not None and wanted != found:
+            raise PhiSightError(f"{source}: was trained with another {what} than {named}; {remedy}")
 
 
 def check_targets(source: Path, settings: PeftConfig, base: str) -> None:
@@ -245,8 +271,8 @@ def pairs_by_layer(
     rows = {kind: outputs for kind, (outputs, _) in sizes.items()} | part_sizes(base)
     places = PLACES | {part: PLACES[fused] for part, fused in FUSED.items()}
     remedy = (
-        f"such is the base with the rank of {CONFIG}{settings.made_for}; give the base that it was"
-        " trained over with --base"
+        f"the base and the rank in {CONFIG} ask for that{settings.made_for}; give the base that it"
+        " was trained over with --base, and its --vision and --projector"
     )
     found: ByLayer = {}
     adapters = set()

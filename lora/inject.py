@@ -12,6 +12,7 @@ from lora.dropout import key_of
 from lora.layer import LoRALinear
 from lora.split import SplitLoRALinear
 
+HEAD = "lm_head"
 Fused = Mapping[str, Mapping[str, int]]
 """Last name component of a fused layer -> its parts and how many outputs each has, in order"""
 
@@ -65,7 +66,7 @@ def inject(
 def find_targets(model: nn.Module, targets: set[str], fused: Fused) -> dict[str, set[str]]:
     """Names of the layers to wrap, in module order, each with those of its parts that are adapted;
     with none, the whole layer is. Raises as `inject` does."""
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in model.named_modules() if name not in ("", HEAD)}
     adapted = [name for name, module in modules.items() if isinstance(module, LoRALinear)]
     if adapted:
         raise PhiSightError(
@@ -86,6 +87,8 @@ def find_targets(model: nn.Module, targets: set[str], fused: Fused) -> dict[str,
         linear = {kinds[name] for name, m in modules.items() if isinstance(m, nn.Linear)}
         # A target that matches nothing trains nothing, and the loss curve does not show it.
         reason = f"{', '.join(sorted(unmatched)) or 'the empty list'} matches no layer"
+        if HEAD in unmatched:
+            reason = f"{HEAD} gets no adapter: the loss is computed from its weight as it is"
         if not_linear:
             reason = f"{not_linear[0]} is not a linear layer"
         listed = [
@@ -93,7 +96,7 @@ def find_targets(model: nn.Module, targets: set[str], fused: Fused) -> dict[str,
             for kind in sorted(linear)
         ]
         raise PhiSightError(
-            f"LoRA targets: {reason}; the linear layers of this model are {', '.join(listed)}"
+            f"LoRA targets: {reason}; the layers that can have one are {', '.join(listed)}"
         )
     return chosen
 

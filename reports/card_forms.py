@@ -61,7 +61,10 @@ ask = pipeline("image-text-to-text", model=model, processor=processor)
 _PEFT = """```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base, "{where}")  # base: the model it was trained over, loaded
+# base: the model that it was trained over, loaded by transformers as it was in the training. One
+# in NF4: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"). Over the 16-bit weights
+# it computes something else.
+model = PeftModel.from_pretrained(base, "{where}")
 ```"""
 _RUN = """```sh
 python infer.py --run {where} --image picture.png --prompt "Describe the picture."

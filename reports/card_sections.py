@@ -150,7 +150,10 @@ def limits(facts: Facts) -> str:
 def _limits(facts: Facts) -> Iterator[str]:
     config, state, last = facts.config, facts.saved.trainer_state, facts.last_evaluation
     if facts.form.task == "text-generation":
-        yield "It sees no pictures: this folder holds the language model alone."
+        held = "the language model alone"
+        if facts.form.library == "peft":
+            held = "an adapter, and a projector beside it that PEFT does not read"
+        yield f"It sees no pictures: this folder holds {held}."
     if facts.form.limit:
         yield facts.form.limit
     if "imported_from" in facts.saved.config:

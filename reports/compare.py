@@ -55,6 +55,16 @@ def projector_in(saved: Saved, shown: Callable[[str], str] = printable) -> str:
     return member_in(saved, "projector", "mlp", shown) + said
 
 
+def adapter_in(saved: Saved, shown: Callable[[str], str] = printable) -> str:
+    """The rank and scale of a checkpoint's adapter, and which layers have it."""
+    rank, alpha = (member_in(saved, f"lora_{name}", shown=shown) for name in ("rank", "alpha"))
+    config = saved.config.get("config")
+    targets = config.get("lora_targets") if isinstance(config, Mapping) else None
+    named = shown(", ".join(map(str, targets))) if isinstance(targets, list) else "unknown layers"
+    stabilized = isinstance(config, Mapping) and config.get("rank_stabilized") is True
+    return f"rank {rank}, alpha {alpha}{', rank-stabilized' * stabilized}, on {named}"
+
+
 def member_in(
     saved: Saved,
     field: str,

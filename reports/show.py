@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from reports.card import provenance
-from reports.compare import Saved, member_in, projector_in
+from reports.compare import Saved, adapter_in, member_in, projector_in
 from reports.log import TIMING, number_text
 from tensors import finite
 
+MEMBERS = ("base", "vision", "projector", "lora")  # a line for each
 RATES = ("learning_rate", "lora_plus_ratio", "projector_learning_rate")  # of a run's config
 
 # -- a record of the log --------------------------------------------------------------------------
@@ -93,6 +94,7 @@ def summarise(saved: Saved, owners: Mapping[str, str]) -> Summary:
         "base": member_in(saved, "base"),
         "vision": member_in(saved, "vision"),
         "projector": projector_in(saved),
+        "lora": adapter_in(saved),
         "change_since_step": change.get("since_step"),
         "versions": saved.config.get("versions"),
         "rates": _own_rates(saved.config.get("config")),
@@ -166,7 +168,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         norms = ", ".join(f"{owner} {value:.4g}" for owner, value in since_start.items())
         lines.append(f"change since the start of the run: {norms}")
     digest = summary["provenance"]["weights_digest"]
-    lines += [f"{member}: {summary[member]}" for member in ("base", "vision", "projector")]
+    lines += [f"{member}: {summary[member]}" for member in MEMBERS]
     fields = {"versions": summary["versions"], "weights_digest": digest} | summary["trainer_state"]
     if summary["rates"]:
         fields = {"rates": summary["rates"]} | fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
@@ -21,7 +22,10 @@ from api.server import Server, listening_socket
 from assistant.assistant import Assistant
 from web.app import build_site, web_application
 
-CHROMIUM = "/usr/bin/chromium"
+# The first that is there. The shell has the same engine without windows, and loads a page in half
+# the time.
+BROWSERS = ("/usr/bin/chromium-headless-shell", "/usr/bin/chromium")
+CHROMIUM = next(filter(os.path.exists, BROWSERS), BROWSERS[-1])
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",

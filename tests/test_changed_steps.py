@@ -279,7 +279,7 @@ def test_text_alone_is_told_to_leave_the_projector_out(tmp_path, capsys):
     fields = runs.SHORT | {"data": tmp_path / "text.json", "validation_fraction": 0.0}
     runs.start(tmp_path / "run", **fields | {"log_steps": 25})
     [warning] = said_warnings(capsys)
-    assert "the data have no picture, and --no-train-projector leaves it out" in warning
+    assert "no conversation that is trained on has a picture; --no-train-projector" in warning
 
 
 def test_steps_that_were_all_skipped_are_told(tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ import runs
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_hostile_run import seal
 
 import checkpoints
 import config as configs
@@ -209,6 +210,34 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     )
     assert "another base" in message and message.endswith("name the right one with --base")
     assert "CLIP" not in message and "vision" not in message
+
+
+def test_another_tokenizer_in_the_base_is_refused(tmp_path):
+    """Its ids would be those of other words, and the answers nonsense."""
+    for file in runs.BASE.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = [word for word in vocabulary if word.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    message = error_of(
+        infer.main, "--run", runs.finished_run(), "--prompt", "What?", "--base", tmp_path
+    )
+    assert f"was trained with another tokenizer.json than that of {tmp_path}; restore" in message
+
+
+def test_a_run_that_does_not_say_its_tokenizer_is_read(tmp_path):
+    """As those of former versions: to ask it, and to go on with it."""
+    run = runs.copy_of(runs.stopped_run(), tmp_path)
+    for checkpoint in checkpoints.checkpoints_in(run):
+        config = json.loads((checkpoint / "config.json").read_text())
+        assert config.pop("tokenizer_fingerprint")
+        (checkpoint / "config.json").write_text(json.dumps(config))
+        seal(checkpoint)
+    assert Assistant.load(run).parts.base.name == str(runs.BASE)
+    assert runs.resume(run) == 0
 
 
 def test_a_base_that_has_moved_can_be_named(tmp_path):
@@ -465,6 +494,8 @@ def test_show_verify_and_diff(tmp_path, capsys):
     assert "verified" in told
     assert f"\nbase: {shown['base']}\nvision: {shown['vision']}\nprojector: mlp, " in told
     assert [Path(shown[member]).name for member in ("base", "vision")] == ["phi3", "clip"]
+    assert shown["lora"].startswith("rank 16, alpha 16.0, on ") and "qkv_proj" in shown["lora"]
+    assert f"\nlora: {shown['lora']}\n" in told
     assert checkpoints.main(["verify", str(run)]) == 0
     assert capsys.readouterr().out.count("intact") == 3  # the log and two checkpoints
     older, newest = checkpoints.checkpoints_in(run)

@@ -68,6 +68,21 @@ def test_every_preset_is_valid_and_of_the_right_types(preset):
     assert configs.PRESETS[preset].keys() <= KINDS.keys()
 
 
+@pytest.mark.parametrize(
+    ("typed", "asked"),
+    [
+        (["--data=mine.json"], True),
+        (["--images=cache/../cache/world/images"], True),
+        (["--images=pictures"], False),
+        (["--images=pictures", "--held-out-questions=cache/world/held_out.jsonl"], True),
+        (["--preset=phi35", "--images=pictures"], False),
+    ],
+)
+def test_a_presets_questions_are_about_its_pictures(typed, asked):
+    made = config_from_options(parse(*typed))
+    assert bool(made.held_out_questions) == asked
+
+
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(PhiSightError, match="'huge': unknown; choose from phi35, tiny"):
         config_of("--preset", "huge")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import bitsandbytes as bnb
 import numpy
@@ -39,6 +42,7 @@ from data.chat import render
 from data.dataset import Message, Part
 from errors import PhiSightError
 from exports import measure
+from exports.folder import hub_config
 from exports.llama_cpp import asked, certificate, language
 from exports.llama_cpp import export as gguf_export
 from exports.measure import Tolerance
@@ -354,3 +358,32 @@ def test_bases_that_llama_cpp_does_not_hold_are_refused(model_type, changed, sai
     with pytest.raises(PhiSightError, match=f"^--gguf: this base .*{re.escape(said)}"):
         language.architecture_for(model_type, config)
     assert language.architecture_for("llama", plain).name == "llama"
+
+
+# -- what transformers makes of a config.json ------------------------------------------------------
+
+
+def described(**changes: Any) -> Any:
+    """The config of an exported Phi-3 whose own config.json has `changes`."""
+    raw = json.loads((runs.BASE / "config.json").read_text()) | changes
+    base = SimpleNamespace(family=FAMILIES["phi3"], hub_config=raw, name="a/base")
+    return hub_config(base, torch.float32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+def test_positions_of_an_older_name_are_written_by_todays(kind):
+    dims = described().hidden_size // described().num_attention_heads // 2
+    rope = {"type": kind, "short_factor": [1.0] * dims, "long_factor": [2.0] * dims}
+    changes = {"rope_scaling": rope, "original_max_position_embeddings": 64}
+    written = described(**changes).rope_parameters
+    assert written["rope_type"] == "longrope" and rope["type"] == kind
+    assert written["original_max_position_embeddings"] == 64
+
+
+def test_a_config_that_transformers_does_not_take_is_one_line():
+    with pytest.raises(PhiSightError) as error:
+        described(use_cache=None)
+    line = str(error.value)
+    assert line.startswith("a/base: transformers does not take its config.json (")
+    assert "use_c" in line
+    assert line.endswith("this run can be exported by --peft") and "\n" not in line

@@ -558,8 +558,9 @@ def test_an_adapter_of_a_base_with_other_sizes_names_both(adapter, tmp_path):
         r"lora_A.weight is \(16, 4096\) float32, not a float tensor of 16x\d+;", message
     )
     assert message.endswith(
-        "such is the base with the rank of adapter_config.json, and adapter_config.json names"
-        " 'other/base' as its base; give the base that it was trained over with --base"
+        "the base and the rank in adapter_config.json ask for that, and adapter_config.json names"
+        " 'other/base' as its base; give the base that it was trained over with --base,"
+        " and its --vision and --projector"
     )
 
 
@@ -582,8 +583,40 @@ def test_files_that_are_damaged_or_missing_are_named(adapter, tmp_path, name, co
         export.main([f"--import-peft={adapter}", f"--out={tmp_path / 'run'}", BASE, VISION])
 
 
+@pytest.mark.parametrize(
+    ("typed", "fact", "message"),
+    [
+        ([], "base", f"another base than {runs.BASE}; give the right one with --base"),
+        ([], "vision", f"another picture encoder, or way to read it, than {runs.VISION}; give --v"),
+        (["--vision-layer=-1"], None, "another picture encoder, or way to read it, than"),
+        (["--vision-features=pooled"], None, "another picture encoder, or way to read it, than"),
+    ],
+)
+def test_an_adapter_whose_folder_names_other_members_is_refused(
+    adapter, tmp_path, typed, fact, message
+):
+    """Its tensors fit by their shapes, and what they would answer means nothing."""
+    path = adapter / peft_config.PROVENANCE
+    said = json.loads(path.read_text())
+    if fact:
+        said["provenance"][f"{fact}_fingerprint"] = "0" * 64
+    path.write_text(json.dumps(said))
+    with pytest.raises(PhiSightError) as error:
+        export.main([f"--import-peft={adapter}", f"--out={tmp_path / 'run'}", BASE, VISION, *typed])
+    assert f"was trained with {message}" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"provenance": 3}'])
+def test_a_provenance_that_says_nothing_is_told(adapter, tmp_path, content):
+    (adapter / peft_config.PROVENANCE).write_bytes(content)
+    with pytest.raises(PhiSightError, match=r"provenance\.json: .*; export the adapter again"):
+        export.main([f"--import-peft={adapter}", f"--out={tmp_path / 'run'}", BASE, VISION])
+
+
 def test_an_imported_run_is_what_was_typed(adapter, tmp_path):
     """The base is kept quantised where --base-cache says, and pictures are read as typed."""
+    (adapter / peft_config.PROVENANCE).unlink()  # as another program's, which does not say it
     cache, out = tmp_path / "bases", tmp_path / "run"
     typed = [f"--base-cache={cache}", "--vision-features=pooled", "--feature-storage=int8"]
     export.main([f"--import-peft={adapter}", f"--out={out}", BASE, VISION, *typed])

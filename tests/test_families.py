@@ -99,11 +99,24 @@ def test_every_option_changes_the_logits():
         assert (logits(**change) - plain).abs().max() > 1e-2, change
 
 
-def test_llama_32_turns_by_the_frequencies_of_transformers_to_the_bit():
-    config = LlamaConfig(
+def llama_32(**more: Any) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=2048, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-        max_position_embeddings=131072, rope_parameters=dict(LLAMA_32),
+        max_position_embeddings=131072, rope_parameters=dict(LLAMA_32), **more,
     )  # fmt: skip
+
+
+def test_first_positions_beside_the_rotary_ones_count_as_in_transformers():
+    raw = llama_32().to_dict() | {"original_max_position_embeddings": 64}
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(json.loads(json.dumps(raw))))
+    ours = RotaryPositions(FAMILIES["llama"].decoder_config(raw).rope)
+    assert torch.equal(ours.frequencies[0], theirs.inv_freq)
+    plain = RotaryPositions(FAMILIES["llama"].decoder_config(llama_32().to_dict()).rope)
+    assert not torch.equal(ours.frequencies[0], plain.frequencies[0])
+
+
+def test_llama_32_turns_by_the_frequencies_of_transformers_to_the_bit():
+    config = llama_32()
     decoder = FAMILIES["llama"].decoder_config(config.to_dict())
     ours, theirs = RotaryPositions(decoder.rope), LlamaRotaryEmbedding(config)
     assert torch.equal(ours.frequencies[0], theirs.inv_freq)

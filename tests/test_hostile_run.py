@@ -233,7 +233,7 @@ def link_to_device(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [make_pipe, make_socket, link_to_device, Path.mkdir])
 def test_what_is_no_file_is_told_and_not_waited_for(run, tmp_path, make):
-    """In processes that are ended if they wait."""
+    """In a process that is ended if it waits."""
     folder = newest(run)
     places = [
         run / "metrics.jsonl",
@@ -247,36 +247,33 @@ def test_what_is_no_file_is_told_and_not_waited_for(run, tmp_path, make):
         "import sys, runs, checkpoints\n"
         "from errors import PhiSightError\n"
         "from pathlib import Path\n"
-        "run = Path(sys.argv[1])\n"
-        "for act in (lambda: runs.resume(run), lambda: checkpoints.verify_run(run)):\n"
-        "    try:\n"
-        "        print('gave', act())\n"
-        "    except PhiSightError as error:\n"
-        "        print('refused', error)\n"
+        "for run in map(Path, sys.argv[1:]):\n"
+        "    for act in (lambda: runs.resume(run), lambda: checkpoints.verify_run(run)):\n"
+        "        try:\n"
+        "            print('gave', act())\n"
+        "        except PhiSightError as error:\n"
+        "            print('refused', error)\n"
     )
-    waiting = []
+    copies = []
     for number, place in enumerate(places):
         copied = Path(shutil.copytree(run, tmp_path / f"copy{number}"))
         here = copied / place.relative_to(run)
         here.unlink(missing_ok=True)
         make(here)
-        waiting.append(
-            subprocess.Popen(
-                [sys.executable, "-c", program, str(copied)],
-                cwd=runs.ROOT,
-                env=runs.environment() | {"PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'tests'}"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    for place, process in zip(places, waiting, strict=True):
-        try:
-            out, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        assert process.returncode == 0, (place, err)
-        assert out.startswith("refused") and place.name in out.splitlines()[0], (place, out)
+        copies.append(copied)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, copies)],
+        cwd=runs.ROOT,
+        env=runs.environment() | {"PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    resumed = done.stdout.splitlines()[::2]
+    assert len(resumed) == len(places)
+    for place, said in zip(places, resumed, strict=True):
+        assert said.startswith("refused") and place.name in said, (place, said)
 
 
 def test_a_checkpoint_that_is_a_link_gives_way(run, tmp_path):

@@ -243,6 +243,16 @@ def test_named_whole_nothing_is_otherwise():
     assert all(torch.equal(with_parts[name], tensor) for name, tensor in without.items())
 
 
+def test_the_head_gets_no_adapter():
+    model = nn.ModuleDict({"layer": Block(), "lm_head": nn.Linear(64, 99)})
+    with pytest.raises(PhiSightError) as error:
+        inject(model, ["o_proj", "lm_head"], RANK, ALPHA, 0.1, seeded(), fused=FUSED)
+    assert str(error.value) == (
+        "LoRA targets: lm_head gets no adapter: the loss is computed from its weight as it is; the"
+        " layers that can have one are o_proj, qkv_proj (or its parts q_proj, k_proj, v_proj)"
+    )
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -253,12 +263,12 @@ def test_named_whole_nothing_is_otherwise():
         ),
         (
             ("c_attn", "q_proj"),
-            "LoRA targets: c_attn matches no layer; the linear layers of this model are o_proj,"
+            "LoRA targets: c_attn matches no layer; the layers that can have one are o_proj,"
             " qkv_proj (or its parts q_proj, k_proj, v_proj)",
         ),
         (
             ("gate_proj",),
-            "LoRA targets: gate_proj matches no layer; the linear layers of this model are o_proj,"
+            "LoRA targets: gate_proj matches no layer; the layers that can have one are o_proj,"
             " qkv_proj (or its parts q_proj, k_proj, v_proj)",
         ),
     ],

@@ -605,6 +605,7 @@ def test_other_data_is_refused(tmp_path):
     "field",
     [
         "base_fingerprint",
+        "tokenizer_fingerprint",
         "vision_fingerprint",
         "data_fingerprint",
         "compute_dtype",

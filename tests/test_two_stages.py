@@ -1,5 +1,6 @@
 """LLaVA's two stages: the projector alone, then the projector and the adapter from there."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,49 @@ def test_the_first_stage_can_be_stopped_and_gone_on_with(first_stage, tmp_path, 
     assert checkpoints.diff(first_stage, tmp_path / "run").identical
 
 
+def without_pictures(folder: Path, kept: int = 0) -> Path:
+    """The small world, in which only every so many-th conversation keeps its picture."""
+    records = json.loads((runs.world() / "train.json").read_text())
+    for number, record in enumerate(records):
+        if kept and number % kept == 0:
+            continue
+        record.pop("image")
+        for turn in record["conversations"]:
+            turn["value"] = turn["value"].replace("<image>", "").strip()
+    path = folder / "mixed.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_the_first_stage_passes_over_rows_without_a_picture(tmp_path):
+    """Such a row has a loss that no trained weight takes part in: its gradient is zero."""
+    fields = FIRST | {
+        "data": without_pictures(tmp_path, kept=5),
+        "row_tokens": 0,
+        "max_steps": 12,
+        "log_steps": 1,
+        "data_fraction": 1.0,
+        "validation_fraction": 0.2,
+    }
+    runs.start(tmp_path / "whole", **fields)
+    norms = [line.get("gradient_norm") for line in log_of(tmp_path / "whole")]
+    assert 0.0 in norms and any(norms)
+    runs.start(tmp_path / "run", "--stop-at-step=5", **fields)
+    runs.resume(tmp_path / "run")
+    assert checkpoints.diff(tmp_path / "whole", tmp_path / "run").identical
+
+
+def test_data_without_any_picture_train_no_projector(tmp_path, capsys):
+    runs.start(tmp_path / "run", **FIRST | {"data": without_pictures(tmp_path)})
+    warning = "no conversation that is trained on has a picture; --no-train-projector"
+    assert warning in capsys.readouterr().out
+
+
+def log_of(run: Path) -> list[dict]:
+    lines = (run / checkpoints.METRICS).read_text().splitlines()
+    return [record for line in lines if "loss" in (record := json.loads(line))]
+
+
 def test_the_second_stage_begins_with_the_weights_of_the_first(first_stage, tmp_path, capsys):
     second(tmp_path / "run", first_stage, "--stop-at-step=1")
     assert f"weights of {first_stage} at step 3 (all steps done)" in capsys.readouterr().out
@@ -114,7 +158,10 @@ def test_an_adapter_that_was_not_trained_gives_way_to_another(first_stage, tmp_p
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"feature_pooling": 2}, "another picture encoder, or way to read it,"),
+        (
+            {"feature_pooling": 2},
+            "another way to read pictures (--vision-features patches --vision-layer",
+        ),
         ({"quantization": "none"}, "another --quantization"),
         ({"start_from": "runs/no-such-run"}, "no-such-run"),
     ],

@@ -12,7 +12,6 @@ import numpy
 import safetensors
 import tokenizers
 import torch
-import transformers
 
 import config as configs
 import config_values
@@ -25,6 +24,7 @@ from reports.compare import compare_configs
 from training.progress import Progress
 from training.ranks import Ranks
 
+OTHER_WEIGHTS = {"config.projector", "config.projector_queries"}  # fit into no other's
 ARITHMETIC = "2026-11-28"
 """Since when this code computes the bits of a step as it does: set it anew with every change that
 rounds otherwise, and a run that was begun before is not gone on with as if nothing had changed."""
@@ -62,6 +62,7 @@ def describe_run(
     return {
         "config": config_values.to_dict(config),
         "base_fingerprint": parts.base.fingerprint,
+        "tokenizer_fingerprint": parts.base.tokenizer.fingerprint,
         "vision_fingerprint": parts.vision.key,
         "picture_tokens": parts.chat_format.tokens_per_image,
         "data_fingerprint": data.fingerprint,
@@ -75,7 +76,7 @@ def describe_run(
             "phisight_arithmetic": ARITHMETIC,
             "python": ".".join(map(str, sys.version_info[:3])),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": importlib.metadata.version("transformers"),
             "tokenizers": tokenizers.__version__,
             "safetensors": safetensors.__version__,
             "bitsandbytes": importlib.metadata.version("bitsandbytes"),
@@ -98,8 +99,10 @@ def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any], *free: 
     # As this version would write it: with what describes the checkpoints of before a field.
     written = config_values.to_dict(config_values.from_dict(saved["config"], "the checkpoint"))
     # These follow from what is compared: counts from the data, a picture's tokens from the encoder
-    # and the projector. Checkpoints of former versions have none.
+    # and the projector. Checkpoints of former versions have none, and none of the tokenizer.
     ignored = ("data_counts", "picture_tokens", *without_effect, *free)
+    if "tokenizer_fingerprint" not in saved:
+        ignored += ("tokenizer_fingerprint",)
     return compare_configs({**saved, "config": written}, dict(current), ignored)
 
 
@@ -133,9 +136,12 @@ def check_same_run(
         return []
     listed = "; ".join(changes)
     if not allow_changes:
+        fits = not OTHER_WEIGHTS & {change.partition(":")[0] for change in changes}
+        otherwise = (
+            "go on all the same with --allow-changes" if fits else "begin another with --run"
+        )
         raise PhiSightError(
-            f"--resume: would not be exact, these differ: {listed}; restore them, or go on"
-            " all the same with --allow-changes"
+            f"--resume: would not be exact, these differ: {listed}; restore them, or {otherwise}"
         )
     say(f"warning: the resumed run is not exact, these differ: {listed}")
     return changes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -248,6 +249,12 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_from_options(options: argparse.Namespace) -> Config:
-    """Preset, then `--config` file, then flags, then validation."""
-    preset = options.preset or options.config.get("preset", DEFAULT_PRESET)
-    return replace(default_config(preset), **given_fields(options))
+    """Preset, then `--config` file, then flags, then validation. A preset's questions are about its
+    pictures: where other pictures are given, only questions that are given too are asked."""
+    preset = default_config(options.preset or options.config.get("preset", DEFAULT_PRESET))
+    given = given_fields(options)
+    images = given.get("images", preset.images)
+    images = [images] if isinstance(images, str) else images
+    if [*map(os.path.realpath, images)] != [*map(os.path.realpath, preset.images)]:
+        given = {"held_out_questions": "", "novel_pair_questions": ""} | given
+    return replace(preset, **given)

@@ -52,6 +52,13 @@ def announce(run: Run) -> None:
         f"data: {len(data.train)} conversations to train on, {len(data.validation)} to validate;"
         f" {len(data.quarantined)} records quarantined, {data.shortened} shortened"
     )
+    share = len(data.validation) / max(1, len(data.train) + len(data.validation))
+    if share > max(2 * config.validation_fraction, 0.25):
+        print(
+            f"warning: {share:.0%} of the conversations are to validate, not"
+            f" {config.validation_fraction:.0%}: those that share pictures stay together; give"
+            " --validation-fraction 0 to train on all of them"
+        )
     rows, row_tokens = len(run.rows.of_epoch(run.progress.epoch)), run.rows.row_tokens
     padding = 1 - sum(data.train.lengths) / (rows * row_tokens)
     print(
@@ -233,7 +240,10 @@ def warn_of_training_nothing(run: Run) -> None:
             f" {Path(run.config.run) / checkpoints.METRICS}"
         )
         if owner == "projector" and not run.data.counts()["pictures"]:
-            remedy = "the data have no picture, and --no-train-projector leaves it out"
+            remedy = (
+                "no conversation that is trained on has a picture; --no-train-projector leaves it"
+                " out"
+            )
         print(
             f"warning: the weights of {owner!r} did not move in any step since this process"
             f" began; {remedy}"

@@ -156,6 +156,7 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
             " the new run a folder of its own"
         )
     facts, state, adapter = source.config, source.state, adapter_flags(theirs)
+    tokenizer = parts.base.tokenizer.fingerprint  # former versions do not say it
     own = model_state(parts.model)["lora_weights"]
     # An adapter whose B is zero adds nothing to the base: one of another shape may take its place.
     untrained = not any(t.any() for n, t in state["lora_weights"].items() if n.endswith("lora_B"))
@@ -163,8 +164,10 @@ def load_start_weights(config: Config, parts: Assembled) -> dict[str, Any] | Non
         state, adapter = state | {"lora_weights": own}, adapter_flags(config)
     for what, saved, here in (
         ("base", facts["base_fingerprint"], parts.base.fingerprint),
+        ("tokenizer.json", facts.get("tokenizer_fingerprint", tokenizer), tokenizer),
+        ("way to read pictures", vision_flags(theirs), vision_flags(config)),
         ("--picture-fit", theirs.picture_fit, config.picture_fit),
-        ("picture encoder, or way to read it,", facts["vision_fingerprint"], parts.vision.key),
+        ("picture encoder", facts["vision_fingerprint"], parts.vision.key),
         ("--quantization", theirs.quantization, config.quantization),
         ("projector", projector_flags(theirs), projector_flags(config)),
         ("adapter", adapter, adapter_flags(config)),
@@ -196,6 +199,14 @@ def projector_flags(config: Config) -> str:
     flags = f"--projector {config.projector}"
     has_queries = PROJECTORS[config.projector].has_queries
     return f"{flags} --projector-queries {config.projector_queries}" if has_queries else flags
+
+
+def vision_flags(config: Config) -> str:
+    """What to type for the same features of an encoder."""
+    return (
+        f"--vision-features {config.vision_features} --vision-layer {config.vision_layer}"
+        f" --feature-pooling {config.feature_pooling}"
+    )
 
 
 def adapter_flags(config: Config) -> str:

@@ -112,8 +112,10 @@ def add_gradients(
     loss_sum = torch.zeros((), dtype=widest(device), device=device)
     for batch in batches:
         loss, _ = model(batch)  # summed over the supervised tokens: 0-dim float32
-        # Without one supervised token the sum and its gradient are 0.
-        scaler.scale_loss(loss / max(supervised, 1)).backward()
+        # Without one supervised token the sum and its gradient are 0. Without a picture no trained
+        # weight takes part where the projector is trained alone: its gradient is 0 as well.
+        if loss.requires_grad:
+            scaler.scale_loss(loss / max(supervised, 1)).backward()
         loss_sum += loss.detach()
     return loss_sum
 

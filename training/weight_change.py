@@ -97,7 +97,8 @@ def _moved_text(told: Mapping[str, float | None], since_step: int | None) -> str
     elif moved is not None:
         words.append(f"moved {_number(moved)}{_share(moved, size)} since step {since_step}")
     if since_start is not None:
-        words.append(f"{_number(since_start)}{_share(since_start, size)} since the start")
+        verb = "" if words else "moved "
+        words.append(f"{verb}{_number(since_start)}{_share(since_start, size)} since the start")
     if moved:
         words.append(f"mean change {_number(told['mean_change'])}")
     return ", ".join(words) or "not compared"

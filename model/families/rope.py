@@ -63,12 +63,13 @@ def longrope(values: Mapping[str, Any], rope: Mapping[str, Any], dims: int) -> R
 
 
 def llama3(values: Mapping[str, Any], rope: Mapping[str, Any], dims: int) -> Rope:
-    """Llama 3.1's (arXiv:2407.21783): slow turns are slowed further, fast ones stay."""
+    """Llama 3.1's (arXiv:2407.21783): slow turns are slowed further, fast ones stay. The positions
+    that it was trained on first are those beside `rope_parameters`, if they stand there too."""
     stretch = Stretch(
         number(rope, "factor"),
         number(rope, "low_freq_factor"),
         number(rope, "high_freq_factor"),
-        whole_number(rope, "original_max_position_embeddings"),
+        whole_number({**rope, **values}, "original_max_position_embeddings"),
     )
     if stretch.high <= stretch.low:
         raise PhiSightError(

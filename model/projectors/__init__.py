@@ -38,6 +38,8 @@ def name_of(tensors: Iterable[str]) -> str | None:
 
 @cache
 def names_by_parameters() -> dict[frozenset[str], str]:
-    """The names of its parameters -> the name of a projector."""
+    """The names of its parameters, which no other has -> the name of a projector."""
     with torch.device("meta"):
-        return {frozenset(make(4, 4).state_dict()): name for name, make in PROJECTORS.items()}
+        found = {frozenset(make(4, 4).state_dict()): name for name, make in PROJECTORS.items()}
+    assert len(found) == len(PROJECTORS), "two projectors have parameters of the same names"
+    return found

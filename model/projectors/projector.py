@@ -16,8 +16,9 @@ from lora.dropout import RowDropout, key_of
 class Projector(nn.Module):
     """Features of pictures -> the embeddings that stand in their slots of the text.
 
-    A member of `PROJECTORS` (`model.projectors`) has float32 parameters alone, and is made from the
-    numbers of a feature and of an embedding; `queries` counts for a member that has some.
+    A member of `PROJECTORS` (`model.projectors`) has float32 parameters alone, whose names are
+    those of no other member: by them a checkpoint's projector is known. It is made from the numbers
+    of a feature and of an embedding; `queries` counts for a member that has some.
     """
 
     name: ClassVar[str]
@@ -48,7 +49,8 @@ class Projector(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw the linear layers from U(-1/sqrt(inputs), 1/sqrt(inputs)), as `nn.Linear` does, one
-        after the other; a layer norm begins as the identity.
+        after the other; a layer norm begins as the identity. A member with other parameters draws
+        those itself.
 
         Drawn on the generator's device and copied, so that a seed means the same on any machine.
         """
