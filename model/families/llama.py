@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what has their layout, such as SmolLM2: an own weight for each projection."""
+"""Llama 3.1 and 3.2, and what has their layout, such as SmolLM2: an own weight for each part."""
 
 from collections.abc import Mapping
 from typing import Any
