@@ -20,6 +20,7 @@ from PIL import Image
 
 import alone
 import evaluate
+from config import replace
 from data.chat import render
 from data.world.forms import forms_beside
 from errors import PhiSightError
@@ -152,6 +153,12 @@ def test_a_table_has_every_condition_and_kind(capsys):
 def test_every_task_says_what_it_is_for():
     for name, task in TASKS.items():
         assert task.about and task.form and task.main, name
+
+
+def test_a_run_without_questions_is_told_what_measures_it():
+    config = replace(runs.assistant().config, held_out_questions="")
+    with pytest.raises(PhiSightError, match="the run has none; .*--task loss"):
+        TASKS["world"].default_data(config, Path("images"))
 
 
 def test_flags_that_do_not_go_together_are_refused(tmp_path):

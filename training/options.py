@@ -255,6 +255,6 @@ def config_from_options(options: argparse.Namespace) -> Config:
     given = given_fields(options)
     images = given.get("images", preset.images)
     images = [images] if isinstance(images, str) else images
-    if [*map(os.path.realpath, images)] != [*map(os.path.realpath, preset.images)]:
+    if [*map(os.path.abspath, images)] != [*map(os.path.abspath, preset.images)]:
         given = {"held_out_questions": "", "novel_pair_questions": ""} | given
     return replace(preset, **given)

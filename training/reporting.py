@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import checkpoints
 from config import Config, default_config
+from data.prepare import TrainingData
 from errors import printable
 from model.build import model_state
 from model.loaded import loaded_line
@@ -52,13 +53,7 @@ def announce(run: Run) -> None:
         f"data: {len(data.train)} conversations to train on, {len(data.validation)} to validate;"
         f" {len(data.quarantined)} records quarantined, {data.shortened} shortened"
     )
-    share = len(data.validation) / max(1, len(data.train) + len(data.validation))
-    if share > max(2 * config.validation_fraction, 0.25):
-        print(
-            f"warning: {share:.0%} of the conversations are to validate, not"
-            f" {config.validation_fraction:.0%}: those that share pictures stay together; give"
-            " --validation-fraction 0 to train on all of them"
-        )
+    warn_of_a_large_share(data, config.validation_fraction)
     rows, row_tokens = len(run.rows.of_epoch(run.progress.epoch)), run.rows.row_tokens
     padding = 1 - sum(data.train.lengths) / (rows * row_tokens)
     print(
@@ -227,6 +222,16 @@ def report_end(run: Run, out_of_time: bool) -> None:
         f"stopped at step {step} of {run.total_steps}{reason}, saved; go on"
         f" with: {resume_command(run.config, run.ranks)}"
     )
+
+
+def warn_of_a_large_share(data: TrainingData, asked: float) -> None:
+    """Pictures that conversations share tie them together: one group can be most of the data."""
+    share = len(data.validation) / max(1, len(data.train) + len(data.validation))
+    if share > max(2 * asked, 0.25):
+        print(
+            f"warning: {share:.0%} of the conversations are to validate, not {asked:.0%}: those"
+            " that share pictures stay together; give --validation-fraction 0 to train on all"
+        )
 
 
 def warn_of_training_nothing(run: Run) -> None:

@@ -29,6 +29,11 @@ class World(Task):
     longest = 96
 
     def default_data(self, config: Config, images: Path) -> list[Path]:
+        if not config.held_out_questions:
+            raise PhiSightError(
+                "--held-out-questions: the run has none; give a file of them, or measure the loss"
+                " of its validation conversations with --task loss"
+            )
         given = [need_file(config.held_out_questions, "--held-out-questions", DATA_REMEDY)]
         if config.novel_pair_questions:
             novel = config.novel_pair_questions
