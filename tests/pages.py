@@ -245,9 +245,9 @@ class User:
         return self.page.locator(".toasts .toast p").all_inner_texts()
 
 
-def wait_with(page: Any, happened: Any) -> None:
+def wait_with(page: Any, happened: Any, seconds: float = WAIT / 1000) -> None:
     """Like `wait_for`, while the browser's events are being handled."""
-    deadline = time.monotonic() + WAIT / 1000
+    deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"did not come to it: {page.inner_text('body')}"
         page.wait_for_timeout(30)
