@@ -115,9 +115,8 @@ def test_ask_by_voice_train_watch_stop_resume_chat_and_export(user, site, tmp_pa
     begin_training(user, tmp_path)
     wait_with(page, lambda: curve(user) != "", TRAINING)
     before = curve(user)
-    wait_with(
-        page, lambda: curve(user) not in ("", before), TRAINING
-    )  # it moves as the run goes on
+    # It moves as the run goes on.
+    wait_with(page, lambda: curve(user) not in ("", before), TRAINING)
     press(user, "Stop")
     page.get_by_role("button", name="Resume", exact=True).wait_for()
     stopped = runs.newest_step(folder / "walk")
